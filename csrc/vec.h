@@ -1,0 +1,161 @@
+// Lanes of float and the few functions that the row arithmetic needs.
+//
+// `Vec` is a compiler vector on the host (as wide as the instruction set that the file is
+// compiled for) and a plain float on a GPU, so a formula written over Vec serves both.
+// Every translation unit that is compiled with its own instruction set defines KD_ISA to its own
+// namespace, which keeps the linker from mixing them.
+//
+// exp: relative error below 2 ulp on [-87, 88], 0 below, inf above, NaN stays NaN.
+// log: relative error below 2 ulp for positive normal numbers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define KD_HD __host__ __device__ __forceinline__
+#else
+#define KD_HD inline __attribute__((always_inline))
+#endif
+
+#ifndef KD_ISA
+#define KD_ISA generic
+#endif
+
+#if defined(__AVX2__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
+
+namespace kd {
+namespace KD_ISA {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+#if defined(__CUDA_ARCH__)
+
+using Vec = float;
+constexpr int kLanes = 1;
+KD_HD Vec splat(float x) { return x; }
+KD_HD Vec select(bool mask, Vec a, Vec b) { return mask ? a : b; }
+KD_HD Vec vexp(Vec x) { return expf(x); }
+KD_HD Vec vlog(Vec x) { return logf(x); }
+KD_HD Vec vmin(Vec a, Vec b) { return fminf(a, b); }
+KD_HD Vec vmax(Vec a, Vec b) { return fmaxf(a, b); }
+KD_HD Vec vabs(Vec a) { return fabsf(a); }
+
+#else
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+KD_HD Vec splat(float x) { return x - Vec{}; }
+KD_HD Vec select(Ints mask, Vec a, Vec b) { return mask ? a : b; }
+// A NaN in `a` stays (the comparison is false), as max and min need it to.
+KD_HD Vec vmax(Vec a, Vec b) { return a < b ? b : a; }
+KD_HD Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
+KD_HD Vec vabs(Vec a) { return (Vec)((Ints)a & 0x7fffffff); }
+
+KD_HD Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+KD_HD void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+KD_HD Vec vexp(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec n = x * 1.44269504088896341f;
+#if defined(__AVX512F__)
+  n = (Vec)_mm512_roundscale_ps((__m512)n, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  n = (n + magic) - magic;
+#endif
+  Vec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  // scalef takes n beyond the exponent's range and saturates; the range ends are clean there.
+  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
+  y = (Vec)_mm512_maskz_scalef_ps(finite, (__m512)y, (__m512)n);
+  return y;
+#else
+  const Ints bits = (Ints)(n + magic) << 23;
+  y = (Vec)((Ints)y + bits);
+  y = x < -87.33f ? Vec{} : y;
+  return x > 88.72f ? splat(kInf) : y;
+#endif
+}
+
+KD_HD Vec vlog(Vec x) {
+  // x = 2^k * m with m in [sqrt(1/2), sqrt(2)), then a polynomial in m - 1.
+  const Ints shifted = (Ints)x - 0x3f3504f3;
+  const Vec k = __builtin_convertvector(shifted >> 23, Vec);
+  const Vec f = (Vec)((Ints)x - (Ints)(shifted & (int32_t)0xff800000)) - 1.0f;
+  Vec y = splat(7.0376836292e-2f);
+  y = y * f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  const Vec z = f * f;
+  Vec r = y * f * z + k * -2.12194440e-4f - 0.5f * z;
+  r = r + f + k * 0.693359375f;
+  return x < kInf ? r : x;  // inf and NaN pass through
+}
+
+KD_HD float sum(Vec v) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+KD_HD float max_lane(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
+  return best;
+}
+
+// tanh: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would lose its digits.
+KD_HD Vec vtanh(Vec x) {
+  const Vec z = x * x;
+  Vec y = splat(-5.70498872745e-3f);
+  y = y * z + 2.06390887954e-2f;
+  y = y * z - 5.37397155531e-2f;
+  y = y * z + 1.33314422036e-1f;
+  y = y * z - 3.33332819422e-1f;
+  const Vec near_zero = y * z * x + x;
+  const Vec e = vexp(vabs(x) * 2.0f);
+  const Vec far = 1.0f - 2.0f / (e + 1.0f);
+  const Vec signed_far = x < 0.0f ? -far : far;
+  return vabs(x) < 0.625f ? near_zero : signed_far;
+}
+
+#endif
+
+// log(1 + u) for u > -1 (the caller's clamp keeps it so), exact zero at u = 0.
+KD_HD Vec vlog1p(Vec u) {
+  const Vec one_plus = u + 1.0f;
+  const Vec lost = u - (one_plus - 1.0f);
+  return vlog(one_plus) + select(one_plus < kInf, lost / one_plus, u - u);
+}
+
+}  // namespace KD_ISA
+}  // namespace kd

@@ -1,0 +1,66 @@
+"""The loss layer for LLM distillation: exact losses without a full ``[tokens, vocab]`` tensor."""
+
+from .backends import backends, use_backend
+from .divergences import (
+    JSD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Mixed,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from .heads import LinearHead
+from .losses import (
+    CodistillationLoss,
+    Stats,
+    codistillation_loss,
+    cross_entropy,
+    distillation_loss,
+    explain,
+    js_divergence,
+    kl_div,
+    linear_cross_entropy,
+)
+from .modules import (
+    CodistillationLossModule,
+    CrossEntropyLoss,
+    DistillationLoss,
+    JSDivergenceLoss,
+    KLDivLoss,
+    LinearCrossEntropyLoss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JSD",
+    "AlphaBeta",
+    "CodistillationLoss",
+    "CodistillationLossModule",
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "Divergence",
+    "ForwardKL",
+    "JSDivergenceLoss",
+    "KLDivLoss",
+    "LinearCrossEntropyLoss",
+    "LinearHead",
+    "Mixed",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "Stats",
+    "TotalVariation",
+    "backends",
+    "codistillation_loss",
+    "cross_entropy",
+    "distillation_loss",
+    "explain",
+    "js_divergence",
+    "kl_div",
+    "linear_cross_entropy",
+    "use_backend",
+]

@@ -1,0 +1,226 @@
+"""The plain PyTorch backend: any device, any floating dtype, analytic gradients.
+
+Rows in half precision are computed in fp32, fp64 rows in fp64. Memory: about TEMPORARIES tiles of
+the arithmetic's dtype beside the tiles themselves, which the schedule takes into account.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..spec import LogitMap, Spec
+from . import row_state as rs
+
+name = "eager"
+#: Tiles alive at once in the widest formula (alpha-beta).
+TEMPORARIES = 14
+
+
+def why_not() -> Optional[str]:
+    return None
+
+
+def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
+    return None
+
+
+def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
+    return TEMPORARIES * (8 if torch.float64 in dtypes else 4)
+
+
+def _logits(raw: Tensor, logit_map: LogitMap, dtype: torch.dtype) -> Tensor:
+    z = raw.to(dtype)
+    if logit_map.scale != 1.0:
+        z = z * logit_map.scale
+    if logit_map.softcap:
+        z = logit_map.softcap * torch.tanh(z / logit_map.softcap)
+    return z
+
+
+def _through_map(grad: Tensor, logits: Tensor, logit_map: LogitMap) -> Tensor:
+    if logit_map.softcap:
+        grad = grad * (1 - (logits / logit_map.softcap).square())
+    return grad * logit_map.scale if logit_map.scale != 1.0 else grad
+
+
+def _dtype(*tiles: Optional[Tensor]) -> torch.dtype:
+    wide = any(t is not None and t.dtype == torch.float64 for t in tiles)
+    return torch.float64 if wide else torch.float32
+
+
+def _in_chunk(labels: Tensor, offset: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which rows have their label in this chunk, and a column to read for every row."""
+    local = labels - offset
+    inside = (local >= 0) & (local < width) & (labels >= 0)
+    return inside, local.clamp(0, width - 1)
+
+
+def _fold_normalizer(state: Tensor, z: Tensor, m_at: int, z_at: int) -> tuple[Tensor, Tensor]:
+    """Fold z into (m, sum e); returns exp(z - m) and how far m rose."""
+    old = state[:, m_at].clone()
+    new = torch.maximum(old, z.amax(-1).double().clamp(min=rs.NOTHING))
+    risen = new - old
+    e = (z - new[:, None].to(z.dtype)).exp()
+    state[:, m_at] = new
+    state[:, z_at] = state[:, z_at] * (-risen).exp() + e.sum(-1).double()
+    return e, risen
+
+
+def _fold_moment(state: Tensor, at: int, *, old_mass: Tensor, decay: Tensor, shift: Tensor,
+                 fresh: Tensor) -> None:  # fmt: skip
+    """A sum e * v whose v moves by ``shift`` when the maxima rise."""
+    moved = torch.where(old_mass > 0, old_mass * shift, 0.0)
+    state[:, at] = (state[:, at] + moved) * decay + fresh.double()
+
+
+def _masked(e: Tensor, v: Tensor) -> Tensor:
+    return torch.where(e > 0, e * v, 0.0).sum(-1)
+
+
+def _fold_top(state: Tensor, z: Tensor, offset: int, top_at: int, arg_at: int) -> None:
+    value, index = z.max(-1)
+    better = value > state[:, top_at]
+    state[:, top_at] = torch.where(better, value.double(), state[:, top_at])
+    state[:, arg_at] = torch.where(better, (index + offset).double(), state[:, arg_at])
+
+
+def _fold_label(state: Tensor, z: Tensor, labels: Tensor, offset: int, at: int) -> None:
+    inside, column = _in_chunk(labels, offset, z.shape[1])
+    value = z.gather(1, column[:, None])[:, 0].double()
+    state[:, at] = torch.where(inside, value, state[:, at])
+
+
+def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
+               offset: int, spec: Spec, state: Tensor) -> None:  # fmt: skip
+    """Fold the vocabulary chunk that begins at ``offset`` into ``state``."""
+    dtype = _dtype(student, teacher)
+    raw = _logits(student, spec.student_map, dtype)
+    s = raw / spec.temperature
+    old_s, old_t = state[:, rs.Z_S].clone(), state[:, rs.Z_T].clone()
+    old_m = state[:, rs.M_S].clone()
+    e_s, up_s = _fold_normalizer(state, s, rs.M_S, rs.Z_S)
+    s = s - state[:, rs.M_S, None].to(dtype)
+    _fold_top(state, raw, offset, rs.TOP_S, rs.ARG_S)
+    _fold_moment(state, rs.E_S, old_mass=old_s, decay=(-up_s).exp(), shift=-up_s,
+                 fresh=_masked(e_s, s))  # fmt: skip
+    if labels is not None and spec.hard_weight:
+        _fold_hard(state, raw, labels, offset, spec, old_m)
+    if teacher is None:
+        return
+    raw = _logits(teacher, spec.teacher_map, dtype)
+    t = raw / spec.temperature
+    old_m = state[:, rs.M_T].clone()
+    e_t, up_t = _fold_normalizer(state, t, rs.M_T, rs.Z_T)
+    t = t - state[:, rs.M_T, None].to(dtype)
+    _fold_top(state, raw, offset, rs.TOP_T, rs.ARG_T)
+    _fold_moment(state, rs.E_T, old_mass=old_t, decay=(-up_t).exp(), shift=-up_t,
+                 fresh=_masked(e_t, t))  # fmt: skip
+    x = t - s
+    _fold_moment(state, rs.X_S, old_mass=old_s, decay=(-up_s).exp(), shift=up_s - up_t,
+                 fresh=_masked(e_s, x))  # fmt: skip
+    _fold_moment(state, rs.X_T, old_mass=old_t, decay=(-up_t).exp(), shift=up_s - up_t,
+                 fresh=_masked(e_t, x))  # fmt: skip
+    if labels is not None and spec.teacher_hard_weight:
+        _fold_z1(state, raw, spec, rs.M_T, rs.Z1_T, old_m)
+        _fold_label(state, raw, labels, offset, rs.LABEL_T)
+
+
+def _fold_z1(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z1_at: int, old_m: Tensor) -> None:
+    m = state[:, m_at] * spec.temperature
+    fresh = (raw - m[:, None].to(raw.dtype)).exp().sum(-1).double()
+    state[:, z1_at] = state[:, z1_at] * (old_m * spec.temperature - m).exp() + fresh
+
+
+def _fold_hard(state: Tensor, raw: Tensor, labels: Tensor, offset: int, spec: Spec,
+               old_m: Tensor) -> None:  # fmt: skip
+    _fold_z1(state, raw, spec, rs.M_S, rs.Z1_S, old_m)
+    _fold_label(state, raw, labels, offset, rs.LABEL_S)
+    if spec.label_smoothing:
+        state[:, rs.SUM_S] += raw.sum(-1).double()
+
+
+def _distributions(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> tuple[Tensor, ...]:
+    """p, q, log p, log q of a chunk, from finished normalisers."""
+    dtype = _dtype(student, teacher)
+    s = _logits(student, spec.student_map, dtype) / spec.temperature
+    t = _logits(teacher, spec.teacher_map, dtype) / spec.temperature
+    # Subtract the maximum first and log Z second: each step keeps the digits that lse would lose.
+    log_q = (s - state[:, rs.M_S, None].to(dtype)) - state[:, rs.Z_S, None].log().to(dtype)
+    log_p = (t - state[:, rs.M_T, None].to(dtype)) - state[:, rs.Z_T, None].log().to(dtype)
+    return log_p.exp(), log_q.exp(), log_p, log_q
+
+
+def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
+    """The second pass of divergences without a closed form: value and slope."""
+    p, q, log_p, log_q = _distributions(student, teacher, spec, state)
+    state[:, rs.VALUE] += spec.divergence.phi(p, q, log_p, log_q).sum(-1).double()
+    state[:, rs.SLOPE] += spec.divergence.q_psi(p, q, log_p, log_q).sum(-1).double()
+
+
+def _soft_gradient(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> Tensor:
+    p, q, log_p, log_q = _distributions(student, teacher, spec, state)
+    q_psi = spec.divergence.q_psi(p, q, log_p, log_q)
+    form = spec.divergence.closed_form
+    if form == "forward":
+        return q_psi
+    slope = rs.divergence_value(state, spec) if form == "reverse" else state[:, rs.SLOPE]
+    return q_psi - q * slope[:, None].to(q.dtype)
+
+
+def _hard_gradient(raw: Tensor, lse: Tensor, labels: Tensor, offset: int, vocab: int, *,
+                   smoothing: float, z_loss: float) -> Tensor:  # fmt: skip
+    grad = (raw - lse[:, None].to(raw.dtype)).exp()
+    if z_loss:
+        grad = grad * (1 + 2 * z_loss * lse[:, None].to(raw.dtype))
+    if smoothing:
+        grad = grad - smoothing / vocab
+    inside, column = _in_chunk(labels, offset, raw.shape[1])
+    onehot = inside.to(raw.dtype) * (1.0 - smoothing)
+    return grad.scatter_add(1, column[:, None], -onehot[:, None])
+
+
+def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
+             weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
+             grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> None:  # fmt: skip
+    """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself)."""
+    dtype = _dtype(student, teacher)
+    live = weights if labels is None else torch.where(labels >= 0, weights, 0.0)
+    skip = live == 0
+    if grad is not None:
+        total = torch.zeros((), dtype=dtype, device=student.device)
+        raw = _logits(student, spec.student_map, dtype)
+        if teacher is not None:
+            soft = _soft_gradient(student, teacher, spec, state)
+            total = soft * (spec.soft_weight / spec.temperature)
+        if labels is not None and spec.hard_weight:
+            hard = _hard_gradient(raw, rs.student_lse1(state, spec), labels, offset, vocab,
+                                  smoothing=spec.label_smoothing, z_loss=spec.z_loss)  # fmt: skip
+            total = total + hard * spec.hard_weight
+        total = _through_map(total, raw, spec.student_map) * live[:, None]
+        total = total.masked_fill(skip[:, None], 0.0)
+    if teacher_grad is not None:
+        assert teacher is not None and labels is not None
+        raw = _logits(teacher, spec.teacher_map, dtype)
+        hard = _hard_gradient(raw, rs.teacher_lse1(state, spec), labels, offset, vocab,
+                              smoothing=0.0, z_loss=0.0)  # fmt: skip
+        hard = _through_map(hard * spec.teacher_hard_weight, raw, spec.teacher_map)
+        teacher_grad.copy_((hard * live[:, None]).masked_fill(skip[:, None], 0.0))
+    if grad is not None:
+        grad.copy_(total)
+
+
+def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
+          spec: Spec, grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+    """Whole rows: results, and the gradients where buffers are given (aliasing allowed)."""
+    vocab = student.shape[1]
+    state = rs.new_state(student.shape[0], student.device)
+    accumulate(student, teacher, labels, offset=0, spec=spec, state=state)
+    if teacher is not None and spec.divergence.closed_form is None:
+        accumulate_value(student, teacher, spec=spec, state=state)
+    if grad is not None or teacher_grad is not None:
+        gradient(student, teacher, labels, weights, offset=0, vocab=vocab, spec=spec, state=state,
+                 grad=grad, teacher_grad=teacher_grad)  # fmt: skip
+    return rs.finish(state, spec, labels, vocab, teacher is not None)

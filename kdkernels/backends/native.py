@@ -1,0 +1,93 @@
+"""The C++ backend (csrc/): half precision and fp32 rows on the CPU, each read from memory once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..spec import Spec
+from . import row_state as rs
+
+name = "native"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> Optional[str]:
+    try:
+        importlib.import_module("kdkernels._C")
+    except ImportError as error:
+        return f"kdkernels._C is not built or does not load ({error})"
+    return None
+
+
+_problem = _load()
+
+
+def why_not() -> Optional[str]:
+    return _problem
+
+
+def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
+    if device.type != "cpu":
+        return f"it serves cpu tensors, not {device.type}"
+    odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
+    return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
+
+
+def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
+    return 0
+
+
+def instruction_set() -> Optional[str]:
+    """ "avx512", "avx2" or "baseline": what the row loops were dispatched to."""
+    if _problem:
+        return None
+    code = torch.ops.kdkernels_native.instruction_set(torch.empty(0))
+    return ("baseline", "avx2", "avx512")[code]
+
+
+def advise_huge_pages(fresh: Tensor) -> None:
+    """Ask for huge pages under memory that nobody has touched yet: fewer faults, same bytes."""
+    if _problem is None:
+        torch.ops.kdkernels_native.advise_huge_pages(fresh)
+
+
+def _rows(tile: Optional[Tensor]) -> Optional[Tensor]:
+    """The kernels want a row's logits side by side; any row stride is fine."""
+    return tile if tile is None or tile.stride(-1) == 1 or tile.shape[-1] == 1 else tile.contiguous()
+
+
+def _spec(spec: Spec) -> Tensor:
+    return torch.tensor(spec.to_floats(), dtype=torch.float64)
+
+
+def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
+          spec: Spec, grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+    results = torch.zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
+    torch.ops.kdkernels_native.fused(
+        _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), results, grad, teacher_grad
+    )
+    return results
+
+
+def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
+               offset: int, spec: Spec, state: Tensor) -> None:  # fmt: skip
+    torch.ops.kdkernels_native.accumulate(
+        _rows(student), _rows(teacher), labels, _spec(spec), offset, state
+    )
+
+
+def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
+    torch.ops.kdkernels_native.accumulate_value(_rows(student), _rows(teacher), _spec(spec), state)
+
+
+def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
+             weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
+             grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> None:  # fmt: skip
+    torch.ops.kdkernels_native.gradient(
+        _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), offset, vocab, state,
+        grad, teacher_grad,
+    )  # fmt: skip

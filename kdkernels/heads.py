@@ -1,0 +1,247 @@
+"""Where rows of logits come from: a tensor of logits, or hidden states and an lm_head.
+
+:class:`LinearHead` is what users pass. :class:`LogitRows` and :class:`HeadRows` are what the loops
+in :mod:`kdkernels.ops` read tiles from and give tile gradients back to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+#: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
+_SLAB_BYTES = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Hidden states and the lm_head that would turn them into logits.
+
+    Args:
+        hidden: ``[..., H]`` floating.
+        weight: ``[V, H]``, the lm_head's weight, same dtype and device (autocast casts both).
+        bias: ``[V]`` or None.
+        logit_scale: logits are multiplied by it (Cohere); must not be 0.
+        softcap: ``softcap * tanh(logits / softcap)`` after the scale (Gemma 2); > 0 or None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, or a number is out of range.
+
+    >>> head = LinearHead(torch.randn(2, 3, 8), torch.randn(50, 8), softcap=30.0)
+    >>> head.vocab_size, head.leading_shape
+    (50, torch.Size([2, 3]))
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Optional[Tensor] = None
+    logit_scale: float = 1.0
+    softcap: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        hidden, weight = self.hidden, self.weight
+        if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"LinearHead needs hidden [..., H] and weight [V, H], got hidden "
+                f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+            )
+        if self.bias is not None and tuple(self.bias.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"LinearHead needs bias [V] = ({weight.shape[0]},), got {tuple(self.bias.shape)}"
+            )
+        tensors = [hidden, weight] + ([] if self.bias is None else [self.bias])
+        if len({t.device for t in tensors}) > 1:
+            raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        if not all(t.is_floating_point() for t in tensors) or (
+            not autocast and len({t.dtype for t in tensors}) > 1
+        ):
+            raise ValueError(
+                f"LinearHead needs one floating dtype, got {[str(t.dtype) for t in tensors]}; "
+                "cast hidden or weight, or use torch.autocast"
+            )
+        if self.logit_scale == 0:
+            raise ValueError("LinearHead needs logit_scale != 0, got 0")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"LinearHead needs softcap > 0 or None, got softcap={self.softcap}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
+    def tensors(self) -> list[Tensor]:
+        """[hidden, weight] or [hidden, weight, bias], cast as F.linear would under autocast."""
+        given = [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
+        kind = self.hidden.device.type
+        if torch.is_autocast_enabled(kind) and self.hidden.dtype != torch.float64:
+            given = [t.to(torch.get_autocast_dtype(kind)) for t in given]
+        return given
+
+
+class LogitRows:
+    """Rows of given logits ``[..., V]``: tiles are views, the gradient is one buffer (or the logits)."""
+
+    def __init__(self, logits: Tensor, vocab: int, grad: Optional[Tensor]) -> None:
+        self.full, self.grad, self.vocab = logits, grad, vocab
+        self.dtype, self.index = logits.dtype, None  # type: torch.dtype, Optional[Tensor]
+        self.tokens = logits.numel() // logits.shape[-1]
+
+    @property
+    def bytes_per_logit(self) -> int:
+        return 0 if self.index is None else self.full.element_size() * (1 + (self.grad is not None))
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return [self.full.dtype]
+
+    def keep(self, index: Tensor) -> None:
+        """Only the rows ``index``; the gradient of the others is zero."""
+        self.index, self.tokens = index, index.numel()
+        if self.grad is not None:
+            self.grad.zero_()
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        if self.index is None:
+            return self.full[rows, columns]
+        return self.full[:, columns].index_select(0, self.index[rows])
+
+    def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Optional[Tensor]:
+        if self.grad is None:
+            return None
+        return tile if self.index is not None else self.grad[rows, columns]
+
+    def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
+        if self.index is not None and self.grad is not None:
+            self.grad[:, columns].index_copy_(0, self.index[rows], gradient)
+
+    def gradients(self) -> list[Tensor]:
+        return [] if self.grad is None else [self.grad]
+
+
+class HeadRows:
+    """Rows of ``hidden @ weight.T + bias``: tiles are projected, their gradients go to dH, dW, db.
+
+    ``wants`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
+    Products are accumulated in fp32 (fp64 stays): dW in place where its dtype allows, else in one
+    fp32 buffer, and only when there is more than one token chunk.
+    """
+
+    def __init__(self, tensors: list[Tensor], vocab: int, wants: list[bool]) -> None:
+        self.hidden, self.weight = tensors[0], tensors[1][:vocab]
+        self.bias = tensors[2][:vocab] if len(tensors) > 2 else None
+        self.given, self.vocab, self.wants = tensors, vocab, wants + [False] * (3 - len(wants))
+        self.dtype = self.hidden.dtype
+        self.tokens, self.all_tokens = self.hidden.shape[0], self.hidden.shape[0]
+        self.index: Optional[Tensor] = None
+        self.grad_hidden: Optional[Tensor] = None
+        self.grad_weight: Optional[Tensor] = None
+        self.grad_bias: Optional[Tensor] = None
+
+    @property
+    def tile_dtype(self) -> torch.dtype:
+        """fp32 tiles for half-precision models where torch can multiply into fp32: on CUDA."""
+        wide = self.hidden.is_cuda and self.dtype in HALF
+        return torch.float32 if wide else self.dtype
+
+    @property
+    def bytes_per_logit(self) -> int:
+        extra = self.dtype.itemsize if self.tile_dtype != self.dtype and any(self.wants) else 0
+        return self.tile_dtype.itemsize + extra
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return [self.tile_dtype, self.dtype]
+
+    def keep(self, index: Tensor) -> None:
+        self.index, self.tokens = index, index.numel()
+        self.hidden = self.hidden.index_select(0, index)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        hidden, weight = self.hidden[rows], self.weight[columns]
+        bias = None if self.bias is None else self.bias[columns]
+        if self.tile_dtype == self.dtype:
+            return F.linear(hidden, weight, bias)
+        tile = torch.mm(hidden, weight.t(), out_dtype=self.tile_dtype)
+        return tile if bias is None else tile.add_(bias)
+
+    def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Optional[Tensor]:
+        if not any(self.wants):
+            return None
+        return tile if tile.dtype == self.dtype else torch.empty_like(tile, dtype=self.dtype)
+
+    def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
+        if self.wants[0]:
+            self._backward_hidden(gradient, rows, columns)
+        if self.wants[1]:
+            self._backward_weight(gradient, rows, columns)
+        if self.wants[2]:
+            if self.grad_bias is None:
+                wide = torch.float32 if self.dtype in HALF else self.dtype
+                self.grad_bias = gradient.new_zeros(self.vocab, dtype=wide)
+            self.grad_bias[columns] += gradient.sum(0, dtype=self.grad_bias.dtype)
+
+    def _backward_hidden(self, gradient: Tensor, rows: slice, columns: slice) -> None:
+        whole = columns == slice(0, self.vocab)
+        if self.grad_hidden is None:
+            wide = torch.float32 if self.dtype in HALF and not whole else self.dtype
+            self.grad_hidden = torch.zeros_like(self.hidden, dtype=wide)
+        target, weight = self.grad_hidden[rows], self.weight[columns]
+        if whole:
+            torch.mm(gradient, weight, out=target)
+        elif target.dtype == self.dtype:
+            target.addmm_(gradient, weight)
+        else:
+            target += gradient @ weight
+
+    def _backward_weight(self, gradient: Tensor, rows: slice, columns: slice) -> None:
+        whole = rows == slice(0, self.tokens)
+        if self.grad_weight is None:
+            wide = torch.float32 if self.dtype in HALF and not whole else self.dtype
+            shape = self.given[1].shape
+            # The first product writes every row below vocab; only the rows cut off need zeros.
+            self.grad_weight = self.weight.new_empty(shape, dtype=wide)
+            self.grad_weight[self.vocab :].zero_()
+        target, hidden = self.grad_weight[columns], self.hidden[rows]
+        if whole:
+            torch.mm(gradient.t(), hidden, out=target)
+        elif target.dtype == self.dtype:
+            target.addmm_(gradient.t(), hidden, beta=1 if rows.start else 0)
+        else:
+            self._add_in_slabs(target, gradient, hidden, first=rows.start == 0)
+
+    @staticmethod
+    def _add_in_slabs(target: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:
+        step = max(_SLAB_BYTES // (hidden.shape[1] * hidden.element_size()), 1)
+        for start in range(0, target.shape[0], step):
+            product = gradient[:, start : start + step].t() @ hidden
+            slab = target[start : start + step]
+            slab.copy_(product) if first else slab.add_(product)
+
+    def gradients(self) -> list[Tensor]:
+        """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
+        grads = []
+        for tensor, grad, want in zip(
+            self.given, (self.grad_hidden, self.grad_weight, self.grad_bias), self.wants
+        ):
+            if want:
+                grads.append(self._complete(tensor, grad))
+        return grads
+
+    def _complete(self, tensor: Tensor, grad: Optional[Tensor]) -> Tensor:
+        if grad is None or not self.tokens:
+            return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        if tensor is self.given[0] and self.index is not None:
+            full = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            return full.index_copy_(0, self.index, grad.to(self.dtype))
+        if grad.shape != tensor.shape:
+            grad = F.pad(grad, (0, tensor.shape[0] - grad.shape[0]))
+        return grad.to(self.dtype)

@@ -1,0 +1,516 @@
+"""The public losses. Each checks its arguments, describes the loss in numbers, and runs one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .backends import candidates, chosen_backend
+from .backends import row_state as rs
+from .divergences import JSD, Divergence, ForwardKL, NoDivergence, simplified
+from .heads import LinearHead
+from .schedule import DEFAULT_CHUNK_BYTES
+from .spec import LogitMap, Spec
+
+Logits = Union[Tensor, LinearHead]
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Stats(NamedTuple):
+    """Detached scalars, each a mean over the unmasked tokens except the count itself.
+
+    ``soft`` is the divergence (without weight and T^2), ``hard`` the cross entropy, entropies are
+    in nats at the loss's temperature, ``agreement`` is how often the two top-1 tokens are the same.
+    """
+
+    soft: Tensor
+    hard: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    tokens: Tensor
+
+
+class CodistillationLoss(NamedTuple):
+    """Both models' losses; add them (or weigh them) and call backward once."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    tensors: list[Tensor]
+    logit_map: LogitMap
+    leading: torch.Size
+    vocab: int
+
+    @property
+    def is_head(self) -> bool:
+        return len(self.tensors) > 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A checked call: what goes to the operators."""
+
+    student: _Side
+    teacher: Optional[_Side]
+    labels: Optional[Tensor]
+    weights: Tensor
+    scale: Union[Tensor, float]
+    spec: Spec
+    vocab: int
+    chunk_bytes: int
+    reduction: str
+
+    @property
+    def teacher_tensors(self) -> list[Tensor]:
+        return [] if self.teacher is None else [t.detach() for t in self.teacher.tensors]
+
+    @property
+    def per_row(self) -> bool:
+        """Whether token losses meet autograd: asked for, or fp16, whose gradients of a mean would
+        underflow before a GradScaler's factor arrives in the backward."""
+        return self.reduction == "none" or self.student.tensors[0].dtype == torch.float16
+
+
+def _side(role: str, given: Logits) -> _Side:
+    if isinstance(given, LinearHead):
+        tensors, vocab, leading = given.tensors(), given.vocab_size, given.leading_shape
+        logit_map = LogitMap(float(given.logit_scale), float(given.softcap or 0.0))
+    elif isinstance(given, Tensor):
+        if given.dim() < 1:
+            raise ValueError(f"{role} logits need a vocabulary dimension, got a scalar")
+        tensors, vocab, leading, logit_map = [given], given.shape[-1], given.shape[:-1], LogitMap()
+    else:
+        raise TypeError(f"{role} must be a Tensor of logits or a kd.LinearHead, got {type(given)}")
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{role} needs fp64, fp32, bf16 or fp16, got {tensor.dtype}")
+    if vocab == 0:
+        raise ValueError(f"{role} has an empty vocabulary: shape {tuple(tensors[0].shape)}")
+    return _Side(tensors, logit_map, leading, vocab)
+
+
+def _vocab(student: _Side, teacher: Optional[_Side], vocab_size: Optional[int]) -> int:
+    sizes = [student.vocab] + ([] if teacher is None else [teacher.vocab])
+    if vocab_size is not None:
+        if not 0 < vocab_size <= min(sizes):
+            raise ValueError(f"vocab_size={vocab_size} must be in 1..{min(sizes)} (vocabularies {sizes})")
+        return vocab_size
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"student has vocabulary {sizes[0]}, teacher {sizes[1]}; if they share a tokenizer "
+            "and one is padded, pass vocab_size=<the tokenizer's size>"
+        )
+    return sizes[0]
+
+
+def _check_sides(student: _Side, teacher: _Side) -> None:
+    if student.leading != teacher.leading:
+        raise ValueError(
+            f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
+
+
+def _check_labels(labels: Tensor, student: _Side, vocab: int, ignore_index: int) -> Tensor:
+    if labels.shape != student.leading:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, the student's tokens {tuple(student.leading)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device != student.device:
+        raise ValueError(f"labels are on {labels.device}, student on {student.device}")
+    return ops.checked_labels(labels, vocab, ignore_index)
+
+
+def _token_weights(token_weights: Optional[Tensor], student: _Side, dtype: torch.dtype) -> Tensor:
+    if token_weights is None:
+        return torch.ones(student.leading.numel(), dtype=dtype, device=student.device)
+    if token_weights.shape != student.leading:
+        raise ValueError(
+            f"token_weights have shape {tuple(token_weights.shape)}, the student's tokens "
+            f"{tuple(student.leading)}"
+        )
+    if token_weights.device != student.device:
+        raise ValueError(f"token_weights are on {token_weights.device}, student on {student.device}")
+    return token_weights.detach().reshape(-1).to(dtype)
+
+
+def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: Optional[Tensor],
+           leading: torch.Size) -> Union[Tensor, float]:  # fmt: skip
+    """What a token's loss is multiplied by in the reduction."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(_REDUCTIONS)}")
+    if num_items is not None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"num_items divides the sum; it contradicts reduction={reduction!r}")
+        if not isinstance(num_items, Tensor) and not num_items > 0:
+            raise ValueError(f"num_items must be > 0, got {num_items}")
+        return 1.0 / (num_items.double() if isinstance(num_items, Tensor) else num_items)
+    if reduction == "mean":
+        if labels is None:
+            return 1.0 / max(leading.numel(), 1)
+        return 1.0 / (labels >= 0).sum().clamp(min=1).double()
+    if reduction == "batchmean":
+        return 1.0 / max(leading[0] if leading else 1, 1)
+    return 1.0
+
+
+def _check_numbers(spec: Spec, labels: Optional[Tensor], chunk_bytes: int) -> None:
+    if not spec.temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {spec.temperature}")
+    if not chunk_bytes > 0:
+        raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
+    if spec.hard_weight and labels is None:
+        raise ValueError(f"hard_weight={spec.hard_weight} needs labels")
+    if not 0.0 <= spec.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {spec.label_smoothing}")
+    if (spec.label_smoothing or spec.z_loss) and not spec.hard_weight:
+        raise ValueError(
+            f"label_smoothing={spec.label_smoothing} and z_loss={spec.z_loss} belong to the hard "
+            "term, but hard_weight=0"
+        )
+
+
+def _prepare(student: Logits, teacher: Optional[Logits], labels: Optional[Tensor], spec: Spec, *,
+             token_weights: Optional[Tensor], reduction: str,
+             num_items: Union[int, float, Tensor, None], ignore_index: int,
+             vocab_size: Optional[int], chunk_bytes: Optional[int]) -> _Call:  # fmt: skip
+    chunk_bytes = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    _check_numbers(spec, labels, chunk_bytes)
+    s = _side("student", student)
+    t = None if teacher is None else _side("teacher", teacher)
+    vocab = _vocab(s, t, vocab_size)
+    if t is not None:
+        _check_sides(s, t)
+        spec = replace(spec, teacher_map=t.logit_map)
+    spec = replace(spec, student_map=s.logit_map)
+    if labels is not None:
+        labels = _check_labels(labels, s, vocab, ignore_index)
+    dtype = torch.float64 if s.tensors[0].dtype == torch.float64 else torch.float32
+    weights = _token_weights(token_weights, s, dtype)
+    if labels is not None:
+        weights = torch.where(labels >= 0, weights, 0.0)
+    scale = _scale(reduction, num_items, labels, s.leading)
+    return _Call(s, t, labels, weights, scale, spec, vocab, chunk_bytes, reduction)
+
+
+def _wants(tensors: list[Tensor]) -> list[bool]:
+    return [torch.is_grad_enabled() and t.requires_grad for t in tensors]
+
+
+def _only(tensors: list[Tensor], wants: list[bool]) -> list[Tensor]:
+    return [t for t, want in zip(tensors, wants) if want]
+
+
+def _check_inplace(call: _Call) -> None:
+    if call.student.is_head:
+        raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
+    logits = call.student.tensors[0]
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "inplace=True would overwrite a leaf tensor that requires grad; pass the output of the "
+            "lm_head, or inplace=False"
+        )
+
+
+def _run(call: _Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """(loss, per-row results), attached to the student."""
+    wants = _wants(call.student.tensors)
+    if inplace and any(wants):
+        _check_inplace(call)
+    if call.per_row:
+        rows, results = _rows_with_grad(call, wants, inplace)
+        if call.reduction == "none":
+            return rows.reshape(call.student.leading), results
+        return (rows * call.scale).sum().to(rows.dtype), results
+    weights = (call.weights * call.scale).to(call.weights.dtype)
+    results, gradients = _rows(call, weights, wants, inplace)
+    value = ops.row_loss(results, weights.double(), call.spec).sum().to(weights.dtype)
+    if any(wants):
+        value = ops.attach(value, _only(call.student.tensors, wants), gradients)
+    return value, results
+
+
+def _rows(call: _Call, weights: Tensor, wants: list[bool], inplace: bool,
+          teacher_wants: Optional[list[bool]] = None) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Results and wanted gradients, outside autograd."""
+    student, teacher = [t.detach() for t in call.student.tensors], call.teacher_tensors
+    arguments = (teacher, call.labels, weights, call.spec.to_floats(), call.vocab, call.chunk_bytes)
+    if inplace and any(wants):
+        return ops.rows_(student[0], *arguments, chosen_backend()), student
+    wants = wants + (teacher_wants or [False] * len(teacher))
+    results, *gradients = ops.rows(student, *arguments, wants, chosen_backend())
+    return results, gradients
+
+
+def _rows_with_grad(call: _Call, wants: list[bool], inplace: bool) -> tuple[Tensor, Tensor]:
+    if any(wants) and call.student.is_head:
+        all_wants = wants + [False] * len(call.teacher_tensors)
+        return ops.deferred(
+            call.student.tensors, call.teacher_tensors, call.labels, call.weights,
+            call.spec.to_floats(), call.vocab, call.chunk_bytes, all_wants, chosen_backend(),
+        )  # fmt: skip
+    results, gradients = _rows(call, call.weights, wants, inplace)
+    value = ops.row_loss(results, call.weights, call.spec)
+    if any(wants):
+        flat = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        flat_logits = [call.student.tensors[0].reshape(-1, call.student.tensors[0].shape[-1])]
+        value = ops.attach(value, flat_logits, flat)
+    return value, results
+
+
+def _stats(call: _Call, results: Tensor) -> Stats:
+    tokens = torch.tensor(results.shape[0], device=results.device)
+    if call.labels is not None:
+        tokens = (call.labels >= 0).sum()
+    means = (results.sum(0) / tokens.clamp(min=1)).to(call.weights.dtype)
+    return Stats(
+        soft=means[rs.SOFT],
+        hard=means[rs.HARD],
+        student_entropy=means[rs.STUDENT_ENTROPY],
+        teacher_entropy=means[rs.TEACHER_ENTROPY],
+        agreement=means[rs.AGREEMENT],
+        tokens=tokens,
+    )
+
+
+def _soft_spec(divergence: Divergence, temperature: float, temperature_squared: bool,
+               soft_weight: float, *, hard_weight: float, label_smoothing: float = 0.0,
+               z_loss: float = 0.0) -> Spec:  # fmt: skip
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence must be a kd.Divergence such as kd.ForwardKL(), got {divergence!r}")
+    if temperature_squared:
+        soft_weight = soft_weight * temperature * temperature
+    return Spec(simplified(divergence), temperature, soft_weight, hard_weight, label_smoothing, z_loss)
+
+
+def distillation_loss(
+    student: Logits,
+    teacher: Logits,
+    labels: Optional[Tensor] = None,
+    *,
+    divergence: Divergence = ForwardKL(),
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Optional[Tensor] = None,
+    reduction: str = "mean",
+    num_items: Union[int, float, Tensor, None] = None,
+    ignore_index: int = -100,
+    vocab_size: Optional[int] = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+    chunk_bytes: Optional[int] = None,
+) -> Union[Tensor, tuple[Tensor, Stats]]:
+    """soft_weight * D(teacher, student) + hard_weight * CE(labels, student), and its gradient.
+
+    The full ``[tokens, vocab]`` logits of a LinearHead are never held, and logits that are given
+    are read once. The teacher is a constant: no gradient reaches it.
+
+    Args:
+        student: logits ``[..., V]`` (fp64, fp32, bf16, fp16) or a :class:`LinearHead`.
+        teacher: the same, of any dtype and width, with the same leading shape and vocabulary.
+        labels: int64 ``[...]``; tokens at ``ignore_index`` leave both terms. Not shifted here.
+        divergence: one of the classes in :mod:`kdkernels.divergences`.
+        temperature: both distributions of the soft term are taken at logits / temperature.
+        temperature_squared: multiply the soft term (value and gradient) by temperature^2
+            (Hinton et al., 2015).
+        soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels.
+        label_smoothing, z_loss: of the hard term, as in :func:`cross_entropy`.
+        token_weights: ``[...]``, multiplies each token's loss; does not enter the mean's divisor.
+        reduction: "none" (``[...]``), "sum", "mean" (over unmasked tokens) or "batchmean"
+            (F.kl_div's: sum / size(0)). All masked or empty gives 0 with a zero gradient.
+        num_items: divide the sum by this instead: the tokens of a whole accumulated batch.
+        vocab_size: use only the first entries of both vocabularies (padding cut off).
+        inplace: the student's logits are overwritten with their gradient.
+        return_stats: also return :class:`Stats`.
+        chunk_bytes: budget of the logit tiles, default 512 MiB.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 students), or (loss, stats).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or numbers that do not fit; the message names
+            them. RuntimeError from a second backward without ``retain_graph=True``.
+
+    >>> import torch, kdkernels as kd
+    >>> head = kd.LinearHead(torch.randn(4, 8, requires_grad=True), torch.randn(100, 8))
+    >>> kd.distillation_loss(head, torch.randn(4, 100), temperature=2.0).backward()
+    """
+    spec = _soft_spec(divergence, temperature, temperature_squared, soft_weight,
+                      hard_weight=hard_weight, label_smoothing=label_smoothing,
+                      z_loss=z_loss)  # fmt: skip
+    call = _prepare(student, teacher, labels, spec, token_weights=token_weights,
+                    reduction=reduction, num_items=num_items, ignore_index=ignore_index,
+                    vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
+    if chosen_backend() == "reference":
+        loss, results = reference.run(student, teacher, call, divergence)
+    else:
+        loss, results = _run(call, inplace)
+    return (loss, _stats(call, results.detach())) if return_stats else loss
+
+
+def codistillation_loss(
+    student: Logits,
+    teacher: Logits,
+    labels: Tensor,
+    *,
+    divergence: Divergence = ForwardKL(),
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 1.0,
+    token_weights: Optional[Tensor] = None,
+    reduction: str = "mean",
+    num_items: Union[int, float, Tensor, None] = None,
+    ignore_index: int = -100,
+    vocab_size: Optional[int] = None,
+    chunk_bytes: Optional[int] = None,
+) -> CodistillationLoss:
+    """Both models' losses from one pass over each model's logits.
+
+    The teacher's loss is its own cross entropy; the student's is ``soft_weight * D +
+    hard_weight * CE`` against the detached teacher. A teacher's tile is projected once and serves
+    both. Arguments and errors as in :func:`distillation_loss`.
+
+    With ``reduction="none"`` or fp16 models the two losses are taken in two passes.
+
+    >>> import torch, kdkernels as kd
+    >>> s, t = (torch.randn(4, 100, requires_grad=True) for _ in range(2))
+    >>> losses = kd.codistillation_loss(s, t, torch.tensor([1, 2, -100, 3]))
+    >>> (losses.student + losses.teacher).backward()
+    """
+    spec = _soft_spec(divergence, temperature, temperature_squared, soft_weight,
+                      hard_weight=hard_weight)  # fmt: skip
+    shared: dict[str, Any] = dict(token_weights=token_weights, reduction=reduction, num_items=num_items,
+                  ignore_index=ignore_index, vocab_size=vocab_size,
+                  chunk_bytes=chunk_bytes)  # fmt: skip
+    call = _prepare(student, teacher, labels, spec, **shared)
+    if chosen_backend() == "reference":
+        student_loss, _ = reference.run(student, teacher, call, divergence)
+        return CodistillationLoss(student_loss, cross_entropy(teacher, labels, **shared))
+    if call.per_row or call.teacher_tensors[0].dtype == torch.float16:
+        vocab = {**shared, "vocab_size": call.vocab}
+        return CodistillationLoss(_run(call)[0], cross_entropy(teacher, labels, **vocab))
+    call = replace(call, spec=replace(call.spec, teacher_hard_weight=1.0))
+    assert call.teacher is not None
+    own, teachers = call.student.tensors, call.teacher.tensors
+    wants, teacher_wants = _wants(own), _wants(teachers)
+    weights = (call.weights * call.scale).to(call.weights.dtype)
+    results, gradients = _rows(call, weights, wants, False, teacher_wants)
+    wide = weights.double()
+    student_loss = ops.row_loss(results, wide, call.spec).sum().to(weights.dtype)
+    teacher_loss = (results[:, rs.TEACHER_HARD] * wide).sum().to(weights.dtype)
+    split = sum(wants)
+    if split:
+        student_loss = ops.attach(student_loss, _only(own, wants), gradients[:split])
+    if any(teacher_wants):
+        teacher_loss = ops.attach(teacher_loss, _only(teachers, teacher_wants), gradients[split:])
+    return CodistillationLoss(student_loss, teacher_loss)
+
+
+def cross_entropy(
+    student: Logits,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Optional[Tensor] = None,
+    reduction: str = "mean",
+    num_items: Union[int, float, Tensor, None] = None,
+    ignore_index: int = -100,
+    vocab_size: Optional[int] = None,
+    inplace: bool = False,
+    chunk_bytes: Optional[int] = None,
+) -> Tensor:
+    """``F.cross_entropy`` from logits or a :class:`LinearHead`, with ``z_loss * logsumexp^2`` (PaLM).
+
+    ``label_smoothing`` is F.cross_entropy's. Other arguments and errors as in
+    :func:`distillation_loss`.
+
+    >>> import torch, kdkernels as kd
+    >>> logits = torch.randn(3, 10)
+    >>> labels = torch.tensor([1, -100, 2])
+    >>> ours, theirs = kd.cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels)
+    >>> bool(torch.isclose(ours, theirs))
+    True
+    """
+    spec = Spec(NoDivergence(), soft_weight=0.0, hard_weight=1.0,
+                label_smoothing=label_smoothing, z_loss=z_loss)  # fmt: skip
+    call = _prepare(student, None, labels, spec, token_weights=token_weights,
+                    reduction=reduction, num_items=num_items, ignore_index=ignore_index,
+                    vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
+    if chosen_backend() == "reference":
+        return reference.run(student, None, call, NoDivergence())[0]
+    return _run(call, inplace)[0]
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor] = None,
+                         **options) -> Tensor:  # fmt: skip
+    """:func:`cross_entropy` of ``LinearHead(hidden, weight, bias)``; options are cross_entropy's.
+
+    >>> import torch, kdkernels as kd
+    >>> loss = kd.linear_cross_entropy(torch.randn(3, 8), torch.randn(10, 8), torch.tensor([1, 2, 3]))
+    """
+    return cross_entropy(LinearHead(hidden, weight, bias), labels, **options)
+
+
+def kl_div(student: Logits, teacher: Logits, labels: Optional[Tensor] = None, **options):
+    """Forward KL(teacher || student): :func:`distillation_loss` under its common name.
+
+    Takes logits, not log-probabilities. ``reduction="batchmean"`` divides as F.kl_div's does.
+
+    >>> import torch, kdkernels as kd
+    >>> s, t = torch.randn(4, 10), torch.randn(4, 10)
+    >>> theirs = torch.nn.functional.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+    >>> bool(torch.isclose(kd.kl_div(s, t, reduction="batchmean"), theirs, atol=1e-6))
+    True
+    """
+    return distillation_loss(student, teacher, labels, divergence=ForwardKL(), **options)
+
+
+def js_divergence(student: Logits, teacher: Logits, labels: Optional[Tensor] = None, *,
+                  beta: float = 0.5, **options):  # fmt: skip
+    """Generalised Jensen-Shannon divergence :class:`JSD` (beta): options as distillation_loss's.
+
+    >>> import torch, kdkernels as kd
+    >>> loss = kd.js_divergence(torch.randn(4, 10), torch.randn(4, 10), beta=0.5)
+    """
+    return distillation_loss(student, teacher, labels, divergence=JSD(beta), **options)
+
+
+def explain(student: Logits, teacher: Optional[Logits] = None) -> str:
+    """Which backend serves these inputs, and why those before it do not.
+
+    >>> import torch, kdkernels as kd
+    >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
+    'eager: serves this call'
+    """
+    if chosen_backend() == "reference":
+        return "reference: serves this call"
+    sides = [_side("student", student)] + ([] if teacher is None else [_side("teacher", teacher)])
+    dtypes = [side.tensors[0].dtype for side in sides]
+    lines = []
+    for module, reason in candidates(chosen_backend(), sides[0].device, dtypes):
+        lines.append(f"{module.name}: {reason or 'serves this call'}")
+        if reason is None:
+            break
+    return "\n".join(lines)

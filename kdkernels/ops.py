@@ -1,0 +1,349 @@
+"""The operators: one that computes losses and gradients, one in place, and their autograd.
+
+``kdkernels::rows`` (and ``rows_``, which overwrites the student's logits) walks the tiles of a
+schedule and returns per-row results with the gradients that were asked for. Two operators connect
+these to autograd:
+
+* ``attach``: the gradients were made in the forward, already weighted for the reduction. The
+  backward scales them by what arrives, in place when nobody can ask for them again.
+* ``deferred``: only the values were made; the backward walks the tiles with the arriving weights.
+  It serves ``reduction="none"`` from hidden states, where dW depends on every token's weight.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import row_state as rs
+from .backends import serving
+from .heads import HeadRows, LogitRows
+from .schedule import Plan, plan
+from .spec import Spec
+
+_Rows = LogitRows | HeadRows
+
+
+def _strides_flatten(t: Tensor) -> bool:
+    """Whether the leading dimensions of ``t`` fold into one without a copy."""
+    return all(
+        t.shape[i + 1] == 1 or t.shape[i] == 1 or t.stride(i) == t.shape[i + 1] * t.stride(i + 1)
+        for i in range(t.dim() - 2)
+    )
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _rows_of(tensors: list[Tensor], vocab: int, wants: list[bool], grad: Optional[Tensor]) -> _Rows:
+    if len(tensors) > 1:
+        return HeadRows([_flat(tensors[0]), *tensors[1:]], vocab, wants)
+    return LogitRows(_flat(tensors[0]), vocab, None if grad is None else _flat(grad))
+
+
+def _new_gradient(logits: Tensor, vocab: int, backend: str) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.device.type == "cpu":
+        from .backends import native
+
+        native.advise_huge_pages(grad)
+    grad[..., vocab:].zero_()
+    return grad
+
+
+def _walk(student: _Rows, teacher: Optional[_Rows], labels: Optional[Tensor], weights: Tensor,
+          spec: Spec, chunk_bytes: int, preferred: str) -> Tensor:  # fmt: skip
+    """All tiles of the schedule: per-row results, gradients to the two sides."""
+    sides = [side for side in (student, teacher) if side is not None]
+    dtypes = [dtype for side in sides for dtype in side.dtypes]
+    backend = serving(preferred, weights.device, dtypes)
+    cost = sum(side.bytes_per_logit for side in sides) + backend.bytes_per_logit(dtypes)
+    tiles = plan(tokens=student.tokens, vocab=student.vocab, bytes_per_logit=cost,
+                 chunk_bytes=chunk_bytes)  # fmt: skip
+    results = weights.new_zeros(student.tokens, rs.RESULTS, dtype=torch.float64)
+    for rows in tiles.row_chunks():
+        chunk = _Chunk(student, teacher, labels, weights, spec, rows, tiles)
+        run = chunk.fused if tiles.one_tile_per_row else chunk.by_vocabulary
+        results[rows] = run(backend)
+    return results
+
+
+class _Chunk:
+    """One chunk of tokens: either a single tile, or vocabulary chunks folded and walked again."""
+
+    def __init__(self, student: _Rows, teacher: Optional[_Rows], labels: Optional[Tensor],
+                 weights: Tensor, spec: Spec, rows: slice, tiles: Plan) -> None:  # fmt: skip
+        self.student, self.teacher, self.spec, self.rows, self.tiles = student, teacher, spec, rows, tiles
+        self.labels = None if labels is None else labels[rows]
+        self.weights = weights[rows]
+
+    def _tiles(self, columns: slice) -> tuple[Tensor, Optional[Tensor]]:
+        teacher = None if self.teacher is None else self.teacher.tile(self.rows, columns)
+        return self.student.tile(self.rows, columns), teacher
+
+    def _gradient_tiles(self, s: Tensor, t: Optional[Tensor], columns: slice):
+        grad = self.student.gradient_tile(s, self.rows, columns)
+        if self.teacher is None or t is None or not self.spec.teacher_hard_weight:
+            return grad, None
+        return grad, self.teacher.gradient_tile(t, self.rows, columns)
+
+    def _backward(self, grad: Optional[Tensor], teacher_grad: Optional[Tensor], columns: slice) -> None:
+        if grad is not None:
+            self.student.backward(grad, self.rows, columns)
+        if teacher_grad is not None and self.teacher is not None:
+            self.teacher.backward(teacher_grad, self.rows, columns)
+
+    def fused(self, backend) -> Tensor:
+        columns = slice(0, self.tiles.vocab)
+        s, t = self._tiles(columns)
+        grad, teacher_grad = self._gradient_tiles(s, t, columns)
+        results = backend.fused(s, t, self.labels, self.weights, spec=self.spec, grad=grad,
+                                teacher_grad=teacher_grad)  # fmt: skip
+        self._backward(grad, teacher_grad, columns)
+        return results
+
+    def by_vocabulary(self, backend) -> Tensor:
+        spec, vocab = self.spec, self.tiles.vocab
+        state = rs.new_state(self.weights.shape[0], self.weights.device)
+        for columns in self.tiles.column_chunks():
+            s, t = self._tiles(columns)
+            backend.accumulate(s, t, self.labels, offset=columns.start, spec=spec, state=state)
+        if self.teacher is not None and spec.divergence.closed_form is None:
+            for columns in self.tiles.column_chunks():
+                s, t = self._tiles(columns)
+                backend.accumulate_value(s, t, spec=spec, state=state)
+        results = rs.finish(state, spec, self.labels, vocab, self.teacher is not None)
+        if self._wants_gradient():
+            for columns in self.tiles.column_chunks():
+                self._gradient(backend, columns, state)
+        return results
+
+    def _wants_gradient(self) -> bool:
+        sides = [self.student] if self.teacher is None else [self.student, self.teacher]
+        return any(s.grad is not None if isinstance(s, LogitRows) else any(s.wants) for s in sides)
+
+    def _gradient(self, backend, columns: slice, state: Tensor) -> None:
+        s, t = self._tiles(columns)
+        grad, teacher_grad = self._gradient_tiles(s, t, columns)
+        backend.gradient(s, t, self.labels, self.weights, offset=columns.start,
+                         vocab=self.tiles.vocab, spec=self.spec, state=state, grad=grad,
+                         teacher_grad=teacher_grad)  # fmt: skip
+        self._backward(grad, teacher_grad, columns)
+
+
+def _compute(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
+             weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
+             backend: str, inplace: bool) -> list[Tensor]:  # fmt: skip
+    """[results, *student gradients, *teacher gradients] for the inputs that ``wants`` marks."""
+    kind = weights.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else torch.no_grad():
+        return _compute_plain(student, teacher, labels, weights, Spec.from_floats(spec), vocab,
+                              chunk_bytes, wants, backend, inplace)  # fmt: skip
+
+
+def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend,
+                   inplace) -> list[Tensor]:  # fmt: skip
+    student_wants, teacher_wants = wants[: len(student)], wants[len(student) :]
+    grad = teacher_grad = None
+    if len(student) == 1 and student_wants[0]:
+        grad = student[0] if inplace else _new_gradient(student[0], vocab, backend)
+    if len(teacher) == 1 and teacher_wants[0]:
+        teacher_grad = _new_gradient(teacher[0], vocab, backend)
+    results = weights.new_zeros(weights.shape[0], rs.RESULTS, dtype=torch.float64)
+    heads = len(student) > 1 or len(teacher) > 1
+    if labels is not None and heads and bool((labels < 0).any()):
+        kept = (labels >= 0).nonzero()[:, 0]
+    else:
+        kept = None
+    made: list[Tensor] = []
+    if kept is None and not heads:
+        _walk_logits(student[0], teacher[0] if teacher else None, labels, weights, spec, vocab,
+                     chunk_bytes, backend, grad, teacher_grad, results)  # fmt: skip
+        made = [g for g in (grad, teacher_grad) if g is not None]
+    else:
+        s = _rows_of(student, vocab, student_wants, grad)
+        t = _rows_of(teacher, vocab, teacher_wants, teacher_grad) if teacher else None
+        if kept is None:
+            results = _walk(s, t, labels, weights, spec, chunk_bytes, backend)
+        else:
+            for side in (s, t):
+                if side is not None:
+                    side.keep(kept)
+            assert labels is not None
+            results[kept] = _walk(s, t, labels[kept], weights[kept], spec, chunk_bytes, backend)
+        made = s.gradients() + (t.gradients() if t is not None else [])
+        made = [g.view(x.shape) for g, x in zip(made, _wanted(student + teacher, wants))]
+    if inplace and vocab < student[0].shape[-1]:
+        student[0][..., vocab:].zero_()
+    return [results] + ([] if inplace else made)
+
+
+def _wanted(tensors: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
+    return [t for t, want in zip(tensors, wants) if want]
+
+
+def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad,
+                 teacher_grad, results) -> None:  # fmt: skip
+    """Logits on both sides. What does not fold into ``[N, V]`` as a view is walked in parts, so
+    that a shifted ``logits[:, :-1]`` costs no copy."""
+    tensors = [t for t in (student, teacher, grad, teacher_grad) if t is not None]
+    if student.dim() > 2 and not all(_strides_flatten(t) for t in tensors):
+        per = weights.shape[0] // student.shape[0]
+        for i in range(student.shape[0]):
+            part = slice(i * per, (i + 1) * per)
+            _walk_logits(student[i], None if teacher is None else teacher[i],
+                         None if labels is None else labels[part], weights[part], spec, vocab,
+                         chunk_bytes, backend, None if grad is None else grad[i],
+                         None if teacher_grad is None else teacher_grad[i], results[part])  # fmt: skip
+        return
+    s = LogitRows(_flat(student), vocab, None if grad is None else _flat(grad))
+    t = teacher
+    if teacher is not None:
+        t = LogitRows(_flat(teacher), vocab, None if teacher_grad is None else _flat(teacher_grad))
+    results.copy_(_walk(s, t, labels, weights, spec, chunk_bytes, backend))
+
+
+@torch.library.custom_op("kdkernels::rows", mutates_args=())
+def rows(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
+         spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
+         backend: str) -> list[Tensor]:  # fmt: skip
+    return _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend, False)
+
+
+@rows.register_fake
+def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend):
+    results = weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
+    return [results] + [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in _wanted(student + teacher, wants)
+    ]
+
+
+@torch.library.custom_op("kdkernels::rows_", mutates_args=("student",))
+def rows_(student: Tensor, teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
+          spec: list[float], vocab: int, chunk_bytes: int, backend: str) -> Tensor:  # fmt: skip
+    wants = [True] + [False] * len(teacher)
+    return _compute([student], teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend, True)[0]
+
+
+@rows_.register_fake
+def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, backend):
+    return weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "kdkernels' gradient is made in the forward and cannot be differentiated again "
+            "(create_graph=True); kd.use_backend('reference') can"
+        )
+
+
+def _scaled(grad: Tensor, factor: Tensor, reuse: bool) -> Tensor:
+    """grad * factor, factor 0-dim or one per row of ``grad``; in ``grad``'s memory if ``reuse``."""
+    if factor.dim() == 0 and factor.device.type == "cpu" and reuse and factor.item() == 1.0:
+        return grad
+    if factor.dim():
+        factor = factor.unsqueeze(-1)
+    return grad.mul_(factor) if reuse else (grad * factor).to(grad.dtype)
+
+
+@torch.library.custom_op("kdkernels::attach", mutates_args=())
+def attach(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """``value``, with ``gradients`` as its derivative for ``inputs``."""
+    return value.clone()
+
+
+@attach.register_fake
+def _(value, inputs, gradients):
+    return torch.empty_like(value)
+
+
+def _attach_setup(ctx, inputs, output) -> None:
+    ctx.gradients, ctx.inputs = list(inputs[2]), len(inputs[1])
+
+
+def _attach_backward(ctx, arriving):
+    _refuse_double_backward()
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "this loss was already differentiated and its gradient handed over; "
+            "pass retain_graph=True to the first backward"
+        )
+    gradients, tracing = ctx.gradients, torch.compiler.is_compiling()
+    if not tracing and not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
+    reuse = ctx.gradients is None
+    return None, [_scaled(g, arriving, reuse) for g in gradients], [None] * len(gradients)
+
+
+attach.register_autograd(_attach_backward, setup_context=_attach_setup)
+
+
+@torch.library.custom_op("kdkernels::deferred", mutates_args=())
+def deferred(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
+             weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
+             backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(per-row loss times weights, results): the student's gradient is made in the backward."""
+    none = [False] * len(wants)
+    results = _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, none, backend, False)[0]
+    return row_loss(results, weights, Spec.from_floats(spec)), results
+
+
+@deferred.register_fake
+def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend):
+    results = weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
+    return torch.empty_like(weights), results
+
+
+def row_loss(results: Tensor, weights: Tensor, spec: Spec) -> Tensor:
+    """weights * (soft + hard) per row in the dtype of ``weights``; 0 where the weight is 0."""
+    total = spec.soft_weight * results[:, rs.SOFT]
+    if spec.hard_weight:
+        total = total + spec.hard_weight * results[:, rs.HARD]
+    return torch.where(weights != 0, total * weights, 0.0).to(weights.dtype)
+
+
+def _deferred_setup(ctx, inputs, output) -> None:
+    student, teacher, labels, weights, *ctx.rest = inputs
+    ctx.sizes = len(student), len(teacher)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(labels, weights, *student, *teacher)
+
+
+def _deferred_backward(ctx, arriving, _):
+    _refuse_double_backward()
+    labels, weights, *tensors = ctx.saved_tensors
+    n, m = ctx.sizes
+    wants = ctx.rest[3]
+    made = iter(rows(tensors[:n], tensors[n:], labels, weights * arriving, *ctx.rest)[1:])
+    grads = [next(made) if want else None for want in wants]
+    return (grads[:n], [None] * m) + (None,) * 7
+
+
+deferred.register_autograd(_deferred_backward, setup_context=_deferred_setup)
+
+
+@torch.library.custom_op("kdkernels::checked_labels", mutates_args=())
+def checked_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """Labels with -1 for every ignored token. On the CPU a label out of range is a ValueError; on
+    an accelerator it is a device-side assertion, because looking would stop the stream."""
+    flat = labels.reshape(-1)
+    ignored = flat == ignore_index
+    good = ignored | ((flat >= 0) & (flat < vocab))
+    if labels.device.type != "cpu":
+        torch._assert_async(good.all())
+    elif not bool(good.all()):
+        bad = flat[~good][0].item()
+        raise ValueError(
+            f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {bad}"
+        )
+    return torch.where(ignored, -1, flat)
+
+
+@checked_labels.register_fake
+def _(labels, vocab, ignore_index):
+    return labels.new_empty(labels.numel())

@@ -1,0 +1,65 @@
+"""How tokens and vocabulary are cut so that the logit tiles fit a memory budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator
+
+#: One default for everything: what all logit tiles of a call may take together, in bytes.
+DEFAULT_CHUNK_BYTES = 512 * 2**20
+#: Below this many rows a GEMM loses its rate, and cutting the vocabulary is the better cut.
+MIN_ROWS = 32
+#: The narrowest vocabulary chunk that is worth a GEMM of its own.
+MIN_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of ``rows`` tokens by ``columns`` vocabulary entries; columns == vocab: no recompute."""
+
+    tokens: int
+    vocab: int
+    rows: int
+    columns: int
+
+    @property
+    def one_tile_per_row(self) -> bool:
+        return self.columns >= self.vocab
+
+    def row_chunks(self) -> Iterator[slice]:
+        return _chunks(self.tokens, self.rows)
+
+    def column_chunks(self) -> Iterator[slice]:
+        return _chunks(self.vocab, self.columns)
+
+
+def _chunks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _balanced(total: int, most: int) -> int:
+    """The chunk of at most ``most`` that cuts ``total`` into equal parts: no narrow last chunk."""
+    parts = -(-total // max(most, 1))
+    return -(-total // max(parts, 1)) if total else 1
+
+
+def plan(*, tokens: int, vocab: int, bytes_per_logit: int, chunk_bytes: int) -> Plan:
+    """The tiles for ``[tokens, vocab]`` logits that cost ``bytes_per_logit`` each.
+
+    Token chunks where at least MIN_ROWS rows (or all of them) fit, vocabulary chunks otherwise.
+    ``bytes_per_logit=0`` means that tiles are views and cost nothing: one tile.
+
+    >>> plan(tokens=512, vocab=32768, bytes_per_logit=8, chunk_bytes=2**26)
+    Plan(tokens=512, vocab=32768, rows=256, columns=32768)
+    >>> plan(tokens=512, vocab=32768, bytes_per_logit=8, chunk_bytes=2**20)
+    Plan(tokens=512, vocab=32768, rows=512, columns=256)
+    """
+    if bytes_per_logit == 0 or tokens == 0:
+        return Plan(tokens, vocab, max(tokens, 1), vocab)
+    logits = max(chunk_bytes // bytes_per_logit, 1)
+    rows = logits // vocab
+    if rows >= min(tokens, MIN_ROWS):
+        return Plan(tokens, vocab, _balanced(tokens, rows), vocab)
+    columns = max(logits // tokens, min(MIN_COLUMNS, vocab, logits))
+    rows = max(logits // columns, 1)
+    return Plan(tokens, vocab, _balanced(tokens, rows), _balanced(vocab, columns))
