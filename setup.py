@@ -60,7 +60,8 @@ def extension():
         "kdkernels._C",
         sources,
         include_dirs=["csrc"],
-        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-Wno-psabi",
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-Wno-uninitialized",
+                            "-Wno-maybe-uninitialized",
                             "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"],  # fmt: skip
         py_limited_api=True,
         optional=True,

@@ -1,0 +1,40 @@
+// What the row loops are given: plain pointers and numbers, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../spec.h"
+
+namespace kd {
+
+enum DType { kFloat, kBFloat16, kHalf };
+
+// `[rows, width]`, a row's entries side by side, rows `stride` entries apart; data null if absent.
+struct Matrix {
+  char* data = nullptr;
+  DType dtype = kFloat;
+  int64_t stride = 0;
+
+  char* row(int64_t i) const { return data + i * stride * (dtype == kFloat ? 4 : 2); }
+};
+
+struct Job {
+  Matrix student, teacher, grad, teacher_grad;
+  const int64_t* labels = nullptr;   // [rows], -1: the token is masked
+  const double* weights = nullptr;   // [rows], multiply the gradient
+  double* results = nullptr;         // [rows, 6], zeroed
+  double* state = nullptr;           // [rows, kStateColumns]
+  int64_t width = 0;                 // columns of this chunk
+  int64_t vocab = 0, offset = 0;     // of the whole row, and where the chunk begins in it
+  Spec spec{};
+};
+
+// One set per instruction set. Each handles the rows [begin, end) on one thread.
+struct RowLoops {
+  void (*fused)(const Job&, int64_t begin, int64_t end);
+  void (*accumulate)(const Job&, int64_t begin, int64_t end);
+  void (*accumulate_value)(const Job&, int64_t begin, int64_t end);
+  void (*gradient)(const Job&, int64_t begin, int64_t end);
+};
+
+}  // namespace kd

@@ -1,0 +1,492 @@
+// The row loops of the CPU backend, compiled once per instruction set (rows_*.cpp).
+//
+// Contract: a row is worked on by one thread, block by block (kBlock entries, in L1), so results do
+// not depend on the number of threads. The gradient may alias the logits that it belongs to: a block
+// is written only after the last read of it.
+//
+// Traffic: each logit comes from memory once. The fold reads a block, finds its maximum, and keeps
+// exp(s - m), exp(t - m) in scratch (two rows of fp32, which stay in L2); the emit turns them into
+// the gradient without another exponential. Divergences without a closed form pass over the blocks
+// in between, while the row is still in cache.
+//
+// Numerics: a block's exponentials are relative to the running maximum at that block; its
+// coefficients exp(m_block - lse) are computed in fp64, once per block. The gradient is formed as
+// (e * alpha - a * beta) * gamma with alpha or beta exactly 1, so p == q gives an exact zero.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../divergence.h"
+#include "../row_state.h"
+#include "convert.h"
+#include "job.h"
+
+namespace kd {
+namespace KD_ISA {
+
+constexpr int kBlock = 2048;
+
+inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
+
+// Rows of one side as fp32 logits: raw -> cap * tanh(scale * raw / cap), times factor.
+struct Source {
+  const char* row = nullptr;
+  DType dtype = kFloat;
+  float scale = 1, cap = 0, factor = 1;
+
+  bool plain() const { return dtype == kFloat && scale == 1 && cap == 0 && factor == 1; }
+
+  // n entries from `start`, padded with -inf to whole vectors; in place where nothing is to do.
+  const float* block(int64_t start, int n, float* buffer) const {
+    if (plain() && n % kLanes == 0) return (const float*)row + start;
+    load_floats(row, dtype, start, n, buffer);
+    const int end = padded(n);
+    for (int i = n; i < end; ++i) buffer[i] = -kInf;
+    if (cap != 0) {
+      for (int i = 0; i < end; i += kLanes)
+        store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * (cap * factor));
+    } else if (scale * factor != 1) {
+      for (int i = 0; i < end; i += kLanes) store(buffer + i, load(buffer + i) * (scale * factor));
+    }
+    for (int i = n; i < end; ++i) buffer[i] = -kInf;
+    return buffer;
+  }
+};
+
+inline Source source(const Matrix& m, int64_t i, double scale, double cap, double factor) {
+  return {m.row(i), m.dtype, (float)scale, (float)cap, (float)factor};
+}
+
+// A thread's working memory: e and a for a whole row, what each block is relative to, L1 buffers.
+class Scratch {
+ public:
+  explicit Scratch(int64_t width)
+      : row_((size_t)padded(width) + kBlock), memory_(allocate(3 * row_ + 3 * kBlock)),
+        m_s((width + kBlock - 1) / kBlock), m_t(m_s.size()) {}
+
+  float* e() { return memory_.get(); }        // exp(s - m)
+  float* a() { return e() + row_; }           // what the divergence needs beside e
+  float* e1() { return a() + row_; }          // exp at temperature 1
+  float* s_block() { return e1() + row_; }
+  float* t_block() { return s_block() + kBlock; }
+  float* g_block() { return t_block() + kBlock; }
+
+ private:
+  static float* allocate(size_t floats) {
+    void* p = std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+    if (p == nullptr) throw std::bad_alloc();
+    return (float*)p;
+  }
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  size_t row_;
+  std::unique_ptr<float[], Free> memory_;
+
+ public:
+  std::vector<double> m_s, m_t;
+};
+
+// One row of both sides, and the passes over it.
+template <int kKind>
+class Row {
+  static constexpr bool kTeacher = kKind != kNone;
+  static constexpr bool kClosed = kKind == kForwardKL || kKind == kReverseKL || kKind == kNone;
+
+ public:
+  Row(const Job& job, const Spec& spec, Source s, Source t, Scratch& scratch, int64_t label)
+      : job_(job), spec_(spec), s_(s), t_(t), scratch_(scratch), label_(label),
+        tempered_hard_(label >= 0 && spec.hard_weight != 0 && spec.temperature != 1) {}
+
+  // First pass: fold the chunk into `r`. kKeep fills the scratch for the passes that follow.
+  template <bool kKeep>
+  void fold(RowState& r) {
+    for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
+      const int n = (int)std::min<int64_t>(kBlock, job_.width - start);
+      const float* s = s_.block(start, n, scratch_.s_block());
+      const float* t = kTeacher ? t_.block(start, n, scratch_.t_block()) : nullptr;
+      raise_maxima(r, s, t, start, n);
+      scratch_.m_s[b] = r.m_s;
+      scratch_.m_t[b] = r.m_t;
+      sums<kKeep>(r, s, t, start, padded(n));
+      if (tempered_hard_) tempered_sums(r, s, start, padded(n));
+      if (label_ >= 0 && spec_.hard_weight != 0) label_sums(r, s, start, n);
+    }
+    if (spec_.temperature == 1) r.z1_s = r.z_s;
+  }
+
+  // Second pass, for divergences without a closed form: value, slope, and a = q_psi.
+  template <class Divergence>
+  void value(RowState& r) {
+    const Divergence divergence(spec_);
+    const double lse_s = r.lse_s(), lse_t = r.lse_t();
+    const float gap = (float)(lse_s - lse_t), lse = (float)lse_s;
+    for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
+      const int n = (int)std::min<int64_t>(kBlock, job_.width - start), end = padded(n);
+      const float* s = s_.block(start, n, scratch_.s_block());
+      const float* t = t_.block(start, n, scratch_.t_block());
+      const float c_s = (float)std::exp(scratch_.m_s[b] - lse_s);
+      const float c_t = (float)std::exp(scratch_.m_t[b] - lse_t);
+      float *e = scratch_.e() + start, *a = scratch_.a() + start;
+      Vec phi{}, slope{};
+      for (int i = 0; i < end; i += kLanes) {
+        const Vec sv = load(s + i);
+        const Terms terms = divergence(load(a + i) * c_t, load(e + i) * c_s,
+                                       (load(t + i) - sv) + gap, sv - lse);
+        phi += terms.phi;
+        slope += terms.q_psi;
+        store(a + i, terms.q_psi);
+      }
+      r.value += sum(phi);
+      r.slope += sum(slope);
+    }
+  }
+
+  // Last pass: weight * d(loss)/d(raw logits) of the chunk, from finished state and the scratch.
+  void emit(const RowState& r, double weight, const Matrix& grad, int64_t i) {
+    if (weight == 0) return zero(grad, i);
+    const double hard = label_ >= 0 ? weight * spec_.hard_weight : 0;
+    const double lse1 = hard != 0 ? r.lse1_s(spec_.temperature) : 0;
+    const double pull = hard * (1 + 2 * spec_.z_loss * lse1);
+    const bool through_map = s_.cap != 0 || s_.scale != 1;
+    for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
+      const int n = (int)std::min<int64_t>(kBlock, job_.width - start);
+      const bool direct = grad.dtype == kFloat && n % kLanes == 0 && !through_map;
+      float* g = direct ? (float*)grad.row(i) + start : scratch_.g_block();
+      combine(coefficients(r, b, weight, hard, pull, lse1), start, padded(n), g);
+      const int64_t at = label_ - job_.offset - start;
+      if (hard != 0 && at >= 0 && at < n) g[at] -= (float)(hard * (1 - spec_.label_smoothing));
+      if (through_map) backward_map(start, n, g);
+      if (!direct) store_floats(g, n, grad.row(i), grad.dtype, start);
+    }
+  }
+
+  void zero(const Matrix& grad, int64_t i) const {
+    std::memset(grad.row(i), 0, job_.width * (grad.dtype == kFloat ? 4 : 2));
+  }
+
+ private:
+  struct Coefficients {
+    float alpha = 0, beta = 0, gamma = 0;  // soft: (e alpha - a beta) gamma
+    float eta = 0, eta1 = 0, constant = 0;  // hard: e eta + e1 eta1 + constant
+  };
+
+  void raise_maxima(RowState& r, const float* s, const float* t, int64_t start, int n) {
+    const double best_s = block_max(s, padded(n));
+    const double best_t = kTeacher ? block_max(t, padded(n)) : kNothing;
+    raise(r, std::max(r.m_s, best_s), std::max(r.m_t, best_t), spec_.temperature);
+    if (best_s > r.top_s) {
+      r.top_s = best_s;
+      r.arg_s = (double)(job_.offset + start + first_at(s, n, best_s));
+    }
+    if (kTeacher && best_t > r.top_t) {
+      r.top_t = best_t;
+      r.arg_t = (double)(job_.offset + start + first_at(t, n, best_t));
+    }
+  }
+
+  static double block_max(const float* x, int end) {
+    Vec m0 = splat(-kInf), m1 = m0, m2 = m0, m3 = m0;
+    int i = 0;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      m0 = vmax(m0, load(x + i));
+      m1 = vmax(m1, load(x + i + kLanes));
+      m2 = vmax(m2, load(x + i + 2 * kLanes));
+      m3 = vmax(m3, load(x + i + 3 * kLanes));
+    }
+    for (; i < end; i += kLanes) m0 = vmax(m0, load(x + i));
+    return max_lane(vmax(vmax(m0, m1), vmax(m2, m3)));
+  }
+
+  static int first_at(const float* x, int n, double value) {
+    return (int)(std::find(x, x + n, (float)value) - x);
+  }
+
+  template <bool kKeep>
+  void sums(RowState& r, const float* s, const float* t, int64_t start, int end) {
+    const float m_s = (float)r.m_s, m_t = (float)r.m_t;
+    float *keep_e = scratch_.e() + start, *keep_a = scratch_.a() + start;
+    Vec z_s{}, z_t{}, x_s{}, x_t{}, h_s{}, h_t{};
+    for (int i = 0; i < end; i += kLanes) {
+      const Vec sv = load(s + i) - m_s;
+      const Vec e = vexp(sv);
+      const auto some = e > 0.0f;
+      z_s += e;
+      h_s = select(some, h_s + e * sv, h_s);
+      if (kKeep) store(keep_e + i, e);
+      if constexpr (kTeacher) {
+        const Vec tv = load(t + i) - m_t;
+        const Vec et = vexp(tv);
+        const auto some_t = et > 0.0f;
+        const Vec x = tv - sv;
+        z_t += et;
+        h_t = select(some_t, h_t + et * tv, h_t);
+        if constexpr (kKind == kForwardKL) x_t = select(some_t, x_t + et * x, x_t);
+        if constexpr (kKind == kReverseKL) {
+          const Vec ex = select(some, e * x, Vec{});
+          x_s += ex;
+          if (kKeep) store(keep_a + i, ex);
+        } else {
+          if (kKeep) store(keep_a + i, et);
+        }
+      }
+    }
+    r.z_s += sum(z_s);
+    r.e_s += sum(h_s);
+    r.z_t += sum(z_t);
+    r.e_t += sum(h_t);
+    r.x_s += sum(x_s);
+    r.x_t += sum(x_t);
+  }
+
+  // The student's second normaliser, at temperature 1: the block holds logits / temperature.
+  void tempered_sums(RowState& r, const float* s, int64_t start, int end) {
+    const float m = (float)r.m_s, temperature = (float)spec_.temperature;
+    float* keep = scratch_.e1() + start;
+    Vec z{};
+    for (int i = 0; i < end; i += kLanes) {
+      const Vec e = vexp((load(s + i) - m) * temperature);
+      store(keep + i, e);
+      z += e;
+    }
+    r.z1_s += sum(z);
+  }
+
+  void label_sums(RowState& r, const float* s, int64_t start, int n) {
+    const int64_t at = label_ - job_.offset - start;
+    if (at >= 0 && at < n) r.label_s = s[at] * spec_.temperature;
+    if (spec_.label_smoothing == 0) return;
+    double total = 0;
+    for (int i = 0; i < n; ++i) total += s[i];
+    r.sum_s += total * spec_.temperature;
+  }
+
+  Coefficients coefficients(const RowState& r, int64_t b, double weight, double hard, double pull,
+                            double lse1) const {
+    Coefficients c;
+    const double log_s = scratch_.m_s[b] - r.lse_s(), c_s = std::exp(log_s);
+    const double soft = weight * spec_.soft_weight / spec_.temperature;
+    if constexpr (kKind == kForwardKL) {
+      const double log_t = scratch_.m_t[b] - r.lse_t(), most = std::max(log_s, log_t);
+      c.alpha = (float)std::exp(log_s - most);
+      c.beta = (float)std::exp(log_t - most);
+      c.gamma = (float)(soft * std::exp(most));
+    } else if constexpr (kKind == kReverseKL) {
+      const double shift = (scratch_.m_t[b] - r.lse_t()) - log_s;
+      c.alpha = (float)-(shift + divergence_value(r, kKind));
+      c.beta = 1;
+      c.gamma = (float)(soft * c_s);
+    } else if constexpr (kTeacher) {
+      c.alpha = (float)(r.slope * c_s);
+      c.beta = 1;
+      c.gamma = (float)-soft;
+    }
+    if (hard == 0) return c;
+    if (tempered_hard_) {
+      c.eta1 = (float)(pull * std::exp(scratch_.m_s[b] * spec_.temperature - lse1));
+    } else {
+      c.eta = (float)(pull * c_s);
+    }
+    c.constant = (float)(-hard * spec_.label_smoothing / (double)job_.vocab);
+    return c;
+  }
+
+  void combine(const Coefficients& c, int64_t start, int end, float* g) {
+    const float *e = scratch_.e() + start, *a = scratch_.a() + start, *e1 = scratch_.e1() + start;
+    const bool hard = c.eta != 0 || c.constant != 0;
+    for (int i = 0; i < end; i += kLanes) {
+      const Vec ev = load(e + i);
+      Vec v{};
+      if constexpr (kTeacher) v = (ev * c.alpha - load(a + i) * c.beta) * c.gamma;
+      if (hard) v = v + (ev * c.eta + c.constant);
+      if (tempered_hard_) v = v + load(e1 + i) * c.eta1;
+      store(g + i, v);
+    }
+  }
+
+  // d raw: times scale * (1 - (y / cap)^2), from the logits before the temperature.
+  void backward_map(int64_t start, int n, float* g) {
+    Source raw = s_;
+    raw.factor = 1;
+    const float* y = raw.block(start, n, scratch_.s_block());
+    const float per_cap = s_.cap != 0 ? 1 / s_.cap : 0;
+    for (int i = 0; i < padded(n); i += kLanes) {
+      const Vec u = load(y + i) * per_cap;
+      const Vec slope = s_.cap != 0 ? 1.0f - u * u : splat(1.0f);
+      store(g + i, load(g + i) * slope * s_.scale);
+    }
+  }
+
+  const Job& job_;
+  const Spec& spec_;
+  Source s_, t_;
+  Scratch& scratch_;
+  int64_t label_;
+  bool tempered_hard_;
+};
+
+// Calls f with the divergence's functor type and kind; closed forms get the type void.
+template <class F>
+void with_kind(const Spec& spec, bool teacher, F&& f) {
+  switch (teacher ? (int)spec.kind : kNone) {
+    case kForwardKL: return f.template operator()<kForwardKL, void>();
+    case kReverseKL: return f.template operator()<kReverseKL, void>();
+    case kJSD: return f.template operator()<kJSD, JSD>();
+    case kSkewKL: return f.template operator()<kSkewKL, SkewKL>();
+    case kSkewReverseKL:
+      if (spec.second != 0) return f.template operator()<kSkewReverseKL, SkewReverseKL<true>>();
+      return f.template operator()<kSkewReverseKL, SkewReverseKL<false>>();
+    case kTotalVariation: return f.template operator()<kTotalVariation, TotalVariation>();
+    case kAlphaBeta: return f.template operator()<kAlphaBeta, AlphaBeta>();
+    case kMixed: return f.template operator()<kMixed, Mixed>();
+    default: return f.template operator()<kNone, void>();
+  }
+}
+
+// Everything that a range of rows shares. Subnormals are flushed meanwhile: exponentials below
+// 1e-38 do not count, and each would cost a hundred cycles.
+class Range {
+ public:
+  Range(const Job& job) : job(job), scratch(job.width) {
+#if defined(__SSE2__)
+    before_ = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(before_ | 0x8040);
+#endif
+  }
+  ~Range() {
+#if defined(__SSE2__)
+    __builtin_ia32_ldmxcsr(before_);
+#endif
+  }
+
+  int64_t label(int64_t i) const { return job.labels == nullptr ? -1 : job.labels[i]; }
+  bool masked(int64_t i) const { return job.labels != nullptr && job.labels[i] < 0; }
+  RowState& state(int64_t i) const { return *(RowState*)(job.state + i * kStateColumns); }
+
+  template <int kKind>
+  Row<kKind> row(int64_t i) {
+    const Spec& s = job.spec;
+    const double factor = 1 / s.temperature;
+    Source teacher;
+    if (kKind != kNone) teacher = source(job.teacher, i, s.teacher_scale, s.teacher_softcap, factor);
+    const Source student = source(job.student, i, s.student_scale, s.student_softcap, factor);
+    return {job, s, student, teacher, scratch, label(i)};
+  }
+
+  // The teacher's own cross entropy (co-distillation): its row as a student without a teacher.
+  static Spec teacher_spec(const Spec& s) {
+    Spec own{};
+    own.temperature = 1;
+    own.hard_weight = s.teacher_hard_weight;
+    return own;
+  }
+  Row<kNone> teacher_row(int64_t i, const Spec& own) {
+    const Spec& s = job.spec;
+    return {job, own, source(job.teacher, i, s.teacher_scale, s.teacher_softcap, 1), Source{},
+            scratch, label(i)};
+  }
+
+  const Job& job;
+  Scratch scratch;
+
+ private:
+  unsigned before_ = 0;
+};
+
+inline void fused(const Job& job, int64_t begin, int64_t end) {
+  Range range(job);
+  const Spec own = Range::teacher_spec(job.spec);
+  for (int64_t i = begin; i < end; ++i) {
+    with_kind(job.spec, job.teacher.data != nullptr, [&]<int kKind, class Divergence>() {
+      auto row = range.template row<kKind>(i);
+      if (range.masked(i)) {
+        if (job.grad.data) row.zero(job.grad, i);
+        if (job.teacher_grad.data) row.zero(job.teacher_grad, i);
+        return;
+      }
+      RowState r = empty_state();
+      constexpr bool kSecond = !std::is_void_v<Divergence>;
+      if (kSecond || job.grad.data) row.template fold<true>(r);
+      else row.template fold<false>(r);
+      if constexpr (kSecond) row.template value<Divergence>(r);
+      double* results = job.results + i * 6;
+      finish(r, job.spec, kKind != kNone, job.labels != nullptr, job.vocab, results);
+      if (job.grad.data) row.emit(r, job.weights[i], job.grad, i);
+      if (job.spec.teacher_hard_weight == 0) return;
+      auto teacher = range.teacher_row(i, own);
+      RowState t = empty_state();
+      teacher.template fold<true>(t);
+      results[5] = t.lse_s() - t.label_s;
+      if (job.teacher_grad.data) teacher.emit(t, job.weights[i], job.teacher_grad, i);
+    });
+  }
+}
+
+inline void accumulate(const Job& job, int64_t begin, int64_t end) {
+  Range range(job);
+  const Spec own = Range::teacher_spec(job.spec);
+  for (int64_t i = begin; i < end; ++i) {
+    if (range.masked(i)) continue;
+    RowState& r = range.state(i);
+    with_kind(job.spec, job.teacher.data != nullptr, [&]<int kKind, class Divergence>() {
+      range.template row<kKind>(i).template fold<false>(r);
+    });
+    if (job.spec.teacher_hard_weight == 0) continue;
+    RowState t = empty_state();
+    range.teacher_row(i, own).template fold<false>(t);
+    r.z1_t += t.z_s * std::exp(t.m_s - r.m_t * job.spec.temperature);
+    const int64_t at = range.label(i) - job.offset;
+    if (at >= 0 && at < job.width) r.label_t = t.label_s;
+  }
+}
+
+inline void accumulate_value(const Job& job, int64_t begin, int64_t end) {
+  Range range(job);
+  for (int64_t i = begin; i < end; ++i) {
+    with_kind(job.spec, true, [&]<int kKind, class Divergence>() {
+      if constexpr (!std::is_void_v<Divergence>) {
+        auto row = range.template row<kKind>(i);
+        RowState chunk = empty_state();
+        row.template fold<true>(chunk);
+        row.template value<Divergence>(range.state(i));
+      }
+    });
+  }
+}
+
+inline void gradient(const Job& job, int64_t begin, int64_t end) {
+  Range range(job);
+  const Spec own = Range::teacher_spec(job.spec);
+  for (int64_t i = begin; i < end; ++i) {
+    const double weight = range.masked(i) ? 0 : job.weights[i];
+    const RowState& r = range.state(i);
+    with_kind(job.spec, job.teacher.data != nullptr, [&]<int kKind, class Divergence>() {
+      if (!job.grad.data) return;
+      auto row = range.template row<kKind>(i);
+      if (weight == 0) return row.zero(job.grad, i);
+      RowState chunk = empty_state();
+      row.template fold<true>(chunk);
+      if constexpr (!std::is_void_v<Divergence>) {
+        RowState again = r;
+        row.template value<Divergence>(again);
+      }
+      row.emit(r, weight, job.grad, i);
+    });
+    if (!job.teacher_grad.data) continue;
+    auto teacher = range.teacher_row(i, own);
+    RowState chunk = empty_state(), t = empty_state();
+    teacher.template fold<true>(chunk);
+    t.m_s = r.m_t * job.spec.temperature;
+    t.z_s = t.z1_s = r.z1_t;
+    teacher.emit(t, weight, job.teacher_grad, i);
+  }
+}
+
+constexpr RowLoops kRowLoops = {fused, accumulate, accumulate_value, gradient};
+
+}  // namespace KD_ISA
+}  // namespace kd

@@ -1,0 +1,129 @@
+// What each divergence is, once for host and device: the pointwise phi and q_psi = q dphi/dq.
+//
+// A functor sees p and q, x = log(p / q) and log q, over Vec (vec.h), and returns both at once since
+// they share their logarithms. As in kdkernels/divergences.py, q_psi is defined up to c * q and
+// chosen to be exactly 0 at x = 0. x may be +-inf (one side is padding) and is NaN where both are.
+#pragma once
+
+#include "spec.h"
+#include "vec.h"
+
+namespace kd {
+namespace KD_ISA {
+
+struct Terms {
+  Vec phi, q_psi;
+};
+
+// weight * v with 0 * inf = 0 * NaN = 0.
+KD_HD Vec times(Vec weight, Vec v) { return select(weight > 0.0f, weight * v, weight - weight); }
+
+// Beyond +-80 the smaller of p and q no longer counts in a mixture; NaN (padding on both sides) -> 0.
+KD_HD Vec mixture_ratio(Vec p, Vec q, Vec x) {
+  const Vec zero = splat(0.0f);
+  return select((p > 0.0f) | (q > 0.0f), vmax(vmin(x, splat(80.0f)), splat(-80.0f)), zero);
+}
+
+// e^x - 1 from p / q where that is exact at p == q and well scaled, else from x.
+KD_HD Vec ratio_minus_one(Vec x) {
+  const Vec far = vexp(x) - 1.0f;
+  const Vec near = x * (1.0f + x * (0.5f + x * (1.0f / 6 + x * (1.0f / 24))));
+  return select(vabs(x) < 0.03f, near, far);
+}
+
+struct JSD {
+  float beta;
+  KD_HD explicit JSD(const Spec& s) : beta((float)s.first) {}
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec) const {
+    const Vec x = mixture_ratio(p, q, raw_x);
+    const Vec log_m_over_q = vlog1p(beta * ratio_minus_one(x));
+    const Vec q_psi = q * log_m_over_q * (beta - 1.0f);
+    return {beta * p * (x - log_m_over_q) + q_psi, q_psi};
+  }
+};
+
+struct SkewKL {
+  float keep;  // 1 - alpha
+  KD_HD explicit SkewKL(const Spec& s) : keep((float)(1.0 - s.first)) {}
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec) const {
+    const Vec x = mixture_ratio(p, q, raw_x);
+    const Vec u = keep * ratio_minus_one(-x);  // m / p - 1
+    return {-p * vlog1p(u), keep * q * (u / (1.0f + u))};
+  }
+};
+
+template <bool kDetached>
+struct SkewReverseKL {
+  float alpha, keep;
+  KD_HD explicit SkewReverseKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec) const {
+    const Vec x = mixture_ratio(p, q, raw_x);
+    const Vec u = keep * ratio_minus_one(x);  // m / q - 1
+    const Vec phi = -q * vlog1p(u);
+    return {phi, kDetached ? phi : phi + alpha * q * (u / (1.0f + u))};
+  }
+};
+
+struct TotalVariation {
+  KD_HD explicit TotalVariation(const Spec&) {}
+  KD_HD Terms operator()(Vec p, Vec q, Vec, Vec) const {
+    const Vec d = q - p, zero = d - d;
+    const Vec half_q = 0.5f * q;
+    return {0.5f * vabs(d), select(d > 0.0f, half_q, select(d < 0.0f, -half_q, zero))};
+  }
+};
+
+struct Mixed {
+  float forward, reverse;
+  KD_HD explicit Mixed(const Spec& s) : forward((float)s.first), reverse((float)(1.0 - s.first)) {}
+  KD_HD Terms operator()(Vec p, Vec q, Vec x, Vec) const {
+    const Vec r = times(q, -x) * reverse;
+    return {forward * times(p, x) + r, forward * (q - p) + r};
+  }
+};
+
+// The alpha-beta divergence and its limits; which formula is decided by the two numbers alone.
+struct AlphaBeta {
+  float a, b;
+  KD_HD explicit AlphaBeta(const Spec& s) : a((float)s.first), b((float)s.second) {}
+
+  KD_HD Vec power(Vec log_p, float u, Vec log_q, float v) const {
+    Vec e = splat(0.0f);
+    if (u != 0.0f) e = e + u * log_p;
+    if (v != 0.0f) e = e + v * log_q;
+    return vexp(e);
+  }
+
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec raw_log_q) const {
+    const Vec zero = splat(0.0f);
+    const auto padding = raw_x != raw_x;  // NaN: both are -inf
+    const Vec x = select(padding, zero, raw_x);
+    const Vec log_q = select(padding, zero, raw_log_q);
+    // log p = log q + x, unless q is padding (x = inf, log q = -inf): then p itself says it.
+    const Vec log_p = select(log_q > -kInf, log_q + x, vlog(p));
+    const Vec q_ab = power(log_p, 0.0f, log_q, a + b);
+    const Vec p_ab = power(log_p, a + b, log_q, 0.0f);
+    const Vec cross = power(log_p, a, log_q, b);
+    Vec phi, q_psi;
+    if (a == 0.0f && b == 0.0f) {
+      phi = 0.5f * x * x;
+    } else if (b == 0.0f) {
+      phi = (times(p_ab, a * x) - p_ab + q_ab) / (a * a);
+    } else if (a == 0.0f) {
+      phi = (times(q_ab, -b * x) - q_ab + p_ab) / (b * b);
+    } else if (a + b == 0.0f) {
+      phi = (cross - 1.0f - a * x) / (a * a);
+    } else {
+      phi = -(cross - (a / (a + b)) * p_ab - (b / (a + b)) * q_ab) / (a * b);
+    }
+    if (a == 0.0f) {
+      q_psi = times(q_ab, -x);
+    } else {
+      q_psi = select(x == 0.0f, zero, (q_ab - cross) / a);
+    }
+    return {select(padding, zero, phi), select(padding, zero, q_psi)};
+  }
+};
+
+}  // namespace KD_ISA
+}  // namespace kd
