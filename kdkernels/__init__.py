@@ -1,6 +1,7 @@
 """The loss layer for LLM distillation: exact losses without a full ``[tokens, vocab]`` tensor."""
 
 from .backends import backends, use_backend
+from .backends.native import instruction_set
 from .divergences import (
     JSD,
     AlphaBeta,
@@ -59,6 +60,7 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "explain",
+    "instruction_set",
     "js_divergence",
     "kl_div",
     "linear_cross_entropy",
