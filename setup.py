@@ -8,6 +8,7 @@ Python's limited API, so one build serves torch 2.10 and later and Python 3.10 a
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
@@ -59,6 +60,7 @@ def extension():
     module = CppExtension(
         "kdkernels._C",
         sources,
+        depends=[str(path) for path in Path("csrc").rglob("*.h")],
         include_dirs=["csrc"],
         extra_compile_args=["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-Wno-uninitialized",
                             "-Wno-maybe-uninitialized",

@@ -1,5 +1,7 @@
 // torch's side of the CPU backend: checks, plain pointers, threads. Stable ABI, Python's limited API.
+#ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030a0000
+#endif
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>

@@ -40,6 +40,9 @@ struct Source {
 
   bool plain() const { return dtype == kFloat && scale == 1 && cap == 0 && factor == 1; }
 
+  int bytes() const { return dtype == kFloat ? 4 : 2; }
+  const char* ahead(int64_t start) const { return row + start * bytes(); }
+
   // n entries from `start`, padded with -inf to whole vectors; in place where nothing is to do.
   const float* block(int64_t start, int n, float* buffer) const {
     if (plain() && n % kLanes == 0) return (const float*)row + start;
@@ -112,7 +115,8 @@ class Row {
       raise_maxima(r, s, t, start, n);
       scratch_.m_s[b] = r.m_s;
       scratch_.m_t[b] = r.m_t;
-      sums<kKeep>(r, s, t, start, padded(n));
+      const Ahead ahead{s_.ahead(start + kBlock), kTeacher ? t_.ahead(start + kBlock) : nullptr};
+      sums<kKeep>(r, s, t, start, padded(n), ahead);
       if (tempered_hard_) tempered_sums(r, s, start, padded(n));
       if (label_ >= 0 && spec_.hard_weight != 0) label_sums(r, s, start, n);
     }
@@ -175,6 +179,12 @@ class Row {
     float eta = 0, eta1 = 0, constant = 0;  // hard: e eta + e1 eta1 + constant
   };
 
+  // The next block, fetched while this one is computed: else memory would wait for arithmetic. A
+  // prefetch past the end of the matrix is harmless.
+  struct Ahead {
+    const char *s, *t;
+  };
+
   void raise_maxima(RowState& r, const float* s, const float* t, int64_t start, int n) {
     const double best_s = block_max(s, padded(n));
     const double best_t = kTeacher ? block_max(t, padded(n)) : kNothing;
@@ -207,27 +217,33 @@ class Row {
   }
 
   template <bool kKeep>
-  void sums(RowState& r, const float* s, const float* t, int64_t start, int end) {
+  void sums(RowState& r, const float* s, const float* t, int64_t start, int end, Ahead ahead) {
+    const int step_s = kLanes * s_.bytes(), step_t = kLanes * t_.bytes();
     const float m_s = (float)r.m_s, m_t = (float)r.m_t;
     float *keep_e = scratch_.e() + start, *keep_a = scratch_.a() + start;
+    const Vec least = splat(-200.0f);  // there e is 0, and 0 * least is 0 where 0 * -inf is not
     Vec z_s{}, z_t{}, x_s{}, x_t{}, h_s{}, h_t{};
     for (int i = 0; i < end; i += kLanes) {
+      __builtin_prefetch(ahead.s);
+      ahead.s += step_s;
+      if constexpr (kTeacher) {
+        __builtin_prefetch(ahead.t);
+        ahead.t += step_t;
+      }
       const Vec sv = load(s + i) - m_s;
       const Vec e = vexp(sv);
-      const auto some = e > 0.0f;
       z_s += e;
-      h_s = select(some, h_s + e * sv, h_s);
+      h_s += e * vmax(sv, least);
       if (kKeep) store(keep_e + i, e);
       if constexpr (kTeacher) {
         const Vec tv = load(t + i) - m_t;
         const Vec et = vexp(tv);
-        const auto some_t = et > 0.0f;
         const Vec x = tv - sv;
         z_t += et;
-        h_t = select(some_t, h_t + et * tv, h_t);
-        if constexpr (kKind == kForwardKL) x_t = select(some_t, x_t + et * x, x_t);
+        h_t += et * vmax(tv, least);
+        if constexpr (kKind == kForwardKL) x_t = select(et > 0.0f, x_t + et * x, x_t);
         if constexpr (kKind == kReverseKL) {
-          const Vec ex = select(some, e * x, Vec{});
+          const Vec ex = select(e > 0.0f, e * x, Vec{});
           x_s += ex;
           if (kKeep) store(keep_a + i, ex);
         } else {
