@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -43,8 +42,7 @@ class CodistillationLoss(NamedTuple):
     teacher: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
+class _Side(NamedTuple):
     tensors: list[Tensor]
     logit_map: LogitMap
     leading: torch.Size
@@ -59,8 +57,7 @@ class _Side:
         return self.tensors[0].device
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
+class _Call(NamedTuple):
     """A checked call: what goes to the operators."""
 
     student: _Side
@@ -197,8 +194,8 @@ def _prepare(student: Logits, teacher: Optional[Logits], labels: Optional[Tensor
     vocab = _vocab(s, t, vocab_size)
     if t is not None:
         _check_sides(s, t)
-        spec = replace(spec, teacher_map=t.logit_map)
-    spec = replace(spec, student_map=s.logit_map)
+        spec = spec._replace(teacher_map=t.logit_map)
+    spec = spec._replace(student_map=s.logit_map)
     if labels is not None:
         labels = _check_labels(labels, s, vocab, ignore_index)
     dtype = torch.float64 if s.tensors[0].dtype == torch.float64 else torch.float32
@@ -410,7 +407,7 @@ def codistillation_loss(
     if call.per_row or call.teacher_tensors[0].dtype == torch.float16:
         vocab = {**shared, "vocab_size": call.vocab}
         return CodistillationLoss(_run(call)[0], cross_entropy(teacher, labels, **vocab))
-    call = replace(call, spec=replace(call.spec, teacher_hard_weight=1.0))
+    call = call._replace(spec=call.spec._replace(teacher_hard_weight=1.0))
     assert call.teacher is not None
     own, teachers = call.student.tensors, call.teacher.tensors
     wants, teacher_wants = _wants(own), _wants(teachers)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .divergences import Divergence, from_code
 
 
-@dataclass(frozen=True)
-class LogitMap:
+class LogitMap(NamedTuple):
     """raw -> softcap * tanh(scale * raw / softcap); softcap 0 means none."""
 
     scale: float = 1.0
@@ -19,8 +18,7 @@ class LogitMap:
         return self.scale == 1.0 and self.softcap == 0.0
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """soft_weight * divergence(at temperature) + hard_weight * cross entropy, per row.
 
     ``teacher_hard_weight`` is the weight of the teacher's own cross entropy in co-distillation.

@@ -1,0 +1,85 @@
+"""Losses to compare: inputs in every form, and the oracle's answer in fp64."""
+
+import torch
+
+import kdkernels as kd
+from kdkernels.divergences import simplified
+
+
+class Problem:
+    """Student and teacher as logits or heads, with labels; leaves are what gets a gradient."""
+
+    def __init__(self, *, student="logits", teacher="logits", dtype=torch.float32, vocab=257,
+                 shape=(3, 5), width=16, teacher_dtype=None, scale=3.0, ignored=2, **head):  # fmt: skip
+        self.head = head
+        self.student = self._tensors(student, shape, vocab, width, scale, dtype)
+        self.teacher = self._tensors(teacher, shape, vocab, 2 * width, scale, teacher_dtype or dtype)
+        self.labels = torch.randint(0, vocab, shape)
+        self.labels.view(-1)[:ignored] = -100
+
+    @staticmethod
+    def _tensors(form, shape, vocab, width, scale, dtype):
+        if form == "logits":
+            return [(torch.randn(*shape, vocab) * scale).to(dtype)]
+        spread = scale / width**0.5
+        made = [torch.randn(*shape, width), torch.randn(vocab, width) * spread, torch.randn(vocab)]
+        return [t.to(dtype) for t in made]
+
+    def side(self, tensors):
+        return tensors[0] if len(tensors) == 1 else kd.LinearHead(*tensors, **self.head)
+
+    def run(self, backend, *, double=False, loss=kd.distillation_loss, labels=True, **options):
+        """(loss, gradients of the student's tensors)."""
+        convert = (lambda t: t.double()) if double else (lambda t: t.clone())
+        leaves = [convert(t).requires_grad_() for t in self.student]
+        teacher = self.side([convert(t) for t in self.teacher])
+        with kd.use_backend(backend):
+            value = loss(self.side(leaves), teacher, self.labels if labels else None, **options)
+        return value, torch.autograd.grad(value.sum(), leaves)
+
+    def oracle(self, **options):
+        return self.run("reference", double=True, **options)
+
+    def plain(self, divergence, *, temperature=1.0, hard_weight=0.0, **_):
+        """What a trainer would write: the same formula in the tensors' own dtype, mean reduction."""
+        leaves = [t.clone().requires_grad_() for t in self.student]
+        s, t = self._plain_logits(leaves), self._plain_logits(self.teacher)
+        log_q, log_p = ((z / temperature).log_softmax(-1) for z in (s, t))
+        dtype = torch.promote_types(log_p.dtype, log_q.dtype)
+        log_q, log_p = log_q.to(dtype), log_p.to(dtype)
+        rows = simplified(divergence).phi(log_p.exp(), log_q.exp(), log_p, log_q).sum(-1)
+        if hard_weight:
+            rows = rows + hard_weight * torch.nn.functional.cross_entropy(
+                s.flatten(0, -2), self.labels.flatten(), reduction="none"
+            ).view_as(rows)
+        live = self.labels >= 0
+        loss = torch.where(live, rows, 0.0).sum() / live.sum()
+        return loss, torch.autograd.grad(loss, leaves)
+
+    def _plain_logits(self, tensors):
+        if len(tensors) == 1:
+            return tensors[0]
+        z = torch.nn.functional.linear(*tensors) * self.head.get("logit_scale", 1.0)
+        cap = self.head.get("softcap")
+        return cap * torch.tanh(z / cap) if cap else z
+
+
+def relative(ours, oracle):
+    scale = oracle.double().norm().item()
+    return (ours.double() - oracle.double()).norm().item() / max(scale, 1e-300)
+
+
+def assert_exact(ours, oracle, plain, *, dtype):
+    """DESIGN's rule: at most twice the plain formula's error, plus a few ulp of the result."""
+    (value, grads), (true_value, true_grads), (plain_value, plain_grads) = ours, oracle, plain
+    ulp = torch.finfo(dtype).eps
+    wide = torch.finfo(value.dtype).eps
+    # The loss is a sum whose terms cancel: its ulp is that of the log-probabilities it is made of.
+    assert abs(value.double() - true_value) <= 2 * abs(plain_value.double() - true_value) + 64 * wide * (
+        1 + abs(true_value)
+    )
+    for mine, truth, theirs in zip(grads, true_grads, plain_grads):
+        tolerance = 2 * relative(theirs, truth) + 4 * ulp
+        assert tolerance < 0.5, "the tolerance would let a zero gradient pass"
+        assert truth.norm() > 1e-6
+        assert relative(mine, truth) <= tolerance

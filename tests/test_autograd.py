@@ -1,0 +1,194 @@
+"""Autograd, torch.compile and autocast: the operators behave as torch's own do."""
+
+import pytest
+import torch
+from problems import Problem, relative
+
+import kdkernels as kd
+from kdkernels import ops
+from kdkernels.divergences import ForwardKL
+from kdkernels.spec import Spec
+
+
+def test_retained_graph_gives_the_same_gradient_twice(backend):
+    for form in ("logits", "head"):
+        problem = Problem(student=form)
+        leaves = [t.clone().requires_grad_() for t in problem.student]
+        loss = kd.kl_div(problem.side(leaves), problem.teacher[0], problem.labels) * 3
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        kept = [g.clone() for g in first]
+        second = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(kept, second))
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            torch.autograd.grad(loss, leaves)
+
+
+def test_double_backward_is_refused_not_wrong(backend):
+    leaf = torch.randn(3, 10, requires_grad=True)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(kd.kl_div(leaf, torch.randn(3, 10)), leaf, create_graph=True)
+
+
+def test_reference_is_twice_differentiable():
+    t = torch.randn(2, 5, dtype=torch.float64)
+    with kd.use_backend("reference"):
+        s = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda x: kd.kl_div(x, t), s)
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("splits", [(1, 1, 1), (1, 2), (3,)])
+def test_accumulation_does_not_depend_on_the_split(backend, form, splits):
+    problem = Problem(student=form, ignored=4)
+    items = int((problem.labels >= 0).sum())
+    whole = problem.run(backend)[1]
+    leaves = [t.clone().requires_grad_() for t in problem.student]
+    start = 0
+    for size in splits:
+        part = slice(start, start + size)
+        student = problem.side([leaves[0][part], *leaves[1:]])
+        kd.kl_div(student, problem.teacher[0][part], problem.labels[part], num_items=items).backward()
+        start += size
+    for leaf, expected in zip(leaves, whole):
+        assert relative(leaf.grad, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inplace_writes_the_gradient_over_the_logits(backend, dtype):
+    base, teacher = torch.randn(2, 3, 500).to(dtype), torch.randn(2, 3, 500).to(dtype)
+    leaf = base.clone().requires_grad_()
+    kd.js_divergence(leaf, teacher, vocab_size=490).backward()
+    source = base.clone().requires_grad_()
+    logits = source * 1
+    kd.js_divergence(logits, teacher, vocab_size=490, inplace=True).backward()
+    assert torch.equal(source.grad, leaf.grad) and not leaf.grad[..., 490:].any()
+    assert torch.equal(logits.detach(), leaf.grad) or dtype == torch.float16
+
+
+def test_only_inplace_overwrites(backend):
+    problem = Problem()
+    before = problem.student[0].clone(), problem.teacher[0].clone()
+    leaf = problem.student[0].requires_grad_()
+    kd.js_divergence(leaf, problem.teacher[0], problem.labels).backward()
+    assert torch.equal(leaf.detach(), before[0]) and torch.equal(problem.teacher[0], before[1])
+
+
+def test_overwriting_what_autograd_needs_is_an_error(backend):
+    """softmax saved its output: overwriting that must not give a wrong gradient silently."""
+    source = torch.randn(2, 30, requires_grad=True)
+    logits = source.softmax(-1)
+    loss = kd.kl_div(logits, torch.randn(2, 30), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_frozen_parts_get_no_gradient(backend, frozen):
+    problem = Problem(student="head")
+    whole = problem.run(backend)[1]
+    hidden, weight, bias = (t.clone() for t in problem.student)
+    live = hidden if frozen == "weight" else weight
+    live.requires_grad_()
+    kd.kl_div(kd.LinearHead(hidden, weight, bias), problem.teacher[0], problem.labels).backward()
+    assert relative(live.grad, whole[0 if frozen == "weight" else 1]) < 1e-6
+
+
+def test_frozen_head_costs_no_weight_product(backend, monkeypatch):
+    from kdkernels.heads import HeadRows
+
+    monkeypatch.setattr(HeadRows, "_backward_weight", lambda *a: pytest.fail("dW was computed"))
+    problem = Problem(student="head")
+    hidden = problem.student[0].requires_grad_()
+    kd.kl_div(kd.LinearHead(hidden, *problem.student[1:]), problem.teacher[0]).backward()
+
+
+def test_no_grad_computes_no_gradient(backend, monkeypatch):
+    from kdkernels.heads import HeadRows
+
+    monkeypatch.setattr(HeadRows, "backward", lambda *a: pytest.fail("a gradient was computed"))
+    problem = Problem(student="head")
+    with torch.no_grad():
+        kd.kl_div(problem.side([t.requires_grad_() for t in problem.student]), problem.teacher[0])
+
+
+@pytest.mark.parametrize("case", ["logits", "head", "none", "inplace", "co", "ce"])
+def test_compile_fullgraph(case):
+    problem = Problem(student="logits" if case in ("logits", "inplace") else "head")
+    reduction = "none" if case == "none" else "mean"
+
+    def loss(*leaves, temperature=1.5):
+        student = problem.side([t * 1 for t in leaves])
+        if case == "ce":
+            return kd.cross_entropy(student, problem.labels)
+        if case == "co":
+            return kd.codistillation_loss(student, problem.teacher[0], problem.labels).student
+        return kd.distillation_loss(student, problem.teacher[0], problem.labels, hard_weight=0.5,
+                                    divergence=kd.JSD(0.3), temperature=temperature,
+                                    reduction=reduction, inplace=case == "inplace")  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in problem.student]
+        value = function(*leaves)
+        results.append((value, torch.autograd.grad(value.sum() * 2, leaves)))
+    assert torch.allclose(results[0][0], results[1][0])
+    for mine, expected in zip(results[1][1], results[0][1]):
+        assert expected.norm() > 1e-6 and relative(mine, expected) < 1e-6
+
+
+def _arguments(student, teacher):
+    labels = torch.tensor([1, -1, 2, 3])
+    floats = Spec(ForwardKL(), hard_weight=0.5).to_floats()
+    wants = [True] * len(student) + [False] * len(teacher)
+    return student, teacher, labels, torch.rand(4), floats, 20, 2**20, wants, "auto"
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_opcheck(form):
+    def tensors(grad):
+        if form == "logits":
+            return [torch.randn(4, 20, requires_grad=grad)]
+        return [torch.randn(4, 6, requires_grad=grad), torch.randn(20, 6, requires_grad=grad)]
+
+    torch.library.opcheck(ops.rows, _arguments(tensors(False), [torch.randn(4, 20)]))
+    torch.library.opcheck(ops.deferred, _arguments(tensors(True), [torch.randn(4, 20)]))
+    gradients = [torch.randn_like(t) for t in tensors(False)]
+    torch.library.opcheck(ops.attach, (torch.randn(()), tensors(True), gradients))
+    torch.library.opcheck(ops.checked_labels, (torch.tensor([1, -100, 2]), 20, -100))
+    if form == "logits":
+        student, teacher, *rest = _arguments(tensors(False), [torch.randn(4, 20)])
+        torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5], "auto"))
+
+
+def test_autocast(backend):
+    problem = Problem(student="head", teacher="head")
+    leaves = [t.clone().requires_grad_() for t in problem.student]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = kd.kl_div(problem.side(leaves), problem.side(problem.teacher), problem.labels)
+    grads = torch.autograd.grad(loss, leaves)
+    truth = problem.oracle()
+    assert loss.dtype == torch.float32 and abs(loss - truth[0]) < 0.02 * truth[0]
+    for mine, true in zip(grads, truth[1]):
+        assert mine.dtype == torch.float32 and relative(mine, true) < 0.05
+
+
+def test_fp16_gradients_survive_a_late_loss_scale(backend):
+    """A GradScaler's factor arrives in the backward: small gradients must not be zero by then."""
+    n, v = 256, 4000
+    student, teacher = torch.randn(n, v).half(), torch.randn(n, v).half()
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    (grad,) = torch.autograd.grad(kd.kl_div(leaf, teacher) * 2.0**16, leaf)
+    with kd.use_backend("reference"):
+        (true,) = torch.autograd.grad(kd.kl_div(wide, teacher.double()) * 2.0**16, wide)
+    assert relative(grad, true) < 2e-3
+
+
+def test_modules():
+    problem = Problem()
+    loss = kd.DistillationLoss(divergence=kd.JSD(0.3), temperature=2.0)
+    s, t = problem.student[0], problem.teacher[0]
+    assert torch.equal(loss(s, t), kd.distillation_loss(s, t, divergence=kd.JSD(0.3), temperature=2.0))
+    assert torch.equal(kd.CrossEntropyLoss()(s, problem.labels), kd.cross_entropy(s, problem.labels))
+    assert "JSD(beta=0.3)" in repr(loss)

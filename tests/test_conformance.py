@@ -1,0 +1,180 @@
+"""Every backend x divergence x input form x dtype x option against the fp64 oracle."""
+
+import pytest
+import torch
+from problems import Problem, assert_exact, relative
+
+import kdkernels as kd
+
+FORMS = [("logits", "logits"), ("head", "head"), ("head", "logits"), ("logits", "head")]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_divergences(backend, divergence, form, dtype):
+    problem = Problem(student=form[0], teacher=form[1], dtype=dtype)
+    options = dict(divergence=divergence, temperature=1.5, hard_weight=0.5)
+    assert_exact(problem.run(backend, **options), problem.oracle(**options),
+                 problem.plain(**options), dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 15, 127, 2048, 2049, 5000])
+def test_widths(backend, divergence, vocab):
+    problem = Problem(vocab=vocab)
+    ours, oracle = problem.run(backend, divergence=divergence), problem.oracle(divergence=divergence)
+    assert torch.isclose(ours[0].double(), oracle[0], rtol=1e-5, atol=1e-6)
+    if vocab == 1:
+        assert ours[1][0].abs().max() == 0
+    else:
+        assert relative(ours[1][0], oracle[1][0]) < 2e-6
+
+
+@pytest.mark.parametrize("chunk_bytes", [1_000, 20_000, 400_000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_budgets(backend, divergence, chunk_bytes, reduction):
+    """Token chunks and vocabulary chunks give the same loss and gradient."""
+    problem = Problem(student="head", teacher="head", vocab=700, logit_scale=0.5, softcap=5.0)
+    options = dict(divergence=divergence, temperature=2.0, hard_weight=0.5, reduction=reduction,
+                   label_smoothing=0.1, z_loss=0.01)  # fmt: skip
+    value, grads = problem.run(backend, chunk_bytes=chunk_bytes, **options)
+    true_value, true_grads = problem.oracle(**options)
+    assert torch.allclose(value.double(), true_value, rtol=1e-5, atol=1e-6)
+    for mine, truth in zip(grads, true_grads):
+        assert relative(mine, truth) < 3e-6
+
+
+OPTIONS = [
+    dict(reduction="sum"),
+    dict(reduction="batchmean"),
+    dict(num_items=7),
+    dict(num_items=torch.tensor(7)),
+    dict(temperature=3.0, temperature_squared=True),
+    dict(soft_weight=0.3, hard_weight=0.7),
+    dict(soft_weight=0.0, hard_weight=1.0),
+    dict(hard_weight=1.0, label_smoothing=0.2, z_loss=1e-2),
+    dict(token_weights=True),
+    dict(vocab_size=250),
+    dict(labels=False),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_options(backend, form, options):
+    problem = Problem(student=form[0], teacher=form[1])
+    if "token_weights" in options:
+        options = dict(token_weights=torch.rand(3, 5))
+    if "vocab_size" in options:
+        problem.labels.clamp_(max=249)
+    value, grads = problem.run(backend, **options)
+    true_value, true_grads = problem.oracle(**options)
+    assert torch.isclose(value.double(), true_value, rtol=1e-5, atol=1e-6)
+    for mine, truth in zip(grads, true_grads):
+        assert mine.shape == truth.shape and truth.norm() > 1e-6
+        assert relative(mine, truth) < 3e-6
+
+
+@pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_mixed_dtypes(backend, form, pair):
+    problem = Problem(student=form[0], teacher=form[1], dtype=pair[0], teacher_dtype=pair[1])
+    options = dict(divergence=kd.JSD(0.5))
+    assert_exact(problem.run(backend, **options), problem.oracle(**options),
+                 problem.plain(**options), dtype=pair[0])  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss=0.01)], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [None, 3_000])
+def test_cross_entropy(backend, form, options, chunk_bytes):
+    problem = Problem(student=form)
+
+    def loss(student, teacher, labels, **options):
+        return kd.cross_entropy(student, labels, **options)
+
+    value, grads = problem.run(backend, loss=loss, chunk_bytes=chunk_bytes, **options)
+    true_value, true_grads = problem.oracle(loss=loss, **options)
+    assert torch.isclose(value.double(), true_value, rtol=1e-6)
+    for mine, truth in zip(grads, true_grads):
+        assert relative(mine, truth) < 2e-6
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("chunk_bytes", [None, 20_000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_codistillation(backend, form, chunk_bytes, reduction, temperature):
+    problem = Problem(student=form[0], teacher=form[1])
+
+    def grads_of(name, double):
+        convert = (lambda t: t.double()) if double else (lambda t: t.clone())
+        leaves = [[convert(t).requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
+        with kd.use_backend(name):
+            losses = kd.codistillation_loss(
+                *(problem.side(side) for side in leaves), problem.labels, divergence=kd.JSD(0.5),
+                temperature=temperature, hard_weight=0.5, chunk_bytes=chunk_bytes, reduction=reduction,
+            )  # fmt: skip
+        total = losses.student.sum() * 2 + losses.teacher.sum() * 3
+        return losses, torch.autograd.grad(total, leaves[0] + leaves[1])
+
+    ours, oracle = grads_of(backend, False), grads_of("reference", True)
+    for mine, truth in zip(ours[0], oracle[0]):
+        assert torch.allclose(mine.double(), truth, rtol=1e-5, atol=1e-6)
+    for mine, truth in zip(ours[1], oracle[1]):
+        assert truth.norm() > 1e-6 and relative(mine, truth) < 3e-6
+
+
+def test_stats(backend):
+    problem = Problem()
+    with kd.use_backend("reference"):
+        _, truth = kd.distillation_loss(problem.student[0], problem.teacher[0], problem.labels,
+                                        hard_weight=1.0, temperature=2.0, return_stats=True)  # fmt: skip
+    with kd.use_backend(backend):
+        _, stats = kd.distillation_loss(problem.student[0], problem.teacher[0], problem.labels,
+                                        hard_weight=1.0, temperature=2.0, return_stats=True)  # fmt: skip
+    assert stats.tokens == 13 and not stats.soft.requires_grad
+    for mine, true in zip(stats, truth):
+        assert torch.isclose(mine.double(), true.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_adversarial_rows(backend, divergence):
+    """+-1e4 logits, one-hot teachers, ties and padding: finite where the oracle is, and equal."""
+    v = 300
+    student, teacher = torch.randn(6, v), torch.randn(6, v)
+    student[0] *= 1e4
+    teacher[1] *= 1e4
+    student[2], teacher[2] = 1e4, -1e4
+    teacher[3] = 0.0
+    student[4, 200:] = teacher[4, 200:] = -torch.inf
+    student[5, :150] = teacher[5, :150] = -torch.inf
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    ours = kd.distillation_loss(leaf, teacher, divergence=divergence, reduction="none")
+    with kd.use_backend("reference"):
+        truth = kd.distillation_loss(wide, teacher.double(), divergence=divergence, reduction="none")
+    (mine,), (true,) = (torch.autograd.grad(x.sum(), y) for x, y in ((ours, leaf), (truth, wide)))
+    comparable = truth.isfinite() & (truth.abs() < 1e30)
+    assert comparable.sum() >= 3
+    for row in comparable.nonzero()[:, 0].tolist():
+        assert torch.isclose(ours[row].double(), truth[row], rtol=1e-4, atol=1e-5), row
+        assert (mine[row].double() - true[row]).norm() <= 1e-5 * (1 + true[row].norm()), row
+
+
+def test_equal_models_have_exactly_no_gradient(backend, divergence):
+    logits = torch.randn(4, 3001) * 5
+    leaf = logits.clone().requires_grad_()
+    kd.distillation_loss(leaf, logits, divergence=divergence).backward()
+    assert leaf.grad.abs().max() == 0
+
+
+def test_same_inputs_same_bits(backend):
+    problem = Problem(student="head", teacher="head")
+    first, second = (problem.run(backend, divergence=kd.JSD(0.5)) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+
+
+def test_impossible_teacher_token_is_infinite(backend):
+    student, teacher = torch.zeros(1, 40), torch.zeros(1, 40)
+    student[0, 7] = -torch.inf
+    assert kd.kl_div(student, teacher).item() == float("inf")

@@ -1,0 +1,114 @@
+"""Bad input is one clear ValueError; odd but legal input is exact."""
+
+import pytest
+import torch
+from problems import Problem, relative
+
+import kdkernels as kd
+
+S, T = torch.randn(4, 10), torch.randn(4, 10)
+Y = torch.tensor([1, 2, -100, 3])
+HEAD = kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8))
+
+BAD = [
+    (lambda: kd.kl_div(S, T[:, :9]), "10.*9.*vocab_size"),
+    (lambda: kd.kl_div(S, T[:3]), r"\(4,\).*\(3,\)"),
+    (lambda: kd.kl_div(S, T, Y[:3]), r"\(3,\).*\(4,\)"),
+    (lambda: kd.kl_div(S.long(), T), "int64"),
+    (lambda: kd.kl_div(S, T, Y.int()), "int64.*int32"),
+    (lambda: kd.kl_div(S, T, torch.tensor([1, 10, 0, 0])), r"\[0, 10\).*10"),
+    (lambda: kd.kl_div(S, T, torch.tensor([1, -1, 0, 0])), r"-100.*-1"),
+    (lambda: kd.kl_div(S, T, temperature=0.0), "temperature.*0.0"),
+    (lambda: kd.kl_div(S, T, temperature=-1.0), "temperature.*-1.0"),
+    (lambda: kd.kl_div(S, T, chunk_bytes=0), "chunk_bytes.*0"),
+    (lambda: kd.kl_div(S, T, reduction="average"), "average.*batchmean"),
+    (lambda: kd.kl_div(S, T, reduction="none", num_items=3), "num_items.*none"),
+    (lambda: kd.kl_div(S, T, num_items=0), "num_items.*0"),
+    (lambda: kd.kl_div(S, T, vocab_size=11), "11.*10"),
+    (lambda: kd.kl_div(S, T, token_weights=torch.ones(5)), r"\(5,\).*\(4,\)"),
+    (lambda: kd.kl_div(S, T, hard_weight=1.0), "hard_weight.*labels"),
+    (lambda: kd.kl_div(S, T, z_loss=1.0), "z_loss=1.0.*hard_weight=0"),
+    (lambda: kd.cross_entropy(S, Y, label_smoothing=2.0), "label_smoothing.*2.0"),
+    (lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 7)), r"\(4, 8\).*\(10, 7\)"),
+    (lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8), torch.randn(9)), r"10.*\(9,\)"),
+    (lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8).double()), "float32.*float64"),
+    (lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8), softcap=0.0), "softcap.*0.0"),
+    (lambda: kd.JSD(1.5), "1.5"),
+    (lambda: kd.SkewKL(1.0), "1.0"),
+    (lambda: kd.use_backend("cuda").__enter__(), "cuda.*eager"),
+    (lambda: kd.kl_div(S.clone().requires_grad_(), T, inplace=True), "inplace.*leaf"),
+    (lambda: kd.kl_div(kd.LinearHead(HEAD.hidden, HEAD.weight.clone().requires_grad_()), T, inplace=True),
+     "inplace.*LinearHead"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call,message", BAD, ids=[m for _, m in BAD])
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_nothing_to_learn(backend, form, tokens):
+    """Empty batches and fully masked ones: loss 0, gradient 0, never NaN."""
+    problem = Problem(student=form, shape=(tokens,), ignored=0)
+    problem.labels.fill_(-100)
+    for reduction in ("mean", "sum", "batchmean", "none"):
+        value, grads = problem.run(backend, reduction=reduction, hard_weight=1.0)
+        assert value.sum() == 0
+        assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, problem.student))
+
+
+def test_masked_garbage_stays_out(backend):
+    """NaN in masked rows reaches neither the loss nor the gradient."""
+    student, labels = torch.randn(4, 50), torch.tensor([1, -100, 2, 3])
+    student[1] = torch.nan
+    leaf = student.clone().requires_grad_()
+    loss = kd.distillation_loss(leaf, torch.randn(4, 50), labels, divergence=kd.JSD(0.5), hard_weight=1.0)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all() and not leaf.grad[1].any()
+
+
+def test_nan_is_not_hidden(backend, divergence):
+    student = torch.randn(2, 50)
+    student[0, 30] = torch.nan
+    assert kd.distillation_loss(student, torch.randn(2, 50), divergence=divergence).isnan()
+
+
+LAYOUTS = {
+    "shifted": lambda x: x[:, :-1],
+    "transposed": lambda x: x.transpose(0, 1),
+    "column stride": lambda x: x[..., ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "narrowed": lambda x: x[..., 3:90],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout):
+    view = LAYOUTS[layout]
+    base, teacher = torch.randn(4, 6, 101), torch.randn(4, 6, 101)
+    leaf, wide = base.clone().requires_grad_(), base.double().requires_grad_()
+    loss = kd.kl_div(view(leaf), view(teacher))
+    with kd.use_backend("reference"):
+        truth = kd.kl_div(view(wide), view(teacher).double())
+    (mine,), (true,) = (torch.autograd.grad(x, y) for x, y in ((loss, leaf), (truth, wide)))
+    assert torch.isclose(loss.double(), truth) and relative(mine, true) < 1e-6
+
+
+def test_row_offsets_beyond_32_bits(backend):
+    """Rows 2^31 entries apart, made of one small buffer's address space: only the last is touched."""
+    if backend == "eager":
+        pytest.skip("the strides are torch's own there")
+    width, rows = 2**16, 2**15 + 2
+    storage = torch.empty(rows * width, dtype=torch.bfloat16)  # 4 GiB of untouched pages
+    logits = storage.view(rows, width)
+    logits[-2:] = torch.randn(2, width)
+    teacher = torch.randn(1, width).bfloat16().expand(rows, width)
+    labels = torch.full((rows,), -100)
+    labels[-2:] = 5
+    loss = kd.distillation_loss(logits, teacher, labels, reduction="none")
+    expected = kd.distillation_loss(logits[-2:].float(), teacher[-2:].float(), reduction="none")
+    assert torch.allclose(loss[-2:], expected, rtol=1e-5) and not loss[:-2].any()
