@@ -62,9 +62,18 @@ def extension():
         sources,
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
         include_dirs=["csrc"],
-        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-Wno-uninitialized",
-                            "-Wno-maybe-uninitialized",
-                            "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"],  # fmt: skip
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-fno-math-errno",
+            "-ffp-contract=fast",
+            "-Wno-psabi",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+            "-fvisibility=hidden",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        ],  # fmt: skip
         py_limited_api=True,
         optional=True,
     )

@@ -1,6 +1,6 @@
 // What each divergence is, once for host and device: the pointwise phi and q_psi = q dphi/dq.
 //
-// A functor sees p and q, x = log(p / q) and log q, over Vec (vec.h), and returns both at once since
+// A functor sees p, q, x = log(p / q), log p and log q, over Vec (vec.h), and returns both at once since
 // they share their logarithms. As in kdkernels/divergences.py, q_psi is defined up to c * q and
 // chosen to be exactly 0 at x = 0. x may be +-inf (one side is padding) and is NaN where both are.
 #pragma once
@@ -31,7 +31,7 @@ KD_HD Vec ratio_minus_one(Vec x) { return vexp(x) - 1.0f; }
 struct JSD {
   float beta;
   KD_HD explicit JSD(const Spec& s) : beta((float)s.first) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec) const {
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
     const Vec x = mixture_ratio(p, q, raw_x);
     const Vec log_m_over_q = log_one_plus(beta * ratio_minus_one(x));
     const Vec q_psi = q * log_m_over_q * (beta - 1.0f);
@@ -42,7 +42,7 @@ struct JSD {
 struct SkewKL {
   float keep;  // 1 - alpha
   KD_HD explicit SkewKL(const Spec& s) : keep((float)(1.0 - s.first)) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec) const {
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
     const Vec x = mixture_ratio(p, q, raw_x);
     const Vec u = keep * ratio_minus_one(-x);  // m / p - 1
     return {-p * log_one_plus(u), keep * q * (u / (1.0f + u))};
@@ -53,7 +53,7 @@ template <bool kDetached>
 struct SkewReverseKL {
   float alpha, keep;
   KD_HD explicit SkewReverseKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec) const {
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
     const Vec x = mixture_ratio(p, q, raw_x);
     const Vec u = keep * ratio_minus_one(x);  // m / q - 1
     const Vec phi = -q * log_one_plus(u);
@@ -63,7 +63,7 @@ struct SkewReverseKL {
 
 struct TotalVariation {
   KD_HD explicit TotalVariation(const Spec&) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec, Vec) const {
+  KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
     const Vec d = q - p, zero = d - d;
     const Vec half_q = 0.5f * q;
     return {0.5f * vabs(d), select(d > 0.0f, half_q, select(d < 0.0f, -half_q, zero))};
@@ -73,7 +73,7 @@ struct TotalVariation {
 struct Mixed {
   float forward, reverse;
   KD_HD explicit Mixed(const Spec& s) : forward((float)s.first), reverse((float)(1.0 - s.first)) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec x, Vec) const {
+  KD_HD Terms operator()(Vec p, Vec q, Vec x, Vec, Vec) const {
     const Vec r = times(q, -x) * reverse;
     return {forward * times(p, x) + r, forward * (q - p) + r};
   }
@@ -91,13 +91,12 @@ struct AlphaBeta {
     return vexp(vmin(e, splat(100.0f)));  // exp(100) is inf in fp32
   }
 
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec raw_log_q) const {
+  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec raw_log_p, Vec raw_log_q) const {
     const Vec zero = splat(0.0f);
-    const auto padding = raw_x != raw_x;  // NaN: both are -inf
+    const auto padding = (raw_x != raw_x) & (p == 0.0f) & (q == 0.0f);
     const Vec x = select(padding, zero, raw_x);
+    const Vec log_p = select(padding, zero, raw_log_p);
     const Vec log_q = select(padding, zero, raw_log_q);
-    // log p = log q + x, unless q is padding (x = inf, log q = -inf): then p itself says it.
-    const Vec log_p = select(log_q > -kInf, log_q + x, vlog(p));
     const Vec q_ab = power(log_p, 0.0f, log_q, a + b);
     const Vec p_ab = power(log_p, a + b, log_q, 0.0f);
     const Vec cross = power(log_p, a, log_q, b);
@@ -118,7 +117,8 @@ struct AlphaBeta {
     } else {
       q_psi = select(x == 0.0f, zero, (q_ab - cross) / a);
     }
-    return {select(padding, zero, phi), select(padding, zero, q_psi)};
+    // At x = 0 (padding too) both are 0; the terms of phi would only nearly cancel.
+    return {select(x == 0.0f, zero, phi), select(padding, zero, q_psi)};
   }
 };
 

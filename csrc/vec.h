@@ -43,6 +43,7 @@ KD_HD Vec vlog(Vec x) { return logf(x); }
 KD_HD Vec vmin(Vec a, Vec b) { return fminf(a, b); }
 KD_HD Vec vmax(Vec a, Vec b) { return fmaxf(a, b); }
 KD_HD Vec vabs(Vec a) { return fabsf(a); }
+KD_HD Vec rounded_product(Vec a, float b) { return __fmul_rn(a, b); }
 
 #else
 
@@ -64,6 +65,21 @@ KD_HD Vec select(Ints mask, Vec a, Vec b) { return mask ? a : b; }
 KD_HD Vec vmax(Vec a, Vec b) { return a < b ? b : a; }
 KD_HD Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
 KD_HD Vec vabs(Vec a) { return (Vec)((Ints)a & 0x7fffffff); }
+
+// a * b rounded: not to be fused into the subtraction after it, where two equal products must cancel.
+KD_HD Vec rounded_product(Vec a, float b) {
+  Vec v = a * b;
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
 
 KD_HD Vec load(const float* p) {
   Vec v;

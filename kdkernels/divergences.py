@@ -57,7 +57,7 @@ def _clamped_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
     """weight * x with 0 * inf = 0, for autograd too."""
-    some = weight > 0
+    some = weight != 0  # true for NaN, which must stay
     return torch.where(some, weight * torch.where(some, x, 0.0), 0.0)
 
 
@@ -268,7 +268,8 @@ class AlphaBeta(Divergence):
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         padding = torch.isneginf(log_p) & torch.isneginf(log_q)
         lp, lq = _both_finite(log_p, log_q)
-        return self._finite_phi(lp, lq).masked_fill(padding, 0.0)
+        # Between equals the terms would only nearly cancel.
+        return self._finite_phi(lp, lq).masked_fill(padding | (lp == lq), 0.0)
 
     def _finite_phi(self, lp: Tensor, lq: Tensor) -> Tensor:
         a, b = self.alpha, self.beta

@@ -115,9 +115,7 @@ def _vocab(student: _Side, teacher: Optional[_Side], vocab_size: Optional[int]) 
 
 def _check_sides(student: _Side, teacher: _Side) -> None:
     if student.leading != teacher.leading:
-        raise ValueError(
-            f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}"
-        )
+        raise ValueError(f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}")
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
 

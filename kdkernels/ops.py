@@ -217,8 +217,7 @@ def rows(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
 def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend):
     results = weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     return [results] + [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in _wanted(student + teacher, wants)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _wanted(student + teacher, wants)
     ]
 
 
@@ -234,8 +233,13 @@ def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, backend):
     return weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
 
 
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def _tracing(t: Tensor) -> bool:
+    """Whether a compiler follows along: then nothing may depend on values or be overwritten."""
+    return torch.compiler.is_compiling() or type(t) is not Tensor
+
+
+def _refuse_double_backward(tracing: bool) -> None:
+    if torch.is_grad_enabled() and not tracing:
         raise RuntimeError(
             "kdkernels' gradient is made in the forward and cannot be differentiated again "
             "(create_graph=True); kd.use_backend('reference') can"
@@ -267,13 +271,14 @@ def _attach_setup(ctx, inputs, output) -> None:
 
 
 def _attach_backward(ctx, arriving):
-    _refuse_double_backward()
+    tracing = _tracing(arriving)
+    _refuse_double_backward(tracing)
     if ctx.gradients is None:
         raise RuntimeError(
             "this loss was already differentiated and its gradient handed over; "
             "pass retain_graph=True to the first backward"
         )
-    gradients, tracing = ctx.gradients, torch.compiler.is_compiling()
+    gradients = ctx.gradients
     if not tracing and not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
     reuse = ctx.gradients is None
@@ -315,7 +320,7 @@ def _deferred_setup(ctx, inputs, output) -> None:
 
 
 def _deferred_backward(ctx, arriving, _):
-    _refuse_double_backward()
+    _refuse_double_backward(_tracing(arriving))
     labels, weights, *tensors = ctx.saved_tensors
     n, m = ctx.sizes
     wants = ctx.rest[3]
@@ -338,9 +343,7 @@ def checked_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
         torch._assert_async(good.all())
     elif not bool(good.all()):
         bad = flat[~good][0].item()
-        raise ValueError(
-            f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {bad}"
-        )
+        raise ValueError(f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {bad}")
     return torch.where(ignored, -1, flat)
 
 

@@ -69,17 +69,25 @@ def relative(ours, oracle):
     return (ours.double() - oracle.double()).norm().item() / max(scale, 1e-300)
 
 
-def assert_exact(ours, oracle, plain, *, dtype):
-    """DESIGN's rule: at most twice the plain formula's error, plus a few ulp of the result."""
+def assert_exact(ours, oracle, plain, *, dtype, projected=False):
+    """At most twice the plain formula's error plus a few ulp, in the norm of the oracle's result.
+
+    ``projected``: logits were rounded to ``dtype`` by a GEMM on the way, so the loss is known to one
+    ulp of it only; the plain formula's error is then as much a matter of luck as ours.
+    """
     (value, grads), (true_value, true_grads), (plain_value, plain_grads) = ours, oracle, plain
     ulp = torch.finfo(dtype).eps
     wide = torch.finfo(value.dtype).eps
     # The loss is a sum whose terms cancel: its ulp is that of the log-probabilities it is made of.
-    assert abs(value.double() - true_value) <= 2 * abs(plain_value.double() - true_value) + 64 * wide * (
-        1 + abs(true_value)
-    )
+    error, plain_error = (abs(v.detach().double() - true_value).item() for v in (value, plain_value))
+    few_ulp = 64 * wide * (1 + abs(true_value.item())) + projected * ulp * abs(true_value.item())
+    if plain_error != plain_error:
+        plain_error = 0.0  # the plain formula overflowed; ours has no excuse to
+    assert error <= 2 * plain_error + few_ulp, (error, plain_error)
     for mine, truth, theirs in zip(grads, true_grads, plain_grads):
-        tolerance = 2 * relative(theirs, truth) + 4 * ulp
-        assert tolerance < 0.5, "the tolerance would let a zero gradient pass"
+        # The plain formula can be useless in half precision: that is no licence to be so too. A
+        # zero gradient has the relative error 1.
+        plain_error = relative(theirs, truth) if theirs.isfinite().all() else 1.0
+        tolerance = min(2 * plain_error, 0.1) + 16 * ulp
         assert truth.norm() > 1e-6
-        assert relative(mine, truth) <= tolerance
+        assert relative(mine, truth) <= tolerance, (relative(mine, truth), plain_error)

@@ -128,7 +128,10 @@ class Row {
   void value(RowState& r) {
     const Divergence divergence(spec_);
     const double lse_s = r.lse_s(), lse_t = r.lse_t();
-    const float gap = (float)(lse_s - lse_t), lse = (float)lse_s;
+    // Relative to the maximum first, to log Z second: lse itself would lose the digits of a shift.
+    const float m_s = (float)r.m_s, m_t = (float)r.m_t;
+    const float log_z_s = (float)std::log(r.z_s), log_z_t = (float)std::log(r.z_t);
+    const float gap = log_z_s - log_z_t;
     for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
       const int n = (int)std::min<int64_t>(kBlock, job_.width - start), end = padded(n);
       const float* s = s_.block(start, n, scratch_.s_block());
@@ -138,9 +141,9 @@ class Row {
       float *e = scratch_.e() + start, *a = scratch_.a() + start;
       Vec phi{}, slope{};
       for (int i = 0; i < end; i += kLanes) {
-        const Vec sv = load(s + i);
-        const Terms terms = divergence(load(a + i) * c_t, load(e + i) * c_s,
-                                       (load(t + i) - sv) + gap, sv - lse);
+        const Vec sv = load(s + i) - m_s, tv = load(t + i) - m_t;
+        const Vec p = rounded_product(load(a + i), c_t), q = rounded_product(load(e + i), c_s);
+        const Terms terms = divergence(p, q, (tv - sv) + gap, tv - log_z_t, sv - log_z_s);
         phi += terms.phi;
         slope += terms.q_psi;
         store(a + i, terms.q_psi);

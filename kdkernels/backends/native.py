@@ -75,9 +75,7 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
 
 def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
                offset: int, spec: Spec, state: Tensor) -> None:  # fmt: skip
-    torch.ops.kdkernels_native.accumulate(
-        _rows(student), _rows(teacher), labels, _spec(spec), offset, state
-    )
+    torch.ops.kdkernels_native.accumulate(_rows(student), _rows(teacher), labels, _spec(spec), offset, state)
 
 
 def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
