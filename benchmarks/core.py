@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
+from benchmarks.memory import resident_peak
 
 
 class _Handed(torch.autograd.Function):
@@ -130,25 +130,17 @@ def peak_memory(kind: str, n: int, h: int, v: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure_memory(kind: str, n: int, h: int, v: int) -> None:
-    def warm(rows: int, width: int) -> None:
-        a, b = torch.randn(rows, width), torch.randn(rows, width)
-        step(kd.kl_div, a, b), step(eager_kl, a, b)
+    def run(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor | None:
+        if kind == "inplace":
+            return kd.kl_div(handed(s), t, inplace=True).backward()
+        return step(kd.kl_div if kind == "kd" else eager_kl, s, t)
 
-    warm(4, 64)
+    run(torch.randn(4, 64), torch.randn(4, 64))
     s, t = torch.ones(n, v), torch.ones(n, v)
-    gradient = n * v * 4
-    before = _resident_peak()
-    if kind == "inplace":
-        gradient = 0
-        kd.kl_div(handed(s), t, inplace=True).backward()
-    else:
-        step(kd.kl_div if kind == "kd" else eager_kl, s, t)
-    print(_resident_peak() - before - gradient)
+    with resident_peak() as peak:
+        gradient = run(s, t)
+    print(peak.bytes - (0 if gradient is None else gradient.numel() * 4))
 
 
 def environment() -> dict:

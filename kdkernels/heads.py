@@ -15,7 +15,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
-_SLAB_BYTES = 2**24
+_SLAB_BYTES = 2**22
 
 
 @dataclass(frozen=True, eq=False)
