@@ -18,11 +18,9 @@ struct Terms {
 // weight * v with 0 * inf = 0 * NaN = 0.
 KD_HD Vec times(Vec weight, Vec v) { return select(weight > 0.0f, weight * v, weight - weight); }
 
-// Beyond +-80 the smaller of p and q no longer counts in a mixture; NaN (padding on both sides) -> 0.
-KD_HD Vec mixture_ratio(Vec p, Vec q, Vec x) {
-  const Vec zero = splat(0.0f);
-  return select((p > 0.0f) | (q > 0.0f), vmax(vmin(x, splat(80.0f)), splat(-80.0f)), zero);
-}
+// Beyond +-80 the smaller of p and q no longer counts in a mixture. NaN (padding on both sides, or
+// NaN logits, which p and q carry on) becomes -80: there p = q = 0 make the terms 0.
+KD_HD Vec mixture_ratio(Vec x) { return vmin(vmax(splat(-80.0f), x), splat(80.0f)); }
 
 // log(1 + u) and e^x - 1 to an absolute 1e-7: finer than the logits' own rounding, and exactly 0 at 0.
 KD_HD Vec log_one_plus(Vec u) { return vlog(u + 1.0f); }
@@ -32,7 +30,7 @@ struct JSD {
   float beta;
   KD_HD explicit JSD(const Spec& s) : beta((float)s.first) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
-    const Vec x = mixture_ratio(p, q, raw_x);
+    const Vec x = mixture_ratio(raw_x);
     const Vec log_m_over_q = log_one_plus(beta * ratio_minus_one(x));
     const Vec q_psi = q * log_m_over_q * (beta - 1.0f);
     return {beta * p * (x - log_m_over_q) + q_psi, q_psi};
@@ -43,7 +41,7 @@ struct SkewKL {
   float keep;  // 1 - alpha
   KD_HD explicit SkewKL(const Spec& s) : keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
-    const Vec x = mixture_ratio(p, q, raw_x);
+    const Vec x = mixture_ratio(raw_x);
     const Vec u = keep * ratio_minus_one(-x);  // m / p - 1
     return {-p * log_one_plus(u), keep * q * (u / (1.0f + u))};
   }
@@ -54,7 +52,7 @@ struct SkewReverseKL {
   float alpha, keep;
   KD_HD explicit SkewReverseKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
-    const Vec x = mixture_ratio(p, q, raw_x);
+    const Vec x = mixture_ratio(raw_x);
     const Vec u = keep * ratio_minus_one(x);  // m / q - 1
     const Vec phi = -q * log_one_plus(u);
     return {phi, kDetached ? phi : phi + alpha * q * (u / (1.0f + u))};

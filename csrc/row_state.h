@@ -4,7 +4,8 @@
 // in everything that is once per row fp64: it costs nothing there and keeps lse's digits.
 #pragma once
 
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 
 #include "spec.h"
@@ -21,54 +22,54 @@ struct RowState {
   double top_s, arg_s, top_t, arg_t;
   double value, slope;              // second pass
 
-  double lse_s() const { return m_s + std::log(z_s); }
-  double lse_t() const { return m_t + std::log(z_t); }
-  double lse1_s(double temperature) const { return m_s * temperature + std::log(z1_s); }
-  double lse1_t(double temperature) const { return m_t * temperature + std::log(z1_t); }
+  KD_HD double lse_s() const { return m_s + log(z_s); }
+  KD_HD double lse_t() const { return m_t + log(z_t); }
+  KD_HD double lse1_s(double temperature) const { return m_s * temperature + log(z1_s); }
+  KD_HD double lse1_t(double temperature) const { return m_t * temperature + log(z1_t); }
 };
 constexpr int kStateColumns = sizeof(RowState) / sizeof(double);
 
 constexpr double kNothing = -3.4028234663852886e38;  // the maximum of nothing; finite: m - m is 0
 
-inline RowState empty_state() {
+KD_HD RowState empty_state() {
   RowState s{};
   s.m_s = s.m_t = s.top_s = s.top_t = kNothing;
   return s;
 }
 
-inline double kept(double mass, double shift) { return mass > 0 ? mass * shift : 0.0; }
+KD_HD double kept(double mass, double shift) { return mass > 0 ? mass * shift : 0.0; }
 
 // Move the sums to the higher maxima m_s and m_t.
-inline void raise(RowState& r, double m_s, double m_t, double temperature) {
+KD_HD void raise(RowState& r, double m_s, double m_t, double temperature) {
   const double up_s = m_s - r.m_s, up_t = m_t - r.m_t;
   if (up_s == 0 && up_t == 0) return;
-  const double k_s = std::exp(-up_s), k_t = std::exp(-up_t);
+  const double k_s = exp(-up_s), k_t = exp(-up_t);
   r.x_s = (r.x_s + kept(r.z_s, up_s - up_t)) * k_s;
   r.x_t = (r.x_t + kept(r.z_t, up_s - up_t)) * k_t;
   r.e_s = (r.e_s - kept(r.z_s, up_s)) * k_s;
   r.e_t = (r.e_t - kept(r.z_t, up_t)) * k_t;
   r.z_s *= k_s;
   r.z_t *= k_t;
-  r.z1_s *= std::exp(-up_s * temperature);
-  r.z1_t *= std::exp(-up_t * temperature);
+  r.z1_s *= exp(-up_s * temperature);
+  r.z1_t *= exp(-up_t * temperature);
   r.m_s = m_s;
   r.m_t = m_t;
 }
 
-inline double divergence_value(const RowState& r, int kind) {
-  const double gap = std::log(r.z_t) - std::log(r.z_s);
+KD_HD double divergence_value(const RowState& r, int kind) {
+  const double gap = log(r.z_t) - log(r.z_s);
   if (kind == kForwardKL) return r.x_t / r.z_t - gap;
   if (kind == kReverseKL) return gap - r.x_s / r.z_s;
   return r.value;
 }
 
 // results: soft, hard, student entropy, teacher entropy, agreement, teacher's hard term.
-inline void finish(const RowState& r, const Spec& spec, bool soft, bool labelled, int64_t vocab,
+KD_HD void finish(const RowState& r, const Spec& spec, bool soft, bool labelled, int64_t vocab,
                    double* results) {
-  results[2] = std::log(r.z_s) - r.e_s / r.z_s;
+  results[2] = log(r.z_s) - r.e_s / r.z_s;
   if (soft) {
     results[0] = divergence_value(r, (int)spec.kind);
-    results[3] = std::log(r.z_t) - r.e_t / r.z_t;
+    results[3] = log(r.z_t) - r.e_t / r.z_t;
     results[4] = r.arg_s == r.arg_t;
   }
   if (!labelled) return;

@@ -6,7 +6,7 @@
 // namespace, which keeps the linker from mixing them.
 //
 // exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above.
-// log: relative error below 2 ulp for positive normal numbers.
+// log: a few ulp for positive, normal, finite numbers; anything else is the caller's to avoid.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ namespace KD_ISA {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 
 using Vec = float;
 constexpr int kLanes = 1;
@@ -43,7 +43,13 @@ KD_HD Vec vlog(Vec x) { return logf(x); }
 KD_HD Vec vmin(Vec a, Vec b) { return fminf(a, b); }
 KD_HD Vec vmax(Vec a, Vec b) { return fmaxf(a, b); }
 KD_HD Vec vabs(Vec a) { return fabsf(a); }
-KD_HD Vec rounded_product(Vec a, float b) { return __fmul_rn(a, b); }
+KD_HD Vec rounded_product(Vec a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 #else
 
@@ -61,9 +67,17 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 KD_HD Vec splat(float x) { return x - Vec{}; }
 KD_HD Vec select(Ints mask, Vec a, Vec b) { return mask ? a : b; }
-// A NaN in `a` stays (the comparison is false), as max and min need it to.
+// A NaN in `a` stays, one in `b` does not. One instruction each where the operands are in this order.
+#if defined(__AVX512F__)
+KD_HD Vec vmax(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
+KD_HD Vec vmin(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)b, (__m512)a); }
+#elif defined(__AVX2__)
+KD_HD Vec vmax(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)b, (__m256)a); }
+KD_HD Vec vmin(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)b, (__m256)a); }
+#else
 KD_HD Vec vmax(Vec a, Vec b) { return a < b ? b : a; }
 KD_HD Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
+#endif
 KD_HD Vec vabs(Vec a) { return (Vec)((Ints)a & 0x7fffffff); }
 
 // a * b rounded: not to be fused into the subtraction after it, where two equal products must cancel.
@@ -94,14 +108,18 @@ KD_HD void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 KD_HD Vec vexp(Vec x) {
   constexpr float kLog2e = 1.44269504088896341f;
 #if defined(__AVX512F__)
-  x = (Vec)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // this operand order keeps a NaN
+  x = vmax(x, splat(-200.0f));
   const Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * kLog2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec above = x < -87.0f ? splat(-87.0f) : x;
   const Vec n = (above * kLog2e + magic) - magic;
 #endif
+#if defined(__FMA__) || defined(__aarch64__)
   const Vec f = x * kLog2e - n;
+#else  // without a fused product, subtract ln 2 in two parts first
+  const Vec f = ((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e;
+#endif
   Vec y = splat(1.326472731e-03f);
   y = y * f + 9.671512991e-03f;
   y = y * f + 5.550733581e-02f;
@@ -114,7 +132,8 @@ KD_HD Vec vexp(Vec x) {
   const Ints bits = (Ints)(n + magic) << 23;
   y = (Vec)((Ints)y + bits);
   y = x < -87.0f ? Vec{} : y;
-  return x > 88.72f ? splat(kInf) : y;
+  y = x > 88.72f ? splat(kInf) : y;
+  return x == x ? y : x;
 #endif
 }
 
@@ -135,7 +154,7 @@ KD_HD Vec vlog(Vec x) {
   const Vec z = f * f;
   Vec r = y * f * z + k * -2.12194440e-4f - 0.5f * z;
   r = r + f + k * 0.693359375f;
-  return x < kInf ? r : x;  // inf and NaN pass through
+  return r;
 }
 
 KD_HD float sum(Vec v) {

@@ -28,7 +28,8 @@
 namespace kd {
 namespace KD_ISA {
 
-constexpr int kBlock = 2048;
+constexpr int kBlock = 128 * kLanes;  // 128 fp32 additions a lane, then fp64; both sides fit in L1
+constexpr int kAhead = 512;  // entries that the second pass fetches ahead: its four rows fill L2
 
 inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
 
@@ -132,6 +133,7 @@ class Row {
     const float m_s = (float)r.m_s, m_t = (float)r.m_t;
     const float log_z_s = (float)std::log(r.z_s), log_z_t = (float)std::log(r.z_t);
     const float gap = log_z_s - log_z_t;
+    r.value += 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
     for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
       const int n = (int)std::min<int64_t>(kBlock, job_.width - start), end = padded(n);
       const float* s = s_.block(start, n, scratch_.s_block());
@@ -141,6 +143,10 @@ class Row {
       float *e = scratch_.e() + start, *a = scratch_.a() + start;
       Vec phi{}, slope{};
       for (int i = 0; i < end; i += kLanes) {
+        __builtin_prefetch(s + i + kAhead);
+        __builtin_prefetch(t + i + kAhead);
+        __builtin_prefetch(e + i + kAhead);
+        __builtin_prefetch(a + i + kAhead);
         const Vec sv = load(s + i) - m_s, tv = load(t + i) - m_t;
         const Vec p = rounded_product(load(a + i), c_t), q = rounded_product(load(e + i), c_s);
         const Terms terms = divergence(p, q, (tv - sv) + gap, tv - log_z_t, sv - log_z_s);
