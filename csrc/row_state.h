@@ -39,15 +39,18 @@ KD_HD RowState empty_state() {
 
 KD_HD double kept(double mass, double shift) { return mass > 0 ? mass * shift : 0.0; }
 
+// What decays to nothing is 0, an infinity too: there p (or q) is 0, and 0 * inf counts as 0.
+KD_HD double faded(double sum, double decay) { return decay == 0 ? 0.0 : sum * decay; }
+
 // Move the sums to the higher maxima m_s and m_t.
 KD_HD void raise(RowState& r, double m_s, double m_t, double temperature) {
   const double up_s = m_s - r.m_s, up_t = m_t - r.m_t;
   if (up_s == 0 && up_t == 0) return;
   const double k_s = exp(-up_s), k_t = exp(-up_t);
-  r.x_s = (r.x_s + kept(r.z_s, up_s - up_t)) * k_s;
-  r.x_t = (r.x_t + kept(r.z_t, up_s - up_t)) * k_t;
-  r.e_s = (r.e_s - kept(r.z_s, up_s)) * k_s;
-  r.e_t = (r.e_t - kept(r.z_t, up_t)) * k_t;
+  r.x_s = faded(r.x_s + kept(r.z_s, up_s - up_t), k_s);
+  r.x_t = faded(r.x_t + kept(r.z_t, up_s - up_t), k_t);
+  r.e_s = faded(r.e_s - kept(r.z_s, up_s), k_s);
+  r.e_t = faded(r.e_t - kept(r.z_t, up_t), k_t);
   r.z_s *= k_s;
   r.z_t *= k_t;
   r.z1_s *= exp(-up_s * temperature);

@@ -193,7 +193,7 @@ class HeadRows:
         whole = columns == slice(0, self.vocab)
         if self.grad_hidden is None:
             wide = torch.float32 if self.dtype in HALF and not whole else self.dtype
-            self.grad_hidden = torch.zeros_like(self.hidden, dtype=wide)
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=wide)
         target, weight = self.grad_hidden[rows], self.weight[columns]
         if whole:
             torch.mm(gradient, weight, out=target)

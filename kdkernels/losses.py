@@ -216,7 +216,11 @@ def _check_inplace(call: _Call) -> None:
     if call.student.is_head:
         raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
     logits = call.student.tensors[0]
-    if logits.is_leaf and logits.requires_grad:
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
+        raise ValueError("inplace=True needs logits of their own memory, but student is expanded")
+    # A compiler cannot look behind a view; it functionalises the write, so nothing is lost there.
+    source = logits if torch.compiler.is_compiling() or logits._base is None else logits._base
+    if source.is_leaf and source.requires_grad:
         raise ValueError(
             "inplace=True would overwrite a leaf tensor that requires grad; pass the output of the "
             "lm_head, or inplace=False"

@@ -28,10 +28,8 @@ _Rows = LogitRows | HeadRows
 
 def _strides_flatten(t: Tensor) -> bool:
     """Whether the leading dimensions of ``t`` fold into one without a copy."""
-    return all(
-        t.shape[i + 1] == 1 or t.shape[i] == 1 or t.stride(i) == t.shape[i + 1] * t.stride(i + 1)
-        for i in range(t.dim() - 2)
-    )
+    kept = [(size, stride) for size, stride in zip(t.shape[:-1], t.stride()) if size != 1]
+    return all(stride == inner * step for (_, stride), (inner, step) in zip(kept, kept[1:], strict=False))
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def _rows_of(tensors: list[Tensor], vocab: int, wants: list[bool], grad: Optiona
     return LogitRows(_flat(tensors[0]), vocab, None if grad is None else _flat(grad))
 
 
-def _new_gradient(logits: Tensor, vocab: int, backend: str) -> Tensor:
+def _new_gradient(logits: Tensor, vocab: int) -> Tensor:
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.device.type == "cpu":
         from .backends import native
@@ -148,16 +146,17 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
                    inplace) -> list[Tensor]:  # fmt: skip
     student_wants, teacher_wants = wants[: len(student)], wants[len(student) :]
     grad = teacher_grad = None
-    if len(student) == 1 and student_wants[0]:
-        grad = student[0] if inplace else _new_gradient(student[0], vocab, backend)
-    if len(teacher) == 1 and teacher_wants[0]:
-        teacher_grad = _new_gradient(teacher[0], vocab, backend)
-    results = weights.new_zeros(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     heads = len(student) > 1 or len(teacher) > 1
     if labels is not None and heads and bool((labels < 0).any()):
         kept = (labels >= 0).nonzero()[:, 0]
     else:
         kept = None
+    direct = inplace and _writable_as_rows(student[0], heads) and kept is None
+    if len(student) == 1 and student_wants[0]:
+        grad = student[0] if direct else _new_gradient(student[0], vocab)
+    if len(teacher) == 1 and teacher_wants[0]:
+        teacher_grad = _new_gradient(teacher[0], vocab)
+    results = weights.new_zeros(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     made: list[Tensor] = []
     if kept is None and not heads:
         _walk_logits(student[0], teacher[0] if teacher else None, labels, weights, spec, vocab,
@@ -176,9 +175,29 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
             results[kept] = _walk(s, t, labels[kept], weights[kept], spec, chunk_bytes, backend)
         made = s.gradients() + (t.gradients() if t is not None else [])
         made = [g.view(x.shape) for g, x in zip(made, _wanted(student + teacher, wants))]
-    if inplace and vocab < student[0].shape[-1]:
+    if not inplace:
+        return [results, *made]
+    if direct:
         student[0][..., vocab:].zero_()
-    return [results] + ([] if inplace else made)
+    else:
+        student[0].copy_(made[0])
+    return [results]
+
+
+def _writable_as_rows(logits: Tensor, heads: bool) -> bool:
+    """Whether the gradient can be written straight over ``logits``; else it is copied there."""
+    return logits.stride(-1) == 1 and (not heads or _strides_flatten(logits))
+
+
+def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
+    """Writing over the student must not change what is still to be read of the teacher."""
+    for t in teacher:
+        same = t.data_ptr() == student.data_ptr() and t.stride() == student.stride()
+        if not same and t.untyped_storage().data_ptr() == student.untyped_storage().data_ptr() and t.numel():
+            raise ValueError(
+                "inplace=True, but student and teacher are different views of one tensor; "
+                "clone the teacher, or inplace=False"
+            )
 
 
 def _wanted(tensors: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
@@ -224,6 +243,7 @@ def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backen
 @torch.library.custom_op("kdkernels::rows_", mutates_args=("student",))
 def rows_(student: Tensor, teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
           spec: list[float], vocab: int, chunk_bytes: int, backend: str) -> Tensor:  # fmt: skip
+    _refuse_overlap(student, teacher)
     wants = [True] + [False] * len(teacher)
     return _compute([student], teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend, True)[0]
 

@@ -192,3 +192,53 @@ def test_modules():
     assert torch.equal(loss(s, t), kd.distillation_loss(s, t, divergence=kd.JSD(0.3), temperature=2.0))
     assert torch.equal(kd.CrossEntropyLoss()(s, problem.labels), kd.cross_entropy(s, problem.labels))
     assert "JSD(beta=0.3)" in repr(loss)
+
+
+INPLACE = {
+    "plain": ((2, 6, 40), lambda z: z),
+    "shifted": ((2, 6, 40), lambda z: z[:, :-1]),
+    "middle dimension 1": ((2, 1, 6, 40), lambda z: z[:, :, :-1]),
+    "transposed": ((40, 7), lambda z: z.t()),
+    "column stride": ((6, 80), lambda z: z[:, ::2]),
+}
+
+
+@pytest.mark.parametrize("teacher", ["logits", "head"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", INPLACE)
+def test_inplace_layouts(backend, layout, masked, teacher):
+    shape, view = INPLACE[layout]
+    source = torch.randn(shape, requires_grad=True)
+    tokens, vocab = view(source).shape[:-1], view(source).shape[-1]
+    t = torch.randn(*tokens, vocab) if teacher == "logits" else (
+        kd.LinearHead(torch.randn(*tokens, 8), torch.randn(vocab, 8)))  # fmt: skip
+    labels = torch.randint(0, vocab, tokens)
+    if masked:
+        labels.view(-1)[1::2] = -100
+    results = []
+    for inplace in (False, True):
+        loss = kd.distillation_loss(view(source * 1), t, labels, hard_weight=0.3, inplace=inplace)
+        results.append((loss, torch.autograd.grad(loss, source)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].any() and torch.equal(results[0][1], results[1][1])
+
+
+def test_inplace_refuses_memory_that_is_not_its_own(backend):
+    x = torch.randn(4, 40, requires_grad=True)
+    y = x * 1
+    with pytest.raises(ValueError, match="views of one tensor"):
+        kd.kl_div(y[:-1], y.detach()[1:], inplace=True)
+    with pytest.raises(ValueError, match="expanded"):
+        kd.kl_div((x[:1] * 1).expand(6, 40), torch.randn(6, 40), inplace=True)
+    with pytest.raises(ValueError, match="leaf"):
+        kd.kl_div(x.view(4, 40), torch.randn(4, 40), inplace=True)
+
+
+def test_inductor_with_a_transposed_hidden():
+    hidden, weight = torch.randn(8, 6, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    teacher = torch.randn(6, 64)
+    torch._dynamo.reset()
+    loss = lambda h, w: kd.kl_div(kd.LinearHead(h.t(), w), teacher)  # noqa: E731
+    mine = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    assert all(relative(a, b) < 1e-6 for a, b in zip(mine, expected))

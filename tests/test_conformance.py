@@ -178,3 +178,45 @@ def test_impossible_teacher_token_is_infinite(backend):
     student, teacher = torch.zeros(1, 40), torch.zeros(1, 40)
     student[0, 7] = -torch.inf
     assert kd.kl_div(student, teacher).item() == float("inf")
+
+
+def compare_row_losses(student, teacher, divergence, **options):
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss = kd.distillation_loss(leaf, teacher, divergence=divergence, **options)
+    with kd.use_backend("reference"):
+        truth = kd.distillation_loss(wide, teacher.double(), divergence=divergence)
+    (mine,), (true,) = (torch.autograd.grad(x, y) for x, y in ((loss, leaf), (truth, wide)))
+    assert torch.isclose(loss.double(), truth, rtol=1e-5) and relative(mine, true) < 1e-6
+
+
+def test_leading_block_without_mass(backend):
+    """One side padded with -inf, the other with -1e4, in the first block that is folded."""
+    student, teacher = torch.randn(2, 4096), torch.randn(2, 4096)
+    student[:, :2048], teacher[:, :2048] = -torch.inf, -1e4
+    compare_row_losses(student, teacher, kd.ForwardKL())
+    compare_row_losses(teacher, student, kd.ReverseKL())
+    if backend == "eager":
+        compare_row_losses(student, teacher, kd.ForwardKL(), chunk_bytes=2**14)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 300, 2000, 20_000])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_leading_chunk_of_padding(backend, chunk_bytes, temperature):
+    """Biases of -inf over whole vocabulary chunks, in distillation and in co-distillation."""
+    problem = Problem(student="head", teacher="head", vocab=200)
+    for side in (problem.student, problem.teacher):
+        side[2][:100] = -torch.inf
+    problem.labels = torch.where(problem.labels >= 0, 100 + problem.labels % 100, -100)
+    options = dict(temperature=temperature, hard_weight=0.5)
+    value, grads = problem.run(backend, chunk_bytes=chunk_bytes, **options)
+    truth, true_grads = problem.oracle(**options)
+    assert torch.isclose(value.double(), truth, rtol=1e-5)
+    assert all(relative(mine, true) < 3e-6 for mine, true in zip(grads, true_grads))
+    both = [[t.clone().requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
+    losses = kd.codistillation_loss(*(problem.side(side) for side in both), problem.labels,
+                                    chunk_bytes=chunk_bytes, **options)  # fmt: skip
+    with kd.use_backend("reference"):
+        expected = kd.cross_entropy(problem.side(problem.teacher), problem.labels)
+    assert torch.isclose(losses.teacher, expected, rtol=1e-5)
+    made = torch.autograd.grad(losses.student + losses.teacher, both[0] + both[1])
+    assert all(g.isfinite().all() and g.any() for g in made)

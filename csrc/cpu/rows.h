@@ -323,10 +323,12 @@ class Row {
   void combine(const Coefficients& c, int64_t start, int end, float* g) {
     const float *e = scratch_.e() + start, *a = scratch_.a() + start, *e1 = scratch_.e1() + start;
     const bool hard = c.eta != 0 || c.constant != 0;
+    const bool soft = c.gamma != 0;  // where the block has no mass left, a may be infinite
     for (int i = 0; i < end; i += kLanes) {
       const Vec ev = load(e + i);
       Vec v{};
-      if constexpr (kTeacher) v = (ev * c.alpha - load(a + i) * c.beta) * c.gamma;
+      if constexpr (kTeacher)
+        if (soft) v = (ev * c.alpha - load(a + i) * c.beta) * c.gamma;
       if (hard) v = v + (ev * c.eta + c.constant);
       if (tempered_hard_) v = v + load(e1 + i) * c.eta1;
       store(g + i, v);
@@ -463,7 +465,7 @@ inline void accumulate(const Job& job, int64_t begin, int64_t end) {
     if (job.spec.teacher_hard_weight == 0) continue;
     RowState t = empty_state();
     range.teacher_row(i, own).template fold<false>(t);
-    r.z1_t += t.z_s * std::exp(t.m_s - r.m_t * job.spec.temperature);
+    if (t.z_s > 0) r.z1_t += t.z_s * std::exp(t.m_s - r.m_t * job.spec.temperature);
     const int64_t at = range.label(i) - job.offset;
     if (at >= 0 && at < job.width) r.label_t = t.label_s;
   }

@@ -71,9 +71,9 @@ def _fold_normalizer(state: Tensor, z: Tensor, m_at: int, z_at: int) -> tuple[Te
 
 def _fold_moment(state: Tensor, at: int, *, old_mass: Tensor, decay: Tensor, shift: Tensor,
                  fresh: Tensor) -> None:  # fmt: skip
-    """A sum e * v whose v moves by ``shift`` when the maxima rise."""
-    moved = torch.where(old_mass > 0, old_mass * shift, 0.0)
-    state[:, at] = (state[:, at] + moved) * decay + fresh.double()
+    """A sum e * v whose v moves by ``shift`` when the maxima rise; what decays to 0 is 0, inf too."""
+    moved = state[:, at] + torch.where(old_mass > 0, old_mass * shift, 0.0)
+    state[:, at] = torch.where(decay > 0, moved * decay, 0.0) + fresh.double()
 
 
 def _masked(e: Tensor, v: Tensor) -> Tensor:
@@ -129,9 +129,9 @@ def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tens
 
 
 def _fold_z1(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z1_at: int, old_m: Tensor) -> None:
-    m = state[:, m_at] * spec.temperature
+    m = (state[:, m_at] * spec.temperature).clamp(min=rs.NOTHING)
     fresh = (raw - m[:, None].to(raw.dtype)).exp().sum(-1).double()
-    state[:, z1_at] = state[:, z1_at] * (old_m * spec.temperature - m).exp() + fresh
+    state[:, z1_at] = state[:, z1_at] * ((old_m * spec.temperature).clamp(min=rs.NOTHING) - m).exp() + fresh
 
 
 def _fold_hard(state: Tensor, raw: Tensor, labels: Tensor, offset: int, spec: Spec,
