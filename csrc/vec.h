@@ -107,11 +107,11 @@ KD_HD void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 // polynomial of degree 5 with the constant term 1, so that exp(0) is exactly 1.
 KD_HD Vec vexp(Vec x) {
   constexpr float kLog2e = 1.44269504088896341f;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
 #if defined(__AVX512F__)
   x = vmax(x, splat(-200.0f));
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * kLog2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec n = (x * kLog2e + magic) - magic;
 #else
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec above = x < -87.0f ? splat(-87.0f) : x;
   const Vec n = (above * kLog2e + magic) - magic;
 #endif
@@ -152,9 +152,7 @@ KD_HD Vec vlog(Vec x) {
   y = y * f - 2.4999993993e-1f;
   y = y * f + 3.3333331174e-1f;
   const Vec z = f * f;
-  Vec r = y * f * z + k * -2.12194440e-4f - 0.5f * z;
-  r = r + f + k * 0.693359375f;
-  return r;
+  return (y * f * z - 0.5f * z) + (k * 0.693147181f + f);
 }
 
 KD_HD float sum(Vec v) {
