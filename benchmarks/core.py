@@ -123,14 +123,14 @@ def heads_case(n: int, h: int, v: int, dtype: torch.dtype, count: int) -> dict:
             "floors": {"fresh": "four GEMMs"}}  # fmt: skip
 
 
-def peak_memory(kind: str, n: int, h: int, v: int) -> int:
+def peak_memory(kind: str, n: int, v: int) -> int:
     """Peak resident bytes above what was there before the call, in a fresh process."""
-    code = f"from benchmarks.core import measure_memory; measure_memory({kind!r}, {n}, {h}, {v})"
+    code = f"from benchmarks.core import measure_memory; measure_memory({kind!r}, {n}, {v})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def measure_memory(kind: str, n: int, h: int, v: int) -> None:
+def measure_memory(kind: str, n: int, v: int) -> None:
     def run(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor | None:
         if kind == "inplace":
             return kd.kl_div(handed(s), t, inplace=True).backward()
@@ -193,7 +193,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         results["cases"].append(heads_case(*shape, dtype, options.rounds))
         print(table(results["cases"][-1]), flush=True)
-    memory = {kind: peak_memory(kind, n, 0, v) for kind in ("kd", "inplace", "eager")}
+    memory = {kind: peak_memory(kind, n, v) for kind in ("kd", "inplace", "eager")}
     results["peak_bytes_above_inputs_and_gradient"] = memory
     unit = n * v * 4
     print(f"\npeak memory above inputs and gradient, logits [{n}, {v}] fp32")

@@ -92,7 +92,7 @@ class LogitRows:
 
     def __init__(self, logits: Tensor, vocab: int, grad: Optional[Tensor]) -> None:
         self.full, self.grad, self.vocab = logits, grad, vocab
-        self.dtype, self.index = logits.dtype, None  # type: torch.dtype, Optional[Tensor]
+        self.index: Optional[Tensor] = None
         self.tokens = logits.numel() // logits.shape[-1]
 
     @property
@@ -140,7 +140,7 @@ class HeadRows:
         self.bias = tensors[2][:vocab] if len(tensors) > 2 else None
         self.given, self.vocab, self.wants = tensors, vocab, wants + [False] * (3 - len(wants))
         self.dtype = self.hidden.dtype
-        self.tokens, self.all_tokens = self.hidden.shape[0], self.hidden.shape[0]
+        self.tokens = self.hidden.shape[0]
         self.index: Optional[Tensor] = None
         self.grad_hidden: Optional[Tensor] = None
         self.grad_weight: Optional[Tensor] = None

@@ -208,10 +208,6 @@ def _wants(tensors: list[Tensor]) -> list[bool]:
     return [torch.is_grad_enabled() and t.requires_grad for t in tensors]
 
 
-def _only(tensors: list[Tensor], wants: list[bool]) -> list[Tensor]:
-    return [t for t, want in zip(tensors, wants) if want]
-
-
 def _check_inplace(call: _Call) -> None:
     if call.student.is_head:
         raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
@@ -241,7 +237,7 @@ def _run(call: _Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
     results, gradients = _rows(call, weights, wants, inplace)
     value = ops.row_loss(results, weights.double(), call.spec).sum().to(weights.dtype)
     if any(wants):
-        value = ops.attach(value, _only(call.student.tensors, wants), gradients)
+        value = ops.attach(value, ops.wanted(call.student.tensors, wants), gradients)
     return value, results
 
 
@@ -420,9 +416,9 @@ def codistillation_loss(
     teacher_loss = (results[:, rs.TEACHER_HARD] * wide).sum().to(weights.dtype)
     split = sum(wants)
     if split:
-        student_loss = ops.attach(student_loss, _only(own, wants), gradients[:split])
+        student_loss = ops.attach(student_loss, ops.wanted(own, wants), gradients[:split])
     if any(teacher_wants):
-        teacher_loss = ops.attach(teacher_loss, _only(teachers, teacher_wants), gradients[split:])
+        teacher_loss = ops.attach(teacher_loss, ops.wanted(teachers, teacher_wants), gradients[split:])
     return CodistillationLoss(student_loss, teacher_loss)
 
 

@@ -137,7 +137,7 @@ def _compute(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tens
              backend: str, inplace: bool) -> list[Tensor]:  # fmt: skip
     """[results, *student gradients, *teacher gradients] for the inputs that ``wants`` marks."""
     kind = weights.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else torch.no_grad():
+    with torch.autocast(kind, enabled=False):
         return _compute_plain(student, teacher, labels, weights, Spec.from_floats(spec), vocab,
                               chunk_bytes, wants, backend, inplace)  # fmt: skip
 
@@ -174,7 +174,7 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
             assert labels is not None
             results[kept] = _walk(s, t, labels[kept], weights[kept], spec, chunk_bytes, backend)
         made = s.gradients() + (t.gradients() if t is not None else [])
-        made = [g.view(x.shape) for g, x in zip(made, _wanted(student + teacher, wants))]
+        made = [g.view(x.shape) for g, x in zip(made, wanted(student + teacher, wants))]
     if not inplace:
         return [results, *made]
     if direct:
@@ -200,7 +200,8 @@ def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
             )
 
 
-def _wanted(tensors: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
+def wanted(tensors: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
+    """The tensors that ``wants`` marks."""
     return [t for t, want in zip(tensors, wants) if want]
 
 
@@ -236,7 +237,7 @@ def rows(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
 def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend):
     results = weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     return [results] + [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _wanted(student + teacher, wants)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted(student + teacher, wants)
     ]
 
 
