@@ -88,6 +88,7 @@ def assert_exact(ours, oracle, plain, *, dtype, projected=False):
         # The plain formula can be useless in half precision: that is no licence to be so too. A
         # zero gradient has the relative error 1.
         plain_error = relative(theirs, truth) if theirs.isfinite().all() else 1.0
-        tolerance = min(2 * plain_error, 0.1) + 16 * ulp
+        # In fp64 the plain formula is the oracle itself, its error 0: only the ulps are left there.
+        tolerance = min(2 * plain_error, 0.1) + (16 if dtype == torch.float64 else 4) * ulp
         assert truth.norm() > 1e-6
         assert relative(mine, truth) <= tolerance, (relative(mine, truth), plain_error)

@@ -28,7 +28,9 @@
 namespace kd {
 namespace KD_ISA {
 
-constexpr int kBlock = 128 * kLanes;  // 128 fp32 additions a lane, then fp64; both sides fit in L1
+// A lane adds few fp32 terms before fp64 takes over: 128 with 16 lanes, 32 with fewer, whose
+// partial sums are larger. Both sides of a block fit in L1.
+constexpr int kBlock = kLanes >= 16 ? 2048 : 32 * kLanes;
 constexpr int kAhead = 512;  // entries that the second pass fetches ahead: its four rows fill L2
 
 inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
