@@ -1,32 +1,27 @@
-"""``python -m kdkernels info``: what is usable on this machine, and why the rest is not."""
+"""``python -m kdkernels COMMAND``: each command is a module with a ``main(arguments)``."""
 
 from __future__ import annotations
 
 import argparse
-import platform
+import importlib
+import sys
 
-import torch
-
-from . import __version__
-from .backends import backends, chosen_backend, native
-
-
-def info() -> None:
-    print(f"kdkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-          f"{platform.machine()}, {torch.get_num_threads()} threads")  # fmt: skip
-    for name, problem in backends().items():
-        detail = f" ({native.instruction_set()})" if name == "native" and problem is None else ""
-        print(f"  {name:<10} {'usable' + detail if problem is None else 'not usable: ' + problem}")
-    print(f"  chosen     {chosen_backend()}")
+#: Command -> (module, what it does). Imported when called: a command may need an extra.
+COMMANDS = {
+    "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="which backends are usable here")
-    parser.parse_args()
-    info()
+def main(arguments: list[str]) -> None:
+    lines = "\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m kdkernels", usage="%(prog)s COMMAND [-h] ...", epilog=f"commands:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    command = parser.parse_args(arguments[:1]).command
+    importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -19,6 +19,22 @@ name = "eager"
 TEMPORARIES = 14
 
 
+def _resolve_mkl_kernels() -> None:
+    """Call what torch hands to MKL once, on one thread.
+
+    MKL before 2025.0 chooses a function's kernel at its first call, and where several threads make
+    that call together one of them can get a kernel of low accuracy (pytorch issue 188792): an fp64
+    loss was then off by 5e-12 instead of 1e-16, once in a new process.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.tanh):
+            function(one)
+
+
+_resolve_mkl_kernels()
+
+
 def why_not() -> Optional[str]:
     return None
 
