@@ -25,11 +25,11 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks.core
+	$(BIN)/python -m benchmarks --suite cpu
 
 # The demonstration trainer is not written yet; until it is, the demo is a distillation in numbers.
 demo: setup
-	$(BIN)/python -m benchmarks.core --small
+	$(BIN)/python -m benchmarks --suite small
 
 clean:
 	rm -rf build *.egg-info kdkernels/_C*.so $(VENV)

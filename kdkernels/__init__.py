@@ -1,5 +1,6 @@
 """The loss layer for LLM distillation: exact losses without a full ``[tokens, vocab]`` tensor."""
 
+from . import testing
 from .backends import backends, use_backend
 from .backends.native import instruction_set
 from .divergences import (
@@ -64,5 +65,6 @@ __all__ = [
     "js_divergence",
     "kl_div",
     "linear_cross_entropy",
+    "testing",
     "use_backend",
 ]
