@@ -103,7 +103,7 @@ SUITES: dict[str, list[Case]] = {
     "small": [
         *_both(Case(64, 32768, losses=_ALL)),
         *_both(Case(64, 8192, width=256, losses=("kl", "jsd", "ce"))),
-        Case(64, 8192, width=256, losses=("codistill",)),
+        Case(64, 8192, width=256, losses=("codistill",), peers=False),
     ],
     "cpu": [
         *_both(Case(512, 131072, losses=_ALL, compiled=True)),
@@ -111,7 +111,7 @@ SUITES: dict[str, list[Case]] = {
         replace(_HIDDEN, teacher_width=768),
         replace(_HIDDEN, frozen_head=True),
         replace(_HIDDEN, masked=0.5),
-        replace(_HIDDEN, losses=("codistill",)),
+        replace(_HIDDEN, losses=("codistill",), peers=False),
         *_over_tokens(Case(0, 32768, peers=False), (64, 256, 1024)),
         *_over_tokens(Case(0, 32768, width=256), (128, 512, 2048)),
         *_over_vocab(Case(128, 0, peers=False), (8192, 32768, 131072, 262144)),
@@ -123,7 +123,7 @@ SUITES: dict[str, list[Case]] = {
         replace(_GPU_HIDDEN, width=2048, teacher_width=4096, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, frozen_head=True, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, masked=0.5, losses=("kl", "jsd", "ce")),
-        replace(_GPU_HIDDEN, losses=("codistill",)),
+        replace(_GPU_HIDDEN, losses=("codistill",), peers=False),
         *_over_tokens(replace(_GPU, losses=("kl", "jsd")), (1024, 2048, 4096, 8192, 16384)),
         *_over_tokens(replace(_GPU_HIDDEN, losses=("kl", "jsd")), (1024, 2048, 4096, 8192, 16384, 32768)),
         *_over_vocab(replace(_GPU, losses=("kl", "jsd")), (32768, 131072, 151936, 262144)),
