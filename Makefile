@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.7.1
 
-.PHONY: setup test lint bench demo clean
+.PHONY: setup test lint bench figures demo clean
 
 setup: $(VENV)/.ready
 
@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
-test: setup lint
+test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
 	$(BIN)/python -m pytest
 
@@ -24,8 +24,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
+# The libraries that are measured beside ours, and the plots.
+$(VENV)/.peers: $(VENV)/.ready
+	$(BIN)/pip install -q "$(TORCH)" -e ".[bench]" --no-build-isolation
+	touch $@
+
+bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks --suite cpu
+
+# RESULT=runs/.../result.json makes that result the committed one; without it the figures are drawn again.
+figures: $(VENV)/.peers
+	$(BIN)/python -m benchmarks publish $(RESULT)
 
 # The demonstration trainer is not written yet; until it is, the demo is a distillation in numbers.
 demo: setup

@@ -96,6 +96,8 @@ def conformance(folder: Path, device: str, limit: float) -> int:
     if not list((ROOT / "kdkernels").glob("_C*.so")):
         _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder / "build.log", limit / 4)
     command = [sys.executable, "-m", "kdkernels", "verify", "--device", device]
+    if device == "cuda":
+        command.append("--large")
     return _run([*command, "--json", str(folder.resolve() / "verify.json")], folder / "verify.log", limit / 3)
 
 
@@ -124,23 +126,26 @@ def report_command(arguments: list[str]) -> int:
 
 
 def publish(arguments: list[str]) -> int:
-    """Makes a result the committed one of its suite; README's figures are the CPU suite's."""
+    """Makes a result the committed one of its suite: JSON, tables, plots, README's figures."""
     from benchmarks import report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks publish", description=publish.__doc__)
     parser.add_argument("result", type=Path, nargs="?", help="default: what is committed already")
     options = parser.parse_args(arguments)
-    paths = [options.result] if options.result else sorted(RESULTS.glob("*.json"))
-    for path in paths:
+    for path in [options.result] if options.result else committed():
         result = load(path)
-        suite = result["suite"]
-        (RESULTS / f"{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print("written:", ", ".join(str(p) for p in write_report(result, RESULTS, f"{suite}-")))
-        if suite == "cpu":
-            page = ROOT / "README.md"
-            page.write_text(report.with_figures(page.read_text(), report.readme(result)))
-            print("README.md has its figures")
+        (RESULTS / f"{result['suite']}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print("written:", ", ".join(str(p) for p in write_report(result, RESULTS, f"{result['suite']}-")))
+    page = ROOT / "README.md"
+    figures = "\n\n".join(report.readme(load(path)) for path in committed())
+    page.write_text(report.with_figures(page.read_text(), figures))
+    print("README.md has the figures of", ", ".join(path.name for path in committed()))
     return 0
+
+
+def committed() -> list[Path]:
+    """The result of each suite that has one, in the suites' order."""
+    return [path for suite in MINUTES if (path := RESULTS / f"{suite}.json").exists()]
 
 
 def compare_command(arguments: list[str]) -> int:

@@ -29,8 +29,9 @@ class Case:
     ``width`` 0 means that logits are given; otherwise hidden states of this width and an lm_head,
     ``teacher_width`` for the teacher (None: the same). ``masked`` is the share of tokens whose label
     is -100. ``compiled`` also times what torch.compile makes of the plain formulas, which costs a
-    compilation each. ``plot`` names the curve that this case is a point of. ``peers`` False leaves the
-    other libraries out.
+    compilation each. ``plot`` names the curves that this case is a point of, "tokens" or "vocabulary";
+    a case that is there for its curves only is no ``headline``, and not in README. ``peers`` False
+    leaves the other libraries out.
     """
 
     tokens: int
@@ -42,7 +43,8 @@ class Case:
     frozen_head: bool = False
     masked: float = 0.0
     compiled: bool = False
-    plot: str = ""
+    plot: tuple[str, ...] = ()
+    headline: bool = True
     peers: bool = True
 
     def __post_init__(self) -> None:
@@ -86,17 +88,18 @@ def _both(case: Case) -> list[Case]:
 
 
 def _over_tokens(case: Case, sizes: tuple[int, ...]) -> list[Case]:
-    return [replace(case, tokens=n, plot="tokens") for n in sizes]
+    return [replace(case, tokens=n, plot=("tokens",), headline=False) for n in sizes]
 
 
 def _over_vocab(case: Case, sizes: tuple[int, ...]) -> list[Case]:
-    return [replace(case, vocab=v, plot="vocabulary") for v in sizes]
+    return [replace(case, vocab=v, plot=("vocabulary",), headline=False) for v in sizes]
 
 
 _ALL = (*SOFT, "ce")
 _HIDDEN = Case(512, 32768, width=512)
 _GPU = Case(4096, 131072, "bfloat16")
 _GPU_HIDDEN = replace(_GPU, width=4096)
+_ON_CURVES = {"plot": ("tokens", "vocabulary")}
 
 #: Suite -> cases, the most telling first: a suite that runs out of time loses its tail.
 SUITES: dict[str, list[Case]] = {
@@ -118,17 +121,18 @@ SUITES: dict[str, list[Case]] = {
         *_over_vocab(Case(256, 0, width=256, peers=False), (8192, 32768, 131072)),
     ],
     "gpu": [
-        replace(_GPU, losses=_ALL, compiled=True),
-        replace(_GPU_HIDDEN, losses=("kl", "jsd", "ce"), compiled=True),
+        replace(_GPU, losses=_ALL, compiled=True, **_ON_CURVES),
+        replace(_GPU_HIDDEN, losses=("kl", "jsd", "ce"), compiled=True, **_ON_CURVES),
         replace(_GPU_HIDDEN, width=2048, teacher_width=4096, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, frozen_head=True, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, masked=0.5, losses=("kl", "jsd", "ce")),
         replace(_GPU_HIDDEN, losses=("codistill",), peers=False),
-        *_over_tokens(replace(_GPU, losses=("kl", "jsd")), (1024, 2048, 4096, 8192, 16384)),
-        *_over_tokens(replace(_GPU_HIDDEN, losses=("kl", "jsd")), (1024, 2048, 4096, 8192, 16384, 32768)),
-        *_over_vocab(replace(_GPU, losses=("kl", "jsd")), (32768, 131072, 151936, 262144)),
-        *_over_vocab(replace(_GPU_HIDDEN, losses=("kl", "ce")), (32768, 131072, 151936, 262144)),
+        *_over_tokens(_GPU, (1024, 2048, 8192, 16384)),
+        *_over_tokens(replace(_GPU_HIDDEN, losses=("kl", "jsd")), (1024, 2048, 8192, 16384)),
+        *_over_vocab(_GPU, (32768, 151936, 262144)),
+        *_over_vocab(replace(_GPU_HIDDEN, losses=("kl", "ce")), (32768, 151936, 262144)),
         replace(_GPU_HIDDEN, width=8192, losses=("kl", "ce")),
         replace(_GPU, dtype="float32", losses=("kl", "jsd")),
+        *_over_tokens(_GPU_HIDDEN, (32768,)),
     ],
 }  # fmt: skip

@@ -20,7 +20,7 @@ def curves(result: dict[str, Any], curve: str, x: str, memory: bool, hidden: boo
     """Variant -> its points (x, y) of the cases in ``curve``, sorted."""
     made: dict[str, list] = {}
     for case in result["cases"]:
-        if case["plot"] != curve or bool(case["width"]) != hidden:
+        if curve not in case["plot"] or bool(case["width"]) != hidden:
             continue
         for row in case["variants"]:
             floor = row["loss"] == "floor" and not memory

@@ -15,8 +15,8 @@ def where(result: Row) -> str:
     """The line that every figure stands under."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (f"{machine['name']} ({machine['instruction_set']}), {versions}, commit "
-            f"{machine['commit']}, {machine['date'][:10]}.")  # fmt: skip
+    kind = f"CUDA {machine['cuda']}" if machine["device"] == "cuda" else machine["instruction_set"]
+    return f"{machine['name']} ({kind}), {versions}, commit {machine['commit']}, {machine['date'][:10]}."
 
 
 def case_table(case: Row) -> str:
@@ -93,8 +93,8 @@ _LOSSES = ("kl", "rkl", "jsd", "ce", "codistill")
 
 
 def readme(result: Row) -> str:
-    """README's figures: one line per case and loss, for the cases that are no point of a curve."""
-    cases = [case for case in result["cases"] if not case["plot"]]
+    """README's figures: one line per headline case and loss."""
+    cases = [case for case in result["cases"] if case["headline"]]
     sections = (
         ("Milliseconds, forward and backward, and the ratio to the floor of the same run (of logits: "
          "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs).", _time),

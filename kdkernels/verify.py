@@ -13,13 +13,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .backends import backends, by_name
+from .backends import backends, by_name, use_backend
 from .divergences import (
     JSD,
     AlphaBeta,
@@ -31,13 +31,26 @@ from .divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from .losses import distillation_loss
 from .testing import ROWS, Check, Problem, Result, compare
 
+#: Every kind, and every branch of those that have several; the tests take theirs from here.
 DIVERGENCES: tuple[Divergence, ...] = (
-    ForwardKL(), ReverseKL(), JSD(0.5), JSD(0.1), SkewKL(0.1), SkewReverseKL(0.1),
-    SkewReverseKL(0.3, detach_mixture=True), TotalVariation(), AlphaBeta(0.2, 0.7),
-    AlphaBeta(0.5, -0.5), AlphaBeta(0.0, 0.0), Mixed(0.4),
-)  # fmt: skip
+    ForwardKL(),
+    ReverseKL(),
+    JSD(0.5),
+    JSD(0.1),
+    SkewKL(0.1),
+    SkewReverseKL(0.1),
+    SkewReverseKL(0.3, detach_mixture=True),
+    TotalVariation(),
+    AlphaBeta(0.2, 0.7),
+    AlphaBeta(0.5, 0.0),
+    AlphaBeta(0.0, 0.5),
+    AlphaBeta(0.5, -0.5),
+    AlphaBeta(0.0, 0.0),
+    Mixed(0.4),
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FORMS = (("logits", "logits"), ("head", "head"), ("head", "logits"), ("logits", "head"))
 VOCABS = (1, 2, 31, 128, 2049, 32768, 131072, 262144)
@@ -129,6 +142,27 @@ def examine(scenario: Scenario, names: list[str], device: str) -> list[Outcome]:
     return made
 
 
+def beyond_32_bits(name: str, device: str, *, tokens: int = 2**14 + 8, vocab: int = 2**17) -> Outcome:
+    """Logits with more than 2^31 numbers: the last rows are right only if no offset wrapped around.
+
+    Needs 9 GB: bf16 logits that repeat eight rows, and their gradient; the teacher is one row.
+    """
+    scenario = Scenario("N*V > 2^31", ForwardKL(), torch.bfloat16, shape=(tokens,), vocab=vocab,
+                        options=dict(reduction="sum"))  # fmt: skip
+    few = replace(scenario, shape=(8,)).problem(device)
+    few.teacher = [few.teacher[0][:1].expand(8, vocab)]
+    oracle, plain = (run(labels=False, **scenario.options) for run in (few.oracle, few.plain))
+    parts = tokens // 8
+    leaf = few.student[0].repeat(parts, 1).requires_grad_()
+    with use_backend(name):
+        value = distillation_loss(leaf, few.teacher[0][:1].expand(tokens, vocab), **scenario.options)
+    assert isinstance(value, Tensor)
+    value.backward()
+    assert leaf.grad is not None
+    checks = compare((value / parts, [leaf.grad[-8:]]), oracle, plain, dtype=few.dtype)
+    return Outcome(name, scenario, checks, [str(check) for check in checks if not check.ok])
+
+
 def _unfit(oracle: Result, problem: Problem) -> Optional[str]:
     """Why the truth cannot be held in the problem's dtypes, if it cannot."""
     value, grads = oracle
@@ -166,13 +200,15 @@ def usable(wanted: Optional[list[str]]) -> list[str]:
     return wanted or [name for name, why in there.items() if why is None]
 
 
-def verify(names: list[str], device: str, only: Optional[str] = None) -> list[Outcome]:
+def verify(names: list[str], device: str, only: Optional[str] = None, large: bool = False) -> list[Outcome]:
     """All outcomes; ``only`` keeps the scenarios whose divergence has it in its name."""
     made: list[Outcome] = []
     with torch.random.fork_rng(devices=[]):
         for scenario in scenarios():
             if only is None or only.lower() in str(scenario.divergence).lower():
                 made += examine(scenario, names, device)
+        if large:
+            made += [beyond_32_bits(name, device) for name in names]
     return made
 
 
@@ -216,6 +252,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu", help="where the tensors are: cpu (default), cuda")
     parser.add_argument("--backend", action="append", help="only this backend; may be repeated")
     parser.add_argument("--divergence", help="only divergences with this in their name")
+    parser.add_argument("--large", action="store_true", help="also logits of more than 2^31 numbers: 9 GB")
     parser.add_argument("--json", metavar="FILE", help="write every outcome here")
     options = parser.parse_args(arguments)
     try:
@@ -224,7 +261,7 @@ def main(arguments: list[str]) -> None:
     except (ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
     start = time.perf_counter()
-    outcomes = verify(names, options.device, options.divergence)
+    outcomes = verify(names, options.device, options.divergence, options.large)
     seconds = time.perf_counter() - start
     print(table(outcomes))
     skipped: dict[tuple[str, str], int] = {}

@@ -22,7 +22,7 @@ EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUI
 @pytest.fixture(scope="module")
 def result():
     """A whole result of tiny cases, two of them on a curve."""
-    curve = [replace(TINY, tokens=n, masked=0.0, plot="tokens", peers=False) for n in (8, 16)]
+    curve = [replace(TINY, tokens=n, masked=0.0, plot=("tokens",), headline=False, peers=False) for n in (8, 16)]
     small = [TINY, TINY_HIDDEN, TINY_CODISTILL, *curve]
     return run.run_suite("small", small, "cpu", rounds=1)
 
@@ -51,6 +51,12 @@ def test_peers_agree_with_the_oracle():
                 assert errors["gradient_error"] < 1e-5, (variant.label, errors)
                 seen.add(variant.package)
     assert seen == {f.NAME for f in peers.FAMILIES if f.why_not("cpu") is None}
+
+
+def test_families_name_losses_that_exist():
+    for family in peers.FAMILIES:
+        made = [row for case in (TINY, TINY_HIDDEN) for row in family.variants(case)]
+        assert made and all(loss in cases.LOSSES and callable(run) for _, loss, run in made)
 
 
 def test_a_wrong_variant_is_seen():
@@ -167,6 +173,12 @@ def test_memory_sees_what_eager_holds():
     assert peaks["kdkernels in place"] < 0.5 and peaks["kdkernels"] < 0.5
 
 
+@pytest.mark.parametrize("suite", cases.SUITES)
+def test_cases_have_names_of_their_own(suite):
+    names = [case.name for case in cases.SUITES[suite]]
+    assert len(set(names)) == len(names)
+
+
 def test_goals_name_cases_and_variants_that_exist():
     names = {case.name: case for case in cases.SUITES["cpu"]}
     for goal in goals.GOALS:
@@ -176,13 +188,12 @@ def test_goals_name_cases_and_variants_that_exist():
 
 def test_committed_results_fill_readme():
     """README says what the committed JSON says, to the letter."""
-    path = command.RESULTS / "cpu.json"
+    results = {path: command.load(path) for path in command.committed()}
+    assert "cpu" in {result["suite"] for result in results.values()}
     page = (command.ROOT / "README.md").read_text()
-    assert report.with_figures(page, report.readme(command.load(path))) == page
-    for committed in command.RESULTS.glob("*.json"):
-        result = command.load(committed)
-        tables = committed.with_name(f"{result['suite']}-tables.md")
-        assert tables.read_text() == report.full(result)
+    assert report.with_figures(page, "\n\n".join(map(report.readme, results.values()))) == page
+    for path, result in results.items():
+        assert path.with_name(f"{result['suite']}-tables.md").read_text() == report.full(result)
 
 
 def test_one_command(tmp_path):

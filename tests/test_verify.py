@@ -93,6 +93,21 @@ def test_verify_refuses_what_is_not_there(monkeypatch, capsys):
     assert end.value.code == 2 and "nothing was verified" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", verify.usable(None))
+def test_many_rows_are_compared_by_their_last(name, monkeypatch):
+    """The problem of --large, at a size for tests: right, and red when the last rows are not."""
+    outcome = verify.beyond_32_bits(name, "cpu", tokens=64, vocab=1024)
+    assert len(outcome.checks) == 2 and not outcome.broken
+    if name == "eager":
+
+        def lost(student, teacher, labels, weights, *, grad, **named):
+            RIGHT(student, teacher, labels, weights, grad=grad, **named)
+            grad[-1] = 0
+
+        monkeypatch.setattr(eager, "gradient", lost)
+        assert verify.beyond_32_bits(name, "cpu", tokens=64, vocab=1024).broken
+
+
 def test_scenarios_cover_the_matrix():
     made = list(verify.scenarios())
     assert {s.rows for s in made} == set(ROWS)
