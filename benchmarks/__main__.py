@@ -49,7 +49,7 @@ def measure(arguments: list[str]) -> int:
     parser.add_argument("--suite", choices=MINUTES, default="small")
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/SUITE-TIME)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for the gpu suite")
-    parser.add_argument("--rounds", type=int, help="rounds per variant (default 9)")
+    parser.add_argument("--rounds", type=int, help="rounds per variant (default 7)")
     parser.add_argument("--minutes", type=float, help="leave out the cases that would start later")
     parser.add_argument("--case", help="only cases with this in their name")
     options = parser.parse_args(arguments)

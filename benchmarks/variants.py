@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ OURS = "kdkernels"
 
 @dataclass(frozen=True)
 class Variant:
-    """``floor`` is the label of the floor it is held against; a floor itself has none and no backward."""
+    """``floor`` is the label of the floor it is held against; a floor itself has none and no backward.
+    ``one_shape``: it is compiled for every shape that it meets.
+    """
 
     label: str
     loss: str
@@ -33,6 +35,7 @@ class Variant:
     package: str
     floor: str = ""
     inplace: bool = False
+    one_shape: bool = False
 
     @property
     def is_floor(self) -> bool:
@@ -98,14 +101,13 @@ def _plain(case: Case) -> list[Variant]:
         Variant(_names(loss), loss, lambda step, loss=loss: plain_loss(step, loss), "torch")
         for loss in case.losses
     ]
-    if case.compiled:
-        for loss in case.losses:
-            compiled = torch.compile(plain_from_logits, dynamic=False)
+    for loss in case.compiled:
+        compiled = torch.compile(plain_from_logits, dynamic=False)
 
-            def forward(step: Step, loss: str = loss, compiled=compiled) -> Tensor:
-                return compiled(*step.logits(), step.labels if loss == "ce" else step.mask, loss)
+        def forward(step: Step, loss: str = loss, compiled=compiled) -> Tensor:
+            return compiled(*step.logits(), step.labels if loss == "ce" else step.mask, loss)
 
-            made.append(Variant(f"{_names(loss)} compiled", loss, forward, "torch"))
+        made.append(Variant(f"{_names(loss)} compiled", loss, forward, "torch", one_shape=True))
     return made
 
 
@@ -193,7 +195,6 @@ def variants_of(case: Case, device: str) -> tuple[list[Variant], dict[str, str]]
             continue
         for label, loss, forward in family.variants(case):
             if loss in case.losses:
-                made.append(Variant(label, loss, forward, family.NAME))
-    held = [Variant(v.label, v.loss, v.forward, v.package, floor_of(case, v.loss, v.inplace), v.inplace)
-            for v in made]  # fmt: skip
+                made.append(Variant(label, loss, forward, family.NAME, one_shape="compiled" in label))
+    held = [replace(v, floor=floor_of(case, v.loss, v.inplace)) for v in made]
     return [*floors.values(), *held], skipped

@@ -30,7 +30,7 @@ def result():
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda c: c.name)
 def test_every_case_of_every_suite_runs_and_is_right(case):
     """At shrunken sizes, without compilations; what only runs on a GPU is left to one."""
-    case = replace(case, compiled=False)
+    case = replace(case, compiled=())
     made, _ = variants.variants_of(case, "cpu")
     ulp = torch.finfo(case.torch_dtype).eps
     for variant, errors in zip(made, accuracy.errors(case, made, "cpu")):

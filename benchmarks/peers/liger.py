@@ -26,5 +26,5 @@ def variants(case):
         return
     for loss, beta in BETAS.items():
         yield "Liger chunked", loss, functools.partial(_chunked, beta=beta, compiled=False)
-        if case.compiled:
+        if loss in case.compiled:
             yield "Liger chunked compiled", loss, functools.partial(_chunked, beta=beta, compiled=True)
