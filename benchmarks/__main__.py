@@ -95,7 +95,8 @@ def conformance(folder: Path, device: str, limit: float) -> int:
     """
     if not list((ROOT / "kdkernels").glob("_C*.so")):
         _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder / "build.log", limit / 4)
-    command = [sys.executable, "-m", "kdkernels", "verify", "--device", device]
+    minutes = str(limit / 60 / 4)
+    command = [sys.executable, "-m", "kdkernels", "verify", "--device", device, "--minutes", minutes]
     if device == "cuda":
         command.append("--large")
     return _run([*command, "--json", str(folder.resolve() / "verify.json")], folder / "verify.log", limit / 3)

@@ -1,7 +1,7 @@
 """Times of a case's variants: round robin, warmed up, on inputs that no cache still holds.
 
-A round runs every variant once; what slows one down slows its neighbours too, and a ratio within a
-case compares like with like. Input sets rotate so that between two visits of a set more than the
+A round runs every variant once, in an order of its own: what slows one down slows the others too,
+and none always pays for the memory that its neighbour left behind. Input sets rotate so that between two visits of a set more than the
 last-level cache has passed; gradients are new each time, as in training.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -109,12 +110,12 @@ def round_robin(case: Case, variants: list[Variant], device: str, rounds: int = 
     """Every variant's times over ``rounds`` rounds after one of warming up."""
     sets = input_sets(case, device)
     watches = [Stopwatch() for _ in variants]
-    turn = 0
+    pairs, turn = list(zip(variants, watches)), 0
     gc.collect()
     gc.disable()
     try:
         for number in range(rounds + 1):
-            for variant, watch in zip(variants, watches):
+            for variant, watch in random.Random(number).sample(pairs, len(pairs)):
                 if watch.done:
                     continue
                 inputs, turn = sets[turn % len(sets)], turn + 1

@@ -8,6 +8,7 @@ exits with 1 when a rule of exactness is broken.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -79,20 +80,17 @@ class Scenario:
 
 
 def scenarios() -> Iterator[Scenario]:
-    """Everything that is verified, as data."""
-    for divergence in DIVERGENCES:
-        for dtype in DTYPES:
-            for form in FORMS:
-                for rows in ROWS:
-                    if rows != "equal" or form[0] == form[1]:
-                        yield Scenario(rows, divergence, dtype, form, rows, options=_terms(rows))
-            for chunk_bytes in CHUNKS:
-                yield Scenario("chunked", divergence, dtype, ("head", "head"), vocab=700,
-                               options={**_TERMS, "chunk_bytes": chunk_bytes})  # fmt: skip
-            for vocab in VOCABS:
-                if dtype in (torch.float32, torch.bfloat16):
-                    tokens = 64 if vocab < 10_000 else 8
-                    yield Scenario(f"V={vocab}", divergence, dtype, shape=(tokens,), vocab=vocab)
+    """Everything that is verified, as data: each problem for every divergence before the next."""
+    for rows, dtype, form in itertools.product(ROWS, DTYPES, FORMS):
+        if rows != "equal" or form[0] == form[1]:
+            yield from (Scenario(rows, d, dtype, form, rows, options=_terms(rows)) for d in DIVERGENCES)
+    for chunk_bytes, dtype in itertools.product(CHUNKS, DTYPES):
+        options = {**_TERMS, "chunk_bytes": chunk_bytes}
+        for divergence in DIVERGENCES:
+            yield Scenario("chunked", divergence, dtype, ("head", "head"), vocab=700, options=options)
+    for vocab, dtype in itertools.product(VOCABS, (torch.float32, torch.bfloat16)):
+        shape = (64 if vocab < 10_000 else 8,)
+        yield from (Scenario(f"V={vocab}", d, dtype, shape=shape, vocab=vocab) for d in DIVERGENCES)
 
 
 def _terms(rows: str) -> dict[str, Any]:
@@ -200,16 +198,24 @@ def usable(wanted: Optional[list[str]]) -> list[str]:
     return wanted or [name for name, why in there.items() if why is None]
 
 
-def verify(names: list[str], device: str, only: Optional[str] = None, large: bool = False) -> list[Outcome]:
-    """All outcomes; ``only`` keeps the scenarios whose divergence has it in its name."""
+def verify(names: list[str], device: str, *, only: Optional[str] = None, large: bool = False,
+           seconds: float = math.inf) -> tuple[list[Outcome], int]:  # fmt: skip
+    """(all outcomes, how many scenarios ``seconds`` left no time for).
+
+    ``only`` keeps the scenarios whose divergence has it in its name.
+    """
     made: list[Outcome] = []
+    end, late = time.perf_counter() + seconds, 0
+    chosen = (s for s in scenarios() if only is None or only.lower() in str(s.divergence).lower())
     with torch.random.fork_rng(devices=[]):
-        for scenario in scenarios():
-            if only is None or only.lower() in str(scenario.divergence).lower():
-                made += examine(scenario, names, device)
         if large:
             made += [beyond_32_bits(name, device) for name in names]
-    return made
+        for scenario in chosen:
+            if time.perf_counter() > end:
+                late += 1
+            else:
+                made += examine(scenario, names, device)
+    return made, late
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -220,7 +226,9 @@ def table(outcomes: list[Outcome]) -> str:
         groups.setdefault((outcome.backend, str(s.divergence), str(s.dtype)[6:]), []).append(outcome)
     lines = [f"{'backend':<10}{'divergence':<44}{'dtype':<10}{'loss':>9}{'plain':>9}"
              f"{'gradient':>10}{'plain':>9}{'problems':>10}  "]  # fmt: skip
-    for (backend, divergence, dtype), group in groups.items():
+    order = list(dict.fromkeys(divergence for _, divergence, _ in groups))
+    for key in sorted(groups, key=lambda k: (k[0], order.index(k[1]))):
+        (backend, divergence, dtype), group = key, groups[key]
         checks = [check for outcome in group for check in outcome.checks]
         if not checks:
             continue
@@ -239,10 +247,10 @@ def _worst(checks: list[Check]) -> str:
     return f"{ours:>9.1e}{plain:>9.1e} "
 
 
-def report(outcomes: list[Outcome], device: str, seconds: float) -> dict[str, Any]:
+def report(outcomes: list[Outcome], late: int, device: str, seconds: float) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     return {"device": where, "torch": torch.__version__, "seconds": round(seconds, 1),
-            "verified": sum(not o.skipped for o in outcomes),
+            "verified": sum(not o.skipped for o in outcomes), "not_run": late,
             "broken": sum(bool(o.broken) for o in outcomes),
             "outcomes": [o.record() for o in outcomes]}  # fmt: skip
 
@@ -253,6 +261,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backend", action="append", help="only this backend; may be repeated")
     parser.add_argument("--divergence", help="only divergences with this in their name")
     parser.add_argument("--large", action="store_true", help="also logits of more than 2^31 numbers: 9 GB")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these")
     parser.add_argument("--json", metavar="FILE", help="write every outcome here")
     options = parser.parse_args(arguments)
     try:
@@ -261,7 +270,8 @@ def main(arguments: list[str]) -> None:
     except (ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
     start = time.perf_counter()
-    outcomes = verify(names, options.device, options.divergence, options.large)
+    outcomes, late = verify(names, options.device, only=options.divergence, large=options.large,
+                            seconds=options.minutes * 60)  # fmt: skip
     seconds = time.perf_counter() - start
     print(table(outcomes))
     skipped: dict[tuple[str, str], int] = {}
@@ -275,7 +285,9 @@ def main(arguments: list[str]) -> None:
                   f"{s.options}: {rule}")  # fmt: skip
     for (backend, reason), count in skipped.items():
         print(f"{backend}: {count} problems skipped: {reason}")
-    summary = report(outcomes, options.device, seconds)
+    if late:
+        print(f"NOT RUN: {late} problems, the time was up")
+    summary = report(outcomes, late, options.device, seconds)
     print(f"{summary['verified']} problems in {seconds:.0f} s, {summary['broken']} break a rule")
     if options.json:
         with open(options.json, "w") as file:

@@ -82,6 +82,12 @@ def test_verify_sees_other_bits(monkeypatch, tmp_path):
     assert any("other bits" in rule for o in report["outcomes"] for rule in o["broken"])
 
 
+def test_time_that_is_up_is_said(monkeypatch, tmp_path, capsys):
+    code, report = run(monkeypatch, tmp_path, "--minutes", "0")
+    assert code == 2 and report["not_run"] == len(FEW)
+    assert f"NOT RUN: {len(FEW)}" in capsys.readouterr().out
+
+
 def test_verify_refuses_what_is_not_there(monkeypatch, capsys):
     for arguments in (["--backend", "none"], ["--device", "no-such-device"]):
         with pytest.raises(SystemExit) as end:
