@@ -123,8 +123,8 @@ SUITES: dict[str, list[Case]] = {
         *_over_vocab(Case(256, 0, width=256, peers=False), (8192, 32768, 131072)),
     ],
     "gpu": [
-        replace(_GPU, losses=_ALL, compiled=("kl", "jsd", "ce"), **_ON_CURVES),
-        replace(_GPU_HIDDEN, losses=("kl", "jsd", "ce"), compiled=("kl", "jsd"), **_ON_CURVES),
+        replace(_GPU, losses=_ALL, compiled=("kl", "jsd"), **_ON_CURVES),
+        replace(_GPU_HIDDEN, losses=("kl", "jsd", "ce"), compiled=("kl",), **_ON_CURVES),
         replace(_GPU_HIDDEN, width=2048, teacher_width=4096, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, frozen_head=True, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, masked=0.5, losses=("kl", "jsd", "ce")),
