@@ -45,6 +45,8 @@ def _tiles(teacher: Logits, tensors: list[Tensor], vocab: int, step: int) -> Ite
             yield logit_map.logits(tile, torch.promote_types(tile.dtype, torch.float32))
         return
     wide = torch.promote_types(teacher.dtype, torch.float32)
+    if not teacher.numel():
+        return
     for at in torch.arange(teacher.shape[:-1].numel(), device=teacher.device).split(step):
         index = torch.unravel_index(at, teacher.shape[:-1]) if teacher.dim() > 1 else ()
         yield teacher[index].reshape(-1, teacher.shape[-1])[:, :vocab].to(wide)
@@ -64,16 +66,22 @@ def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: f
     budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     step = max(budget // (vocab * 8 * _TEMPORARIES), 1)
     tensors = teacher.tensors() if isinstance(teacher, LinearHead) else [teacher]
-    device = tensors[0].device
+    device, tokens, start = tensors[0].device, leading.numel(), 0
+    # Written into place: small results that outlive each chunk would leave the heap in pieces.
+    all_ids = torch.empty(tokens, 0, dtype=torch.int64, device=device)
+    all_values = torch.empty(tokens, 0, device=device)
     with torch.autocast(device.type, enabled=False):
-        parts = [select(_log_softmax(tile)) for tile in _tiles(teacher, tensors, vocab, step)]
-    if not parts:
-        empty = torch.empty(*leading, 1, device=device)
-        return torch.full_like(empty, -1, dtype=torch.int64), torch.full_like(empty, nothing)
-    slots = max(ids.shape[1] for ids, _ in parts)
-    ids = torch.cat([F.pad(ids, (0, slots - ids.shape[1]), value=-1) for ids, _ in parts])
-    values = torch.cat([F.pad(v, (0, slots - v.shape[1]), value=nothing) for _, v in parts])
-    return ids.view(*leading, slots), values.view(*leading, slots)
+        for tile in _tiles(teacher, tensors, vocab, step):
+            ids, values = select(_log_softmax(tile))
+            rows, slots = slice(start, start + ids.shape[0]), ids.shape[1]
+            more = max(slots - all_ids.shape[1], 0)
+            all_ids = F.pad(all_ids, (0, more), value=-1) if more else all_ids
+            all_values = F.pad(all_values.to(values.dtype), (0, more), value=nothing) if more else all_values
+            all_ids[rows, :slots], all_values[rows, :slots] = ids, values
+            start = rows.stop
+    if not tokens:
+        all_ids, all_values = F.pad(all_ids, (0, 1)), F.pad(all_values, (0, 1))
+    return all_ids.view(*leading, all_ids.shape[1]), all_values.view(*leading, all_ids.shape[1])
 
 
 def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: Optional[int] = None,
