@@ -15,6 +15,7 @@ from benchmarks.machine import last_level_cache_bytes
 
 TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
 TINY_HIDDEN = replace(TINY, width=24, teacher_width=40)
+TINY_SPARSE = replace(TINY, masked=0.0, losses=("kl",), top_k=8)
 TINY_CODISTILL = replace(TINY_HIDDEN, losses=("codistill",))
 EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUITES.values() for c in s}, key=str)
 
@@ -23,7 +24,7 @@ EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUI
 def result():
     """A whole result of tiny cases, two of them on a curve."""
     curve = [replace(TINY, tokens=n, masked=0.0, plot=("tokens",), headline=False, peers=False) for n in (8, 16)]
-    small = [TINY, TINY_HIDDEN, TINY_CODISTILL, *curve]
+    small = [TINY, TINY_HIDDEN, TINY_CODISTILL, TINY_SPARSE, *curve]
     return run.run_suite("small", small, "cpu", rounds=1)
 
 
@@ -107,11 +108,12 @@ def test_floors():
 
 
 def test_result_holds_everything(result):
-    assert len(result["cases"]) == 5 and not result["not_run"]
+    assert len(result["cases"]) == 6 and not result["not_run"]
     for field in ("name", "cpu", "versions", "commit", "date"):
         assert result["machine"][field]
     for case in result["cases"]:
         for row in case["variants"]:
+            assert "problem" not in row, (row["variant"], row["problem"])
             assert {"forward_ms", "backward_ms", "both_ms", "rounds"} <= set(row), row
             if row["floor"]:
                 assert {"to_floor", "percent_of_floor", "peak_bytes", "peak_units", "loss_error",
