@@ -1,0 +1,122 @@
+"""What each divergence is, once for Triton: the pointwise phi and q_psi = q dphi/dq.
+
+``terms`` sees p, q, x = log(p / q), log p and log q and returns both at once; what a caller does not
+use the compiler drops. As in ``kdkernels/divergences.py``, q_psi is defined up to c * q and chosen to
+be exactly 0 at x = 0. x is +-inf where one side is padding and NaN where both are: there p = q = 0.
+
+``F.kind`` is the divergence's code and ``F.variant`` what else changes its formula: whether the
+mixture is detached, or which limit of alpha-beta it is. The two parameters are run-time numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from .state import times
+
+#: Codes of kdkernels/divergences.py and csrc/spec.h.
+FORWARD_KL = tl.constexpr(1)
+REVERSE_KL = tl.constexpr(2)
+JSD = tl.constexpr(3)
+SKEW_KL = tl.constexpr(4)
+SKEW_REVERSE_KL = tl.constexpr(5)
+TOTAL_VARIATION = tl.constexpr(6)
+ALPHA_BETA = tl.constexpr(7)
+MIXED = tl.constexpr(8)
+
+#: Alpha-beta: the general formula and its limits.
+GENERAL, BETA_ZERO, ALPHA_ZERO, BOTH_ZERO, SUM_ZERO = (tl.constexpr(i) for i in range(5))
+
+
+@triton.jit
+def _mixture_ratio(x):
+    """Beyond +-80 the smaller of p and q no longer counts in a mixture; NaN becomes finite."""
+    return tl.maximum(tl.minimum(x, 80.0), -80.0)
+
+
+@triton.jit
+def _jsd(p, q, x, beta):
+    x = _mixture_ratio(x)
+    log_m_over_q = tl.log(1.0 + beta * (tl.exp(x) - 1.0))
+    q_psi = (beta - 1.0) * q * log_m_over_q
+    return beta * p * (x - log_m_over_q) + q_psi, q_psi
+
+
+@triton.jit
+def _skew_kl(p, q, x, alpha):
+    keep = 1.0 - alpha
+    u = keep * (tl.exp(-_mixture_ratio(x)) - 1.0)  # m / p - 1
+    return -p * tl.log(1.0 + u), keep * q * (u / (1.0 + u))
+
+
+@triton.jit
+def _skew_reverse_kl(q, x, alpha, DETACHED: tl.constexpr):
+    u = (1.0 - alpha) * (tl.exp(_mixture_ratio(x)) - 1.0)  # m / q - 1
+    phi = -q * tl.log(1.0 + u)
+    q_psi = phi
+    if not DETACHED:
+        q_psi = phi + alpha * q * (u / (1.0 + u))
+    return phi, q_psi
+
+
+@triton.jit
+def _total_variation(p, q):
+    d = q - p
+    sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
+    return 0.5 * tl.abs(d), sign * q
+
+
+@triton.jit
+def _power(log_p, a, log_q, b):
+    """p^a q^b. exp(100) is inf in fp32, and min keeps inf - inf away."""
+    return tl.exp(tl.minimum(a * log_p + b * log_q, 100.0))
+
+
+@triton.jit
+def _alpha_beta(p, q, x, log_p, log_q, a, b, LIMIT: tl.constexpr):
+    padding = (x != x) & (p == 0.0) & (q == 0.0)
+    x = tl.where(padding, 0.0, x)
+    log_p, log_q = tl.where(padding, 0.0, log_p), tl.where(padding, 0.0, log_q)
+    if LIMIT == BOTH_ZERO:
+        phi, q_psi = 0.5 * x * x, -x
+    elif LIMIT == BETA_ZERO:
+        p_a, q_a = tl.exp(a * log_p), tl.exp(a * log_q)
+        phi, q_psi = (times(p_a, a * x) - p_a + q_a) / (a * a), (q_a - p_a) / a
+    elif LIMIT == ALPHA_ZERO:
+        p_b, q_b = tl.exp(b * log_p), tl.exp(b * log_q)
+        phi, q_psi = (times(q_b, -b * x) - q_b + p_b) / (b * b), times(q_b, -x)
+    elif LIMIT == SUM_ZERO:
+        cross = tl.exp(tl.minimum(a * x, 100.0))
+        phi, q_psi = (cross - 1.0 - a * x) / (a * a), (1.0 - cross) / a
+    else:
+        sum_ab = a + b
+        cross = _power(log_p, a, log_q, b)
+        p_ab = tl.exp(tl.minimum(sum_ab * log_p, 100.0))
+        q_ab = tl.exp(tl.minimum(sum_ab * log_q, 100.0))
+        phi = ((a / sum_ab) * p_ab + (b / sum_ab) * q_ab - cross) / (a * b)
+        q_psi = (q_ab - cross) / a
+    # At x = 0 (padding too) both are 0; the terms would only nearly cancel.
+    return tl.where(x == 0.0, 0.0, phi), tl.where(x == 0.0, 0.0, q_psi)
+
+
+@triton.jit
+def terms(F: tl.constexpr, p, q, x, log_p, log_q, first, second):
+    """(phi, q_psi) of a tile."""
+    if F.kind == FORWARD_KL:
+        return times(p, x), q - p
+    elif F.kind == REVERSE_KL:
+        reverse = times(q, -x)
+        return reverse, reverse
+    elif F.kind == JSD:
+        return _jsd(p, q, x, first)
+    elif F.kind == SKEW_KL:
+        return _skew_kl(p, q, x, first)
+    elif F.kind == SKEW_REVERSE_KL:
+        return _skew_reverse_kl(q, x, first, F.variant)
+    elif F.kind == TOTAL_VARIATION:
+        return _total_variation(p, q)
+    elif F.kind == ALPHA_BETA:
+        return _alpha_beta(p, q, x, log_p, log_q, first, second, F.variant)
+    else:
+        tl.static_assert(F.kind == MIXED)
+        reverse = times(q, -x) * (1.0 - first)
+        return times(p, x) * first + reverse, first * (q - p) + reverse
