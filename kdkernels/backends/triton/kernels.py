@@ -134,9 +134,10 @@ def _with_value(r, value, slope):
 
 
 @triton.jit
-def _part(columns, part):
-    """The columns [begin, end) of this program; ``part`` is a multiple of the tile."""
-    begin = tl.program_id(1) * part
+def _part(columns, part, TILE: tl.constexpr):
+    """The columns [begin, end) of this program; ``part`` is a multiple of the tile, which the compiler
+    is told: else it would load one column at a time."""
+    begin = tl.multiple_of(tl.program_id(1) * part, TILE)
     return begin, tl.minimum(begin + part, columns)
 
 
@@ -147,7 +148,7 @@ def fold(student, student_stride, teacher, teacher_stride, labels, partial, rows
     """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t."""
     row = tl.program_id(0)
     label, live = _label(F, labels, row, offset)
-    begin, end = _part(columns, part)
+    begin, end = _part(columns, part, LANES * K)
     if live:
         s_row = row_pointer(F, student, student_stride, row)
         t_row = s_row
@@ -179,7 +180,7 @@ def value(student, student_stride, teacher, teacher_stride, state, partial, rows
           F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """``partial [parts, rows, 2]``: each part's value and slope. One read of s and t."""
     row = tl.program_id(0)
-    begin, end = _part(columns, part)
+    begin, end = _part(columns, part, LANES * K)
     r = load_state(state + row.to(tl.int64) * COLUMNS, None)
     s_row = row_pointer(F, student, student_stride, row)
     t_row = row_pointer(F, teacher, teacher_stride, row)
@@ -232,7 +233,7 @@ def gradient(student, student_stride, teacher, teacher_stride, labels, weights, 
     row = tl.program_id(0)
     label, live = _label(F, labels, row, offset)
     weight = _weight(weights, row, live)
-    begin, end = _part(columns, part)
+    begin, end = _part(columns, part, LANES * K)
     s_row = row_pointer(F, student, student_stride, row)
     t_row, g_row, h_row = s_row, s_row, s_row
     if F.kind:

@@ -186,15 +186,15 @@ class Normalizers(NamedTuple):
 
 @triton.jit
 def normalizers(r):
-    log_z_s, log_z_t = tl.log(r.z_s), tl.log(r.z_t)
+    gap, log_z_s = tl.log(r.z_s / r.z_t), tl.log(r.z_s)
     return Normalizers(
         m_s=(r.m_s * LOG2E).to(tl.float32),
         m_t=(r.m_t * LOG2E).to(tl.float32),
         per_z_s=(1.0 / r.z_s).to(tl.float32),
         per_z_t=(1.0 / r.z_t).to(tl.float32),
         log_z_s=log_z_s.to(tl.float32),
-        log_z_t=log_z_t.to(tl.float32),
-        gap=(log_z_s - log_z_t).to(tl.float32),
+        log_z_t=(log_z_s - gap).to(tl.float32),
+        gap=gap.to(tl.float32),
     )
 
 
@@ -215,8 +215,8 @@ def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers,
     It runs backwards: what the first pass read last is what L2 still holds.
     """
     n = normalizers(r)
-    value = tl.zeros([LANES], tl.float32)
-    slope = tl.zeros([LANES], tl.float32)
+    value = tl.zeros([LANES, K], tl.float32)
+    slope = tl.zeros([LANES, K], tl.float32)
     tiles = tl.cdiv(end - begin, LANES * K)
     for i in range(0, tiles):
         start = begin + (tiles - 1 - i) * (LANES * K)
@@ -225,11 +225,12 @@ def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers,
         t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map, "")
         p, q, x, log_p, log_q = _distributions(s, t, n, numbers.factor)
         phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers.first, numbers.second)
-        value += tl.sum(phi, 1)
-        slope += tl.sum(q_psi, 1)
+        value += phi
+        slope += q_psi
     # NaN logits stay visible, whatever the formula does with them.
     visible = 0.0 * (r.z_s + r.z_t)
-    return tl.sum(value, 0).to(tl.float64) + visible, tl.sum(slope, 0).to(tl.float64) + visible
+    value, slope = tl.sum(tl.sum(value, 1), 0), tl.sum(tl.sum(slope, 1), 0)
+    return value.to(tl.float64) + visible, slope.to(tl.float64) + visible
 
 
 @triton.jit
