@@ -113,7 +113,7 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
         if live:
             r = fold_row(F, s_row, t_row, label, 0, columns, 0, temperature, numbers, LANES, K)
             if F.kind > REVERSE_KL:
-                value, slope = value_row(F, r, s_row, t_row, 0, columns, numbers, LANES, K)
+                value, slope = value_row(F, r, s_row, t_row, 0, columns, temperature, numbers, LANES, K)
                 r = _with_value(r, value, slope)
             _store_results(results_row, _results(F, r, columns, temperature, numbers), None)
             if weight != 0.0:
@@ -176,15 +176,15 @@ def merge(partial, state, labels, rows, parts, temperature: "fp64",
 
 
 @_kernel
-def value(student, student_stride, teacher, teacher_stride, state, partial, rows, columns, part, numbers,
-          F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def value(student, student_stride, teacher, teacher_stride, state, partial, rows, columns, part,
+          temperature: "fp64", numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """``partial [parts, rows, 2]``: each part's value and slope. One read of s and t."""
     row = tl.program_id(0)
     begin, end = _part(columns, part, LANES * K)
     r = load_state(state + row.to(tl.int64) * COLUMNS, None)
     s_row = row_pointer(F, student, student_stride, row)
     t_row = row_pointer(F, teacher, teacher_stride, row)
-    phi, slope = value_row(F, r, s_row, t_row, begin, end, numbers, LANES, K)
+    phi, slope = value_row(F, r, s_row, t_row, begin, end, temperature, numbers, LANES, K)
     at = partial + (tl.program_id(1).to(tl.int64) * rows + row) * 2
     tl.store(at, phi)
     tl.store(at + 1, slope)

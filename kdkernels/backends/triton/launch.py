@@ -29,21 +29,29 @@ class Options(NamedTuple):
     num_warps: int
     lanes: int  # of a tile, per thread
     programs: int  # per multiprocessor, at most
+    closed: bool = False  # only for what needs few registers: the KL family and cross entropy
 
 
-#: By architecture, narrow rows first. ``python -m benchmarks.tune_triton`` measures candidates on a
-#: card; these were chosen by the registers and the bytes in flight, not measured yet.
+#: By architecture; the first that fits is taken. ``python -m benchmarks.tune_triton`` measures
+#: candidates on a card. These were chosen by registers and bytes in flight, and not measured yet: wide
+#: rows want one program a multiprocessor, for L2's sake, and so many loads in flight in each.
 _TABLE = {
     "nvidia": (
         Options(columns=1024, num_warps=4, lanes=1, programs=8),
         Options(columns=32768, num_warps=8, lanes=1, programs=4),
-        Options(columns=2**31, num_warps=16, lanes=1, programs=2),
+        Options(columns=2**31, num_warps=16, lanes=2, programs=1, closed=True),
+        Options(columns=2**31, num_warps=16, lanes=1, programs=1),
     ),
     "amd": (
         Options(columns=1024, num_warps=4, lanes=1, programs=4),
         Options(columns=2**31, num_warps=8, lanes=1, programs=2),
     ),
 }
+
+
+def options(maker: str, columns: int, closed: bool) -> Options:
+    """The table's row for rows of ``columns``."""
+    return next(o for o in _TABLE[maker] if columns <= o.columns and closed >= o.closed)
 
 
 class Chip(NamedTuple):
@@ -75,8 +83,8 @@ class _Tiles:
         tensors = [t for t in (self.student, self.teacher, grad, teacher_grad) if t is not None]
         narrowest = min(t.element_size() for t in tensors)
         self.k = 16 // narrowest
-        table = _TABLE[self.chip.maker]
-        self.options = next(o for o in table if self.columns <= o.columns)
+        closed = teacher is None or spec.divergence.closed_form is not None
+        self.options = options(self.chip.maker, self.columns, closed)
         self.lanes = self.options.num_warps * self.chip.warp * self.options.lanes
         self.tile = self.lanes * self.k
         self.pair_bytes = self.columns * sum(t.element_size() for t in tensors[:2])
@@ -239,8 +247,8 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
     parts, part = tiles.parts
     partial = state.new_empty(parts, tiles.rows, 2)
     kernels.value[(tiles.rows, parts)](
-        *tiles.inputs, state, partial, tiles.rows, tiles.columns, part, tiles.numbers,
-        **tiles.block, **tiles.compile,
+        *tiles.inputs, state, partial, tiles.rows, tiles.columns, part,
+        tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
     kernels.merge_value[_over_rows(tiles.rows)](
         partial, state, tiles.rows, parts, ROWS=_ROWS, **tiles.compile

@@ -172,8 +172,8 @@ def fold_row(F: tl.constexpr, s_row, t_row, label, begin, end, offset, temperatu
 
 
 class Normalizers(NamedTuple):
-    """What turns logits into p, q and log(p / q), fp32. log z apart from the reference, so that no
-    digits of it are lost to the logits' common shift."""
+    """What turns logits into p, q and log(p / q), fp32. log z apart from the maximum, so that no digits
+    of it are lost to the logits' common shift."""
 
     m_s: tl.tensor
     m_t: tl.tensor
@@ -185,11 +185,11 @@ class Normalizers(NamedTuple):
 
 
 @triton.jit
-def normalizers(r):
+def normalizers(r, temperature):
     gap, log_z_s = tl.log(r.z_s / r.z_t), tl.log(r.z_s)
     return Normalizers(
-        m_s=(r.m_s * LOG2E).to(tl.float32),
-        m_t=(r.m_t * LOG2E).to(tl.float32),
+        m_s=(r.m_s * temperature).to(tl.float32),
+        m_t=(r.m_t * temperature).to(tl.float32),
         per_z_s=(1.0 / r.z_s).to(tl.float32),
         per_z_t=(1.0 / r.z_t).to(tl.float32),
         log_z_s=log_z_s.to(tl.float32),
@@ -200,21 +200,21 @@ def normalizers(r):
 
 @triton.jit
 def _distributions(s, t, n, factor):
-    """p, q, log(p / q), log p, log q of a tile. Equal logits give equal bits: no sum here is fused
-    with a product (the kernels are compiled without contraction; ``exponent`` asks for its own)."""
-    u_s, u_t = exponent(s, factor, n.m_s), exponent(t, factor, n.m_t)
+    """p, q, log(p / q), log p, log q of a tile. Equal logits give equal bits: nothing here is fused
+    (the kernels are compiled without contraction)."""
+    u_s, u_t = exponent(s, n.m_s, factor), exponent(t, n.m_t, factor)
     q, p = tl.exp2(u_s) * n.per_z_s, tl.exp2(u_t) * n.per_z_t
     return p, q, (u_t - u_s) * LN2 + n.gap, u_t * LN2 - n.log_z_t, u_s * LN2 - n.log_z_s
 
 
 @triton.jit
-def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers,
+def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, temperature, numbers,
               LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Second pass, for divergences without a closed form: (value, slope) of the columns [begin, end).
 
     It runs backwards: what the first pass read last is what L2 still holds.
     """
-    n = normalizers(r)
+    n = normalizers(r, temperature)
     value = tl.zeros([LANES, K], tl.float32)
     slope = tl.zeros([LANES, K], tl.float32)
     tiles = tl.cdiv(end - begin, LANES * K)
@@ -251,26 +251,22 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, l
 
     It runs against the pass before it: backwards after the first, forwards after the second.
     """
-    n = normalizers(r)
+    n = normalizers(r, temperature)
     slope = 0.0
     if F.kind == REVERSE_KL:
         slope = divergence(F, r).to(tl.float32)
     elif F.kind > REVERSE_KL:
         slope = r.slope.to(tl.float32)
     soft = (weight * numbers.soft).to(tl.float32)
-    hard = weight * numbers.hard
+    hard, teacher = weight * numbers.hard, weight * numbers.teacher_hard
     lse = r.m_s * temperature + tl.log(r.z1_s)
-    # exp(lse1) relative to the tiles' own reference.
-    m1_s = (r.m_s * temperature * LOG2E).to(tl.float32)
-    m1_t = (r.m_t * temperature * LOG2E).to(tl.float32)
-    per_z1_s = tl.exp2((m1_s - r.m_s * temperature * LOG2E).to(tl.float32)) / r.z1_s
-    per_z1_t = tl.exp2((m1_t - r.m_t * temperature * LOG2E).to(tl.float32)) / r.z1_t
-    pull = (hard * (1.0 + 2.0 * numbers.z_loss * lse)).to(tl.float32)
-    pull1 = (hard * (1.0 + 2.0 * numbers.z_loss * lse) * per_z1_s).to(tl.float32)
+    pull = hard * (1.0 + 2.0 * numbers.z_loss * lse) / r.z1_s  # of exp(z - m) at temperature 1
     spread = (hard * numbers.smoothing / vocab).to(tl.float32)
     onehot = (hard * (1.0 - numbers.smoothing)).to(tl.float32)
-    teacher = weight * numbers.teacher_hard
-    teacher1 = (teacher * per_z1_t).to(tl.float32)
+    teacher_pull, teacher_onehot = (teacher / r.z1_t).to(tl.float32), teacher.to(tl.float32)
+    factor1 = numbers.factor  # without a temperature of its own the hard term shares its exponentials
+    if F.tempered:
+        factor1 = LOG2E
     tiles = tl.cdiv(end - begin, LANES * K)
     for i in range(0, tiles):
         start = begin + i * (LANES * K)
@@ -293,10 +289,7 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, l
                     q_psi = q_psi - q * slope
                 g = q_psi * soft
             if F.hard:
-                if F.tempered:
-                    g += tl.exp2(exponent(s, LOG2E, m1_s)) * pull1
-                else:
-                    g += q * pull
+                g += tl.exp2(exponent(s, n.m_s, factor1)) * pull.to(tl.float32)
                 if F.smooth:
                     g -= spread
                 if here:
@@ -304,12 +297,9 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, l
             g = _through_map(g, s, numbers.student_gain, numbers.student_cap, F.student_map)
             tl.store(grad_row + columns, g.to(grad_row.dtype.element_ty), mask=inside)
         if F.teacher_grad:
-            if F.tempered:
-                h = tl.exp2(exponent(t, LOG2E, m1_t)) * teacher1
-            else:
-                h = p * teacher.to(tl.float32)
+            h = tl.exp2(exponent(t, n.m_t, factor1)) * teacher_pull
             if here:
-                h -= tl.where(columns == label, teacher.to(tl.float32), 0.0)
+                h -= tl.where(columns == label, teacher_onehot, 0.0)
             h = _through_map(h, t, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map)
             tl.store(teacher_grad_row + columns, h.to(teacher_grad_row.dtype.element_ty), mask=inside)
 

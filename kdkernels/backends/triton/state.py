@@ -3,14 +3,12 @@
 ``RowState`` has the fields of ``kdkernels/backends/row_state.py`` in the same order and takes two
 forms:
 
-* lanes: fp32 vectors, one entry a lane. Every lane keeps maxima and sums of its own, so the loop over
-  the vocabulary needs no exchange between threads. Exponents are in base 2: m is the reference of the
-  exponentials, log2(e) / T times the lane's maximum ``top``, and x and e are in the same unit.
+* lanes: fp32 vectors, one entry a lane. Every lane keeps a maximum and sums of its own, so the loop
+  over the vocabulary needs no exchange between threads. m is in units of the logits, which makes the
+  largest exponential exactly 1; x and e are in the exponents' unit, base 2: log2(e) / T is folded in.
 * rows: fp64, one entry a row, in nats: what the state tensor holds. fp32 is enough inside a row,
   where a lane adds a few hundred terms and lanes are summed as a tree; what is done once per row is
   fp64, which keeps the digits of log z and of the merge, and costs next to nothing.
-
-A reference need not be the exact maximum; it only has to be the same number wherever it is used.
 """
 
 from typing import NamedTuple
@@ -20,8 +18,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-#: The reference of nothing: finite, so that the difference of two is 0 and not NaN.
-LOWEST = tl.constexpr(-1e37)
+#: The maximum of nothing: finite, so that the difference of two is 0 and not NaN.
+LOWEST = tl.constexpr(-1e30)
 #: 2 to this is 0, and 0 times this is 0, which 0 times -inf is not.
 LEAST = tl.constexpr(-300.0)
 COLUMNS = tl.constexpr(19)
@@ -57,19 +55,19 @@ def times(weight, v):
 
 
 @triton.jit
-def exponent(z, factor, reference):
-    """factor * z - reference in one rounding: the argument of exp2."""
-    return tl.fma(z, factor, -reference)
+def exponent(z, m, factor):
+    """The argument of exp2. Not one fused product: that would round m * factor, and the largest
+    exponential would only nearly be 1."""
+    return (z - m) * factor
 
 
 @triton.jit
 def empty_lanes(LANES: tl.constexpr):
     zero = tl.zeros([LANES], tl.float32)
     lowest = tl.full([LANES], LOWEST, tl.float32)
-    nothing = tl.full([LANES], -float("inf"), tl.float32)
     first = tl.zeros([LANES], tl.int32)
     return RowState(lowest, zero, lowest, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
-                    nothing, first, nothing, first, zero, zero)  # fmt: skip
+                    zero, first, zero, first, zero, zero)  # fmt: skip
 
 
 @triton.jit
@@ -79,9 +77,8 @@ def faded(total, decay):
 
 
 @triton.jit
-def raised(r, m_s, m_t, decay_s, decay_t, decay1_s, decay1_t):
-    """The sums relative to the higher references m_s and m_t; a decay is exp(old - new)."""
-    up_s, up_t = m_s - r.m_s, m_t - r.m_t
+def raised(r, m_s, m_t, up_s, up_t, decay_s, decay_t, decay1_s, decay1_t):
+    """The sums relative to the higher maxima m_s and m_t: ``up`` higher, in the unit of x and e."""
     return RowState(
         m_s,
         r.z_s * decay_s,
@@ -98,89 +95,110 @@ def raised(r, m_s, m_t, decay_s, decay_t, decay1_s, decay1_t):
 
 
 @triton.jit
-def _lifted(F: tl.constexpr, r, top_s, top_t, m_s, m_t):
-    """Lanes raised to the references of the maxima top_s and top_t."""
-    decay_s, decay_t = tl.exp2(r.m_s - m_s), tl.exp2(r.m_t - m_t)
+def _lifted(F: tl.constexpr, r, m_s, m_t, factor):
+    """Lanes raised to the maxima m_s and m_t."""
+    down_s, down_t = exponent(r.m_s, m_s, factor), exponent(r.m_t, m_t, factor)
+    decay_s, decay_t = tl.exp2(down_s), tl.exp2(down_t)
     decay1_s, decay1_t = decay_s, decay_t
     if F.tempered:
-        decay1_s = tl.exp2(reference(r.top_s, LOG2E) - reference(top_s, LOG2E))
-        decay1_t = tl.exp2(reference(r.top_t, LOG2E) - reference(top_t, LOG2E))
-    return raised(r, m_s, m_t, decay_s, decay_t, decay1_s, decay1_t)
-
-
-@triton.jit
-def reference(top, factor):
-    return tl.maximum(top * factor, LOWEST)
+        decay1_s, decay1_t = tl.exp2(exponent(r.m_s, m_s, LOG2E)), tl.exp2(exponent(r.m_t, m_t, LOG2E))
+    return raised(r, m_s, m_t, -down_s, -down_t, decay_s, decay_t, decay1_s, decay1_t)
 
 
 @triton.jit
 def fold(F: tl.constexpr, r, s, t, group, inside, factor):
     """Lanes ``r`` with one more tile of logits ``[LANES, K]``, whose first columns are ``group``.
 
-    Two exponentials a column, and two a lane to raise its sums: an eighth more with K = 8.
+    Two exponentials a column, and two a lane to raise its sums: an eighth more with K = 8. A lane's arg
+    is the first column of the group that raised its maximum last.
     """
-    top_s = tl.maximum(r.top_s, tl.max(s, 1))
-    arg_s = tl.where(top_s > r.top_s, group, r.arg_s)
-    m_s = reference(top_s, factor)
-    u_s = exponent(s, factor, m_s[:, None])
-    e_s = tl.exp2(u_s)
-    top_t, arg_t, m_t = r.top_t, r.arg_t, r.m_t
+    m_s, m_t, arg_t = tl.maximum(r.m_s, tl.max(s, 1)), r.m_t, r.arg_t
+    arg_s = tl.where(m_s > r.m_s, group, r.arg_s)
     if F.kind:
-        top_t = tl.maximum(r.top_t, tl.max(t, 1))
-        arg_t = tl.where(top_t > r.top_t, group, r.arg_t)
-        m_t = reference(top_t, factor)
-    a = _lifted(F, r, top_s, top_t, m_s, m_t)
-    x_s, x_t, z_t, e_of_t, z1_s, z1_t, sum_s = a.x_s, a.x_t, a.z_t, a.e_t, a.z1_s, a.z1_t, a.sum_s
+        m_t = tl.maximum(r.m_t, tl.max(t, 1))
+        arg_t = tl.where(m_t > r.m_t, group, r.arg_t)
+    a = _lifted(F, r, m_s, m_t, factor)
+    x_s, x_t, z_t, e_t, z1_s, z1_t, sum_s = a.x_s, a.x_t, a.z_t, a.e_t, a.z1_s, a.z1_t, a.sum_s
+    u_s = exponent(s, m_s[:, None], factor)
+    exp_s = tl.exp2(u_s)
     if F.kind:
-        u_t = exponent(t, factor, m_t[:, None])
-        e_t = tl.exp2(u_t)
-        z_t += tl.sum(e_t, 1)
-        e_of_t += tl.sum(e_t * tl.maximum(u_t, LEAST), 1)
+        u_t = exponent(t, m_t[:, None], factor)
+        exp_t = tl.exp2(u_t)
+        z_t += tl.sum(exp_t, 1)
+        e_t += tl.sum(exp_t * tl.maximum(u_t, LEAST), 1)
         if F.kind == 1:
-            x_t += tl.sum(times(e_t, u_t - u_s), 1)
+            x_t += tl.sum(times(exp_t, u_t - u_s), 1)
         if F.kind == 2:
-            x_s += tl.sum(times(e_s, u_t - u_s), 1)
+            x_s += tl.sum(times(exp_s, u_t - u_s), 1)
     if F.tempered:
         if F.hard:
-            z1_s += tl.sum(tl.exp2(exponent(s, LOG2E, reference(top_s, LOG2E)[:, None])), 1)
+            z1_s += tl.sum(tl.exp2(exponent(s, m_s[:, None], LOG2E)), 1)
         if F.teacher_hard:
-            z1_t += tl.sum(tl.exp2(exponent(t, LOG2E, reference(top_t, LOG2E)[:, None])), 1)
+            z1_t += tl.sum(tl.exp2(exponent(t, m_t[:, None], LOG2E)), 1)
     if F.smooth:
         sum_s += tl.sum(tl.where(inside, s, 0.0), 1)
     return RowState(
-        m_s, a.z_s + tl.sum(e_s, 1), m_t, z_t, x_s, x_t,
-        a.e_s + tl.sum(e_s * tl.maximum(u_s, LEAST), 1), e_of_t, z1_s, z1_t, sum_s, a.label_s, a.label_t,
-        top_s, arg_s, top_t, arg_t, a.value, a.slope,
-    )  # fmt: skip
+        m_s=m_s,
+        z_s=a.z_s + tl.sum(exp_s, 1),
+        m_t=m_t,
+        z_t=z_t,
+        x_s=x_s,
+        x_t=x_t,
+        e_s=a.e_s + tl.sum(exp_s * tl.maximum(u_s, LEAST), 1),
+        e_t=e_t,
+        z1_s=z1_s,
+        z1_t=z1_t,
+        sum_s=sum_s,
+        label_s=a.label_s,
+        label_t=a.label_t,
+        top_s=a.top_s,
+        arg_s=arg_s,
+        top_t=a.top_t,
+        arg_t=arg_t,
+        value=a.value,
+        slope=a.slope,
+    )
 
 
 @triton.jit
-def _first(top, best, group):
-    return tl.min(tl.where(top == best, group, 2147483647), 0)
+def _total(lanes):
+    return tl.sum(lanes, 0).to(tl.float64)
 
 
 @triton.jit
 def across_lanes(F: tl.constexpr, r, factor, temperature):
-    """Lanes -> row, except the labels' logits; arg_s and arg_t are the first columns of the lanes' groups."""
-    top_s, top_t = tl.max(r.top_s, 0), tl.max(r.top_t, 0)
-    arg_s, arg_t = _first(r.top_s, top_s, r.arg_s), _first(r.top_t, top_t, r.arg_t)
-    m_s, m_t = reference(top_s, factor), reference(top_t, factor)
-    a = _lifted(F, r, top_s, top_t, m_s, m_t)
-    z_s, z_t = tl.sum(a.z_s, 0), tl.sum(a.z_t, 0)
+    """Lanes -> row, but for the labels' logits; arg_s and arg_t are the first columns of groups still."""
+    m_s, m_t = tl.max(r.m_s, 0), tl.max(r.m_t, 0)
+    arg_s = tl.min(tl.where(r.m_s == m_s, r.arg_s, 2147483647), 0)
+    arg_t = tl.min(tl.where(r.m_t == m_t, r.arg_t, 2147483647), 0)
+    a = _lifted(F, r, m_s, m_t, factor)
+    z_s, z_t = _total(a.z_s), _total(a.z_t)
     z1_s, z1_t = z_s, z_t
-    wide_s, wide_t = m_s.to(tl.float64), m_t.to(tl.float64)
     if F.tempered:
-        # The state's reference at temperature 1 is m * T, which the tiles' only nearly is.
-        z1_s = tl.sum(a.z1_s, 0) * tl.exp2((reference(top_s, LOG2E) - wide_s * temperature).to(tl.float32))
-        z1_t = tl.sum(a.z1_t, 0) * tl.exp2((reference(top_t, LOG2E) - wide_t * temperature).to(tl.float32))
-    zero = tl.zeros_like(wide_s)
+        z1_s, z1_t = _total(a.z1_s), _total(a.z1_t)
+    top_s, top_t = m_s.to(tl.float64), m_t.to(tl.float64)
+    zero = top_s * 0.0
     return RowState(
-        wide_s * LN2, z_s.to(tl.float64), wide_t * LN2, z_t.to(tl.float64),
-        tl.sum(a.x_s, 0) * LN2 + zero, tl.sum(a.x_t, 0) * LN2 + zero,
-        tl.sum(a.e_s, 0) * LN2 + zero, tl.sum(a.e_t, 0) * LN2 + zero,
-        z1_s.to(tl.float64), z1_t.to(tl.float64), tl.sum(a.sum_s, 0).to(tl.float64), zero, zero,
-        top_s.to(tl.float64), arg_s, top_t.to(tl.float64), arg_t, zero, zero,
-    )  # fmt: skip
+        m_s=top_s / temperature,
+        z_s=z_s,
+        m_t=top_t / temperature,
+        z_t=z_t,
+        x_s=_total(a.x_s) * LN2,
+        x_t=_total(a.x_t) * LN2,
+        e_s=_total(a.e_s) * LN2,
+        e_t=_total(a.e_t) * LN2,
+        z1_s=z1_s,
+        z1_t=z1_t,
+        sum_s=_total(a.sum_s),
+        label_s=zero,
+        label_t=zero,
+        top_s=top_s,
+        arg_s=arg_s,
+        top_t=top_t,
+        arg_t=arg_t,
+        value=zero,
+        slope=zero,
+    )
 
 
 @triton.jit
@@ -215,8 +233,8 @@ def merged(a, b, temperature):
 @triton.jit
 def _risen(r, m_s, m_t, temperature):
     down_s, down_t = r.m_s - m_s, r.m_t - m_t
-    return raised(r, m_s, m_t, tl.exp(down_s), tl.exp(down_t), tl.exp(down_s * temperature),
-                  tl.exp(down_t * temperature))  # fmt: skip
+    return raised(r, m_s, m_t, -down_s, -down_t, tl.exp(down_s), tl.exp(down_t),
+                  tl.exp(down_s * temperature), tl.exp(down_t * temperature))  # fmt: skip
 
 
 @triton.jit
