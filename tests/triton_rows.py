@@ -190,7 +190,7 @@ class TestFewRows:
         check(problem, dtype, divergence=divergence)
 
     def test_parts_with_everything(self):
-        problem = Problem(student="head", teacher="head", vocab=9000, shape=(1, 3), ignored=1, softcap=9.0)
+        problem = Problem(student="head", teacher="head", vocab=9000, shape=(1, 3), ignored=1, softcap=30.0)
         close(problem, divergence=kd.JSD(0.3), **FULL)
 
     def test_an_alternative_cut_gives_the_same(self, monkeypatch):
