@@ -11,6 +11,7 @@ value        (row, part)          second pass of one part: value and slope
 merge_value  a vector of rows     the parts' values and slopes into the rows' states, in order
 finish       a vector of rows     results from finished states
 gradient     (row, part)          the gradient of one part from the finished state
+scale        tiles, one by one    a finished gradient times a number that only the GPU knows
 ============ ==================== ==========================================================
 """
 
@@ -65,8 +66,9 @@ def _store_results(pointer, results, mask):
 
 
 _SIZES = ["student_stride", "teacher_stride", "grad_stride", "teacher_grad_stride", "rows", "columns", "part",
-          "parts", "offset", "vocab"]  # fmt: skip
-_POINTERS = ["student", "teacher", "labels", "weights", "grad", "teacher_grad", "state", "partial", "results"]
+          "parts", "offset", "vocab", "count"]  # fmt: skip
+_POINTERS = ["student", "teacher", "labels", "weights", "grad", "teacher_grad", "state", "partial", "results",
+             "values", "factor"]
 
 
 def _kernel(function):
@@ -248,3 +250,17 @@ def gradient(student, student_stride, teacher, teacher_stride, labels, weights, 
                      LANES, K)  # fmt: skip
     else:
         zero_row(F, g_row, h_row, begin, end, LANES, K)
+
+
+@_kernel
+def scale(values, factor, count, TILE: tl.constexpr):
+    """values *= factor ``[]``, rounded once. Where the factor is 1, as it nearly always is in a backward,
+    nothing is read or written, and nobody had to wait to find out."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * TILE
+        for start in range(tl.program_id(0).to(tl.int64) * TILE, count, step):
+            at = values + start + tl.arange(0, TILE)
+            inside = start + tl.arange(0, TILE) < count
+            scaled = tl.load(at, mask=inside).to(tl.float32) * by
+            tl.store(at, scaled.to(values.dtype.element_ty), mask=inside)

@@ -22,6 +22,8 @@ from .state import LOG2E
 
 #: Rows that a program of the kernels over vectors of rows takes.
 _ROWS = 128
+#: Numbers that a turn of the scaling kernel takes.
+_SCALED = 4096
 
 
 class Options(NamedTuple):
@@ -288,3 +290,12 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
     if tiles.rows and (grad is not None or teacher_grad is not None):
         with torch.cuda.device_of(student):
             _gradient(tiles, weights.contiguous(), offset, vocab, state)
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """values *= factor (0-dim, on the same device), free where the factor is 1; ``values`` contiguous."""
+    if values.numel():
+        programs = min(-(-values.numel() // _SCALED), 8 * _chip(values.device).multiprocessors)
+        with torch.cuda.device_of(values):
+            kernels.scale[(programs,)](values, factor, values.numel(), TILE=_SCALED, num_warps=8)
+    return values
