@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple
 
 import torch
 import triton
@@ -104,19 +104,14 @@ def offline(name: str) -> Iterator[list]:
 
 
 def call(divergence: kd.divergences.Divergence, tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400,
-         columns: int = 128_256, chunked: bool = False, teacher_dtype: Optional[torch.dtype] = None,
-         **options) -> None:  # fmt: skip
+         columns: int = 128_256, chunked: bool = False, **options) -> None:  # fmt: skip
     """One call of the waist on tensors whose values do not matter."""
     s, g = torch.empty(1, columns, dtype=tile), torch.empty(1, columns, dtype=gradient)
-    t = torch.empty(1, columns, dtype=teacher_dtype or tile)
+    t = torch.empty(1, columns, dtype=tile)
     s, t, g = (x.expand(rows, columns) for x in (s, t, g))
-    if columns % 8 == 0:  # as if the rows were not all the same
-        s, t, g = (x.as_strided(x.shape, (0, 1)) for x in (s, t, g))
     labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     spec = Spec(divergence, **options)
     teacher = None if isinstance(divergence, NoDivergence) else t
-    if not spec.hard_weight and not spec.teacher_hard_weight:
-        labels = None if rows % 2 else labels
     both = dict(grad=g, teacher_grad=g if spec.teacher_hard_weight else None)
     if not chunked:
         launch.fused(s, teacher, labels, weights, spec=spec, **both)
@@ -147,3 +142,47 @@ def usage(kernel, target: str) -> Usage:
 
 def usages(compiled: list, target: str) -> list[Usage]:
     return [usage(kernel, target) for kernel in {id(k): k for k in compiled}.values()]
+
+
+def cases() -> Iterator[tuple]:
+    """Every divergence x dtypes x options x whole rows or chunks x width of the launch table x alignment."""
+    for divergence, dtypes, options in itertools.product(DIVERGENCES, DTYPES, OPTIONS):
+        if isinstance(divergence, NoDivergence) and ("teacher_hard_weight" in options or not options):
+            continue  # without a teacher there is no teacher's term, and without a hard term nothing
+        for chunked in (False, True):
+            yield divergence, *dtypes, dict(options, chunked=chunked)
+    for divergence, columns in itertools.product(DIVERGENCES[1:], (1024, 32_000, 50_257)):
+        yield divergence, BF16, BF16, dict(OPTIONS[1], columns=columns)
+        yield divergence, F32, F32, dict(OPTIONS[1], columns=columns, chunked=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_triton", description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all where none is given")
+    parser.add_argument("--divergence", help="only those whose name contains this")
+    parser.add_argument("--verbose", action="store_true", help="every binary, not only the largest")
+    arguments = parser.parse_args()
+    failed = False
+    for target in arguments.target or TARGETS:
+        found: list[Usage] = []
+        for divergence, tile, gradient, options in cases():
+            if arguments.divergence and arguments.divergence not in str(divergence):
+                continue
+            with offline(target) as compiled:
+                call(divergence, tile, gradient, **options)
+            for u in usages(compiled, target):
+                found.append(u)
+                spills = u.spilled > 0
+                failed |= spills and not target.startswith("gfx")
+                if arguments.verbose or spills:
+                    print(u, divergence, tile, gradient, options, "SPILLS" if spills else "", flush=True)
+        for name in sorted({u.kernel for u in found}):
+            mine = [u for u in found if u.kernel == name]
+            print(f"{target:<7} {name:<12} {len(mine):>4} compiled, at most {max(u.registers for u in mine)} "
+                  f"registers, {max(u.spilled for u in mine)} spilled, {max(u.shared for u in mine)} bytes "
+                  "shared", flush=True)  # fmt: skip
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

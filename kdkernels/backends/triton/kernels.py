@@ -82,7 +82,7 @@ def _kernel(function):
 
 @_kernel
 def fused(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride, teacher_grad,
-          teacher_grad_stride, results, rows, columns, temperature: "fp64", numbers,
+          teacher_grad_stride, results, rows, columns, temperature: tl.float64, numbers,
           F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Whole rows: results ``[rows, 6]`` and, where F says so, weights * d(loss)/d(logits).
 
@@ -145,7 +145,7 @@ def _part(columns, part, TILE: tl.constexpr):
 
 @_kernel
 def fold(student, student_stride, teacher, teacher_stride, labels, partial, rows, columns, part, offset,
-         temperature: "fp64", numbers,
+         temperature: tl.float64, numbers,
          F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t."""
     row = tl.program_id(0)
@@ -162,7 +162,7 @@ def fold(student, student_stride, teacher, teacher_stride, labels, partial, rows
 
 
 @_kernel
-def merge(partial, state, labels, rows, parts, temperature: "fp64",
+def merge(partial, state, labels, rows, parts, temperature: tl.float64,
           F: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The parts' states into ``state [rows, 19]``, first to last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -171,7 +171,7 @@ def merge(partial, state, labels, rows, parts, temperature: "fp64",
         live = live & (tl.load(labels + row, live, other=-1) >= 0)
     at = row.to(tl.int64) * COLUMNS
     r = load_state(state + at, live)
-    for part in range(0, parts):
+    for _ in range(0, parts):
         r = merged(r, load_state(partial + at, live), temperature)
         at += rows.to(tl.int64) * COLUMNS
     store_state(state + row.to(tl.int64) * COLUMNS, r, live)
@@ -179,7 +179,7 @@ def merge(partial, state, labels, rows, parts, temperature: "fp64",
 
 @_kernel
 def value(student, student_stride, teacher, teacher_stride, state, partial, rows, columns, part,
-          temperature: "fp64", numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+          temperature: tl.float64, numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """``partial [parts, rows, 2]``: each part's value and slope. One read of s and t."""
     row = tl.program_id(0)
     begin, end = _part(columns, part, LANES * K)
@@ -200,7 +200,7 @@ def merge_value(partial, state, rows, parts, ROWS: tl.constexpr):
     to = state + row.to(tl.int64) * COLUMNS + VALUE
     phi, slope = tl.load(to, live), tl.load(to + 1, live)
     at = partial + row.to(tl.int64) * 2
-    for part in range(0, parts):
+    for _ in range(0, parts):
         phi += tl.load(at, live)
         slope += tl.load(at + 1, live)
         at += rows.to(tl.int64) * 2
@@ -209,7 +209,7 @@ def merge_value(partial, state, rows, parts, ROWS: tl.constexpr):
 
 
 @_kernel
-def finish(state, labels, results, rows, vocab, temperature: "fp64", numbers,
+def finish(state, labels, results, rows, vocab, temperature: tl.float64, numbers,
            F: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """``results [rows, 6]`` from finished states, 0 in skipped rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -226,7 +226,7 @@ def finish(state, labels, results, rows, vocab, temperature: "fp64", numbers,
 
 @_kernel
 def gradient(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride,
-             teacher_grad, teacher_grad_stride, state, columns, part, offset, vocab, temperature: "fp64",
+             teacher_grad, teacher_grad_stride, state, columns, part, offset, vocab, temperature: tl.float64,
              numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """weights * d(loss)/d(logits) of a chunk from finished states; 0 in skipped rows.
 

@@ -20,8 +20,10 @@ from .divergences import ALPHA_ZERO, BETA_ZERO, BOTH_ZERO, GENERAL, SUM_ZERO
 from .rows import IDENTITY, SCALE, SOFTCAP, Flags, Numbers
 from .state import LOG2E
 
-#: Rows that a program of the kernels over vectors of rows takes.
-_ROWS = 128
+#: Contraction would fuse e.g. q - p into a product: p == q must give exactly 0.
+_NO_FUSION = dict(enable_fp_fusion=False)
+#: The kernels over vectors of rows: one row a thread.
+_OVER_ROWS = dict(ROWS=128, num_warps=4, **_NO_FUSION)
 #: Numbers that a turn of the scaling kernel takes.
 _SCALED = 4096
 
@@ -31,7 +33,7 @@ class Options(NamedTuple):
     num_warps: int
     lanes: int  # of a tile, per thread
     programs: int  # per multiprocessor, at most
-    closed: bool = False  # only for what needs few registers: the KL family and cross entropy
+    light: bool = False  # only for the KL family and cross entropy over aligned rows: few registers
 
 
 #: By architecture; the first that fits is taken. ``python -m benchmarks.tune_triton`` measures
@@ -41,8 +43,8 @@ _TABLE = {
     "nvidia": (
         Options(columns=1024, num_warps=4, lanes=1, programs=8),
         Options(columns=32768, num_warps=8, lanes=1, programs=4),
-        Options(columns=2**31, num_warps=16, lanes=2, programs=1, closed=True),
-        Options(columns=2**31, num_warps=16, lanes=1, programs=1),
+        Options(columns=2**31, num_warps=16, lanes=2, programs=1, light=True),
+        Options(columns=2**31, num_warps=8, lanes=1, programs=2),
     ),
     "amd": (
         Options(columns=1024, num_warps=4, lanes=1, programs=4),
@@ -51,9 +53,9 @@ _TABLE = {
 }
 
 
-def options(maker: str, columns: int, closed: bool) -> Options:
+def options(maker: str, columns: int, light: bool) -> Options:
     """The table's row for rows of ``columns``."""
-    return next(o for o in _TABLE[maker] if columns <= o.columns and closed >= o.closed)
+    return next(o for o in _TABLE[maker] if columns <= o.columns and light >= o.light)
 
 
 class Chip(NamedTuple):
@@ -77,7 +79,7 @@ class _Tiles:
 
     def __init__(self, student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
                  spec: Spec, grad: Optional[Tensor] = None, teacher_grad: Optional[Tensor] = None) -> None:  # fmt: skip
-        self.student, self.teacher = _adjacent(student), _adjacent(teacher)
+        self.student, self.teacher = _adjacent(student), None if teacher is None else _adjacent(teacher)
         self.labels = None if labels is None else labels.contiguous()
         self.grad, self.teacher_grad, self.spec = grad, teacher_grad, spec
         self.rows, self.columns = student.shape
@@ -85,18 +87,18 @@ class _Tiles:
         tensors = [t for t in (self.student, self.teacher, grad, teacher_grad) if t is not None]
         narrowest = min(t.element_size() for t in tensors)
         self.k = 16 // narrowest
-        closed = teacher is None or spec.divergence.closed_form is not None
-        self.options = options(self.chip.maker, self.columns, closed)
+        aligned = self.columns % self.k == 0 and all(_aligned(t) for t in tensors)
+        self.closed = teacher is None or spec.divergence.closed_form is not None
+        self.options = options(self.chip.maker, self.columns, self.closed and aligned)
         self.lanes = self.options.num_warps * self.chip.warp * self.options.lanes
         self.tile = self.lanes * self.k
-        self.pair_bytes = self.columns * sum(t.element_size() for t in tensors[:2])
-        aligned = self.columns % self.k == 0 and all(_aligned(t) for t in tensors)
+        pair = [t for t in (self.student, self.teacher) if t is not None]
+        self.pair_bytes = self.columns * sum(t.element_size() for t in pair)
         self.flags = _flags(spec, teacher is not None, labels is not None, grad is not None,
                             teacher_grad is not None, aligned)  # fmt: skip
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
-        # Contraction would fuse e.g. q - p into a product: p == q must give exactly 0.
-        self.compile = dict(num_warps=self.options.num_warps, enable_fp_fusion=False)
+        self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
 
     @property
     def inputs(self) -> tuple:
@@ -110,6 +112,8 @@ class _Tiles:
     def programs(self) -> int:
         """How many rows are in flight: what the chip holds, or what L2 does where rows are wide."""
         fit = self.chip.l2_bytes * 3 // 4 // (self.chip.multiprocessors * self.pair_bytes)
+        if not self.closed:  # they wait for arithmetic rather than for memory
+            fit = self.options.programs
         return min(self.chip.multiprocessors * max(1, min(self.options.programs, fit)), self.rows)
 
     @property
@@ -126,8 +130,8 @@ class _Tiles:
         return -(-tiles // part), part * self.tile
 
 
-def _adjacent(tile: Optional[Tensor]) -> Optional[Tensor]:
-    return tile if tile is None or tile.stride(-1) == 1 or tile.shape[-1] == 1 else tile.contiguous()
+def _adjacent(tile: Tensor) -> Tensor:
+    return tile if tile.stride(-1) == 1 or tile.shape[-1] == 1 else tile.contiguous()
 
 
 def _stride(tile: Optional[Tensor]) -> int:
@@ -197,7 +201,7 @@ def _numbers(spec: Spec) -> Numbers:
 
 
 def _over_rows(rows: int) -> tuple[int]:
-    return (-(-rows // _ROWS),)
+    return (-(-rows // _OVER_ROWS["ROWS"]),)
 
 
 def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
@@ -222,11 +226,11 @@ def _fused_in_parts(tiles: _Tiles, weights: Tensor, results: Tensor) -> None:
     spec = tiles.spec
     state = rs.new_state(tiles.rows, results.device)
     _fold(tiles, 0, state)
-    if tiles.flags.kind and spec.divergence.closed_form is None:
+    if not tiles.closed:
         _value(tiles, state)
     kernels.finish[_over_rows(tiles.rows)](
         state, tiles.labels, results, tiles.rows, tiles.columns, spec.temperature, tiles.numbers,
-        F=tiles.flags, ROWS=_ROWS, **tiles.compile,
+        F=tiles.flags, **_OVER_ROWS,
     )  # fmt: skip
     if tiles.grad is not None or tiles.teacher_grad is not None:
         _gradient(tiles, weights, 0, tiles.columns, state)
@@ -241,7 +245,7 @@ def _fold(tiles: _Tiles, offset: int, state: Tensor) -> None:
     )  # fmt: skip
     kernels.merge[_over_rows(tiles.rows)](
         partial, state, tiles.labels, tiles.rows, parts, tiles.spec.temperature,
-        F=tiles.flags, ROWS=_ROWS, **tiles.compile,
+        F=tiles.flags, **_OVER_ROWS,
     )  # fmt: skip
 
 
@@ -253,7 +257,7 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
         tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
     kernels.merge_value[_over_rows(tiles.rows)](
-        partial, state, tiles.rows, parts, ROWS=_ROWS, **tiles.compile
+        partial, state, tiles.rows, parts, **_OVER_ROWS
     )
 
 
@@ -297,5 +301,5 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     if values.numel():
         programs = min(-(-values.numel() // _SCALED), 8 * _chip(values.device).multiprocessors)
         with torch.cuda.device_of(values):
-            kernels.scale[(programs,)](values, factor, values.numel(), TILE=_SCALED, num_warps=8)
+            kernels.scale[(programs,)](values, factor, values.numel(), TILE=_SCALED, num_warps=8, **_NO_FUSION)
     return values
