@@ -203,5 +203,13 @@ class TestFewRows:
         assert torch.allclose(torch.stack(losses), losses[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_scale(dtype, factor):
+    values, by = torch.randn(3, 50_001).to(dtype), torch.tensor(factor)
+    scaled = launch.scale_(values.clone(), by)
+    assert torch.equal(scaled, values) if factor == 1.0 else relative(scaled, values.double() * factor) < 2**-8
+
+
 def test_divergences_are_all_here():
     assert {d.code for d in DIVERGENCES} == set(range(1, 9))

@@ -99,6 +99,8 @@ class _Tiles:
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
         self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
+        if isinstance(spec.divergence, AlphaBeta) and self.chip.maker == "nvidia":
+            self.compile["maxnreg"] = 160  # by itself ptxas stops at 128 and spills a few
 
     @property
     def inputs(self) -> tuple:
