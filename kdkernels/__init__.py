@@ -33,10 +33,13 @@ from .modules import (
     KLDivLoss,
     LinearCrossEntropyLoss,
 )
+from .producers import GEMMA_SAMPLES, sample_target, top_k_target, top_p_target
+from .targets import SparseTarget
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GEMMA_SAMPLES",
     "JSD",
     "AlphaBeta",
     "CodistillationLoss",
@@ -53,6 +56,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "SparseTarget",
     "Stats",
     "TotalVariation",
     "backends",
@@ -64,5 +68,8 @@ __all__ = [
     "js_divergence",
     "kl_div",
     "linear_cross_entropy",
+    "sample_target",
+    "top_k_target",
+    "top_p_target",
     "use_backend",
 ]
