@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch brings no Triton. Before 3.7.1 its interpreter does not know numpy 2.4.
 TRITON ?= triton>=3.7.1
 
-.PHONY: setup test lint bench demo clean
+.PHONY: setup test lint bench figures demo clean
 
 setup: $(VENV)/.ready
 
@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
 	touch $@
 
-test: setup lint
+test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
 	$(BIN)/python -m pytest
 
@@ -25,12 +25,21 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python -m benchmarks.core
+# The libraries that are measured beside ours, and the plots.
+$(VENV)/.peers: $(VENV)/.ready
+	$(BIN)/pip install -q "$(TORCH)" -e ".[bench]" --no-build-isolation
+	touch $@
+
+bench: $(VENV)/.peers
+	$(BIN)/python -m benchmarks --suite cpu
+
+# RESULT=runs/.../result.json makes that result the committed one; without it the figures are drawn again.
+figures: $(VENV)/.peers
+	$(BIN)/python -m benchmarks publish $(RESULT)
 
 # The demonstration trainer is not written yet; until it is, the demo is a distillation in numbers.
 demo: setup
-	$(BIN)/python -m benchmarks.core --small
+	$(BIN)/python -m benchmarks --suite small
 
 clean:
 	rm -rf build *.egg-info kdkernels/_C*.so $(VENV)
