@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # torch's version is pinned and installed first, so that nothing picks another build of it.
 TORCH ?= torch==2.13.0
+# The CPU build of torch brings no Triton. Before 3.7.1 its interpreter does not know numpy 2.4.
 TRITON ?= triton>=3.7.1
 
 .PHONY: setup test lint bench figures demo clean
@@ -13,7 +14,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy "setuptools>=70" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
 	touch $@
 
 test: setup $(VENV)/.peers lint

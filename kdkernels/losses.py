@@ -289,7 +289,7 @@ def _rows_with_grad(call: _Call, wants: list[bool], inplace: bool) -> tuple[Tens
 
 
 def _stats(call: _Call, results: Tensor) -> Stats:
-    tokens = torch.tensor(results.shape[0], device=results.device)
+    tokens = torch.full((), results.shape[0], device=results.device)
     if call.labels is not None:
         tokens = (call.labels >= 0).sum()
     means = (results.sum(0) / tokens.clamp(min=1)).to(call.weights.dtype)

@@ -9,9 +9,24 @@ from kdkernels.verify import DIVERGENCES
 BACKENDS = [name for name, problem in kd.backends().items() if problem is None and name != "reference"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """With --device, tensors that a test makes are made there."""
+    where = request.config.getoption("--device")
+    if where == "cpu":
+        yield where
+    else:
+        with torch.device(where):
+            yield where
 
 
 @pytest.fixture(params=BACKENDS)
