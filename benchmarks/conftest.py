@@ -1,8 +1,7 @@
-"""Options of ``pytest benchmarks``."""
+"""The option of ``pytest benchmarks``."""
 
 from benchmarks.cases import SUITES
 
 
 def pytest_addoption(parser):
-    parser.addoption("--suite", default="small", choices=SUITES, help="which cases to time")
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.addoption("--suite", default="small", choices=SUITES, help="which cases to time; gpu needs one")
