@@ -101,7 +101,9 @@ def test_eight_bits_stay_within_the_stated_bound_and_keep_the_mass(seed, k, shar
 
 def test_the_bound_is_not_slack():
     spread = torch.linspace(-20, -1, 4000)[None]
-    error = (through(SparseTarget(torch.arange(4000)[None], spread), "uint8", 4000).values - spread).abs().max()
+    error = (
+        (through(SparseTarget(torch.arange(4000)[None], spread), "uint8", 4000).values - spread).abs().max()
+    )
     assert 0.3 * codec.error_bound(19.0) < error < codec.error_bound(19.0)
 
 
@@ -257,7 +259,9 @@ def test_damaged_records_and_manifests_are_named(tmp_path):
         TeacherCache(tmp_path)
 
 
-@pytest.mark.parametrize("field, value", [("tokenizer", "other"), ("vocab_size", 32), ("data", "another order")])
+@pytest.mark.parametrize(
+    "field, value", [("tokenizer", "other"), ("vocab_size", 32), ("data", "another order")]
+)
 def test_training_with_something_else_is_refused_with_both_values(tmp_path, field, value):
     write(tmp_path / "c", manifest())
     made_with = repr(getattr(manifest(), field))
@@ -379,7 +383,10 @@ def test_killed_writers_resume_without_a_lost_or_doubled_row(tmp_path):
     for writer in [start(tmp_path / "c", rank, 2, 0.0) for rank in range(2)]:
         assert writer.wait(timeout=120) == 0
     cache = TeacherCache(tmp_path / "c")
-    assert not list((tmp_path / "c").glob("*.tmp")) and not (tmp_path / "c" / "shard-0001-000900.parquet").exists()
+    assert (
+        not list((tmp_path / "c").glob("*.tmp"))
+        and not (tmp_path / "c" / "shard-0001-000900.parquet").exists()
+    )
     for index, record in enumerate(cache.stream()):
         assert_same(record, index)
     assert sum(len(shard.rows) for shard in cache.shards) == 60
@@ -390,4 +397,7 @@ def test_stacked_targets_mean_the_same():
     batch = stack(targets, length=10)
     assert batch.ids.shape == (2, 10, 8)
     for row, target in zip(batch, targets, strict=False):
-        assert torch.equal(dense(row)[: len(target.ids)], dense(target)) and not dense(row)[len(target.ids) :].any()
+        assert (
+            torch.equal(dense(row)[: len(target.ids)], dense(target))
+            and not dense(row)[len(target.ids) :].any()
+        )

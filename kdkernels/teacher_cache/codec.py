@@ -78,7 +78,9 @@ def encode(
     if dtype == "count":
         counts = np.rint(values.astype(np.float64) * draws)
         if kind != "weights" or np.abs(counts - values.astype(np.float64) * draws).max(initial=0) > 1e-3:
-            raise ValueError(f"values 'count' need weights that are multiples of 1/{draws}; use another dtype")
+            raise ValueError(
+                f"values 'count' need weights that are multiples of 1/{draws}; use another dtype"
+            )
         return columns | {"values": counts.astype(np.uint16)}
 
     logs = values.astype(np.float64) if kind == "logprobs" else np.log(values.astype(np.float64))

@@ -60,7 +60,9 @@ class Manifest:
         choices = {"method": METHODS, "kind": ("logprobs", "weights"), "tail": TAILS, "values": tuple(DTYPES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"a manifest's {name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"a manifest's {name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}"
+                )
         if self.values == "count" and self.kind != "weights":
             raise ValueError("values='count' stores the weights of samples, not logprobs")
         if not 1 <= self.k:

@@ -70,9 +70,7 @@ class TeacherCache(torch.utils.data.Dataset):
         if table.column("index")[row].as_py() != index:
             raise self._damaged(number, f"row {row} is not sequence {index}")
         manifest, columns = self.manifest, shards.from_table(table, row)
-        kept, ids, values = codec.decode(
-            columns, kind=manifest.kind, dtype=manifest.values, draws=manifest.k
-        )
+        kept, ids, values = codec.decode(columns, kind=manifest.kind, dtype=manifest.values, draws=manifest.k)
         target = codec.pad(
             kept, ids, values, kind=manifest.kind, tail=manifest.tail, slots=int(kept.max(initial=0))
         )
@@ -183,7 +181,9 @@ class TeacherCache(torch.utils.data.Dataset):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; delete {shard.record} and resume writing")
             if (found := shards.sha256(path)) != shard.sha256:
-                raise self._damaged(number, f"its sha256 is {found[:12]}, its record says {shard.sha256[:12]}")
+                raise self._damaged(
+                    number, f"its sha256 is {found[:12]}, its record says {shard.sha256[:12]}"
+                )
             self._verified.add(shard.file)
         return path
 

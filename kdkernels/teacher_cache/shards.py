@@ -131,7 +131,9 @@ def committed(directory: Path, manifest: Manifest) -> list[Shard]:
         try:
             shard = Shard(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and its shard, then resume writing") from None
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it and its shard, then resume writing"
+            ) from None
         if shard.manifest != manifest.digest():
             raise ValueError(
                 f"{path} belongs to manifest {shard.manifest[:12]}, but {directory} has {manifest.digest()[:12]}"

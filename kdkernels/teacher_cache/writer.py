@@ -83,12 +83,19 @@ class CacheWriter:
             raise ValueError(
                 f"sequence {index} has {len(ids)} tokens but a target {tuple(target.leading_shape)}"
             )
-        for name, given in (("tail", target.tail), ("kind", "weights" if target.logprobs is None else "logprobs")):
+        for name, given in (
+            ("tail", target.tail),
+            ("kind", "weights" if target.logprobs is None else "logprobs"),
+        ):
             if given != getattr(manifest, name):
-                raise ValueError(f"sequence {index} has {name} {given!r}, the manifest {getattr(manifest, name)!r}")
+                raise ValueError(
+                    f"sequence {index} has {name} {given!r}, the manifest {getattr(manifest, name)!r}"
+                )
         kept, token_ids, values = codec.flatten(target)
         if kept.max(initial=0) > manifest.k:
-            raise ValueError(f"sequence {index} has {kept.max()} slots in a token, the manifest k={manifest.k}")
+            raise ValueError(
+                f"sequence {index} has {kept.max()} slots in a token, the manifest k={manifest.k}"
+            )
         try:
             columns = codec.encode(
                 kept, token_ids, values, kind=manifest.kind, dtype=manifest.values,
@@ -174,7 +181,9 @@ def _claim(directory: Path, manifest: Manifest) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(directory / "manifest.lock"):
         if not (directory / NAME).exists():
-            others = sorted(p.name for p in directory.iterdir() if p.suffix != ".lock" and p.name != NAME + ".tmp")
+            others = sorted(
+                p.name for p in directory.iterdir() if p.suffix != ".lock" and p.name != NAME + ".tmp"
+            )
             if others:
                 raise FileExistsError(
                     f"{directory} is not empty and no teacher cache (it has {others[0]}); choose another directory"
