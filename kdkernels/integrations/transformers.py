@@ -122,7 +122,10 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
         shared = {"num_items": num_items, **self.hard_options, **self.cut}
         if target is None:
-            return self.hard_weight * kd.cross_entropy(student, labels, **shared)
+            hard = kd.cross_entropy(student, labels, **shared)
+            tokens = (labels >= 0).sum()
+            self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
+            return self.hard_weight * hard
         loss, stats = kd.distillation_loss(
             student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
             hard_weight=self.hard_weight, return_stats=True, **self.soft_options, **shared,
@@ -324,7 +327,7 @@ class _Sums:
         self.values: dict[str, Tensor] = {}
         self.tokens: Any = 0
 
-    def add(self, sums: dict[str, Tensor], tokens: Tensor) -> None:
+    def add(self, sums: dict[str, Tensor], tokens: Any = 0) -> None:
         self.tokens = self.tokens + tokens
         for name, value in sums.items():
             self.values[name] = self.values.get(name, 0.0) + value.detach().double()
