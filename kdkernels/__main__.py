@@ -9,6 +9,7 @@ import sys
 #: Command -> (module, what it does). Imported when called: a command may need an extra.
 COMMANDS = {
     "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
+    "train": ("kdkernels.trainer.cli", "soft, hard or co-distillation of a language model (needs kdkernels[trainer])"),
 }
 
 
