@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, Trainer
 import kdkernels as kd
 
 #: What a batch holds beside the arguments of a model's forward.
-_LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch")
+_TARGET_KEYS = ("target_ids", "target_logprobs", "target_weights")
+_LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch", *_TARGET_KEYS)
 
 
 class DistillationTrainer(Trainer):
@@ -31,6 +32,9 @@ class DistillationTrainer(Trainer):
     the set, ``eval_loss`` (the training loss), ``eval_hard`` (cross entropy), ``eval_kl`` (forward
     KL at temperature 1), entropies and agreement.
 
+    Instead of a teacher, batches may hold what it said: ``target_ids [B, L, K]`` with ``target_logprobs`` or
+    ``target_weights``, of which row i is about what the model says at i (see :class:`kdkernels.SparseTarget`).
+
     The student may carry LoRA (peft) anywhere, its lm_head included.
 
     Args:
@@ -40,6 +44,7 @@ class DistillationTrainer(Trainer):
         divergence, temperature, temperature_squared, soft_weight, hard_weight, label_smoothing,
             z_loss, vocab_size, chunk_bytes: as of :func:`kdkernels.distillation_loss`, which gives
             the defaults.
+        tail: of the sparse targets in a batch, as of :class:`kdkernels.SparseTarget`.
 
     Raises:
         ValueError: an option of Trainer that needs logits, DataParallel, a model whose logits are
@@ -72,6 +77,7 @@ class DistillationTrainer(Trainer):
         z_loss: float = 0.0,
         vocab_size: Optional[int] = None,
         chunk_bytes: Optional[int] = None,
+        tail: str = "bucket",
         **trainer: Any,
     ) -> None:
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
@@ -92,6 +98,7 @@ class DistillationTrainer(Trainer):
         self.soft_weight, self.hard_weight = soft_weight, hard_weight
         self.hard_options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         self.cut = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
+        self.tail = tail
         self.teacher = None if teacher is None else self._placed(teacher)
         for each in (self.model, self.teacher):
             if isinstance(each, PreTrainedModel):
@@ -100,8 +107,10 @@ class DistillationTrainer(Trainer):
 
     # -- the loss -------------------------------------------------------------------------------
 
-    def teacher_target(self, inputs: dict[str, Any]) -> Optional[kd.LinearHead]:
+    def teacher_target(self, inputs: dict[str, Any]) -> Optional[kd.LinearHead | kd.SparseTarget]:
         """What the teacher says about a batch, in any form that distillation_loss takes."""
+        if "target_ids" in inputs:
+            return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
         if self.teacher is None:
             return None
         with torch.no_grad():
@@ -313,7 +322,9 @@ def check_head(model: PreTrainedModel) -> None:
                          "and softcap; distil it from its logits with kd.distillation_loss")  # fmt: skip
 
 
-def row_of(head: kd.LinearHead, row: int) -> kd.LinearHead:
+def row_of(head: Any, row: int) -> Any:
+    if isinstance(head, kd.SparseTarget):
+        return head[row]
     return kd.LinearHead(head.hidden[row], head.weight, head.bias, head.logit_scale, head.softcap)
 
 

@@ -114,15 +114,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def data_fingerprint(sequences: Iterable[Sequence[int]]) -> str:
-    """sha256 of token sequences in their order; another order, length or id gives another one.
+def data_fingerprint(
+    sequences: Iterable[Sequence[int]], labels: Optional[Iterable[Sequence[int]]] = None
+) -> str:
+    """sha256 of token sequences in their order, and of their labels if there are any.
+
+    Another order, length, id or mask gives another one.
 
     >>> data_fingerprint([[1, 2], [3]]) == data_fingerprint([[1, 2, 3]])
     False
     """
     digest = hashlib.sha256()
-    for sequence in sequences:
-        ids = np.asarray(sequence, dtype="<i8")
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(ids.tobytes())
+    for part in (sequences, labels or ()):
+        for sequence in part:
+            ids = np.asarray(sequence, dtype="<i8")
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.tobytes())
+        digest.update(b"end")
     return digest.hexdigest()

@@ -56,6 +56,7 @@ class CacheWriter:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RuntimeError(f"another process is writing to {directory} as rank {rank}") from None
+        self.last: Optional[Shard] = None  #: that this writer committed
         self._pending: list[tuple[int, codec.Columns]] = []
         self._pending_tokens = 0
         self._start_shard(self._clean_up())
@@ -124,6 +125,7 @@ class CacheWriter:
         )  # fmt: skip
         shards.publish(self._temporary, self._path)
         shards.commit(self.directory, shard)
+        self.last = shard
         self._start_shard(self._number + 1)
 
     def close(self) -> None:

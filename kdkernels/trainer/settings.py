@@ -41,6 +41,7 @@ def option(default: Any, text: str) -> Any:
 class ModelSettings:
     student: str = option("tiny", "a transformers causal LM (folder or name), or micro, tiny, small: made from scratch")
     teacher: Optional[str] = option(None, "the same for the teacher; hard needs none if --data holds its completions")
+    targets: Optional[str] = option(None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher")
     tokenizer: Optional[str] = option(None, "folder or name; default: the student's, else the teacher's, else trained")
     tokenizer_size: int = option(8192, "vocabulary of a BPE tokenizer that is trained on --data")
     dtype: str = option("float32", "of both models: float32 or bfloat16")

@@ -67,8 +67,20 @@ class Ingredients:
 
 def soft(given: Ingredients) -> Trainer:
     """The student learns the teacher's distribution over every token."""
+    if given.settings.model.targets is not None:
+        return from_cache(given, given.settings.model.targets)
     return ReliableTrainer(given.student(), given.settings.run, teacher=given.teacher(),
                            **given.loss_options(), **given.trainer_options())  # fmt: skip
+
+
+def from_cache(given: Ingredients, targets: str) -> Trainer:
+    """The same from what the teacher said once; it is not loaded."""
+    from .cached import with_targets  # needs pyarrow
+
+    if given.settings.model.teacher is not None:
+        raise Problem("give --teacher or --targets, not both: the targets are the teacher")
+    return ReliableTrainer(given.student(), given.settings.run, teacher=None, **given.loss_options(),
+                           **with_targets(targets, given.trainer_options()))  # fmt: skip
 
 
 def hard(given: Ingredients) -> Trainer:
