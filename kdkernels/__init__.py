@@ -33,11 +33,13 @@ from .modules import (
     KLDivLoss,
     LinearCrossEntropyLoss,
 )
+from .producers import GEMMA_SAMPLES, sample_target, top_k_target, top_p_target
 from .targets import SparseTarget
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GEMMA_SAMPLES",
     "JSD",
     "AlphaBeta",
     "CodistillationLoss",
@@ -66,5 +68,8 @@ __all__ = [
     "js_divergence",
     "kl_div",
     "linear_cross_entropy",
+    "sample_target",
+    "top_k_target",
+    "top_p_target",
     "use_backend",
 ]

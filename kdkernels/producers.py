@@ -1,386 +1,198 @@
-"""Top-k log-probabilities as other programs write them -> (ids, logprobs) for a SparseTarget.
+"""Sparse targets from a live teacher: its top entries, or samples of it.
 
-Unless said otherwise, row t of the result is about token t + 1, as row t of a causal LM's logits is.
-A record that does not have its producer's shape is a ValueError that says which record and what is wrong.
-Nothing but torch is imported: numpy arrays, lists and the producers' own objects are taken as they come.
+Logits of a LinearHead are made for a chunk of tokens at a time; the whole ``[tokens, vocab]`` never is.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, Optional, Sequence
+from typing import Callable, Iterator, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
-Slots = list[tuple[int, float]]
+from .heads import HeadRows, LinearHead
+from .schedule import DEFAULT_CHUNK_BYTES
+from .spec import LogitMap
+from .targets import SparseTarget
 
-#: What the producers write into empty slots; -inf is another way, and older Megatron shards have -1e4.
-AXOLOTL_EMPTY, MEGATRON_EMPTY, TINKER_EMPTY = -1e9, -1e3, -99999.0
+#: Samples per token in Gemma 2 and 3 (arXiv 2408.00118, 2503.19786): ``sample_target(teacher, GEMMA_SAMPLES)``.
+GEMMA_SAMPLES = 256
+#: fp64 rows alive at once in the widest of the selections below, beside the teacher's own tile.
+_TEMPORARIES = 6
+
+Logits = Union[Tensor, LinearHead]
+_Select = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def vllm(prompt_logprobs: Sequence[Any], *, top_k: Optional[int] = None) -> Pair:
-    """``RequestOutput.prompt_logprobs`` of one prompt, or the same from vLLM's HTTP server as JSON.
+def _vocab(teacher: Logits, vocab_size: Optional[int]) -> int:
+    if not isinstance(teacher, (Tensor, LinearHead)):
+        raise TypeError(f"teacher must be a Tensor of logits or a kd.LinearHead, got {type(teacher)}")
+    vocab = teacher.vocab_size if isinstance(teacher, LinearHead) else teacher.shape[-1]
+    if vocab_size is not None and not 0 < vocab_size <= vocab:
+        raise ValueError(f"vocab_size={vocab_size} must be in 1..{vocab}")
+    return vocab if vocab_size is None else vocab_size
 
-    One entry per prompt token, a dict from token id to Logprob (logprob, rank, decoded_token); None or
-    empty for the first token. Entry t is about token t, hence is row t - 1 here and the last row is empty.
-    The prompt's own token is there even when its rank is beyond the k asked for; ``top_k`` drops it.
 
-    Source: vLLM 0.11 and later, vllm/logprobs.py (Logprob, FlatLogprobs, PromptLogprobs).
+def _tiles(teacher: Logits, tensors: list[Tensor], vocab: int, step: int) -> Iterator[Tensor]:
+    """Logits ``[rows, vocab]`` of ``step`` tokens at a time, fp32 or fp64."""
+    if isinstance(teacher, LinearHead):
+        hidden, *rest = tensors
+        rows = HeadRows([hidden.reshape(-1, hidden.shape[-1]), *rest], vocab, [])
+        logit_map = LogitMap(float(teacher.logit_scale), float(teacher.softcap or 0.0))
+        for start in range(0, rows.tokens, step):
+            tile = rows.tile(slice(start, start + step), slice(0, vocab))
+            yield logit_map.logits(tile, torch.promote_types(tile.dtype, torch.float32))
+        return
+    wide = torch.promote_types(teacher.dtype, torch.float32)
+    for at in torch.arange(teacher.shape[:-1].numel(), device=teacher.device).split(step):
+        index = torch.unravel_index(at, teacher.shape[:-1]) if teacher.dim() > 1 else ()
+        yield teacher[index].reshape(-1, teacher.shape[-1])[:, :vocab].to(wide)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Normalised with a sum in fp64: an fp32 sum over a vocabulary would show in a kept mass near 1."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(shifted.dtype)
+
+
+@torch.no_grad()
+def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: float,
+             select: _Select) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``select(log-probs [rows, vocab]) -> (ids, values) [rows, K']`` over all tokens, padded to one K."""
+    leading = teacher.leading_shape if isinstance(teacher, LinearHead) else teacher.shape[:-1]
+    budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    step = max(budget // (vocab * 8 * _TEMPORARIES), 1)
+    tensors = teacher.tensors() if isinstance(teacher, LinearHead) else [teacher]
+    device = tensors[0].device
+    with torch.autocast(device.type, enabled=False):
+        parts = [select(_log_softmax(tile)) for tile in _tiles(teacher, tensors, vocab, step)]
+    if not parts:
+        empty = torch.empty(*leading, 1, device=device)
+        return torch.full_like(empty, -1, dtype=torch.int64), torch.full_like(empty, nothing)
+    slots = max(ids.shape[1] for ids, _ in parts)
+    ids = torch.cat([F.pad(ids, (0, slots - ids.shape[1]), value=-1) for ids, _ in parts])
+    values = torch.cat([F.pad(v, (0, slots - v.shape[1]), value=nothing) for _, v in parts])
+    return ids.view(*leading, slots), values.view(*leading, slots)
+
+
+def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: Optional[int] = None,
+                 chunk_bytes: Optional[int] = None) -> SparseTarget:  # fmt: skip
+    """The teacher's ``k`` most probable entries of each token, with their log-probabilities.
+
+    Args:
+        teacher: logits ``[..., V]`` or a :class:`LinearHead`.
+        k: in 1..V.
+        tail: what the loss does about the rest; see :class:`SparseTarget`.
+        vocab_size: use only the first entries of the vocabulary (padding cut off).
+        chunk_bytes: budget of the temporaries, default 512 MiB; at least one token is worked on.
+
+    Raises:
+        ValueError: k or vocab_size out of range.
+
+    >>> target = top_k_target(torch.tensor([[2.0, 0.0, 1.0, -1.0]]), 2)
+    >>> target.ids, target.logprobs.exp().sum().item() < 1
+    (tensor([[0, 2]]), True)
     """
-    rows: list[Slots] = []
-    for t, entry in enumerate(prompt_logprobs):
-        where = f"vLLM's prompt_logprobs[{t}]"
-        if not entry:
-            _check(t == 0, f"{where} is {entry!r}; only the first may be empty")
-            continue
-        _check(
-            t > 0 and isinstance(entry, Mapping),
-            f"{where} is {_what(entry)}, not a dict of Logprob"
-            if t
-            else f"{where} has log-probabilities, but nothing comes before the first token",
-        )
-        slots = []
-        for token, item in entry.items():
-            field = item.get if isinstance(item, Mapping) else lambda name, of=item: getattr(of, name, None)
-            logprob, rank = field("logprob"), field("rank")
-            _check(logprob is not None, f"{where}[{token!r}] is {_what(item)}, not a Logprob")
-            if top_k is not None:
-                _check(isinstance(rank, int), f"{where}[{token!r}] has no rank, which top_k={top_k} needs")
-                if rank > top_k:  # type: ignore[operator]
-                    continue
-            slots.append((_id(token, where), _logprob(logprob, where)))
-        rows.append(slots)
-    _check(len(prompt_logprobs) > 0, "vLLM's prompt_logprobs is empty")
-    return _padded(rows + [[]] * (len(prompt_logprobs) - len(rows)))
+    vocab = _vocab(teacher, vocab_size)
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k={k} must be in 1..{vocab}, the vocabulary")
+
+    def select(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = logprobs.topk(k, -1)
+        return ids, values
+
+    ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
+    return SparseTarget(ids, logprobs, tail=tail)
 
 
-def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
-    """A row of DistillKit's captured logits, and the compression_config.yaml that lies beside them as a dict.
+def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail: str = "bucket",
+                 vocab_size: Optional[int] = None, chunk_bytes: Optional[int] = None) -> SparseTarget:  # fmt: skip
+    """The fewest entries of each token that hold at least the mass ``p``: K differs by token.
 
-    ``compressed_logprobs`` and ``bytepacked_indices`` are lists of bytes per token, one token less than
-    ``input_ids``: row t is about token t + 1, and an empty row is added for the last token. The curve that
-    DistillKit fits may give a token a mass above 1; tail "renormalize" or "conditional" then takes it.
+    ``max_k`` bounds how many are kept, at the price of less mass where the teacher is undecided; it
+    also saves sorting the whole vocabulary. The target is as wide as its widest token. Other
+    arguments and errors as in :func:`top_k_target`; p must be in (0, 1].
 
-    Source: arcee-ai/DistillKit, distillkit/sample_logits_vllm.py (rows), compression/config.py,
-    compression/monotonic_logprobs.py and compression/bitpack.py (bytes).
+    >>> top_p_target(torch.tensor([[5.0, 0.0, 0.0], [1.0, 1.0, 0.0]]), 0.8).ids
+    tensor([[ 0, -1],
+            [ 0,  1]])
     """
-    _check(
-        "packed_indices" not in row,
-        "DistillKit's row is in its legacy format (packed_indices); capture it again "
-        "with a logprob_compressor",
-    )
-    packed_ids = _bytes(row, "bytepacked_indices", "DistillKit's row")
-    packed = _bytes(row, "compressed_logprobs", "DistillKit's row")
-    _check(
-        len(packed) == len(packed_ids),
-        f"DistillKit's row has {len(packed)} tokens of compressed_logprobs but "
-        f"{len(packed_ids)} of bytepacked_indices",
-    )
-    k, (parts, id_bytes) = config["k"], distillkit_bytes(config)
-    for name, found, wanted in (
-        ("compressed_logprobs", packed, sum(parts)),
-        ("bytepacked_indices", packed_ids, id_bytes),
-    ):
-        _check(
-            found.shape[1] == wanted,
-            f"DistillKit's {name} has {found.shape[1]} bytes a token; this config gives {wanted}",
-        )
-    ids = _unpack(packed_ids, _id_bits(config), k)
-    bad = (ids >= config["d"]).any(-1).nonzero().flatten().tolist()
-    _check(not bad, f"DistillKit's bytepacked_indices{bad[:1]} has an id beyond d={config['d']}")
-    logprobs = _distillkit_logprobs(packed, config)
-    tokens = len(row["input_ids"]) if "input_ids" in row else len(ids)
-    _check(
-        tokens - len(ids) in (0, 1),
-        f"DistillKit's row has {tokens} input_ids but {len(ids)} tokens of logits",
-    )
-    empty = ids.new_full((tokens - len(ids), k), -1)
-    return torch.cat([ids, empty]), torch.cat([logprobs, logprobs.new_zeros(empty.shape)])
+    vocab = _vocab(teacher, vocab_size)
+    if not 0 < p <= 1:
+        raise ValueError(f"p={p} must be in (0, 1]")
+    if max_k is not None and not max_k >= 1:
+        raise ValueError(f"max_k={max_k} must be >= 1")
+    most = vocab if max_k is None else min(max_k, vocab)
+
+    def select(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = logprobs.topk(most, -1)
+        mass = values.double().exp()
+        kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
+        slots = max(int(kept.sum(-1).max()), 1)
+        kept, ids, values = kept[:, :slots], ids[:, :slots], values[:, :slots]
+        return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf)
+
+    ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
+    return SparseTarget(ids, logprobs, tail=tail)
 
 
-def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
-    """axolotl's columns target_token_ids, target_logprobs, target_mask ``[T, K]``, or a batch ``[B, T, K]``.
+def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
+                  generator: Optional[torch.Generator] = None, vocab_size: Optional[int] = None,
+                  chunk_bytes: Optional[int] = None) -> SparseTarget:  # fmt: skip
+    """``n`` draws of each token with replacement: random sampling distillation (arXiv 2503.16870).
 
-    An empty slot is masked and has -inf (its datasets, chat_template.py) or -1e9 (its collator,
-    collator.py); rows of a dataset may differ in K. With ``shift=0`` row t goes with the hidden state t,
-    as in axolotl's own loss (kernels/liger.py). Give ``shift=1`` if your rows are about token t itself,
-    as its online collator writes them: they then move one to the left and the last is empty.
+    Draws come from softmax(logits / proposal_temperature); an entry's weight is the sum over its
+    draws of p / (n proposal), which is its count / n at proposal_temperature 1. So the expected
+    weight is p, and the forward KL's gradient is unbiased (tail "truncate"). Entries drawn several
+    times take one slot; the target is as wide as its widest token, at most n.
 
-    Source: axolotl 0.19.0, axolotl/integrations/kd.
+    Args:
+        n: draws per token, at least 1; :data:`GEMMA_SAMPLES` is Gemma's 256.
+        proposal_temperature: > 0; above 1 rare entries are drawn more often, with smaller weights.
+        generator: on the teacher's device; torch's default if None.
+
+    Other arguments and errors as in :func:`top_k_target`.
+
+    >>> target = sample_target(torch.randn(3, 100), GEMMA_SAMPLES)
+    >>> target.tail, target.weights.sum(-1).allclose(torch.ones(3))
+    ('truncate', True)
     """
-    _check(shift in (0, 1), f"shift must be 0 or 1, got {shift}")
-    columns = []
-    for name, pad in (("target_token_ids", 0), ("target_logprobs", -math.inf), ("target_mask", 0)):
-        _check(name in row, f"axolotl's row has no {name}, only {', '.join(row)}")
-        column = row[name]
-        columns.append(column if isinstance(column, Tensor) else _rectangle(column, f"axolotl's {name}", pad))
-    ids, logprobs, mask = columns
-    _check(
-        ids.shape == logprobs.shape == mask.shape and ids.dim() >= 2,
-        "axolotl's target_token_ids, target_logprobs and "
-        f"target_mask have shapes {tuple(ids.shape)}, {tuple(logprobs.shape)} and {tuple(mask.shape)}",
-    )
-    bad = (logprobs.isnan() | (logprobs > 1e-2)).nonzero()
-    _check(not len(bad), f"axolotl's target_logprobs{bad[:1].tolist()} is no log-probability")
-    pair = _emptied(ids.long(), logprobs.float(), mask.bool() & (logprobs > AXOLOTL_EMPTY))
-    return _earlier(*pair) if shift else pair
+    vocab = _vocab(teacher, vocab_size)
+    if not n >= 1:
+        raise ValueError(f"n={n} draws must be at least 1")
+    if not proposal_temperature > 0:
+        raise ValueError(f"proposal_temperature={proposal_temperature} must be > 0")
+
+    def select(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = logprobs.double()
+        proposal = (logprobs / proposal_temperature).log_softmax(-1)
+        drawn = _draw(proposal.exp(), n, generator)
+        each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / n
+        ids, weights = _added_up(drawn, each)
+        return ids, weights.to(wide)
+
+    given = teacher.hidden if isinstance(teacher, LinearHead) else teacher
+    wide = torch.promote_types(given.dtype, torch.float32)
+    ids, weights = _collect(teacher, vocab, chunk_bytes, 0.0, select)
+    return SparseTarget(ids, weights=weights, tail="truncate")
 
 
-def trl_server(
-    result: Mapping[str, Any], *, prompt_lengths: Optional[Sequence[int]] = None, length: Optional[int] = None
-) -> Pair:
-    """What TRL's ``VLLMClient.get_sequence_logprobs`` returns: lists [B, completion, K] of ``logprobs``
-    and ``logprob_token_ids``, empty slots with -inf and id 0.
-
-    Row t is about completion token t. With ``prompt_lengths`` (of the request) rows are put where the
-    logits of the whole sequence are, so that row t is about token t + 1: ``[B, length, K]``, the longest
-    sequence if ``length`` is None.
-
-    Source: trl 1.16.0, trl/generation/vllm_client.py; used in experimental/server_distillation.
-    """
-    for name in ("logprobs", "logprob_token_ids"):
-        _check(name in result, f"TRL's result has no {name}, only {', '.join(result)}")
-    all_ids, all_logprobs = result["logprob_token_ids"], result["logprobs"]
-    starts = [0] * len(all_ids) if prompt_lengths is None else [p - 1 for p in prompt_lengths]
-    _check(
-        len(all_ids) == len(all_logprobs) == len(starts),
-        f"TRL's result has {len(all_ids)} sequences of ids, "
-        f"{len(all_logprobs)} of logprobs and {len(starts)} of prompt_lengths",
-    )
-    sequences: list[list[Slots]] = []
-    for i, (ids, logprobs, begin) in enumerate(zip(all_ids, all_logprobs, starts)):
-        where = f"TRL's sequence {i}"
-        _check(begin >= 0, f"{where} has no prompt: nothing says its first token")
-        _check(
-            [len(x) for x in ids] == [len(x) for x in logprobs],
-            f"{where} has other slots in logprobs than in ids",
-        )
-        rows = [
-            [(_id(token, where), _logprob(value, where)) for token, value in zip(*row)]
-            for row in zip(ids, logprobs)
-        ]
-        sequences.append([[]] * begin + rows + ([] if prompt_lengths is None else [[]]))
-    longest = max((len(rows) for rows in sequences), default=0)
-    length = longest if length is None else length
-    _check(length >= longest, f"TRL's result has {longest} tokens, more than length={length}")
-    ids, values = _padded([row for rows in sequences for row in rows + [[]] * (length - len(rows))])
-    return ids.unflatten(0, (len(sequences), length)), values.unflatten(0, (len(sequences), length))
+def _draw(probabilities: Tensor, n: int, generator: Optional[torch.Generator]) -> Tensor:
+    """Ids ``[rows, n]``, ascending, by inverting the distribution function in fp64."""
+    mass = probabilities.cumsum(-1)
+    total = mass[:, -1:]
+    u = torch.rand(mass.shape[0], n, dtype=mass.dtype, device=mass.device, generator=generator) * total
+    # Rounded up to the total, u would lie beyond the last entry that has any mass.
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total))).sort(-1).values
+    return torch.searchsorted(mass, u, right=True)
 
 
-def tinker(topk_prompt_logprobs: Any) -> Pair:
-    """``SampleResponse.topk_prompt_logprobs`` of tinker: per prompt token None or up to k (id, logprob), or
-    the arrays ``topk_prompt_logprobs_np`` whose empty slots are (0, -99999).
-
-    Entry t is about token t, hence is row t - 1 here and the last row is empty. Tokens that were not
-    scored (None) are empty rows: mask them in the labels.
-
-    Source: tinker 0.38.0, tinker/types/sample_response.py and topk_logprobs.py.
-    """
-    if hasattr(topk_prompt_logprobs, "token_ids"):
-        ids = torch.as_tensor(topk_prompt_logprobs.token_ids).long()
-        logprobs = torch.as_tensor(topk_prompt_logprobs.logprobs).float()
-        _check(
-            ids.shape == logprobs.shape and ids.dim() == 2,
-            f"tinker's token_ids {tuple(ids.shape)} and logprobs "
-            f"{tuple(logprobs.shape)} are not both [tokens, k]",
-        )
-        return _earlier(*_emptied(ids, logprobs, logprobs > TINKER_EMPTY))
-    _check(topk_prompt_logprobs, "tinker's topk_prompt_logprobs is empty: ask for it in the request")
-    rows: list[Slots] = []
-    for t, entry in enumerate(topk_prompt_logprobs):
-        where = f"tinker's topk_prompt_logprobs[{t}]"
-        _check(t > 0 or not entry, f"{where} has log-probabilities, but nothing comes before the first token")
-        try:
-            rows.append([(_id(token, where), _logprob(logprob, where)) for token, logprob in entry or []])
-        except TypeError:
-            raise ValueError(f"{where} is {_what(entry)}, not a list of (id, logprob)") from None
-    return _padded(rows[1:] + [[]])
-
-
-def megatron(payload: Mapping[str, Any]) -> Pair:
-    """An iteration's payload in Megatron-LM's cached logits: ``values``, ``indices_low`` (uint16) and ``bit_17``
-    (bool), sequence-first ``[S, B, K]`` (format 2) or a list of them, one per micro-batch (format 1).
-
-    The result is ``[B, S, K]``, micro-batches one after the other. Ids are ``bit_17 << 16 | indices_low``.
-    An entry that top-p dropped has the value -1e3 (older: -1e4) and is empty. Megatron's ghost token is the
-    tail "bucket"; its loss without one is "truncate".
-
-    Source: NVIDIA/Megatron-LM, megatron/training/distillation/utils.py, logits_saver.py, cached_logits_loss.py.
-    """
-    for name in ("values", "indices_low", "bit_17"):
-        _check(name in payload, f"Megatron's payload has no {name}, only {', '.join(payload)}")
-    parts = [payload[name] for name in ("values", "indices_low", "bit_17")]
-    if isinstance(parts[0], Tensor):
-        parts = [[part] for part in parts]
-    _check(
-        len({len(part) for part in parts}) == 1,
-        f"Megatron's payload has {[len(part) for part in parts]} micro-batches of "
-        "values, indices_low and bit_17",
-    )
-    batches = []
-    for i, (values, low, high) in enumerate(zip(*parts)):
-        where = f"Megatron's micro-batch {i}"
-        _check(
-            values.shape == low.shape == high.shape and values.dim() == 3,
-            f"{where} has shapes {tuple(values.shape)}, "
-            f"{tuple(low.shape)} and {tuple(high.shape)}, not one [S, B, K]",
-        )
-        _check(
-            low.dtype == torch.uint16 and high.dtype == torch.bool,
-            f"{where} has ids in {low.dtype} and {high.dtype}, not in uint16 and bool",
-        )
-        _check(
-            not values.isnan().any() and (values <= 1e-2).all(),
-            f"{where} has values that are no log-probabilities",
-        )
-        ids = (high.long() << 16) | low.long()
-        batches.append(_emptied(ids, values.float(), values > MEGATRON_EMPTY))
-    slots = max(ids.shape[-1] for ids, _ in batches)
-    wide = [(_wider(ids, slots, -1), _wider(logprobs, slots, -math.inf)) for ids, logprobs in batches]
-    return (
-        torch.cat([ids.transpose(0, 1) for ids, _ in wide]),
-        torch.cat([logprobs.transpose(0, 1) for _, logprobs in wide]),
-    )
-
-
-# --- DistillKit's bytes ------------------------------------------------------------------------
-
-
-def distillkit_bytes(config: Mapping[str, Any]) -> tuple[list[int], int]:
-    """What DistillKit's compression takes per token: bytes of each part of the log-probs, bytes of the ids.
-
-    The parts are the exact values, the curve's coefficients, and scale and codes of each residual bin.
-
-    >>> parts, ids = distillkit_bytes({"d": 128256, "k": 50, "exact_k": 1, "exact_dtype": "bfloat16",
-    ...                                "polynomial_terms": [0, 1, "sqrt"]})
-    >>> parts, ids, sum(parts) + ids
-    ([2, 12], 107, 121)
-    """
-    parts = [
-        _width(config.get("exact_dtype", "float32")) * config["exact_k"],
-        _width(config.get("term_dtype", "float32")) * len(config.get("polynomial_terms") or []),
-    ]
-    for each in config.get("residual_bins") or []:
-        parts += [_width(each["scale_dtype"]), (each["element_bits"] * each["num_elements"] + 7) // 8]
-    return parts, (config["k"] * _id_bits(config) + 7) // 8
-
-
-def _distillkit_logprobs(packed: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """[T, k] fp32: exact values, then a curve plus quantised residuals; perhaps all as differences."""
-    count, terms = config["k"] - config["exact_k"], config.get("polynomial_terms") or []
-    exact, coefficients, *rest = packed.split(distillkit_bytes(config)[0], dim=1)
-    values = _as(exact, config.get("exact_dtype", "float32"))
-    curve = torch.zeros(len(packed), count)
-    if terms:
-        x = torch.arange(count, dtype=torch.float32)
-        if config.get("normalize_t"):
-            x = torch.linspace(0, 1, count)
-        basis = torch.stack([x**term if isinstance(term, int) else getattr(torch, term)(x) for term in terms])
-        curve = _as(coefficients, config.get("term_dtype", "float32")) @ basis
-    begin = 0
-    for each, scale, codes in zip(config.get("residual_bins") or [], rest[::2], rest[1::2]):
-        bits, end = each["element_bits"], begin + each["num_elements"]
-        code = _unpack(codes, bits, end - begin).float()
-        level = 2 * code - 1 if bits == 1 else code - 2 ** (bits - 1)
-        curve[:, begin:end] += level * _as(scale, each["scale_dtype"])
-        begin = end
-    logprobs = torch.cat([values, curve], -1)
-    return logprobs.cumsum(-1) if config.get("delta_encoding", True) else logprobs
-
-
-def _id_bits(config: Mapping[str, Any]) -> int:
-    return math.ceil(math.log2(config["d"]))
-
-
-def _width(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
-
-
-def _as(part: Tensor, dtype: str) -> Tensor:
-    return part.contiguous().view(getattr(torch, dtype)).float() if part.shape[1] else part.float()
-
-
-def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """[T, count] integers of ``bits`` bits each, most significant bit first."""
-    flat = (packed[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
-    each = flat.flatten(1)[:, : count * bits].unflatten(1, (count, bits)).long()
-    return (each << torch.arange(bits - 1, -1, -1)).sum(-1)
-
-
-def _bytes(row: Mapping[str, Any], name: str, whose: str) -> Tensor:
-    _check(name in row, f"{whose} has no {name}, only {', '.join(row)}")
-    value = row[name]
-    if isinstance(value, Tensor):
-        return value.to(torch.uint8)
-    widths = {len(token) for token in value}
-    _check(len(widths) == 1, f"{whose} has tokens of {sorted(widths)} bytes in {name}")
-    try:
-        return torch.tensor([list(token) for token in value], dtype=torch.uint8)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{whose} has something else than bytes in {name}") from None
-
-
-# --- shared ------------------------------------------------------------------------------------
-
-
-def _check(fine: Any, message: str) -> None:
-    if not fine:
-        raise ValueError(message)
-
-
-def _what(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
-
-
-def _id(token: Any, where: str) -> int:
-    try:
-        value = int(token)
-    except (TypeError, ValueError):
-        value = -1
-    _check(value >= 0 and not isinstance(token, float), f"{where} has {token!r} for a token id")
-    return value
-
-
-def _logprob(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    _check(number < 1e-2, f"{where} has {value!r} for a log-probability")  # nan too
-    return number
-
-
-def _padded(rows: Sequence[Slots]) -> Pair:
-    """[T, K] of rows of (id, logprob), K the longest; what a row lacks is empty."""
-    slots = max([1, *(len(row) for row in rows)])
-    ids = torch.tensor([[token for token, _ in row] + [-1] * (slots - len(row)) for row in rows])
-    values = [[value for _, value in row] + [-math.inf] * (slots - len(row)) for row in rows]
-    return ids.long().view(-1, slots), torch.tensor(values, dtype=torch.float32).view(-1, slots)
-
-
-def _rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
-    """[T, K] of T lists, K the longest; short ones are padded."""
-    _check(len(rows), f"{whose} is empty")
-    for t, row in enumerate(rows):
-        _check(isinstance(row, (list, tuple)), f"{whose}[{t}] is {_what(row)}, not a list")
-    slots = max(1, *(len(row) for row in rows))
-    return torch.tensor([[*row, *[pad] * (slots - len(row))] for row in rows])
-
-
-def _wider(values: Tensor, slots: int, fill: float) -> Tensor:
-    return torch.nn.functional.pad(values, (0, slots - values.shape[-1]), value=fill)
-
-
-def _earlier(ids: Tensor, logprobs: Tensor) -> Pair:
-    """Rows [..., T, K] about token t become rows about token t + 1; the last is empty."""
-    ids, logprobs = ids.roll(-1, -2), logprobs.roll(-1, -2)
-    ids[..., -1, :], logprobs[..., -1, :] = -1, -math.inf
-    return ids, logprobs
-
-
-def _emptied(ids: Tensor, logprobs: Tensor, full: Tensor) -> Pair:
-    return ids.masked_fill(~full, -1), logprobs.masked_fill(~full, -math.inf)
+def _added_up(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending ids with duplicates -> each once with the sum of its weights, -1 behind them."""
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slot = new.cumsum(-1) - 1
+    slots = int(slot.max()) + 1
+    once = torch.full_like(ids[:, :slots], -1).scatter_(1, slot, ids)
+    return once, torch.zeros_like(weights[:, :slots]).scatter_add_(1, slot, weights)

@@ -209,7 +209,7 @@ def test_only_learnt_tokens_are_kept(home):
     model = models.load_model(teacher(home), tokenizer, dtype="float32", seed=0, max_length=48).eval()
     batch = data.Collator(0)([data.Sequences(rows)[0]])
     settings = command.CacheSettings(teacher="", out="", top_k=3)
-    (target,) = command.targets(model, batch, command.select(settings, [0]), len(tokenizer), "bucket")
+    (target,) = command.targets(model, batch, command.select(settings, [0], len(tokenizer), "bucket"))
     assert (target.ids >= 0).any(-1).tolist() == [False, True, True, True, False]
     assert command.fingerprint(data.Sequences(rows)) != command.fingerprint(data.Sequences([(rows[0][0], rows[0][0])]))
 

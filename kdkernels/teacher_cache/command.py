@@ -14,8 +14,8 @@ from transformers import HfArgumentParser
 
 import kdkernels as kd
 
-from ..integrations.transformers import check_head, model_inputs, shifted_labels, through_head
-from ..producers import distillkit_bytes
+from ..integrations.transformers import check_head, model_inputs, row_of, shifted_labels, through_head
+from ..records import distillkit_bytes
 from ..trainer import data, models
 from ..trainer.settings import DataSettings, ModelSettings, Problem, _Help, option
 from . import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
@@ -31,8 +31,9 @@ DISTILLKIT = {
 class CacheSettings:
     teacher: str = field(metadata={"help": "a transformers causal LM, folder or name"})
     out: str = field(metadata={"help": "directory of the cache: new, or one to go on with"})
-    top_k: int = option(0, "keep the k most likely tokens [this, --top_p or --samples]")
+    top_k: int = option(0, "keep the k most likely tokens [give this, --top_p or --samples]")
     top_p: float = option(0.0, "keep the most likely tokens that together have this mass")
+    max_k: int = option(0, "of --top_p: at most so many tokens; 0 is no limit")
     samples: int = option(0, "keep what so many draws from the teacher give, an unbiased gradient")
     proposal_temperature: float = option(1.0, "of --samples; other than 1 they get importance weights")
     tail: Optional[str] = option(None, "bucket, conditional, renormalize or truncate; default bucket, truncate for samples")
@@ -96,7 +97,7 @@ def check(settings: CacheSettings) -> str:
 
 def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences: data.Sequences) -> Manifest:
     sampled, plain = method == "samples", settings.proposal_temperature == 1
-    k = {"top_k": settings.top_k, "top_p": len(tokenizer), "samples": settings.samples}[method]
+    k = {"top_k": settings.top_k, "top_p": settings.max_k or len(tokenizer), "samples": settings.samples}[method]
     return Manifest(
         model=settings.teacher, tokenizer=tokenizer_hash(tokenizer), vocab_size=len(tokenizer),
         data=fingerprint(sequences), sequences=len(sequences), method=method,
@@ -135,7 +136,7 @@ def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings
     with tqdm(total=sum(lengths.values()), initial=done, unit="tok", unit_scale=True, desc=writer.directory.name) as bar:
         for batch in _batches(todo, settings.batch_size):
             inputs = {n: t.to(teacher.device) for n, t in collate([sequences[index] for index in batch]).items()}
-            said = targets(teacher, inputs, select(settings, batch), len(tokenizer), writer.manifest.tail)
+            said = targets(teacher, inputs, select(settings, batch, len(tokenizer), writer.manifest.tail))
             for index, target in zip(batch, said):
                 writer.write(index, sequences.rows[index][0], target[: lengths[index]])
                 bar.update(lengths[index])
@@ -144,30 +145,34 @@ def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings
 
 
 def targets(
-    teacher: Any, inputs: dict[str, Any], choose: Callable[[kd.LinearHead, int], kd.SparseTarget], vocab: int, tail: str
+    teacher: Any, inputs: dict[str, Any], choose: Callable[[kd.LinearHead, int], kd.SparseTarget]
 ) -> Iterator[kd.SparseTarget]:
     """A target [T, K] for each sequence of a batch; tokens without a label have no slots."""
     with torch.inference_mode():
         head = through_head(teacher, model_inputs(inputs), lambda head: head)
-        weight, bias = head.weight[:vocab], None if head.bias is None else head.bias[:vocab]
         for row, labels in enumerate(shifted_labels(inputs)):
-            hidden = head.hidden[row]
-            target = choose(kd.LinearHead(hidden, weight, bias, head.logit_scale, head.softcap), row)
-            learnt = (labels >= 0)[:, None]
-            yield replace(target, ids=target.ids.masked_fill(~learnt, -1), tail=tail)
+            target = choose(row_of(head, row), row)
+            yield replace(target, ids=target.ids.masked_fill((labels < 0)[:, None], -1))
 
 
-def select(settings: CacheSettings, batch: list[int]) -> Callable[[kd.LinearHead, int], kd.SparseTarget]:
-    """How a row of a batch becomes a target."""
+def select(
+    settings: CacheSettings, batch: list[int], vocab: int, tail: str
+) -> Callable[[kd.LinearHead, int], kd.SparseTarget]:
+    """How a row of a batch of sequences becomes a target."""
 
     def choose(head: kd.LinearHead, row: int) -> kd.SparseTarget:
         if settings.top_k:
-            return kd.top_k_target(head, min(settings.top_k, head.vocab_size))
+            return kd.top_k_target(head, min(settings.top_k, vocab), tail=tail, vocab_size=vocab)
         if settings.top_p:
-            return kd.top_p_target(head, settings.top_p)
+            return kd.top_p_target(
+                head, settings.top_p, max_k=settings.max_k or None, tail=tail, vocab_size=vocab
+            )
         # A sequence's draws are its own, whichever process makes them and whatever came before.
-        torch.manual_seed(settings.seed + 1 + batch[row])
-        return kd.sample_target(head, settings.samples, proposal_temperature=settings.proposal_temperature)
+        own = torch.Generator(head.hidden.device).manual_seed(settings.seed + 1 + batch[row])
+        drawn = kd.sample_target(
+            head, settings.samples, settings.proposal_temperature, generator=own, vocab_size=vocab
+        )
+        return replace(drawn, tail=tail)
 
     return choose
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdkernels import SparseTarget
-from kdkernels.producers import distillkit_bytes
+from kdkernels.records import distillkit_bytes
 
 INF = math.inf
 
