@@ -13,7 +13,8 @@ for name in ("pyarrow", "transformers", "accelerate", "tokenizers"):
     pytest.importorskip(name)
 
 import kdkernels as kd  # noqa: E402
-from kdkernels.teacher_cache import TeacherCache, command, tokenizer_hash  # noqa: E402
+from kdkernels.integrations.transformers import row_of, through_head  # noqa: E402
+from kdkernels.teacher_cache import TeacherCache, command, stack, tokenizer_hash  # noqa: E402
 from kdkernels.trainer import cli, data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
 from kdkernels.trainer.settings import Problem, resolve  # noqa: E402
@@ -22,6 +23,15 @@ K = 12
 DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}
 RUN = {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 3, "save_steps": 100,
        "logging_steps": 1, "disable_tqdm": True, "learning_rate": 3e-3}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +78,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def live_top_k(self, inputs):
-    """The teacher in memory, row by row as the cache was made, slots in the order of their ids."""
-    rows = []
-    for row in range(len(inputs["input_ids"])):
-        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+    """The teacher in memory. As the cache was made: row by row without padding, slots in the order of their ids."""
+    rows, length = [], inputs["input_ids"].shape[1]
+    for row, ids in enumerate(inputs["input_ids"]):
+        size = int(inputs["attention_mask"][row].sum()) if "attention_mask" in inputs else length
         with torch.no_grad():
-            head = command.through_head(self.teacher, command.model_inputs(one), lambda head: head)
-        target = kd.top_k_target(kd.LinearHead(head.hidden[0], head.weight, head.bias), K)
+            head = through_head(self.teacher, {"input_ids": ids[None, :size]}, lambda head: head)
+        target = kd.top_k_target(row_of(head, 0), K)
         order = target.ids.argsort(-1)
-        rows.append((target.ids.gather(-1, order), target.logprobs.gather(-1, order)))
-    return kd.SparseTarget(*(torch.stack(part) for part in zip(*rows, strict=True)))
+        rows.append(kd.SparseTarget(target.ids.gather(-1, order), target.logprobs.gather(-1, order)))
+    return stack(rows, length)
 
 
 def test_the_students_loss_from_the_cache_is_that_of_the_live_teacher_exactly(home, monkeypatch):
