@@ -114,18 +114,13 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             return None
         with torch.no_grad():
-            return through_head(self.teacher, model_inputs(inputs), lambda head: head)
+            return call_through_head(self.teacher, self.teacher, model_inputs(inputs), lambda head: head)
 
     def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:
         """``function(student's LinearHead, teacher's target)``, run inside the wrapped model's forward."""
         target = self.teacher_target(inputs)
         own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-
-        def forward(**arguments: Any) -> Any:
-            return through_head(own, arguments, lambda head: function(head, target))
-
-        with forward_as(own, forward):
-            return model(**model_inputs(inputs))
+        return call_through_head(model, own, model_inputs(inputs), lambda head: function(head, target))
 
     def batch_loss(self, student: kd.LinearHead, target: Any, labels: Tensor, num_items: Any) -> Tensor:
         """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
@@ -233,6 +228,13 @@ class DistillationTrainer(Trainer):
 
 
 # -- models as hidden states and a head -----------------------------------------------------------
+
+
+def call_through_head(wrapped: nn.Module, model: nn.Module, inputs: dict[str, Any],
+                      function: Callable[[kd.LinearHead], Any]) -> Any:  # fmt: skip
+    """:func:`through_head` of ``model`` as a call of ``wrapped`` (DDP, FSDP, a DeepSpeed engine), hooks and all."""
+    with forward_as(model, lambda **arguments: through_head(model, arguments, function)):
+        return wrapped(**inputs)
 
 
 def through_head(model: nn.Module, inputs: dict[str, Any], function: Callable[[kd.LinearHead], Any]) -> Any:

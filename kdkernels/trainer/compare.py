@@ -21,7 +21,7 @@ import kdkernels as kd
 
 from . import data, models, train
 from .reliable import ReliableTrainer, read_metrics, write_whole
-from .settings import Problem, Settings, resolve
+from .settings import SCRATCH, Problem, Settings, resolve
 
 #: Name in the table, and in the folder.
 STUDENTS = {"plain": "no teacher", "soft": "soft", "hard": "hard", "co": "co"}
@@ -59,9 +59,8 @@ def plan(settings: Settings) -> dict[str, Settings]:
     folder, shared = settings.output_dir, settings.to_dict()
     for name in ("mode", "teacher_steps", "resume"):
         shared.pop(name, None)
-    scratch = models.is_scratch(settings.model.teacher)
-    if scratch and models.is_scratch(settings.model.student) and not settings.model.tokenizer:
-        shared["tokenizer"] = str(folder / "tokenizer")
+    scratch = settings.model.teacher in SCRATCH
+    shared["tokenizer"] = tokenizer(settings)
     teacher = str(folder / "teacher" / "model") if scratch else settings.model.teacher
 
     def stage(mode: str, name: str, **values: Any) -> Settings:
@@ -80,6 +79,18 @@ def plan(settings: Settings) -> dict[str, Settings]:
     stages["hard"] = stage("hard", "hard", teacher=teacher)
     stages["co"] = stage("co", "co", hard_weight=1.0)
     return stages
+
+
+def tokenizer(settings: Settings) -> str:
+    """The tokenizer of every stage: one that was given, or trained here."""
+    if settings.model.tokenizer or settings.model.pretrained:
+        return settings.model.tokenizer or settings.model.pretrained[0]
+    folder = settings.output_dir / "tokenizer"
+    if not folder.exists():
+        print(f"training a tokenizer on {', '.join(settings.data.data)}", flush=True)
+        records, _ = data.split(data.read(settings.data), settings.data, settings.run.seed)
+        models.load_tokenizer(settings.model, data.texts_of(records), folder)
+    return str(folder)
 
 
 def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
@@ -153,6 +164,7 @@ def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, 
         models.load_trained(folder, given.tokenizer, given.settings), arguments, teacher=teacher,
         eval_dataset=given.validation, data_collator=data.Collator(given.tokenizer.pad_token_id), **given.cut(),
     )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
     return trainer.evaluate()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any, Iterable, Iterator
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,20 +17,14 @@ from transformers import (
     set_seed,
 )
 
-from .settings import ModelSettings, Problem, Settings
+from .settings import SCRATCH, ModelSettings, Problem, Settings
 
-#: Llama-style models from scratch: hidden_size, intermediate_size, layers, heads.
-SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 384, 2, 4), "small": (256, 704, 4, 4)}
 END_OF_TEXT = "<|endoftext|>"
-
-
-def is_scratch(name: Optional[str]) -> bool:
-    return name in SCRATCH
 
 
 def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path) -> Any:
     """The tokenizer that both models share, trained on ``texts`` if neither brings one."""
-    named = [n for n in (settings.student, settings.teacher) if n is not None and not is_scratch(n)]
+    named = settings.pretrained
     if settings.tokenizer or named:
         tokenizer = _pretrained(AutoTokenizer, settings.tokenizer or named[0], "tokenizer")
         for name in named[0 if settings.tokenizer else 1 :]:
@@ -62,12 +56,12 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: int) -> Any:
     """A causal LM by folder or name, or one of :data:`SCRATCH`, whose weights depend on ``seed`` alone."""
-    if is_scratch(name):
+    if name in SCRATCH:
         hidden, intermediate, layers, heads = SCRATCH[name]
         set_seed(seed)
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate,
-            num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=max(max_length, 2048),
+            num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=max(max_length, 2048), tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )).to(getattr(torch, dtype))  # fmt: skip

@@ -25,6 +25,8 @@ DIVERGENCES = {
     "skew_reverse_kl": kd.SkewReverseKL, "total_variation": kd.TotalVariation, "alpha_beta": kd.AlphaBeta,
     "mixed": kd.Mixed,
 }  # fmt: skip
+#: Llama-style models made from scratch: hidden_size, intermediate_size, layers, heads.
+SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
 
 
 class Problem(Exception):
@@ -39,7 +41,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelSettings:
-    student: str = option("tiny", "a transformers causal LM (folder or name), or micro, tiny, small: made from scratch")
+    student: str = option("tiny", f"a transformers causal LM (folder or name), or {', '.join(SCRATCH)}: from scratch")
     teacher: Optional[str] = option(None, "the same for the teacher; hard needs none if --data holds its completions")
     targets: Optional[str] = option(None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher")
     tokenizer: Optional[str] = option(None, "folder or name; default: the student's, else the teacher's, else trained")
@@ -47,6 +49,11 @@ class ModelSettings:
     dtype: str = option("float32", "of both models: float32 or bfloat16")
     lora_rank: int = option(0, "train LoRA adapters of this rank on the student; 0 trains all of it")
     lora_modules: list[str] = option(["all-linear"], "what LoRA is put on, such as q_proj v_proj lm_head")
+
+    @property
+    def pretrained(self) -> list[str]:
+        """The models that are loaded and not made from scratch."""
+        return [name for name in (self.student, self.teacher) if name is not None and name not in SCRATCH]
 
 
 @dataclass
@@ -97,6 +104,7 @@ class RunSettings(TrainingArguments):
     save_steps: float = option(500, "steps between two checkpoints")
     save_total_limit: Optional[int] = option(2, "checkpoints that are kept")
     report_to: Optional[list[str]] = option(["none"], "tensorboard, wandb, ...; metrics.jsonl is always written")
+    ddp_find_unused_parameters: Optional[bool] = option(False, "every parameter takes part in every step")
     average_tokens_across_devices: bool = option(True, "the loss is per token of the whole batch")
 
 

@@ -114,6 +114,8 @@ def run(settings: Settings) -> dict[str, Any]:
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
     trainer = BUILD[settings.mode](ingredients(settings))
+    if settings.run.fsdp and not trainer.is_fsdp_enabled:
+        raise Problem("fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU")
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.perf_counter() - start
