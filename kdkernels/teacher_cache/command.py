@@ -17,7 +17,7 @@ import kdkernels as kd
 from ..integrations.transformers import check_head, model_inputs, row_of, shifted_labels, through_head
 from ..records import distillkit_bytes
 from ..trainer import data, models
-from ..trainer.settings import DataSettings, ModelSettings, Problem, _Help, option
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, Problem, _Help, option
 from . import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
 
 #: What DistillKit's README recommends and calls its budget pick, with the vocabulary that gives its figures.
@@ -85,7 +85,7 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
 
 def check(settings: CacheSettings) -> str:
     """The method; and what is wrong with the settings is a :class:`Problem`."""
-    if models.is_scratch(settings.teacher):
+    if settings.teacher in SCRATCH:
         raise Problem(f"--teacher {settings.teacher} is made from scratch and knows nothing; give a trained model")
     methods = [name for name in ("top_k", "top_p", "samples") if getattr(settings, name)]
     if len(methods) != 1:
