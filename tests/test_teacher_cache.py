@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
+import kdkernels.teacher_cache.writer as writer_module  # noqa: E402
 from kdkernels import SparseTarget  # noqa: E402
 from kdkernels.teacher_cache import (  # noqa: E402
     CacheWriter,
@@ -328,19 +329,22 @@ def test_files_are_on_disk_before_they_have_a_name(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_loses_nothing_that_was_committed(tmp_path, monkeypatch):
-    written = shards.to_table
+    """The disk fills up within a shard: what was committed stays, what was cut off is never committed."""
+    to_table = shards.to_table
 
     def full(rows, of):
-        if any(index == 4 for index, _ in rows):
+        if rows[0][0] == 4:
+            os.truncate(next((tmp_path / "c").glob("*.tmp")), 100)
             raise OSError(28, "No space left on device")
-        return written(rows, of)
+        return to_table(rows, of)
 
     monkeypatch.setattr(shards, "to_table", full)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 20)  # one sequence each
     with pytest.raises(OSError, match="No space left"):
-        write(tmp_path / "c", manifest(), shard_tokens=40)
+        write(tmp_path / "c", manifest(), shard_tokens=60)
     monkeypatch.undo()
     with CacheWriter(tmp_path / "c", manifest()) as writer:
-        assert 4 in writer.todo() and len(writer.todo()) < 6
+        assert writer.todo() == [3, 4, 5]
     write(tmp_path / "c", manifest())
     for index, record in enumerate(TeacherCache(tmp_path / "c").stream()):
         assert_same(record, index)
