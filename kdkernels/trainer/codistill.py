@@ -170,8 +170,13 @@ class CodistillationTrainer(ReliableTrainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        for name in ("student", "teacher"):
-            super()._load_from_checkpoint(str(Path(resume_from_checkpoint, name)), getattr(self.model, name))
+        pair = self.model
+        try:
+            for name in ("student", "teacher"):
+                self.model = getattr(pair, name)
+                super()._load_from_checkpoint(str(Path(resume_from_checkpoint, name)))
+        finally:
+            self.model = pair
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

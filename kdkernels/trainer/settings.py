@@ -103,6 +103,7 @@ class RunSettings(TrainingArguments):
     save_steps: float = option(500, "steps between two checkpoints")
     save_total_limit: Optional[int] = option(2, "checkpoints that are kept")
     report_to: Optional[list[str]] = option(["none"], "tensorboard, wandb, ...; metrics.jsonl is always written")
+    fsdp: Optional[bool] = option(None, "shard models, optimizer and gradients (under torchrun); details in fsdp_config")
     ddp_find_unused_parameters: Optional[bool] = option(False, "every parameter takes part in every step")
     average_tokens_across_devices: bool = option(True, "the loss is per token of the whole batch")
 
@@ -196,7 +197,7 @@ def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise Problem(" ".join(str(error).split())) from error
     settings = Settings(mode, *parts, asked=vars(parser.parse_args(list(arguments))))
-    if not settings.run.output_dir:
+    if not settings.asked["output_dir"]:
         raise Problem("no --output_dir: where shall the run be kept?")
     if settings.loss.hard_weight is None:
         settings.loss.hard_weight = 1.0 if mode == "co" else 0.0

@@ -101,7 +101,10 @@ def run(settings: Settings) -> dict[str, Any]:
     settings.run.remove_unused_columns = False
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
-    trainer = BUILD[settings.mode](ingredients(settings))
+    try:
+        trainer = BUILD[settings.mode](ingredients(settings))
+    except ValueError as error:  # what Trainer or DistillationTrainer refuses
+        raise Problem(" ".join(str(error).split())) from error
     if settings.run.fsdp and not trainer.is_fsdp_enabled:
         raise Problem("fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU")
     start = time.perf_counter()
