@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -57,7 +58,7 @@ class ReliableTrainer(DistillationTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save and not final.exists():
                 self._publish(staging / name, final)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise Problem(
                 f"step {self.state.global_step}: the checkpoint could not be written to {self.args.output_dir}: "

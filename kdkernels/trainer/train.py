@@ -114,7 +114,8 @@ def run(settings: Settings) -> dict[str, Any]:
               "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
     if len(trainer.eval_dataset):
         result.update(trainer.evaluate())
-    trainer.save_model(str(folder / "model"))
+    with models.one_line(f"cannot write {folder / 'model'}"):
+        trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
     return result
