@@ -112,7 +112,7 @@ def run(settings: Settings) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds, 
               "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
-    if len(trainer.eval_dataset):
+    if trainer.eval_dataset:
         result.update(trainer.evaluate())
     with models.one_line(f"cannot write {folder / 'model'}"):
         trainer.save_model(str(folder / "model"))
