@@ -13,7 +13,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy "setuptools>=70" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev,trainer,cache]"
 	touch $@
 
 test: setup lint
@@ -27,9 +27,10 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.core
 
-# The demonstration trainer is not written yet; until it is, the demo is a distillation in numbers.
+# A teacher and four students from scratch, about 8 minutes on two cores with the setup. A second run reuses
+# what is in runs/demo; a run that was stopped goes on.
 demo: setup
-	$(BIN)/python -m benchmarks.core --small
+	$(BIN)/python -m kdkernels train compare --config kdkernels/trainer/demo.yaml --output_dir runs/demo
 
 clean:
 	rm -rf build *.egg-info kdkernels/_C*.so $(VENV)

@@ -1,4 +1,7 @@
-"""``python -m benchmarks.readme RESULT.json``: fills README's figures from a committed result."""
+"""``python -m benchmarks.readme RESULT.json``: fills README's figures from a committed result.
+
+Results of benchmarks.core go to the part marked figures, a demo's comparison.json to the one marked demo.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+from kdkernels.trainer import report
 
 
 def figures(result: dict) -> str:
@@ -34,12 +37,18 @@ def figures(result: dict) -> str:
     return "\n".join(lines)
 
 
+def demo(result: dict) -> str:
+    return f"{report.table(result)}\n\n{report.verdict(result)} Measured on {report.machine(result)}."
+
+
 def main() -> None:
     result = json.loads(Path(sys.argv[1]).read_text())
+    mark, text = ("demo", demo(result)) if "students" in result else ("figures", figures(result))
     readme = Path("README.md")
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{figures(result)}\n{END}{after}")
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, rest = readme.read_text().split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

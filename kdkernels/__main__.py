@@ -10,7 +10,7 @@ import sys
 COMMANDS = {
     "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
     "train": ("kdkernels.trainer.cli", "soft, hard or co-distillation of a language model (needs kdkernels[trainer])"),
-    "cache": ("kdkernels.teacher_cache.command", "a teacher's top-k or samples on disk (needs kdkernels[trainer,cache])"),
+    "cache": ("kdkernels.teacher_cache.command", "a teacher's top-k or samples on disk (needs kdkernels[cache])"),
 }
 
 

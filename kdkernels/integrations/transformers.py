@@ -94,10 +94,10 @@ class DistillationTrainer(Trainer):
         # Trainer then counts num_items_in_batch, over shifted labels, whatever the model's forward takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.divergence = divergence
-        self.soft_options = {"temperature": temperature, "temperature_squared": temperature_squared}
+        self.soft_options: dict[str, Any] = {"temperature": temperature, "temperature_squared": temperature_squared}
         self.soft_weight, self.hard_weight = soft_weight, hard_weight
-        self.hard_options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        self.cut = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
+        self.hard_options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.cut: dict[str, Any] = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
         self.tail = tail
         self.teacher = None if teacher is None else self._placed(teacher)
         for each in (self.model, self.teacher):
@@ -130,10 +130,11 @@ class DistillationTrainer(Trainer):
             tokens = (labels >= 0).sum()
             self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
             return self.hard_weight * hard
-        loss, stats = kd.distillation_loss(
+        result: Any = kd.distillation_loss(
             student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
             hard_weight=self.hard_weight, return_stats=True, **self.soft_options, **shared,
         )  # fmt: skip
+        loss, stats = result
         self.log_stats(stats)
         return loss
 
@@ -179,11 +180,12 @@ class DistillationTrainer(Trainer):
         if target is None:
             hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
             return {"loss": self.hard_weight * hard, "hard": hard, "tokens": tokens}
-        _, stats = kd.distillation_loss(student, target, labels, hard_weight=1.0, return_stats=True, **self.cut)
-        loss = kd.distillation_loss(
+        plain: Any = kd.distillation_loss(student, target, labels, hard_weight=1.0, return_stats=True, **self.cut)
+        loss: Any = kd.distillation_loss(
             student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
             hard_weight=self.hard_weight, reduction="sum", **self.soft_options, **self.hard_options, **self.cut,
         )  # fmt: skip
+        stats = plain[1]
         means = {"kl": stats.soft, "hard": stats.hard, "student_entropy": stats.student_entropy,
                  "teacher_entropy": stats.teacher_entropy, "agreement": stats.agreement}  # fmt: skip
         return {"loss": loss, **{name: mean * tokens for name, mean in means.items()}, "tokens": tokens}
@@ -207,16 +209,16 @@ class DistillationTrainer(Trainer):
         self._eval_sums.add({name: values.sum() for name, values in sums.items()}, tokens)
         return (sums["loss"].sum() / tokens.clamp(min=1), None, None)
 
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         self._eval_sums = _Sums()
-        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
-        for name, value in self._eval_sums.means().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        output: Any = super().evaluation_loop(*arguments, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._eval_sums.means().items()})
         return output
 
     # -- placing the teacher ---------------------------------------------------------------------
 
-    def _placed(self, teacher: PreTrainedModel) -> nn.Module:
+    def _placed(self, teacher: Any) -> nn.Module:
         teacher.requires_grad_(False).eval()
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -237,7 +239,7 @@ def call_through_head(wrapped: nn.Module, model: nn.Module, inputs: dict[str, An
         return wrapped(**inputs)
 
 
-def through_head(model: nn.Module, inputs: dict[str, Any], function: Callable[[kd.LinearHead], Any]) -> Any:
+def through_head(model: Any, inputs: dict[str, Any], function: Callable[[kd.LinearHead], Any]) -> Any:
     """``function(LinearHead)`` of a causal LM, called inside the forward of its lm_head."""
     causal_lm = model.get_base_model() if _is_peft(model) else model
     head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
@@ -261,7 +263,7 @@ def logit_map(config: Any) -> tuple[float, Optional[float]]:
     return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
 
 
-def head_weights(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """(hidden, weight, bias) of an lm_head, whatever peft has made of it.
 
     LoRA's ``W + s B A`` is the head ``[W, B]`` over hidden states ``[h, s A dropout(h)]``: one
@@ -291,7 +293,7 @@ def head_weights(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Optio
     return torch.cat(parts, -1), torch.cat(columns, -1), bias
 
 
-def whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Any) -> Tensor:
     """A parameter that a wrapper of its own (FSDP2) shards, gathered; its gradient is the mean."""
     if not hasattr(parameter, "full_tensor"):
         return parameter

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import kdkernels as kd
 
@@ -24,7 +25,7 @@ SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay", "teacher_los
 class Pair(nn.Module):
     """Student and teacher as one module: Trainer's optimizer, checkpoints, DDP and FSDP then serve both."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.config = student.config
@@ -109,10 +110,11 @@ class CodistillationTrainer(ReliableTrainer):
             self.state.global_step, self.state.max_steps, teacher_loss=self.teacher_loss,
             vocab=self.cut["vocab_size"] or target.vocab_size,
         )  # fmt: skip
-        losses, stats = kd.codistillation_loss(
+        result: Any = kd.codistillation_loss(
             student, target, labels, divergence=self.divergence, soft_weight=self._used_soft_weight,
             hard_weight=self.hard_weight, num_items=num_items, return_stats=True, **self.soft_options, **self.cut,
         )  # fmt: skip
+        losses, stats = result
         self.log_stats(stats)
         self._sums.add({"teacher_hard": losses.teacher.detach() * num_items})
         self._teacher_sum = self._teacher_sum + losses.teacher.detach()
@@ -137,14 +139,15 @@ class CodistillationTrainer(ReliableTrainer):
 
     # -- two models where Trainer expects one ---------------------------------------------------
 
-    def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Optional[nn.Module] = None) -> Any:
         if self.optimizer is None:
-            pair = self.model if model is None else model
+            pair: Any = self.model if model is None else model
             teacher_groups = super().create_optimizer(pair.teacher).param_groups
             self.optimizer = None
-            super().create_optimizer(pair.student)
+            optimizer = super().create_optimizer(pair.student)
             for group in teacher_groups:
-                self.optimizer.add_param_group({**group, "lr": self.teacher_learning_rate})
+                optimizer.add_param_group({**group, "lr": self.teacher_learning_rate})
+            self.optimizer = optimizer
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -156,7 +159,7 @@ class CodistillationTrainer(ReliableTrainer):
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         pair = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         for name, part in (("student", pair.student), ("teacher", pair.teacher)):
             own = None if state_dict is None else {
@@ -170,8 +173,13 @@ class CodistillationTrainer(ReliableTrainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        for name in ("student", "teacher"):
-            super()._load_from_checkpoint(str(Path(resume_from_checkpoint, name)), getattr(self.model, name))
+        pair = self.model
+        try:
+            for name in ("student", "teacher"):
+                self.model = getattr(pair, name)
+                super()._load_from_checkpoint(str(Path(resume_from_checkpoint, name)))
+        finally:
+            self.model = pair
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

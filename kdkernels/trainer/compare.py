@@ -19,13 +19,11 @@ import transformers
 
 import kdkernels as kd
 
-from . import data, models, train
+from . import data, models, report, train
 from .reliable import ReliableTrainer, read_metrics, write_whole
 from .settings import SCRATCH, Problem, Settings, resolve
 
-#: Name in the table, and in the folder.
-STUDENTS = {"plain": "no teacher", "soft": "soft", "hard": "hard", "co": "co"}
-COMPARISON, REPORT, PICTURE = "comparison.json", "report.md", "curves.png"
+COMPARISON = "comparison.json"
 
 
 def compare(settings: Settings) -> None:
@@ -43,12 +41,15 @@ def compare(settings: Settings) -> None:
         comparison = json.loads((folder / COMPARISON).read_text())
     else:
         comparison = measured(settings, stages)
-        comparison["seconds"] = time.perf_counter() - start
+        comparison["seconds"] = None if any(reused) else time.perf_counter() - start
         write_whole(folder / COMPARISON, json.dumps(comparison, indent=1))
-    merge_metrics(folder, stages)
-    draw(folder, stages, comparison)
-    write_whole(folder / REPORT, report(comparison))
-    print(f"\n{table(comparison)}\n\n{verdict(comparison)}\n\nReport, picture, metrics and models are in {folder}/")
+    curves = {name: read_metrics(stage.output_dir / train.METRICS) for name, stage in stages.items()}
+    lines = [json.dumps({"run": name, **line}) + "\n" for name, metrics in curves.items() for line in metrics]
+    write_whole(folder / train.METRICS, "".join(lines))
+    report.draw(folder / report.PICTURE, curves, comparison)
+    write_whole(folder / "report.md", report.text(comparison))
+    print(f"\n{report.table(comparison)}\n\n{report.verdict(comparison)}\n\n"
+          f"Report, picture, metrics and models are in {folder}/")  # fmt: skip
 
 
 # -- the stages -------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     given = train.ingredients(reference)
     teacher = given.teacher()
     rows = {}
-    for name in STUDENTS:
+    for name in report.STUDENTS:
         result = json.loads((stages[name].output_dir / train.RESULT).read_text())
         metrics = evaluated(given, teacher, model_folder(stages[name]))
         speed = [line["tokens_per_second"] for line in read_metrics(stages[name].output_dir / train.METRICS)
@@ -141,7 +142,7 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
             "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else None,
             "peak_memory_bytes": result["peak_memory_bytes"],
         }  # fmt: skip
-    own = evaluated(given, teacher, reference.model.teacher)
+    own = evaluated(given, teacher, str(reference.model.teacher))
     co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
     return {
         "environment": environment(settings),
@@ -184,74 +185,3 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-# -- table, picture, report -----------------------------------------------------------------------
-
-
-def table(comparison: dict[str, Any]) -> str:
-    lines = ["| student | validation loss | KL to teacher | top-1 agreement | tokens | tokens/s | peak memory |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, row in comparison["students"].items():
-        speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
-        lines.append(
-            f"| {STUDENTS[name]} | {row['validation_loss']:.3f} | {row['kl_to_teacher']:.3f} | {row['agreement']:.1%} "
-            f"| {row['tokens']:,} | {speed} | {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
-        )
-    return "\n".join(lines)
-
-
-def verdict(comparison: dict[str, Any]) -> str:
-    """The outcome as it is."""
-    students = comparison["students"]
-    plain, soft = students["plain"]["validation_loss"], students["soft"]["validation_loss"]
-    outcome = "beats" if soft < plain else "does not beat"
-    return (f"Soft distillation {outcome} the student without a teacher: validation loss {soft:.3f} against {plain:.3f} "
-            f"(the teacher: {comparison['teacher']['validation_loss']:.3f}).")  # fmt: skip
-
-
-def report(comparison: dict[str, Any]) -> str:
-    where, settings = comparison["environment"], comparison["settings"]
-    return f"""# Soft, hard and co-distillation at one token budget
-
-{table(comparison)}
-
-{verdict(comparison)} In co-distillation the teacher that was trained along came to
-{comparison["co_teacher"]["validation_loss"]:.3f}. Loss and KL are nats per token on {comparison["validation_tokens"]:,} held-out
-tokens; KL(teacher || student) at temperature 1 and agreement are against the same teacher for all.
-
-![validation loss]({PICTURE})
-
-Student: {settings["student"]}, {comparison["student_parameters"] / 1e6:.2f} M parameters; teacher: {settings["teacher"]},
-{comparison["teacher"]["parameters"] / 1e6:.2f} M. Data: {", ".join(settings["data"])}; sequences of {settings["max_length"]} tokens. Soft:
-{settings["divergence"]} at temperature {settings["temperature"]:g}, {settings["soft_weight"]:g} x soft + {settings["hard_weight"]:g} x hard. Hard: {settings["prompts"]:,}
-completions by the teacher, repeated to the budget. Co: soft weight {settings["soft_schedule"]}.
-
-{where["machine"]}, {where["threads"]} threads, torch {where["torch"]}, transformers {where["transformers"]}, Python {where["python"]}, {where["date"]};
-{comparison["seconds"]:.0f} s in all.
-"""
-
-
-def merge_metrics(folder: Path, stages: dict[str, Settings]) -> None:
-    lines = [json.dumps({"run": name, **line})
-             for name, stage in stages.items() for line in read_metrics(stage.output_dir / train.METRICS)]  # fmt: skip
-    write_whole(folder / train.METRICS, "\n".join(lines) + "\n")
-
-
-def draw(folder: Path, stages: dict[str, Settings], comparison: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in STUDENTS.items():
-        lines = [line for line in read_metrics(stages[name].output_dir / train.METRICS) if "eval_hard" in line]
-        axes.plot([line["num_input_tokens_seen"] for line in lines], [line["eval_hard"] for line in lines],
-                  marker="o", markersize=3, label=label)  # fmt: skip
-    axes.axhline(comparison["teacher"]["validation_loss"], color="gray", linestyle="--", label="the teacher")
-    axes.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")
-    axes.legend()
-    figure.savefig(folder / PICTURE, dpi=120)
-    plt.close(figure)
-

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -36,10 +37,14 @@ class ReliableTrainer(DistillationTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
 
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        return os.path.join(self.args.output_dir, STAGING) if self._staging else super()._get_output_dir(trial)
+        return str(self._folder / STAGING) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._not_training():
@@ -47,7 +52,7 @@ class ReliableTrainer(DistillationTrainer):
 
     def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
-        staging, final = Path(self.args.output_dir, STAGING), Path(self.args.output_dir, name)
+        staging, final = self._folder / STAGING, self._folder / name
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -57,10 +62,10 @@ class ReliableTrainer(DistillationTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save and not final.exists():
                 self._publish(staging / name, final)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise Problem(
-                f"step {self.state.global_step}: the checkpoint could not be written to {self.args.output_dir}: "
+                f"step {self.state.global_step}: the checkpoint could not be written to {self._folder}: "
                 f"{_first_line(error)}; {self._last_good()}"
             ) from error
         finally:
@@ -78,12 +83,12 @@ class ReliableTrainer(DistillationTrainer):
         staged.rename(final)
         staged.parent.rmdir()
         keep = self.args.save_total_limit
-        for old in checkpoints(self.args.output_dir)[:-keep] if keep else []:
+        for old in checkpoints(self._folder)[:-keep] if keep else []:
             if str(old) != self.state.best_model_checkpoint:
                 shutil.rmtree(old.rename(staged.parent))  # renamed first: nor is one ever half deleted
 
     def _last_good(self) -> str:
-        last = get_last_checkpoint(self.args.output_dir)
+        last = get_last_checkpoint(self._folder)
         return f"the last good one is {last}" if last else "there is none yet"
 
     # -- numbers -------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ class ReliableTrainer(DistillationTrainer):
 
     def _stop(self, what: str, value: float, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
-        kept = Path(self.args.output_dir, f"non-finite-step-{step}-rank-{self.args.process_index}.pt")
+        kept = (self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt")
         torch.save({name: tensor.cpu() for name, tensor in inputs.items()}, kept)
         raise Problem(f"step {step}: {what} is {value}; the batch is kept in {kept}, weights were not updated; "
                       f"{self._last_good()}")  # fmt: skip
@@ -149,7 +154,7 @@ class MetricsFile(TrainerCallback):
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **ignored: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -75,7 +75,7 @@ class LossSettings:
     soft_schedule: str = option("linear", "co: constant, linear, cosine, warmup_stable_decay or teacher_loss")
     soft_weight_start: float = option(0.0, "co: where linear, cosine and warmup_stable_decay begin")
     soft_warmup: float = option(0.1, "co: share of the steps that warmup_stable_decay rises (and falls) in")
-    teacher_learning_rate: Optional[float] = option(None, "co and compare; default: learning_rate")
+    teacher_learning_rate: float = option(0.0, "co and compare; 0: learning_rate")
 
 
 @dataclass
@@ -104,6 +104,7 @@ class RunSettings(TrainingArguments):
     save_steps: float = option(500, "steps between two checkpoints")
     save_total_limit: Optional[int] = option(2, "checkpoints that are kept")
     report_to: Optional[list[str]] = option(["none"], "tensorboard, wandb, ...; metrics.jsonl is always written")
+    fsdp: Optional[bool] = option(None, "shard models, optimizer and gradients (under torchrun); details in fsdp_config")  # type: ignore[assignment]
     ddp_find_unused_parameters: Optional[bool] = option(False, "every parameter takes part in every step")
     average_tokens_across_devices: bool = option(True, "the loss is per token of the whole batch")
 
@@ -127,7 +128,7 @@ class Settings:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.run.output_dir)
+        return Path(str(self.run.output_dir))
 
     def to_dict(self) -> dict[str, Any]:
         """What --config reads back: every option of ours, and of TrainingArguments what is shown or was set."""
@@ -163,8 +164,9 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     for title, part in _PARTS.items():
         part._argument_group_name = title  # type: ignore[attr-defined]
     RunSettings._argument_group_name = "training (all of transformers.TrainingArguments; the rest under --help_all)"  # type: ignore[attr-defined]
+    parts: Any = [*_PARTS.values(), RunSettings]
     parser = HfArgumentParser(
-        [*_PARTS.values(), RunSettings], prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
+        parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )  # fmt: skip
@@ -193,16 +195,17 @@ def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
     parser = parser or parser_for(mode)
     parser.set_defaults(**values)
     try:
-        *parts, _ = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+        parts = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise Problem(" ".join(str(error).split())) from error
-    settings = Settings(mode, *parts, asked=vars(parser.parse_args(list(arguments))))
-    if not settings.run.output_dir:
+    model, data, loss, generation, run = parts[:5]
+    asked = vars(parser.parse_args(list(arguments)))
+    settings = Settings(mode, model, data, loss, generation, run, asked)
+    if not settings.asked["output_dir"]:
         raise Problem("no --output_dir: where shall the run be kept?")
     if settings.loss.hard_weight is None:
         settings.loss.hard_weight = 1.0 if mode == "co" else 0.0
-    if settings.loss.teacher_learning_rate is None:
-        settings.loss.teacher_learning_rate = settings.run.learning_rate
+    settings.loss.teacher_learning_rate = settings.loss.teacher_learning_rate or settings.run.learning_rate
     if settings.data.max_length < 2:
         raise Problem(f"max_length={settings.data.max_length}: a sequence needs 2 tokens or more to predict one")
     if settings.model.dtype not in ("float32", "bfloat16"):

@@ -113,7 +113,10 @@ def run(settings: Settings) -> dict[str, Any]:
     settings.run.remove_unused_columns = False
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
-    trainer = BUILD[settings.mode](ingredients(settings))
+    try:
+        trainer = BUILD[settings.mode](ingredients(settings))
+    except ValueError as error:  # what Trainer or DistillationTrainer refuses
+        raise Problem(" ".join(str(error).split())) from error
     if settings.run.fsdp and not trainer.is_fsdp_enabled:
         raise Problem("fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU")
     start = time.perf_counter()
@@ -121,9 +124,10 @@ def run(settings: Settings) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds, 
               "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
-    if len(trainer.eval_dataset):
+    if trainer.eval_dataset:
         result.update(trainer.evaluate())
-    trainer.save_model(str(folder / "model"))
+    with models.one_line(f"cannot write {folder / 'model'}"):
+        trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
     return result
