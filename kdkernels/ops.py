@@ -385,8 +385,10 @@ def _(labels, vocab, ignore_index):
 def checked_target(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[Tensor],
                    vocab: int, spec: list[float]) -> Tensor:  # fmt: skip
     """A sparse target's ids ``[N, K]`` with -1 in empty slots and for masked tokens (labels of -1);
-    ids and values out of range are an error as in :func:`checked_labels`."""
+    ids and values out of range are an error as in :func:`checked_labels`. Warnings come from here too,
+    since a compiler runs nothing else of it."""
     told = Spec.from_floats(spec)
+    outcomes.warn_if_approximate(told.tail, told.temperature)
     return outcomes.check(ids, values, mask, labels, vocab=vocab, tail=told.tail, linear=told.linear)
 
 

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import chosen_backend, serving
+from .backends import row_state as rs
+from .divergences import NoDivergence
 from .heads import HeadRows, LinearHead
 from .schedule import DEFAULT_CHUNK_BYTES
-from .spec import LogitMap
+from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
 #: Samples per token in Gemma 2 and 3 (arXiv 2408.00118, 2503.19786): ``sample_target(teacher, GEMMA_SAMPLES)``.
@@ -22,7 +25,11 @@ GEMMA_SAMPLES = 256
 _TEMPORARIES = 6
 
 Logits = Union[Tensor, LinearHead]
-_Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Select = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _vocab(teacher: Logits, vocab_size: Optional[int]) -> int:
@@ -35,45 +42,58 @@ def _vocab(teacher: Logits, vocab_size: Optional[int]) -> int:
 
 
 def _tiles(teacher: Logits, tensors: list[Tensor], vocab: int, step: int) -> Iterator[Tensor]:
-    """Logits ``[rows, vocab]`` of ``step`` tokens at a time, fp32 or fp64."""
+    """Logits ``[rows, vocab]`` of ``step`` tokens at a time."""
     if isinstance(teacher, LinearHead):
         hidden, *rest = tensors
         rows = HeadRows([hidden.reshape(-1, hidden.shape[-1]), *rest], vocab, [])
         logit_map = LogitMap(float(teacher.logit_scale), float(teacher.softcap or 0.0))
         for start in range(0, rows.tokens, step):
             tile = rows.tile(slice(start, start + step), slice(0, vocab))
-            yield logit_map.logits(tile, torch.promote_types(tile.dtype, torch.float32))
+            if not logit_map.is_identity:
+                tile = logit_map.logits(tile, _wide(tile.dtype))
+            yield tile
         return
-    wide = torch.promote_types(teacher.dtype, torch.float32)
-    for at in torch.arange(teacher.shape[:-1].numel(), device=teacher.device).split(step):
-        index = torch.unravel_index(at, teacher.shape[:-1]) if teacher.dim() > 1 else ()
-        yield teacher[index].reshape(-1, teacher.shape[-1])[:, :vocab].to(wide)
+    leading = teacher.shape[:-1]
+    for at in torch.arange(leading.numel(), device=teacher.device).split(step) if leading.numel() else ():
+        try:
+            yield teacher.view(-1, teacher.shape[-1])[int(at[0]) : int(at[-1]) + 1, :vocab]
+        except RuntimeError:  # a shifted view, say: copied a chunk at a time, not as a whole
+            yield teacher[torch.unravel_index(at, leading)][:, :vocab]
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Normalised with a sum in fp64: an fp32 sum over a vocabulary would show in a kept mass near 1."""
-    shifted = logits - logits.amax(-1, keepdim=True)
-    return shifted - shifted.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(shifted.dtype)
+def _normalizer(logits: Tensor) -> Tensor:
+    """logsumexp of each row, ``[rows, 1]`` fp64: an fp32 one would show in a kept mass near 1."""
+    state = rs.new_state(logits.shape[0], logits.device)
+    backend = serving(chosen_backend(), logits.device, [logits.dtype])
+    backend.accumulate(logits, None, None, offset=0, spec=Spec(NoDivergence()), state=state)
+    return rs.student_lse(state)[:, None]
 
 
 @torch.no_grad()
 def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: float,
              select: _Select) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``select(log-probs [rows, vocab]) -> (ids, values) [rows, K']`` over all tokens, padded to one K."""
+    """``select(logits [rows, vocab], normalizer [rows, 1])`` gives (ids, values) ``[rows, K']``; here for
+    all tokens, padded to one K."""
     leading = teacher.leading_shape if isinstance(teacher, LinearHead) else teacher.shape[:-1]
     budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     step = max(budget // (vocab * 8 * _TEMPORARIES), 1)
     tensors = teacher.tensors() if isinstance(teacher, LinearHead) else [teacher]
-    device = tensors[0].device
+    device, tokens, start = tensors[0].device, leading.numel(), 0
+    # Written into place: small results that outlive each chunk would leave the heap in pieces.
+    all_ids = torch.empty(tokens, 0, dtype=torch.int64, device=device)
+    all_values = torch.empty(tokens, 0, device=device)
     with torch.autocast(device.type, enabled=False):
-        parts = [select(_log_softmax(tile)) for tile in _tiles(teacher, tensors, vocab, step)]
-    if not parts:
-        empty = torch.empty(*leading, 1, device=device)
-        return torch.full_like(empty, -1, dtype=torch.int64), torch.full_like(empty, nothing)
-    slots = max(ids.shape[1] for ids, _ in parts)
-    ids = torch.cat([F.pad(ids, (0, slots - ids.shape[1]), value=-1) for ids, _ in parts])
-    values = torch.cat([F.pad(v, (0, slots - v.shape[1]), value=nothing) for _, v in parts])
-    return ids.view(*leading, slots), values.view(*leading, slots)
+        for tile in _tiles(teacher, tensors, vocab, step):
+            ids, values = select(tile, _normalizer(tile))
+            rows, slots = slice(start, start + ids.shape[0]), ids.shape[1]
+            more = max(slots - all_ids.shape[1], 0)
+            all_ids = F.pad(all_ids, (0, more), value=-1) if more else all_ids
+            all_values = F.pad(all_values.to(values.dtype), (0, more), value=nothing) if more else all_values
+            all_ids[rows, :slots], all_values[rows, :slots] = ids, values
+            start = rows.stop
+    if not tokens:
+        all_ids, all_values = F.pad(all_ids, (0, 1)), F.pad(all_values, (0, 1))
+    return all_ids.view(*leading, all_ids.shape[1]), all_values.view(*leading, all_ids.shape[1])
 
 
 def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: Optional[int] = None,
@@ -98,9 +118,9 @@ def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: O
     if not 1 <= k <= vocab:
         raise ValueError(f"k={k} must be in 1..{vocab}, the vocabulary")
 
-    def select(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        values, ids = logprobs.topk(k, -1)
-        return ids, values
+    def select(logits: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = logits.topk(k, -1)
+        return ids, (values - normalizer).to(_wide(logits.dtype))
 
     ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
     return SparseTarget(ids, logprobs, tail=tail)
@@ -125,13 +145,14 @@ def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail
         raise ValueError(f"max_k={max_k} must be >= 1")
     most = vocab if max_k is None else min(max_k, vocab)
 
-    def select(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        values, ids = logprobs.topk(most, -1)
-        mass = values.double().exp()
+    def select(logits: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = logits.topk(most, -1)
+        values = values - normalizer
+        mass = values.exp()
         kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
         slots = max(int(kept.sum(-1).max()), 1)
         kept, ids, values = kept[:, :slots], ids[:, :slots], values[:, :slots]
-        return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf)
+        return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf).to(_wide(logits.dtype))
 
     ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
     return SparseTarget(ids, logprobs, tail=tail)
@@ -164,16 +185,14 @@ def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
     if not proposal_temperature > 0:
         raise ValueError(f"proposal_temperature={proposal_temperature} must be > 0")
 
-    def select(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = logprobs.double()
+    def select(logits: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = logits - normalizer
         proposal = (logprobs / proposal_temperature).log_softmax(-1)
         drawn = _draw(proposal.exp(), n, generator)
         each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / n
         ids, weights = _added_up(drawn, each)
-        return ids, weights.to(wide)
+        return ids, weights.to(_wide(logits.dtype))
 
-    given = teacher.hidden if isinstance(teacher, LinearHead) else teacher
-    wide = torch.promote_types(given.dtype, torch.float32)
     ids, weights = _collect(teacher, vocab, chunk_bytes, 0.0, select)
     return SparseTarget(ids, weights=weights, tail="truncate")
 
