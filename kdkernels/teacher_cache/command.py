@@ -46,10 +46,11 @@ class CacheSettings:
 
 
 def main(arguments: list[str]) -> None:
-    for part, title in ((CacheSettings, "cache"), (DataSettings, "data, as train reads it")):
-        part._argument_group_name = title  # type: ignore[attr-defined]
+    parts: Any = [CacheSettings, DataSettings]
+    for part, title in zip(parts, ("cache", "data, as train reads it")):
+        part._argument_group_name = title
     parser = HfArgumentParser(
-        [CacheSettings, DataSettings], prog="python -m kdkernels cache", formatter_class=_Help, allow_abbrev=False,
+        parts, prog="python -m kdkernels cache", formatter_class=_Help, allow_abbrev=False,
         usage="%(prog)s --teacher MODEL --data ... --top_k 64 | --top_p P | --samples N --out DIR",
         description="Targets for `train soft --targets DIR`. torchrun shares the work; a killed run goes on.",
     )  # fmt: skip
