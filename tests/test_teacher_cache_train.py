@@ -115,6 +115,28 @@ def test_eight_bits_train_as_well(home):
     assert eight["eval_hard"] == pytest.approx(exact["eval_hard"], rel=1e-4)
 
 
+def test_without_validation(home):
+    directory = cached(home, "no-validation", "--top_k", "4", "--validation_share", "0")
+    assert not (directory / "validation").exists()
+    result = from_cache(home, "no-validation-run", directory, validation_share=0.0, max_steps=1)
+    assert result["steps"] == 1 and "eval_loss" not in result
+
+
+def test_a_cache_of_the_users_own_pipeline_trains(home):
+    """The same targets through `datasets`: same fingerprint, same loss."""
+    pytest.importorskip("datasets")
+    from kdkernels.teacher_cache.hf_datasets import from_dataset, to_dataset
+
+    directory = cached(home, "mine", "--top_k", "4", "--values", "float32", "--validation_share", "0")
+    of = TeacherCache(directory).manifest
+    made = from_dataset(to_dataset(directory, streaming=True), home / "via-datasets", model=of.model, values="float32",
+                        tokenizer=of.tokenizer, vocab_size=of.vocab_size)  # fmt: skip
+    assert made.data == of.data
+    for name, targets in (("mine-run", directory), ("via-run", home / "via-datasets")):
+        from_cache(home, name, targets, validation_share=0.0, max_steps=2)
+    assert losses(home / "mine-run") == losses(home / "via-run") != []
+
+
 @pytest.mark.parametrize("options, kind, values", [
     (["--samples", "16"], "weights", "count"),
     (["--samples", "16", "--proposal_temperature", "0.8"], "weights", "uint8"),
@@ -179,6 +201,9 @@ def test_another_tokenizer_vocabulary_or_order_of_data_is_refused(home):
     both = f"made with tokenizer {made.tokenizer!r}, but this run has {tokenizer_hash(other)!r}"
     with pytest.raises(Problem, match=both):
         train.run(settings(home, "soft", "refused-t", tokenizer=str(home / "other-tokenizer"), targets=str(directory)))
+    shutil.copytree(directory, home / "refused-nothing-held-out", ignore=shutil.ignore_patterns("validation"))
+    with pytest.raises(Problem, match="no targets for the validation text; --validation_share 0"):
+        from_cache(home, "refused-v", home / "refused-nothing-held-out")
     with pytest.raises(Problem, match="--teacher or --targets, not both"):
         from_cache(home, "refused-both", directory, teacher=teacher(home))
     with pytest.raises(Problem, match="is no teacher cache"):

@@ -81,7 +81,12 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
             if teacher is None:
                 teacher = load_teacher(settings, tokenizer, data_settings.max_length)
             write(writer, teacher, sequences, settings, tokenizer)
-        report(directory)
+            writer.commit()
+            done = sum(len(shard.rows) for shard in writer.committed())
+        if done == len(sequences):
+            report(directory)
+        else:
+            print(f"{directory}: this process is done; the cache is complete when the others are")
 
 
 def check(settings: CacheSettings) -> str:
@@ -179,12 +184,8 @@ def select(
 
 
 def report(directory: Path) -> None:
-    """What was measured, beside what it is compared with. Silent until every rank is done."""
-    try:
-        cache = TeacherCache(directory)
-    except ValueError:
-        print(f"{directory}: this process is done; the cache is complete when the others are")
-        return
+    """What was measured, beside what it is compared with."""
+    cache = TeacherCache(directory)
     kept = sum(shard.kept for shard in cache.shards)
     print(f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {kept / cache.tokens:.1f} ids kept per token")
     lines = [

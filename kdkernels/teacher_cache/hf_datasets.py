@@ -55,9 +55,9 @@ def from_dataset(
 ) -> Manifest:
     """Write a dataset with the columns of :func:`to_dataset` as a cache, and return its manifest.
 
-    Row t of ``ids`` is about token t + ``shift`` (default 1); rows may be ragged, or padded with id -1. The
-    dataset is gone through twice: for its fingerprint and the most slots, and to write. As with every
-    writer, an interrupted call goes on where it was.
+    Row t of ``ids`` is about token t + ``shift`` (default 1); rows may be ragged, or padded with id -1. A
+    column ``labels``, if there is one, goes into the fingerprint of the data, as the trainer has it. The dataset
+    is gone through several times. As with every writer, an interrupted call goes on where it was.
 
     Args:
         model, tokenizer, vocab_size, **fields: of the :class:`Manifest`; the rest is found in the data.
@@ -66,17 +66,10 @@ def from_dataset(
     for name in ("input_ids", "ids", kind):
         if name not in dataset.column_names:
             raise ValueError(f"the dataset has no column {name}, only {', '.join(dataset.column_names)}")
-    most = rows = 0
-
-    def sequences() -> Iterator[list[int]]:
-        nonlocal most, rows
-        for row in dataset:
-            rows += 1
-            most = max([most, *map(len, row["ids"])])
-            yield row["input_ids"]
-
-    data = data_fingerprint(sequences())
-    found = {"method": "given", "data": data, "sequences": rows, "k": max(most, 1), "kind": kind}
+    labels = "labels" if "labels" in dataset.column_names else "input_ids"
+    data = data_fingerprint((row["input_ids"] for row in dataset), (row[labels] for row in dataset))
+    slots = [max(map(len, row["ids"]), default=0) for row in dataset]
+    found = {"method": "given", "data": data, "sequences": len(slots), "k": max([1, *slots]), "kind": kind}
     manifest = Manifest(model=model, tokenizer=tokenizer, vocab_size=vocab_size, **{**found, **fields})
     with CacheWriter(directory, manifest) as writer:
         todo = set(writer.todo())

@@ -65,6 +65,8 @@ class Manifest:
                 )
         if self.values == "count" and self.kind != "weights":
             raise ValueError("values='count' stores the weights of samples, not logprobs")
+        if self.values == "count" and self.k >= 2**16:
+            raise ValueError(f"values='count' takes at most 65535 draws, got {self.k}; use uint8 or float32")
         if not 1 <= self.k:
             raise ValueError(f"a manifest needs k >= 1, got {self.k}")
         if not 1 <= self.vocab_size < 2**31:
@@ -117,18 +119,20 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def data_fingerprint(
     sequences: Iterable[Sequence[int]], labels: Optional[Iterable[Sequence[int]]] = None
 ) -> str:
-    """sha256 of token sequences in their order, and of their labels if there are any.
+    """sha256 of token sequences with their labels (by default the tokens themselves), in their order.
 
     Another order, length, id or mask gives another one.
 
     >>> data_fingerprint([[1, 2], [3]]) == data_fingerprint([[1, 2, 3]])
     False
+    >>> data_fingerprint([[1, 2]]) == data_fingerprint([[1, 2]], [[-100, 2]])
+    False
     """
     digest = hashlib.sha256()
-    for part in (sequences, labels or ()):
-        for sequence in part:
-            ids = np.asarray(sequence, dtype="<i8")
+    rows = ((ids, ids) for ids in sequences) if labels is None else zip(sequences, labels, strict=True)
+    for row in rows:
+        for part in row:
+            ids = np.asarray(part, dtype="<i8")
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.tobytes())
-        digest.update(b"end")
     return digest.hexdigest()

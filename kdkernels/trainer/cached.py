@@ -54,6 +54,8 @@ def with_targets(directory: str, options: dict[str, Any]) -> dict[str, Any]:
     training = CachedSequences(options["train_dataset"], Path(directory), tokenizer)
     validation: Any = options["eval_dataset"]
     if len(validation):
+        if not Path(directory, "validation").exists():
+            raise Problem(f"{directory} has no targets for the validation text; --validation_share 0 trains without it")
         validation = CachedSequences(validation, Path(directory, "validation"), tokenizer)
     return {
         **options, "train_dataset": training, "eval_dataset": validation, "tail": training.cache.manifest.tail,
