@@ -350,6 +350,26 @@ def test_a_full_disk_loses_nothing_that_was_committed(tmp_path, monkeypatch):
         assert_same(record, index)
 
 
+def test_a_commit_that_fails_is_tried_again_with_the_same_rows(tmp_path, monkeypatch):
+    replace, failed = os.replace, []
+
+    def once(source, target):
+        if Path(target).suffix == ".parquet" and not failed:
+            failed.append(target)
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once)
+    with CacheWriter(tmp_path / "c", manifest(), shard_tokens=60) as writer:
+        for index in [*range(6), *range(3)]:  # the first three are lost, and written once more
+            try:
+                writer.write(index, *sequence(index))
+            except OSError:
+                assert index == 2
+    for index, record in enumerate(TeacherCache(tmp_path / "c").stream()):
+        assert_same(record, index)
+
+
 WRITER = """
     import sys, time
     from pathlib import Path

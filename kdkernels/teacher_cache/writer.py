@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import filelock
 import numpy as np
@@ -117,14 +118,14 @@ class CacheWriter:
         self._write_row_group()
         if self._file is None:
             return
-        self._file.close()
-        self._file = None
-        shard = Shard(
-            self._path.name, shards.sha256(self._temporary), self._temporary.stat().st_size, self._tokens,
-            self._kept, self._rows, self.manifest.digest(),
-        )  # fmt: skip
-        shards.publish(self._temporary, self._path)
-        shards.commit(self.directory, shard)
+        with self._whole_or_nothing(self._rows):
+            self._file.close()
+            shard = Shard(
+                self._path.name, shards.sha256(self._temporary), self._temporary.stat().st_size, self._tokens,
+                self._kept, self._rows, self.manifest.digest(),
+            )  # fmt: skip
+            shards.publish(self._temporary, self._path)
+            shards.commit(self.directory, shard)
         self.last = shard
         self._start_shard(self._number + 1)
 
@@ -155,18 +156,23 @@ class CacheWriter:
             return
         pending, tokens = self._pending, self._pending_tokens
         self._pending, self._pending_tokens = [], 0
-        try:
+        with self._whole_or_nothing([*self._rows, *(index for index, _ in pending)]):
             if self._file is None:
                 self._file = shards.open_writer(self._temporary, self.manifest)
             self._file.write_table(shards.to_table(pending, self.manifest))
-        except BaseException:
-            # A half-written file must never be committed; its sequences are still to do.
-            self.done -= {*self._rows, *(index for index, _ in pending)}
-            self._start_shard(self._number)
-            raise
         self._rows += [index for index, _ in pending]
         self._tokens += tokens
         self._kept += sum(len(columns["gaps"]) for _, columns in pending)
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self, rows: list[int]) -> Iterator[None]:
+        """After an error the open shard is given up, since it may be cut off; its sequences are to do again."""
+        try:
+            yield
+        except BaseException:
+            self.done -= set(rows)
+            self._start_shard(self._number)
+            raise
 
     def _clean_up(self) -> int:
         """Remove what a killed process of this rank left unfinished; the number of the next shard."""
