@@ -181,7 +181,8 @@ def test_ranks_share_the_work(home, monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         cached(home, "ranks", "--top_k", "4")
-        said = capsys.readouterr().out
+        said, bar = capsys.readouterr()
+        assert "bytes/token" in bar and "tok/s" in bar
         assert ("complete when the others are" in said) == (rank == 0)
     assert "bytes per token" in said and "328.0" in said and "121.0" in said
     assert {shard.file[:10] for shard in TeacherCache(home / "ranks").shards} == {"shard-0000", "shard-0001"}

@@ -146,8 +146,8 @@ def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings
             for index, target in zip(batch, said):
                 writer.write(index, sequences.rows[index][0], target[: lengths[index]])
                 bar.update(lengths[index])
-            if writer.last is not None:
-                bar.set_postfix_str(f"{writer.last.bytes / writer.last.tokens:.0f} bytes/token", refresh=False)
+            if writer.bytes_per_token is not None:
+                bar.set_postfix_str(f"{writer.bytes_per_token:.0f} bytes/token", refresh=False)
 
 
 def targets(

@@ -57,7 +57,7 @@ class CacheWriter:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RuntimeError(f"another process is writing to {directory} as rank {rank}") from None
-        self.last: Optional[Shard] = None  #: that this writer committed
+        self._last: Optional[Shard] = None
         self._pending: list[tuple[int, codec.Columns]] = []
         self._pending_tokens = 0
         self._start_shard(self._clean_up())
@@ -71,6 +71,13 @@ class CacheWriter:
         """This rank's sequences that no committed shard has."""
         mine = range(self.rank, self.manifest.sequences, self.world_size)
         return [index for index in mine if index not in self.done]
+
+    @property
+    def bytes_per_token(self) -> Optional[float]:
+        """Of this writer's last shard, or of the first while it is being written; None before there is a byte."""
+        if self._last is not None:
+            return self._last.bytes / self._last.tokens
+        return self._temporary.stat().st_size / self._tokens if self._tokens else None
 
     def write(self, index: int, input_ids: Sequence[int], target: SparseTarget) -> None:
         """Add one sequence: ``input_ids`` [T] and its target [T, K] (row t is about token t + shift)."""
@@ -126,7 +133,7 @@ class CacheWriter:
             )  # fmt: skip
             shards.publish(self._temporary, self._path)
             shards.commit(self.directory, shard)
-        self.last = shard
+        self._last = shard
         self._start_shard(self._number + 1)
 
     def close(self) -> None:
