@@ -32,7 +32,7 @@ from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, stack
 from kdkernels.teacher_cache.command import DISTILLKIT
 from kdkernels.trainer.settings import SCRATCH
 
-K, VOCAB, LENGTH, SEQUENCES = 64, 152_000, 512, 16
+K, VOCAB, LENGTH, SEQUENCES = 64, 152_000, 512, 8
 DEMO = {"student": "tiny", "vocab": 8192, "length": 128, "batch": 8}
 
 

@@ -1,10 +1,9 @@
 """Sparse targets <-> the columns that are stored: sorted ids as gaps, log-probabilities in few bits.
 
 A target of T tokens becomes ragged: ``kept[T]`` says how many slots each token has; the rest is flat,
-token after token, ids ascending. Ids are stored as gaps to the id before (the first as it is). Parquet
-splits the gaps into byte planes (BYTE_STREAM_SPLIT): the low plane is noise, the high ones compress, and
-zstd comes close to the entropy. DELTA_BINARY_PACKED instead sizes every 32 gaps by the largest of them,
-which costs a fifth (ids without structure) to a half (Zipf) more.
+token after token, ids ascending. Ids are stored as gaps to the id before (the first as it is), in byte
+planes: the low plane is noise, the high ones compress, and zstd comes close to the entropy. Parquet's
+DELTA_BINARY_PACKED instead sizes every 32 gaps by the largest of them, which costs more (benchmarks/teacher_cache.py).
 
 Values in 8 bits are the distance d below the token's largest log-probability, on a square scale:
 ``d = span (code / 255)^2``, so steps are fine where the mass is and coarse where it is not. What rounding

@@ -69,7 +69,7 @@ class TeacherCache(torch.utils.data.Dataset):
             table, row = self._row_group(number, row)
         if table.column("index")[row].as_py() != index:
             raise self._damaged(number, f"row {row} is not sequence {index}")
-        manifest, columns = self.manifest, shards.from_table(table, row)
+        columns = shards.from_table(table, row, manifest := self.manifest)
         kept, ids, values = codec.decode(columns, kind=manifest.kind, dtype=manifest.values, draws=manifest.k)
         target = codec.pad(
             kept, ids, values, kind=manifest.kind, tail=manifest.tail, slots=int(kept.max(initial=0))

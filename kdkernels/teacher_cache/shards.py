@@ -20,20 +20,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from .codec import DTYPES, Columns
 from .manifest import Manifest
 
-#: Columns of a row and the type of their elements; all but ``index`` are lists.
-TYPES = {
-    "input_ids": pa.int32(),
-    "kept": pa.int32(),
-    "gaps": pa.int32(),
-    "log_mass": pa.float32(),
-    "span": pa.float32(),
-}
-#: Columns that only some ways to store values need.
-PER_TOKEN = {"bfloat16": ["log_mass"], "uint8": ["log_mass", "span"]}
+#: The columns that are lists, and the type of their elements; the last two only where values need them.
+LISTS = {"input_ids": pa.int32(), "kept": pa.int32(), "log_mass": pa.float32(), "span": pa.float32()}
+PER_TOKEN = {"bfloat16": ("log_mass",), "uint8": ("log_mass", "span")}
 
 
 @dataclass(frozen=True)
@@ -53,41 +47,68 @@ class Shard:
         return Path(self.file).with_suffix(".json").name
 
 
+def planes_of(manifest: Manifest) -> dict[str, np.dtype]:
+    """The columns with a number per slot, which are stored as byte planes."""
+    return {"gaps": np.dtype("<i4"), "values": np.dtype(DTYPES[manifest.values]).newbyteorder("<")}
+
+
 def schema(manifest: Manifest) -> pa.Schema:
-    lists = {name: TYPES[name] for name in ("input_ids", "kept", "gaps")}
-    lists["values"] = pa.from_numpy_dtype(DTYPES[manifest.values])
-    lists |= {name: TYPES[name] for name in PER_TOKEN.get(manifest.values, [])}
-    return pa.schema({"index": pa.int64()} | {name: pa.list_(kind) for name, kind in lists.items()})
+    lists = ["input_ids", "kept", *PER_TOKEN.get(manifest.values, ())]
+    return pa.schema(
+        {"index": pa.int64()}
+        | dict.fromkeys(planes_of(manifest), pa.binary())
+        | {name: pa.list_(LISTS[name]) for name in lists}
+    )
 
 
 def open_writer(path: Path, manifest: Manifest) -> pq.ParquetWriter:
-    # Byte planes for everything: small numbers in wide types then cost what their low byte costs.
-    lists = [f"{name}.list.element" for name in schema(manifest).names if name != "index"]
+    # Small numbers in wide types then cost what their low byte costs.
+    encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in schema(manifest).names if name in LISTS}
     return pq.ParquetWriter(
         path, schema(manifest), compression="zstd", use_dictionary=False, write_statistics=False,
-        column_encoding=dict.fromkeys(lists, "BYTE_STREAM_SPLIT"), write_page_checksum=True,
-        data_page_version="2.0",
+        column_encoding=encoding, write_page_checksum=True, data_page_version="2.0",
     )  # fmt: skip
 
 
 def to_table(rows: list[tuple[int, Columns]], manifest: Manifest) -> pa.Table:
-    kinds = schema(manifest)
+    kinds, planes = schema(manifest), planes_of(manifest)
     arrays = [pa.array([index for index, _ in rows], pa.int64())]
     for name in kinds.names[1:]:
         parts = [columns[name] for _, columns in rows]
+        if name in planes:
+            arrays.append(pa.array([to_planes(part.astype(planes[name])) for part in parts], pa.binary()))
+            continue
         offsets = np.cumsum([0] + [len(part) for part in parts])
-        values = pa.array(np.concatenate(parts), kinds.field(name).type.value_type)
+        values = pa.array(np.concatenate(parts), LISTS[name])
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values))
     return pa.table(arrays, schema=kinds)
 
 
-def from_table(table: pa.Table, row: int) -> Columns:
+def from_table(table: pa.Table, row: int, manifest: Manifest) -> Columns:
     """The columns of one row, without copies where Arrow allows."""
-    return {
-        name: table.column(name).chunk(0)[row].values.to_numpy(zero_copy_only=False)
-        for name in table.column_names
-        if name != "index"
-    }
+    planes, columns = planes_of(manifest), {}
+    for name in table.column_names[1:]:
+        cell = table.column(name).chunk(0)[row]
+        columns[name] = (
+            from_planes(cell.as_buffer(), planes[name])
+            if name in planes
+            else cell.values.to_numpy(zero_copy_only=False)
+        )
+    return columns
+
+
+def to_planes(numbers: NDArray) -> bytes:
+    """All lowest bytes, then all second bytes, ...: what Parquet calls BYTE_STREAM_SPLIT.
+
+    Done here and stored as one binary value, because Parquet's readers take longer over list levels than over
+    everything else.
+    """
+    return numbers.view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
+
+
+def from_planes(planes: pa.Buffer, dtype: np.dtype) -> NDArray:
+    each = np.frombuffer(planes, np.uint8).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(each.T).view(dtype).ravel()
 
 
 def publish(temporary: Path, path: Path) -> None:

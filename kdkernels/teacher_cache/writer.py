@@ -17,7 +17,7 @@ from .manifest import NAME, Manifest
 from .shards import Shard
 
 #: A row group is what is read at once: one sequence, or several short ones.
-ROW_GROUP_TOKENS = 512
+ROW_GROUP_TOKENS = 128
 
 
 class CacheWriter:
