@@ -103,7 +103,7 @@ def student_and_optimizer() -> tuple:
 
 
 def speed(steps: int) -> dict:
-    """Tokens per second of the reader alone, and of the student alone, in turns."""
+    """Tokens per second of the reader alone and of the student alone, in turns; the fastest turn of each."""
     length, batch = DEMO["length"], DEMO["batch"]
     target = skewed(DEMO["vocab"], 64 * length)
     student, optimizer = student_and_optimizer()
@@ -130,8 +130,8 @@ def speed(steps: int) -> dict:
                 records = list(_batches(cache, order, batch))
                 reads[name].append(len(cache) * length / (time.perf_counter() - start))
             trains.append(batch * length / student_seconds(records[0]))
-    median = {name: float(np.median(rates[1:])) for name, rates in {**reads, "student": trains}.items()}
-    return {"tokens_per_second": median, "reader_over_student": min(median["in order"], median["shuffled"]) / median["student"]}
+    best = {name: max(rates[1:]) for name, rates in {**reads, "student": trains}.items()}
+    return {"tokens_per_second": best, "reader_over_student": min(best["in order"], best["shuffled"]) / best["student"]}
 
 
 def _batches(cache: TeacherCache, order, size: int) -> Iterator[list]:
@@ -155,7 +155,7 @@ def machine() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_cache", description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--steps", type=int, default=9, help="turns of reader and student")
+    parser.add_argument("--steps", type=int, default=20, help="turns of reader and student")
     options = parser.parse_args()
     target = skewed(VOCAB, LENGTH * SEQUENCES)
     targets = {"skewed": target, "unstructured": unstructured(target, VOCAB)}
