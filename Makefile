@@ -13,7 +13,9 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy "setuptools>=70" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev,integrations]"
+	# Without their dependencies: their losses run on a CPU as they are, triton and torchao do not.
+	$(BIN)/pip install -q --no-deps liger-kernel==0.8.5 torchtune==0.6.1
 	touch $@
 
 test: setup lint
