@@ -206,8 +206,8 @@ def test_minillm_single_step(reduction, with_mask):
         by_batch = terms.sum() / (mask.sum() if with_mask else terms.shape[0])
         return {"batchmean": by_batch, "sum": terms.sum(), "mean": terms.mean(), "none": terms}[reduction]
 
-    for given in (teacher, teacher.log_softmax(-1)):
-        ours = outcome(lambda s, t=given: dropin.minillm_single_step_loss(
+    for they in (teacher, teacher.log_softmax(-1)):
+        ours = outcome(lambda s, t=they: dropin.minillm_single_step_loss(
             None, s.log_softmax(-1), t, mask, reduction), [student])  # fmt: skip
         assert_same(ours, outcome(formula, [student]), FP64)
 

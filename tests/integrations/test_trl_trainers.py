@@ -10,12 +10,12 @@ pytest.importorskip("trl")
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
-from benchmarks.memory import resident_peak  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 from trl.experimental.gold import GOLDConfig, GOLDTrainer  # noqa: E402
 from trl.trainer import distillation_trainer  # noqa: E402
 
+from benchmarks.memory import resident_peak  # noqa: E402
 from kdkernels.integrations import trl as dropin  # noqa: E402
 
 STEPS = 20
