@@ -81,6 +81,11 @@ Matrix matrix(const Tensor& t, int64_t rows, int64_t width) {
   return {(char*)t.data_ptr(), dtype_of(t), t.stride(0)};
 }
 
+Matrix float_matrix(const Tensor& t, int64_t rows, int64_t width) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "kdkernels: expected fp32");
+  return matrix(t, rows, width);
+}
+
 template <class T>
 T* numbers(const Tensor& t, ScalarType dtype, int64_t count) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count,
@@ -109,6 +114,13 @@ void set_gradients(Job& job, const Tensor& student, const Tensor& weights, const
   if (teacher_grad) job.teacher_grad = matrix(*teacher_grad, rows, job.width);
 }
 
+void set_ids(Job& job, const MaybeTensor& ids, int64_t rows) {
+  if (!ids) return;
+  STD_TORCH_CHECK(ids->dim() == 2, "kdkernels: a sparse target's ids must be a matrix");
+  job.sparse.slots = ids->size(1);
+  job.sparse.ids = numbers<int64_t>(*ids, ScalarType::Long, rows * ids->size(1));
+}
+
 void run(void (*loop)(const Job&, int64_t, int64_t), const Job& job, int64_t rows) {
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { loop(job, begin, end); });
 }
@@ -123,8 +135,9 @@ void fused(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor&
 }
 
 void accumulate(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-                const Tensor& spec, int64_t offset, const Tensor& state) {
+                const Tensor& spec, int64_t offset, const Tensor& state, const MaybeTensor& skipped) {
   Job job = make_job(student, teacher, labels, spec);
+  set_ids(job, skipped, student.size(0));
   job.offset = offset;
   job.state = numbers<double>(state, ScalarType::Double, student.size(0) * kStateColumns);
   run(loops(student).accumulate, job, student.size(0));
@@ -139,13 +152,38 @@ void accumulate_value(const Tensor& student, const Tensor& teacher, const Tensor
 
 void gradient(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
               const Tensor& weights, const Tensor& spec, int64_t offset, int64_t vocab,
-              const Tensor& state, const MaybeTensor& grad, const MaybeTensor& teacher_grad) {
+              const Tensor& state, const MaybeTensor& grad, const MaybeTensor& teacher_grad,
+              const MaybeTensor& ids, const MaybeTensor& rest, const MaybeTensor& kept, const MaybeTensor& lse1) {
   Job job = make_job(student, teacher, labels, spec);
   set_gradients(job, student, weights, grad, teacher_grad);
+  set_ids(job, ids, student.size(0));
+  if (ids) {
+    STD_TORCH_CHECK(rest && kept && lse1, "kdkernels: a sparse target's gradient comes in four tensors");
+    job.sparse.rest = numbers<double>(*rest, ScalarType::Double, student.size(0));
+    job.sparse.lse1 = numbers<double>(*lse1, ScalarType::Double, student.size(0));
+    job.sparse.kept_grad = float_matrix(*kept, student.size(0), job.sparse.slots);
+  }
   job.offset = offset;
   job.vocab = vocab;
   job.state = numbers<double>(state, ScalarType::Double, student.size(0) * kStateColumns);
   run(loops(student).gradient, job, student.size(0));
+}
+
+void fused_sparse(const Tensor& student, const Tensor& ids, const Tensor& teacher, const Tensor& scale,
+                  const Tensor& constant, const MaybeTensor& labels, const Tensor& weights,
+                  const Tensor& spec, const Tensor& outcome_spec, const Tensor& results,
+                  const MaybeTensor& grad) {
+  const int64_t rows = student.size(0);
+  Job job = make_job(student, std::nullopt, labels, spec);
+  set_gradients(job, student, weights, grad, std::nullopt);
+  set_ids(job, ids, rows);
+  job.sparse.teacher = float_matrix(teacher, rows, job.sparse.slots + 1);
+  job.sparse.scale = numbers<double>(scale, ScalarType::Double, rows);
+  job.sparse.constant = numbers<double>(constant, ScalarType::Double, rows);
+  std::memcpy(&job.sparse.outcome_spec, numbers<double>(outcome_spec, ScalarType::Double, kSpecFloats),
+              sizeof(Spec));
+  job.results = numbers<double>(results, ScalarType::Double, rows * 6);
+  run(loops(student).fused_sparse, job, rows);
 }
 
 // Only whole huge pages inside the tensor, and only large ones: elsewhere it would change nothing.
@@ -172,11 +210,14 @@ STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   m.def("fused(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, Tensor spec, "
         "Tensor(c!) results, Tensor(d!)? grad, Tensor(e!)? teacher_grad) -> ()");
   m.def("accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor spec, int offset, "
-        "Tensor(a!) state) -> ()");
+        "Tensor(a!) state, Tensor? skipped) -> ()");
   m.def("accumulate_value(Tensor student, Tensor teacher, Tensor spec, Tensor(a!) state) -> ()");
   m.def("gradient(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, "
         "Tensor spec, int offset, int vocab, Tensor state, Tensor(c!)? grad, "
-        "Tensor(d!)? teacher_grad) -> ()");
+        "Tensor(d!)? teacher_grad, Tensor? ids, Tensor? rest, Tensor? kept, Tensor? lse1) -> ()");
+  m.def("fused_sparse(Tensor(a!) student, Tensor ids, Tensor teacher, Tensor scale, Tensor constant, "
+        "Tensor? labels, Tensor weights, Tensor spec, Tensor outcome_spec, Tensor(b!) results, "
+        "Tensor(c!)? grad) -> ()");
   m.def("instruction_set(Tensor any) -> int");
   m.def("advise_huge_pages(Tensor fresh) -> ()");
 }
@@ -186,6 +227,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
   m.impl("accumulate", TORCH_BOX(&kd::accumulate));
   m.impl("accumulate_value", TORCH_BOX(&kd::accumulate_value));
   m.impl("gradient", TORCH_BOX(&kd::gradient));
+  m.impl("fused_sparse", TORCH_BOX(&kd::fused_sparse));
   m.impl("instruction_set", TORCH_BOX(&kd::instruction_set));
   m.impl("advise_huge_pages", TORCH_BOX(&kd::advise_huge_pages));
 }

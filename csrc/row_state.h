@@ -66,6 +66,14 @@ KD_HD double divergence_value(const RowState& r, int kind) {
   return r.value;
 }
 
+// The student's cross entropy, lse being its normaliser at temperature 1.
+KD_HD double hard_term(const RowState& r, double lse, const Spec& spec, int64_t vocab) {
+  const double smooth = spec.label_smoothing;
+  double hard = lse - (1 - smooth) * r.label_s + spec.z_loss * lse * lse;
+  if (smooth != 0) hard -= smooth / (double)vocab * r.sum_s;
+  return hard;
+}
+
 // results: soft, hard, student entropy, teacher entropy, agreement, teacher's hard term.
 KD_HD void finish(const RowState& r, const Spec& spec, bool soft, bool labelled, int64_t vocab,
                    double* results) {
@@ -76,11 +84,7 @@ KD_HD void finish(const RowState& r, const Spec& spec, bool soft, bool labelled,
     results[4] = r.arg_s == r.arg_t;
   }
   if (!labelled) return;
-  if (spec.hard_weight != 0) {
-    const double lse = r.lse1_s(spec.temperature), smooth = spec.label_smoothing;
-    results[1] = lse - (1 - smooth) * r.label_s + spec.z_loss * lse * lse;
-    if (smooth != 0) results[1] -= smooth / (double)vocab * r.sum_s;
-  }
+  if (spec.hard_weight != 0) results[1] = hard_term(r, r.lse1_s(spec.temperature), spec, vocab);
   if (spec.teacher_hard_weight != 0) results[5] = r.lse1_t(spec.temperature) - r.label_t;
 }
 

@@ -10,6 +10,7 @@ enum Kind {
 struct Spec {
   double kind, first, second, temperature, soft_weight, hard_weight, label_smoothing, z_loss;
   double student_scale, student_softcap, teacher_scale, teacher_softcap, teacher_hard_weight;
+  double tail, linear;  // of a sparse target; the row loops are told its outcomes instead
 };
 constexpr int kSpecFloats = sizeof(Spec) / sizeof(double);
 

@@ -33,6 +33,7 @@ from .modules import (
     KLDivLoss,
     LinearCrossEntropyLoss,
 )
+from .targets import SparseTarget
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "SparseTarget",
     "Stats",
     "TotalVariation",
     "backends",

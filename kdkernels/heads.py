@@ -99,6 +99,13 @@ class LogitRows:
     def bytes_per_logit(self) -> int:
         return 0 if self.index is None else self.full.element_size() * (1 + (self.grad is not None))
 
+    #: Beside the budget for outcomes, a kept logit costs nothing worth counting.
+    bytes_per_kept = 0
+
+    @property
+    def wants_gradient(self) -> bool:
+        return self.grad is not None
+
     @property
     def dtypes(self) -> list[torch.dtype]:
         return [self.full.dtype]
@@ -123,6 +130,24 @@ class LogitRows:
         if self.index is not None and self.grad is not None:
             self.grad[:, columns].index_copy_(0, self.index[rows], gradient)
 
+    def _tokens(self, rows: slice) -> Tensor:
+        if self.index is not None:
+            return self.index[rows]
+        return torch.arange(rows.start, rows.stop, device=self.full.device)
+
+    def kept_tile(self, rows: slice, ids: Tensor) -> Tensor:
+        """The logits at ``ids`` ``[rows, K]``, anything where an id is -1."""
+        return self.full[self._tokens(rows)[:, None], ids.clamp(min=0)]
+
+    def backward_kept(self, gradient: Tensor, rows: slice, ids: Tensor) -> None:
+        """The gradient at ``ids`` (0 where an id is -1), and zero everywhere else."""
+        if self.grad is None:
+            return
+        if self.index is None:
+            self.grad[rows, : self.vocab].zero_()
+        at = self._tokens(rows)[:, None], ids.clamp(min=0)
+        self.grad.index_put_(at, gradient.to(self.grad.dtype), accumulate=True)
+
     def gradients(self) -> list[Tensor]:
         return [] if self.grad is None else [self.grad]
 
@@ -145,6 +170,16 @@ class HeadRows:
         self.grad_hidden: Optional[Tensor] = None
         self.grad_weight: Optional[Tensor] = None
         self.grad_bias: Optional[Tensor] = None
+        self.wide = torch.float32 if self.dtype in HALF else self.dtype
+
+    @property
+    def wants_gradient(self) -> bool:
+        return any(self.wants)
+
+    @property
+    def bytes_per_kept(self) -> int:
+        """A gathered row of the lm_head, and the same in the arithmetic's dtype."""
+        return self.hidden.shape[1] * (self.wide.itemsize + self.dtype.itemsize)
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -226,6 +261,31 @@ class HeadRows:
             slab = target[start : start + step]
             slab.copy_(product) if first else slab.add_(product)
 
+    def kept_tile(self, rows: slice, ids: Tensor) -> Tensor:
+        """The logits at ``ids`` ``[rows, K]``, anything where an id is -1, in fp32 or fp64."""
+        ids = ids.clamp(min=0)
+        self._gathered = F.embedding(ids, self.weight).to(self.wide)
+        tile = torch.bmm(self._gathered, self.hidden[rows].to(self.wide)[:, :, None])[:, :, 0]
+        return tile if self.bias is None else tile + self.bias[ids].to(self.wide)
+
+    def backward_kept(self, gradient: Tensor, rows: slice, ids: Tensor) -> None:
+        """The gradient at ``ids`` (0 where an id is -1) of the last ``kept_tile``."""
+        ids = ids.clamp(min=0).flatten()
+        if self.wants[0]:
+            if self.grad_hidden is None:
+                self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
+            self.grad_hidden[rows] = torch.bmm(gradient[:, None], self._gathered)[:, 0].to(self.dtype)
+        if self.wants[1]:
+            if self.grad_weight is None:
+                self.grad_weight = self.weight.new_zeros(self.given[1].shape, dtype=self.wide)
+            hidden = self.hidden[rows].to(self.wide)[:, None]
+            products = torch.mul(gradient[:, :, None], hidden, out=self._gathered)
+            _add_rows(self.grad_weight, ids, products.flatten(0, 1))
+        if self.wants[2]:
+            if self.grad_bias is None:
+                self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
+            _add_rows(self.grad_bias, ids, gradient.flatten())
+
     def gradients(self) -> list[Tensor]:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
         grads = []
@@ -245,3 +305,11 @@ class HeadRows:
         if grad.shape != tensor.shape:
             grad = F.pad(grad, (0, tensor.shape[0] - grad.shape[0]))
         return grad.to(self.dtype)
+
+
+def _add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    """target[index] += rows, in the same order each time: index_add_ is not that on a GPU."""
+    if target.is_cuda:
+        target.index_put_((index,), rows, accumulate=True)
+    else:
+        target.index_add_(0, index, rows)

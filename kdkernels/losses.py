@@ -12,10 +12,13 @@ from .backends import candidates, chosen_backend
 from .backends import row_state as rs
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence, simplified
 from .heads import LinearHead
+from .outcomes import check_options
 from .schedule import DEFAULT_CHUNK_BYTES
 from .spec import LogitMap, Spec
+from .targets import SparseTarget
 
 Logits = Union[Tensor, LinearHead]
+Teacher = Union[Tensor, LinearHead, SparseTarget]
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +28,7 @@ class Stats(NamedTuple):
 
     ``soft`` is the divergence (without weight and T^2), ``hard`` the cross entropy, entropies are
     in nats at the loss's temperature, ``agreement`` is how often the two top-1 tokens are the same.
+    With a :class:`SparseTarget` both entropies are those of the K + 1 (or K) outcomes that are compared.
     """
 
     soft: Tensor
@@ -90,7 +94,8 @@ def _side(role: str, given: Logits) -> _Side:
             raise ValueError(f"{role} logits need a vocabulary dimension, got a scalar")
         tensors, vocab, leading, logit_map = [given], given.shape[-1], given.shape[:-1], LogitMap()
     else:
-        raise TypeError(f"{role} must be a Tensor of logits or a kd.LinearHead, got {type(given)}")
+        sparse = " or a kd.SparseTarget" if role == "teacher" else ""
+        raise TypeError(f"{role} must be a Tensor of logits or a kd.LinearHead{sparse}, got {type(given)}")
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{role} needs fp64, fp32, bf16 or fp16, got {tensor.dtype}")
@@ -118,6 +123,17 @@ def _check_sides(student: _Side, teacher: _Side) -> None:
         raise ValueError(f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}")
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
+
+
+def _target_side(target: SparseTarget, student: _Side, labels: Optional[Tensor], vocab: int,
+                 spec: Spec) -> _Side:  # fmt: skip
+    if target.values.dtype not in _DTYPES:
+        raise ValueError(f"SparseTarget needs fp64, fp32, bf16 or fp16, got {target.values.dtype}")
+    values = target.values.detach().reshape(-1, target.slots)
+    side = _Side([target.ids, values], LogitMap(), target.leading_shape, vocab)
+    _check_sides(student, side)
+    ids = ops.checked_target(target.ids, values, target.mask, labels, vocab, spec.to_floats())
+    return side._replace(tensors=[ids, values])
 
 
 def _check_labels(labels: Tensor, student: _Side, vocab: int, ignore_index: int) -> Tensor:
@@ -181,14 +197,14 @@ def _check_numbers(spec: Spec, labels: Optional[Tensor], chunk_bytes: int) -> No
         )
 
 
-def _prepare(student: Logits, teacher: Optional[Logits], labels: Optional[Tensor], spec: Spec, *,
+def _prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tensor], spec: Spec, *,
              token_weights: Optional[Tensor], reduction: str,
              num_items: Union[int, float, Tensor, None], ignore_index: int,
              vocab_size: Optional[int], chunk_bytes: Optional[int]) -> _Call:  # fmt: skip
     chunk_bytes = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     _check_numbers(spec, labels, chunk_bytes)
     s = _side("student", student)
-    t = None if teacher is None else _side("teacher", teacher)
+    t = None if teacher is None or isinstance(teacher, SparseTarget) else _side("teacher", teacher)
     vocab = _vocab(s, t, vocab_size)
     if t is not None:
         _check_sides(s, t)
@@ -196,6 +212,9 @@ def _prepare(student: Logits, teacher: Optional[Logits], labels: Optional[Tensor
     spec = spec._replace(student_map=s.logit_map)
     if labels is not None:
         labels = _check_labels(labels, s, vocab, ignore_index)
+    if isinstance(teacher, SparseTarget):
+        spec = spec._replace(tail=teacher.tail, linear=teacher.logprobs is None)
+        t = _target_side(teacher, s, labels, vocab, spec)
     dtype = torch.float64 if s.tensors[0].dtype == torch.float64 else torch.float32
     weights = _token_weights(token_weights, s, dtype)
     if labels is not None:
@@ -296,7 +315,7 @@ def _soft_spec(divergence: Divergence, temperature: float, temperature_squared: 
 
 def distillation_loss(
     student: Logits,
-    teacher: Logits,
+    teacher: Teacher,
     labels: Optional[Tensor] = None,
     *,
     divergence: Divergence = ForwardKL(),
@@ -322,10 +341,12 @@ def distillation_loss(
 
     Args:
         student: logits ``[..., V]`` (fp64, fp32, bf16, fp16) or a :class:`LinearHead`.
-        teacher: the same, of any dtype and width, with the same leading shape and vocabulary.
+        teacher: the same, of any dtype and width, with the same leading shape and vocabulary; or a
+            :class:`SparseTarget`, whose tail says what of the teacher was not stored.
         labels: int64 ``[...]``; tokens at ``ignore_index`` leave both terms. Not shifted here.
         divergence: one of the classes in :mod:`kdkernels.divergences`.
-        temperature: both distributions of the soft term are taken at logits / temperature.
+        temperature: both distributions of the soft term are taken at logits / temperature. For a
+            SparseTarget see :mod:`kdkernels.outcomes`; where it is an approximation, a warning says so.
         temperature_squared: multiply the soft term (value and gradient) by temperature^2
             (Hinton et al., 2015).
         soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels.
@@ -353,6 +374,8 @@ def distillation_loss(
     spec = _soft_spec(divergence, temperature, temperature_squared, soft_weight,
                       hard_weight=hard_weight, label_smoothing=label_smoothing,
                       z_loss=z_loss)  # fmt: skip
+    if isinstance(teacher, SparseTarget):
+        check_options(teacher.tail, divergence, temperature)
     call = _prepare(student, teacher, labels, spec, token_weights=token_weights,
                     reduction=reduction, num_items=num_items, ignore_index=ignore_index,
                     vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
@@ -398,6 +421,8 @@ def codistillation_loss(
     shared: dict[str, Any] = dict(token_weights=token_weights, reduction=reduction, num_items=num_items,
                   ignore_index=ignore_index, vocab_size=vocab_size,
                   chunk_bytes=chunk_bytes)  # fmt: skip
+    if isinstance(teacher, SparseTarget):
+        raise TypeError("codistillation_loss trains its teacher, so it cannot be a kd.SparseTarget")
     call = _prepare(student, teacher, labels, spec, **shared)
     if chosen_backend() == "reference":
         student_loss, _ = reference.run(student, teacher, call, divergence)
@@ -468,7 +493,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: O
     return cross_entropy(LinearHead(hidden, weight, bias), labels, **options)
 
 
-def kl_div(student: Logits, teacher: Logits, labels: Optional[Tensor] = None, **options):
+def kl_div(student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, **options):
     """Forward KL(teacher || student): :func:`distillation_loss` under its common name.
 
     Takes logits, not log-probabilities. ``reduction="batchmean"`` divides as F.kl_div's does.
@@ -482,7 +507,7 @@ def kl_div(student: Logits, teacher: Logits, labels: Optional[Tensor] = None, **
     return distillation_loss(student, teacher, labels, divergence=ForwardKL(), **options)
 
 
-def js_divergence(student: Logits, teacher: Logits, labels: Optional[Tensor] = None, *,
+def js_divergence(student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, *,
                   beta: float = 0.5, **options):  # fmt: skip
     """Generalised Jensen-Shannon divergence :class:`JSD` (beta): options as distillation_loss's.
 
@@ -492,7 +517,7 @@ def js_divergence(student: Logits, teacher: Logits, labels: Optional[Tensor] = N
     return distillation_loss(student, teacher, labels, divergence=JSD(beta), **options)
 
 
-def explain(student: Logits, teacher: Optional[Logits] = None) -> str:
+def explain(student: Logits, teacher: Optional[Teacher] = None) -> str:
     """Which backend serves these inputs, and why those before it do not.
 
     >>> import torch, kdkernels as kd
@@ -501,10 +526,13 @@ def explain(student: Logits, teacher: Optional[Logits] = None) -> str:
     """
     if chosen_backend() == "reference":
         return "reference: serves this call"
-    sides = [_side("student", student)] + ([] if teacher is None else [_side("teacher", teacher)])
+    sides = [_side("student", student)]
+    entry = "fused_sparse" if isinstance(teacher, SparseTarget) else "fused"
+    if teacher is not None and not isinstance(teacher, SparseTarget):
+        sides.append(_side("teacher", teacher))
     dtypes = [side.tensors[0].dtype for side in sides]
     lines = []
-    for module, reason in candidates(chosen_backend(), sides[0].device, dtypes):
+    for module, reason in candidates(chosen_backend(), sides[0].device, dtypes, entry):
         lines.append(f"{module.name}: {reason or 'serves this call'}")
         if reason is None:
             break

@@ -17,10 +17,12 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
+from . import outcomes, sparse
 from .backends import row_state as rs
 from .backends import serving
 from .heads import HeadRows, LogitRows
 from .schedule import Plan, plan
+from .sparse import SparseRows
 from .spec import Spec
 
 _Rows = LogitRows | HeadRows
@@ -52,9 +54,11 @@ def _new_gradient(logits: Tensor, vocab: int) -> Tensor:
     return grad
 
 
-def _walk(student: _Rows, teacher: Optional[_Rows], labels: Optional[Tensor], weights: Tensor,
+def _walk(student: _Rows, teacher: _Rows | SparseRows | None, labels: Optional[Tensor], weights: Tensor,
           spec: Spec, chunk_bytes: int, preferred: str) -> Tensor:  # fmt: skip
     """All tiles of the schedule: per-row results, gradients to the two sides."""
+    if isinstance(teacher, SparseRows):
+        return sparse.walk(student, teacher, labels, weights, spec, chunk_bytes, preferred)
     sides = [side for side in (student, teacher) if side is not None]
     dtypes = [dtype for side in sides for dtype in side.dtypes]
     backend = serving(preferred, weights.device, dtypes)
@@ -146,7 +150,7 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
                    inplace) -> list[Tensor]:  # fmt: skip
     student_wants, teacher_wants = wants[: len(student)], wants[len(student) :]
     grad = teacher_grad = None
-    heads = len(student) > 1 or len(teacher) > 1
+    heads = len(student) > 1 or (len(teacher) > 1 and not spec.tail)
     if labels is not None and heads and bool((labels < 0).any()):
         kept = (labels >= 0).nonzero()[:, 0]
     else:
@@ -159,12 +163,14 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
     results = weights.new_zeros(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     made: list[Tensor] = []
     if kept is None and not heads:
-        _walk_logits(student[0], teacher[0] if teacher else None, labels, weights, spec, vocab,
-                     chunk_bytes, backend, grad, teacher_grad, results)  # fmt: skip
+        _walk_logits(student[0], teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad,
+                     teacher_grad, results)  # fmt: skip
         made = [g for g in (grad, teacher_grad) if g is not None]
     else:
         s = _rows_of(student, vocab, student_wants, grad)
-        t = _rows_of(teacher, vocab, teacher_wants, teacher_grad) if teacher else None
+        t: _Rows | SparseRows | None = None
+        if teacher:
+            t = SparseRows(teacher, spec) if spec.tail else _rows_of(teacher, vocab, teacher_wants, teacher_grad)
         if kept is None:
             results = _walk(s, t, labels, weights, spec, chunk_bytes, backend)
         else:
@@ -207,22 +213,24 @@ def wanted(tensors: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
 
 def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad,
                  teacher_grad, results) -> None:  # fmt: skip
-    """Logits on both sides. What does not fold into ``[N, V]`` as a view is walked in parts, so
-    that a shifted ``logits[:, :-1]`` costs no copy."""
-    tensors = [t for t in (student, teacher, grad, teacher_grad) if t is not None]
-    if student.dim() > 2 and not all(_strides_flatten(t) for t in tensors):
+    """Logits on both sides, or a sparse teacher. What does not fold into ``[N, V]`` as a view is
+    walked in parts, so that a shifted ``logits[:, :-1]`` costs no copy."""
+    logits = [student, grad, teacher_grad] + ([] if spec.tail else teacher)
+    if student.dim() > 2 and not all(_strides_flatten(t) for t in logits if t is not None):
         per = weights.shape[0] // student.shape[0]
         for i in range(student.shape[0]):
             part = slice(i * per, (i + 1) * per)
-            _walk_logits(student[i], None if teacher is None else teacher[i],
+            _walk_logits(student[i], [t[part] if spec.tail else t[i] for t in teacher],
                          None if labels is None else labels[part], weights[part], spec, vocab,
                          chunk_bytes, backend, None if grad is None else grad[i],
                          None if teacher_grad is None else teacher_grad[i], results[part])  # fmt: skip
         return
     s = LogitRows(_flat(student), vocab, None if grad is None else _flat(grad))
-    t = teacher
-    if teacher is not None:
-        t = LogitRows(_flat(teacher), vocab, None if teacher_grad is None else _flat(teacher_grad))
+    t: LogitRows | SparseRows | None = None
+    if spec.tail:
+        t = SparseRows(teacher, spec)
+    elif teacher:
+        t = LogitRows(_flat(teacher[0]), vocab, None if teacher_grad is None else _flat(teacher_grad))
     results.copy_(_walk(s, t, labels, weights, spec, chunk_bytes, backend))
 
 
@@ -371,3 +379,17 @@ def checked_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
 @checked_labels.register_fake
 def _(labels, vocab, ignore_index):
     return labels.new_empty(labels.numel())
+
+
+@torch.library.custom_op("kdkernels::checked_target", mutates_args=())
+def checked_target(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[Tensor],
+                   vocab: int, spec: list[float]) -> Tensor:  # fmt: skip
+    """A sparse target's ids ``[N, K]`` with -1 in empty slots and for masked tokens (labels of -1);
+    ids and values out of range are an error as in :func:`checked_labels`."""
+    told = Spec.from_floats(spec)
+    return outcomes.check(ids, values, mask, labels, vocab=vocab, tail=told.tail, linear=told.linear)
+
+
+@checked_target.register_fake
+def _(ids, values, mask, labels, vocab, spec):
+    return ids.new_empty(ids.numel() // ids.shape[-1], ids.shape[-1])

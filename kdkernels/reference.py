@@ -13,6 +13,8 @@ from torch import Tensor
 from .backends import row_state as rs
 from .divergences import Divergence, NoDivergence
 from .heads import LinearHead
+from .outcomes import LEAST_TAIL
+from .targets import SparseTarget
 
 
 def logits_of(given: Union[Tensor, LinearHead], vocab: int) -> Tensor:
@@ -46,6 +48,69 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, *, label_smoothing: float
     return torch.where(labels >= 0, loss, 0.0)
 
 
+class SparseOracle:
+    """A sparse target written out over the whole vocabulary: t ``[N, V]``, 0 where nothing is stored."""
+
+    def __init__(self, target: SparseTarget, vocab: int, live: Optional[Tensor]) -> None:
+        ids, values = target.ids.reshape(-1, target.slots), target.values.reshape(-1, target.slots)
+        given = ids >= 0
+        if target.mask is not None:
+            given = given & target.mask.reshape(ids.shape)
+        if live is not None:
+            given = given & live[:, None]
+        ids = torch.where(given, ids, 0)
+        t = torch.where(given, values.double() if target.logprobs is None else values.double().exp(), 0.0)
+        self.t = t.new_zeros(ids.shape[0], vocab).scatter_add_(1, ids, t)
+        self.kept, self.some, self.tail = self.t > 0, (self.t > 0).any(-1), target.tail
+
+    def grouped(self, z: Tensor, rest_of_teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """(student, teacher) logits of V + 1 outcomes: the stored ids, and last the rest."""
+        others = z.masked_fill(self.kept, -torch.inf)
+        everything = self.kept.all(-1)
+        rest = torch.where(everything[:, None], 0.0, others).logsumexp(-1)
+        rest, log_rest = (r.masked_fill(everything, -torch.inf) for r in (rest, rest_of_teacher.log()))
+        return (torch.cat([z.masked_fill(~self.kept, -torch.inf), rest[:, None]], 1),
+                torch.cat([self.t.log(), log_rest[:, None]], 1))  # fmt: skip
+
+    def rows(self, z: Tensor, divergence: Divergence, temperature: float) -> Tensor:
+        """The soft term of each row, ``[N]``."""
+        if self.tail == "bucket":
+            return divergence_rows(*self.grouped(z, self.rest()), divergence, temperature)
+        if self.tail == "conditional":
+            student, teacher = self.conditional(z)
+            return torch.where(self.some, divergence_rows(student, teacher, divergence, temperature), 0.0)
+        p = self.t
+        if self.tail == "renormalize":
+            p = p ** (1 / temperature)
+            p = p / torch.where(self.some, p.sum(-1), 1.0)[:, None]
+        log_q = (z / temperature).log_softmax(-1)
+        return torch.where(self.kept, p * (p.log() - log_q), 0.0).sum(-1)
+
+    def rest(self) -> Tensor:
+        rest = 1 - self.t.sum(-1)
+        return torch.where(rest > 0, rest, LEAST_TAIL)
+
+    def conditional(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = ~self.kept & self.some[:, None]
+        return z.masked_fill(hidden, -torch.inf), self.t.log().masked_fill(~self.some[:, None], 0.0)
+
+    def compared(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(student, teacher) logits of the outcomes compared, for the metrics."""
+        if self.tail == "conditional":
+            student, teacher = self.conditional(z)
+            return student / temperature, teacher / temperature
+        if self.tail == "bucket":
+            student, teacher = self.grouped(z, self.rest())
+            return student / temperature, teacher / temperature
+        student, teacher = self.grouped(z / temperature, (~self.some).double())
+        return student, teacher / (temperature if self.tail == "renormalize" else 1)
+
+    def agreement(self, z: Tensor) -> Tensor:
+        if self.tail == "conditional":
+            z = z.masked_fill(~self.kept, -torch.inf)
+        return (self.some & (z.argmax(-1) == self.t.argmax(-1))).double()
+
+
 def _entropy(logits: Tensor) -> Tensor:
     log_q = logits.log_softmax(-1)
     return -torch.where(log_q.exp() > 0, log_q.exp() * log_q, 0.0).sum(-1)
@@ -60,7 +125,18 @@ def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]
     total = s.new_zeros(s.shape[0])
     with torch.no_grad():
         results[:, rs.STUDENT_ENTROPY] = _entropy(s / spec.temperature)
-    if not isinstance(divergence, NoDivergence):
+    if isinstance(teacher, SparseTarget):
+        oracle = SparseOracle(teacher, call.vocab, live)
+        soft = oracle.rows(s, divergence, spec.temperature)
+        total = total + spec.soft_weight * soft
+        results[:, rs.SOFT] = soft.detach()
+        with torch.no_grad():
+            for at, z in zip(
+                (rs.STUDENT_ENTROPY, rs.TEACHER_ENTROPY), oracle.compared(s, spec.temperature)
+            ):
+                results[:, at] = torch.where(oracle.some, _entropy(z), 0.0)
+            results[:, rs.AGREEMENT] = oracle.agreement(s)
+    elif not isinstance(divergence, NoDivergence):
         t = logits_of(teacher, call.vocab)
         soft = divergence_rows(s, t, divergence, spec.temperature)
         total = total + spec.soft_weight * soft

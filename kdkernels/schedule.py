@@ -43,8 +43,9 @@ def _balanced(total: int, most: int) -> int:
     return -(-total // max(parts, 1)) if total else 1
 
 
-def plan(*, tokens: int, vocab: int, bytes_per_logit: int, chunk_bytes: int) -> Plan:
-    """The tiles for ``[tokens, vocab]`` logits that cost ``bytes_per_logit`` each.
+def plan(*, tokens: int, vocab: int, bytes_per_logit: int, chunk_bytes: int, bytes_per_row: int = 0) -> Plan:
+    """The tiles for ``[tokens, vocab]`` logits that cost ``bytes_per_logit`` each, and a token
+    ``bytes_per_row`` beside.
 
     Token chunks where at least MIN_ROWS rows (or all of them) fit, vocabulary chunks otherwise.
     ``bytes_per_logit=0`` means that tiles are views and cost nothing: one tile.
@@ -54,12 +55,15 @@ def plan(*, tokens: int, vocab: int, bytes_per_logit: int, chunk_bytes: int) -> 
     >>> plan(tokens=512, vocab=32768, bytes_per_logit=8, chunk_bytes=2**20)
     Plan(tokens=512, vocab=32768, rows=512, columns=256)
     """
-    if bytes_per_logit == 0 or tokens == 0:
+    whole_row = bytes_per_logit * vocab + bytes_per_row
+    if whole_row == 0 or tokens == 0:
         return Plan(tokens, vocab, max(tokens, 1), vocab)
-    logits = max(chunk_bytes // bytes_per_logit, 1)
-    rows = logits // vocab
-    if rows >= min(tokens, MIN_ROWS):
+    rows = chunk_bytes // whole_row
+    if rows >= min(tokens, MIN_ROWS) or bytes_per_logit == 0:
         return Plan(tokens, vocab, _balanced(tokens, rows), vocab)
-    columns = max(logits // tokens, min(MIN_COLUMNS, vocab, logits))
-    rows = max(logits // columns, 1)
+    # What rows cost beside their logits gets at most half of the budget.
+    most = min(tokens, max(chunk_bytes // 2 // bytes_per_row, 1)) if bytes_per_row else tokens
+    logits = max((chunk_bytes - most * bytes_per_row) // bytes_per_logit, 1)
+    columns = max(logits // most, min(MIN_COLUMNS, vocab, logits))
+    rows = min(max(logits // columns, 1), most)
     return Plan(tokens, vocab, _balanced(tokens, rows), _balanced(vocab, columns))

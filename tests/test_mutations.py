@@ -8,6 +8,7 @@ import kdkernels as kd
 from kdkernels import heads, ops
 from kdkernels.backends import eager
 from kdkernels.backends import row_state as rs
+from kdkernels.spec import LogitMap
 
 OPTIONS = dict(divergence=kd.JSD(0.3), temperature=1.5, hard_weight=0.5)
 
@@ -32,7 +33,7 @@ MUTATIONS = {
     "no rescale": (eager, "_fold_z1", lambda state, *args: state[:, rs.Z1_S].add_(1)),
     "no mask": (ops, "checked_labels", lambda labels, *args: labels.flatten().clamp(min=0)),
     "no slope": (eager, "_soft_gradient", lambda s, t, spec, state: eager._distributions(s, t, spec, state)[0]),
-    "gradient too large": (eager, "_through_map", lambda grad, logits, logit_map: grad * 1.5),
+    "gradient too large": (LogitMap, "backward", lambda logit_map, grad, logits: grad * 1.5),
 }  # fmt: skip
 
 

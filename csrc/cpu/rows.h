@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -45,6 +46,14 @@ struct Source {
 
   int bytes() const { return dtype == kFloat ? 4 : 2; }
   const char* ahead(int64_t start) const { return row + start * bytes(); }
+
+  // One logit, without the factor.
+  double at(int64_t i) const {
+    float raw[kLanes];
+    load_floats(row, dtype, i, 1, raw);
+    const double z = (double)raw[0] * scale;
+    return cap == 0 ? z : cap * std::tanh(z / cap);
+  }
 
   // n entries from `start`, padded with -inf to whole vectors; in place where nothing is to do.
   const float* block(int64_t start, int n, float* buffer) const {
@@ -97,6 +106,16 @@ class Scratch {
   std::vector<double> m_s, m_t;
 };
 
+// A sparse target's ids in one row. The fold leaves them out; the emit writes their gradient as it was
+// solved, and `rest` times the softmax of all others.
+struct Kept {
+  const int64_t* ids = nullptr;  // ascending, -1 anywhere in between: none
+  int64_t count = 0;
+  double* logits = nullptr;      // of the ids in this chunk, mapped, untempered; see gather()
+  const float* grad = nullptr;   // of the soft term, before the row's weight
+  double rest = 0, lse1 = 0;     // the same for the rest as a whole; the row's normaliser at temperature 1
+};
+
 // One row of both sides, and the passes over it.
 template <int kKind>
 class Row {
@@ -108,20 +127,31 @@ class Row {
       : job_(job), spec_(spec), s_(s), t_(t), scratch_(scratch), label_(label),
         tempered_hard_(label >= 0 && spec.hard_weight != 0 && spec.temperature != 1) {}
 
+  // Take `kept` out of the row; its logits are read now, before a gradient can overwrite them.
+  void skip(const Kept& kept) {
+    kept_ = &kept;
+    for (int64_t k = 0; k < kept.count; ++k) {
+      const int64_t at = kept.ids[k] - job_.offset;
+      kept.logits[k] = kept.ids[k] >= 0 && at >= 0 && at < job_.width ? s_.at(at) : -kInf;
+    }
+  }
+
   // First pass: fold the chunk into `r`. kKeep fills the scratch for the passes that follow.
   template <bool kKeep>
   void fold(RowState& r) {
+    int64_t next = 0;
     for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
       const int n = (int)std::min<int64_t>(kBlock, job_.width - start);
       const float* s = s_.block(start, n, scratch_.s_block());
       const float* t = kTeacher ? t_.block(start, n, scratch_.t_block()) : nullptr;
+      if (label_ >= 0 && spec_.hard_weight != 0) label_sums(r, s, start, n);
+      if (kept_ != nullptr) s = without_kept(s, start, n, next);
       raise_maxima(r, s, t, start, n);
       scratch_.m_s[b] = r.m_s;
       scratch_.m_t[b] = r.m_t;
       const Ahead ahead{s_.ahead(start + kBlock), kTeacher ? t_.ahead(start + kBlock) : nullptr};
       sums<kKeep>(r, s, t, start, padded(n), ahead);
       if (tempered_hard_) tempered_sums(r, s, start, padded(n));
-      if (label_ >= 0 && spec_.hard_weight != 0) label_sums(r, s, start, n);
     }
     if (spec_.temperature == 1) r.z1_s = r.z_s;
   }
@@ -165,14 +195,17 @@ class Row {
   void emit(const RowState& r, double weight, const Matrix& grad, int64_t i) {
     if (weight == 0) return zero(grad, i);
     const double hard = label_ >= 0 ? weight * spec_.hard_weight : 0;
-    const double lse1 = hard != 0 ? r.lse1_s(spec_.temperature) : 0;
+    const double lse1 = hard == 0 ? 0 : kept_ != nullptr ? kept_->lse1 : r.lse1_s(spec_.temperature);
     const double pull = hard * (1 + 2 * spec_.z_loss * lse1);
     const bool through_map = s_.cap != 0 || s_.scale != 1;
+    int64_t next = 0;
     for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
       const int n = (int)std::min<int64_t>(kBlock, job_.width - start);
       const bool direct = grad.dtype == kFloat && n % kLanes == 0 && !through_map;
       float* g = direct ? (float*)grad.row(i) + start : scratch_.g_block();
-      combine(coefficients(r, b, weight, hard, pull, lse1), start, padded(n), g);
+      const Coefficients c = coefficients(r, b, weight, hard, pull, lse1);
+      combine(c, start, padded(n), g);
+      if (kept_ != nullptr) emit_kept(c, weight, pull, lse1, start, n, next, g);
       const int64_t at = label_ - job_.offset - start;
       if (hard != 0 && at >= 0 && at < n) g[at] -= (float)(hard * (1 - spec_.label_smoothing));
       if (through_map) backward_map(start, n, g);
@@ -208,6 +241,35 @@ class Row {
       r.top_t = best_t;
       r.arg_t = (double)(job_.offset + start + first_at(t, n, best_t));
     }
+  }
+
+  // Calls f(k, place in the block) for each kept id in [start, start + n); `next` walks along the row.
+  template <class F>
+  void each_kept(int64_t start, int n, int64_t& next, F&& f) const {
+    const int64_t begin = job_.offset + start, end = begin + n;
+    for (; next < kept_->count && kept_->ids[next] < end; ++next)
+      if (kept_->ids[next] >= begin) f(next, kept_->ids[next] - begin);
+  }
+
+  // The block with -inf for what is kept: a copy, since it may be the caller's own memory.
+  const float* without_kept(const float* s, int64_t start, int n, int64_t& next) {
+    float* copy = nullptr;
+    each_kept(start, n, next, [&](int64_t, int64_t at) {
+      if (copy == nullptr) {
+        copy = scratch_.s_block();
+        if (s != copy) std::memcpy(copy, s, padded(n) * sizeof(float));
+      }
+      copy[at] = -kInf;
+    });
+    return copy == nullptr ? s : copy;
+  }
+
+  void emit_kept(const Coefficients& c, double weight, double pull, double lse1, int64_t start, int n,
+                 int64_t& next, float* g) const {
+    each_kept(start, n, next, [&](int64_t k, int64_t at) {
+      const double hard = pull == 0 ? 0 : pull * std::exp(kept_->logits[k] - lse1) + c.constant;
+      g[at] = (float)(weight * kept_->grad[k] + hard);
+    });
   }
 
   static double block_max(const float* x, int end) {
@@ -312,12 +374,11 @@ class Row {
       c.beta = 1;
       c.gamma = (float)-soft;
     }
+    double eta = kept_ != nullptr && r.z_s > 0 ? weight * kept_->rest * c_s : 0;
+    if (hard != 0 && !tempered_hard_) eta += pull * std::exp(scratch_.m_s[b] - lse1);
+    c.eta = (float)eta;
     if (hard == 0) return c;
-    if (tempered_hard_) {
-      c.eta1 = (float)(pull * std::exp(scratch_.m_s[b] * spec_.temperature - lse1));
-    } else {
-      c.eta = (float)(pull * c_s);
-    }
+    if (tempered_hard_) c.eta1 = (float)(pull * std::exp(scratch_.m_s[b] * spec_.temperature - lse1));
     c.constant = (float)(-hard * spec_.label_smoothing / (double)job_.vocab);
     return c;
   }
@@ -356,6 +417,7 @@ class Row {
   Scratch& scratch_;
   int64_t label_;
   bool tempered_hard_;
+  const Kept* kept_ = nullptr;
 };
 
 // Calls f with the divergence's functor type and kind; closed forms get the type void.
@@ -380,7 +442,7 @@ void with_kind(const Spec& spec, bool teacher, F&& f) {
 // 1e-38 do not count, and each would cost a hundred cycles.
 class Range {
  public:
-  Range(const Job& job) : job(job), scratch(job.width) {
+  Range(const Job& job) : job(job), scratch(job.width), kept_logits_(job.sparse.slots) {
 #if defined(__SSE2__)
     before_ = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(before_ | 0x8040);
@@ -419,12 +481,39 @@ class Range {
             scratch, label(i)};
   }
 
+  // The row's sparse target, or one without ids.
+  Kept kept(int64_t i) {
+    const SparseJob& s = job.sparse;
+    if (s.ids == nullptr) return {};
+    Kept kept{s.ids + i * s.slots, s.slots, kept_logits_.data()};
+    if (s.rest == nullptr) return kept;
+    kept.grad = (const float*)s.kept_grad.row(i);
+    kept.rest = s.rest[i];
+    kept.lse1 = s.lse1[i];
+    return kept;
+  }
+
   const Job& job;
   Scratch scratch;
 
  private:
+  std::vector<double> kept_logits_;
   unsigned before_ = 0;
 };
+
+// Both passes over a whole row (three where the divergence needs it): results, and the gradient to
+// `job.grad` unless that is absent.
+template <class Divergence, int kKind>
+RowState solve(Row<kKind>& row, const Job& job, const Spec& spec, int64_t i) {
+  RowState r = empty_state();
+  constexpr bool kSecond = !std::is_void_v<Divergence>;
+  if (kSecond || job.grad.data) row.template fold<true>(r);
+  else row.template fold<false>(r);
+  if constexpr (kSecond) row.template value<Divergence>(r);
+  finish(r, spec, kKind != kNone, job.labels != nullptr, job.vocab, job.results + i * 6);
+  if (job.grad.data) row.emit(r, job.weights[i], job.grad, i);
+  return r;
+}
 
 inline void fused(const Job& job, int64_t begin, int64_t end) {
   Range range(job);
@@ -437,19 +526,12 @@ inline void fused(const Job& job, int64_t begin, int64_t end) {
         if (job.teacher_grad.data) row.zero(job.teacher_grad, i);
         return;
       }
-      RowState r = empty_state();
-      constexpr bool kSecond = !std::is_void_v<Divergence>;
-      if (kSecond || job.grad.data) row.template fold<true>(r);
-      else row.template fold<false>(r);
-      if constexpr (kSecond) row.template value<Divergence>(r);
-      double* results = job.results + i * 6;
-      finish(r, job.spec, kKind != kNone, job.labels != nullptr, job.vocab, results);
-      if (job.grad.data) row.emit(r, job.weights[i], job.grad, i);
+      solve<Divergence>(row, job, job.spec, i);
       if (job.spec.teacher_hard_weight == 0) return;
       auto teacher = range.teacher_row(i, own);
       RowState t = empty_state();
       teacher.template fold<true>(t);
-      results[5] = t.lse_s() - t.label_s;
+      job.results[i * 6 + 5] = t.lse_s() - t.label_s;
       if (job.teacher_grad.data) teacher.emit(t, job.weights[i], job.teacher_grad, i);
     });
   }
@@ -462,7 +544,10 @@ inline void accumulate(const Job& job, int64_t begin, int64_t end) {
     if (range.masked(i)) continue;
     RowState& r = range.state(i);
     with_kind(job.spec, job.teacher.data != nullptr, [&]<int kKind, class Divergence>() {
-      range.template row<kKind>(i).template fold<false>(r);
+      auto row = range.template row<kKind>(i);
+      const Kept kept = range.kept(i);
+      if (kept.ids) row.skip(kept);
+      row.template fold<false>(r);
     });
     if (job.spec.teacher_hard_weight == 0) continue;
     RowState t = empty_state();
@@ -497,6 +582,8 @@ inline void gradient(const Job& job, int64_t begin, int64_t end) {
       if (!job.grad.data) return;
       auto row = range.template row<kKind>(i);
       if (weight == 0) return row.zero(job.grad, i);
+      const Kept kept = range.kept(i);
+      if (kept.ids) row.skip(kept);
       RowState chunk = empty_state();
       row.template fold<true>(chunk);
       if constexpr (!std::is_void_v<Divergence>) {
@@ -514,8 +601,6 @@ inline void gradient(const Job& job, int64_t begin, int64_t end) {
     teacher.emit(t, weight, job.teacher_grad, i);
   }
 }
-
-constexpr RowLoops kRowLoops = {fused, accumulate, accumulate_value, gradient};
 
 }  // namespace KD_ISA
 }  // namespace kd

@@ -1,6 +1,6 @@
 // The row loops for avx2; setup.py gives this file its flags.
 #define KD_ISA avx2
-#include "rows.h"
+#include "sparse_rows.h"
 
 namespace kd {
 const RowLoops& row_loops_avx2() { return avx2::kRowLoops; }

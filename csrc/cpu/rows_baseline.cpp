@@ -1,6 +1,6 @@
 // The row loops for baseline; setup.py gives this file its flags.
 #define KD_ISA baseline
-#include "rows.h"
+#include "sparse_rows.h"
 
 namespace kd {
 const RowLoops& row_loops_baseline() { return baseline::kRowLoops; }

@@ -2,7 +2,9 @@
 
 A backend is a module with ``name``, ``why_not()`` (None where it is usable), ``cannot(device,
 dtypes)`` (None where it serves them), ``bytes_per_logit(dtypes)`` (temporaries), and the entry
-points ``fused``, ``accumulate``, ``accumulate_value`` and ``gradient`` with eager's signatures.
+points ``fused``, ``accumulate``, ``accumulate_value`` and ``gradient`` with eager's signatures. One
+that has ``fused_sparse`` serves sparse targets too; its ``accumulate`` then takes ``skipped`` and its
+``gradient`` ``emission``.
 """
 
 from __future__ import annotations
@@ -72,13 +74,18 @@ def by_name(name: str) -> ModuleType:
 
 
 def candidates(
-    preferred: str, device: torch.device, dtypes: list[torch.dtype]
+    preferred: str, device: torch.device, dtypes: list[torch.dtype], entry: str = "fused"
 ) -> list[tuple[ModuleType, Optional[str]]]:
     """Backends in the order they are tried, each with why it cannot serve the call."""
+    missing = f"it has no {entry}"
     first = [by_name(preferred)] if preferred in _NAMES else []
     order = first + [module for module in _ORDER if module not in first]
-    return [(m, m.why_not() or m.cannot(device, dtypes)) for m in order]
+    return [
+        (m, m.why_not() or (None if hasattr(m, entry) else missing) or m.cannot(device, dtypes)) for m in order
+    ]
 
 
-def serving(preferred: str, device: torch.device, dtypes: list[torch.dtype]) -> ModuleType:
-    return next(m for m, reason in candidates(preferred, device, dtypes) if reason is None)
+def serving(
+    preferred: str, device: torch.device, dtypes: list[torch.dtype], entry: str = "fused"
+) -> ModuleType:
+    return next(m for m, reason in candidates(preferred, device, dtypes, entry) if reason is None)

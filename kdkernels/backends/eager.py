@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import LogitMap, Spec
+from ..outcomes import Outcomes, student_spec
+from ..spec import Spec
 from . import row_state as rs
+from .sparse_rows import Emission, gather_kept, solve
 
 name = "eager"
 #: Tiles alive at once in the widest formula (alpha-beta).
@@ -45,21 +48,6 @@ def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
 
 def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
     return TEMPORARIES * (8 if torch.float64 in dtypes else 4)
-
-
-def _logits(raw: Tensor, logit_map: LogitMap, dtype: torch.dtype) -> Tensor:
-    z = raw.to(dtype)
-    if logit_map.scale != 1.0:
-        z = z * logit_map.scale
-    if logit_map.softcap:
-        z = logit_map.softcap * torch.tanh(z / logit_map.softcap)
-    return z
-
-
-def _through_map(grad: Tensor, logits: Tensor, logit_map: LogitMap) -> Tensor:
-    if logit_map.softcap:
-        grad = grad * (1 - (logits / logit_map.softcap).square())
-    return grad * logit_map.scale if logit_map.scale != 1.0 else grad
 
 
 def _dtype(*tiles: Optional[Tensor]) -> torch.dtype:
@@ -109,11 +97,22 @@ def _fold_label(state: Tensor, z: Tensor, labels: Tensor, offset: int, at: int) 
     state[:, at] = torch.where(inside, value, state[:, at])
 
 
-def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
-               offset: int, spec: Spec, state: Tensor) -> None:  # fmt: skip
-    """Fold the vocabulary chunk that begins at ``offset`` into ``state``."""
+def _written(tile: Tensor, ids: Tensor, offset: int, values: Tensor) -> Tensor:
+    """``tile`` with ``values`` in the columns ``ids`` that lie in it; a spare column takes the others."""
+    local = ids - offset
+    inside = (ids >= 0) & (local >= 0) & (local < tile.shape[1])
+    column = torch.where(inside, local, tile.shape[1])
+    return F.pad(tile, (0, 1)).scatter_(1, column, values.to(tile.dtype))[:, :-1]
+
+
+def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *, offset: int,
+               spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
+    """Fold the vocabulary chunk that begins at ``offset`` into ``state``, which leaves the ids
+    ``skipped`` ``[rows, K]`` (-1: none) out of the student's maxima and normalisers."""
     dtype = _dtype(student, teacher)
-    raw = _logits(student, spec.student_map, dtype)
+    given = raw = spec.student_map.logits(student, dtype)
+    if skipped is not None:
+        raw = _written(raw, skipped, offset, raw.new_full((), -torch.inf).expand(skipped.shape))
     s = raw / spec.temperature
     old_s, old_t = state[:, rs.Z_S].clone(), state[:, rs.Z_T].clone()
     old_m = state[:, rs.M_S].clone()
@@ -123,10 +122,13 @@ def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tens
     _fold_moment(state, rs.E_S, old_mass=old_s, decay=(-up_s).exp(), shift=-up_s,
                  fresh=_masked(e_s, s))  # fmt: skip
     if labels is not None and spec.hard_weight:
-        _fold_hard(state, raw, labels, offset, spec, old_m)
+        _fold_z1(state, raw, spec, rs.M_S, rs.Z1_S, old_m)
+        _fold_label(state, given, labels, offset, rs.LABEL_S)
+        if spec.label_smoothing:
+            state[:, rs.SUM_S] += given.sum(-1).double()
     if teacher is None:
         return
-    raw = _logits(teacher, spec.teacher_map, dtype)
+    raw = spec.teacher_map.logits(teacher, dtype)
     t = raw / spec.temperature
     old_m = state[:, rs.M_T].clone()
     e_t, up_t = _fold_normalizer(state, t, rs.M_T, rs.Z_T)
@@ -150,19 +152,11 @@ def _fold_z1(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z1_at: int, old_
     state[:, z1_at] = state[:, z1_at] * ((old_m * spec.temperature).clamp(min=rs.NOTHING) - m).exp() + fresh
 
 
-def _fold_hard(state: Tensor, raw: Tensor, labels: Tensor, offset: int, spec: Spec,
-               old_m: Tensor) -> None:  # fmt: skip
-    _fold_z1(state, raw, spec, rs.M_S, rs.Z1_S, old_m)
-    _fold_label(state, raw, labels, offset, rs.LABEL_S)
-    if spec.label_smoothing:
-        state[:, rs.SUM_S] += raw.sum(-1).double()
-
-
 def _distributions(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> tuple[Tensor, ...]:
     """p, q, log p, log q of a chunk, from finished normalisers."""
     dtype = _dtype(student, teacher)
-    s = _logits(student, spec.student_map, dtype) / spec.temperature
-    t = _logits(teacher, spec.teacher_map, dtype) / spec.temperature
+    s = spec.student_map.logits(student, dtype) / spec.temperature
+    t = spec.teacher_map.logits(teacher, dtype) / spec.temperature
     # Subtract the maximum first and log Z second: each step keeps the digits that lse would lose.
     log_q = (s - state[:, rs.M_S, None].to(dtype)) - state[:, rs.Z_S, None].log().to(dtype)
     log_p = (t - state[:, rs.M_T, None].to(dtype)) - state[:, rs.Z_T, None].log().to(dtype)
@@ -186,6 +180,13 @@ def _soft_gradient(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) 
     return q_psi - q * slope[:, None].to(q.dtype)
 
 
+def _emitted(s: Tensor, emission: Emission, offset: int, state: Tensor) -> Tensor:
+    nothing = state[:, rs.Z_S] == 0
+    log_z = torch.where(nothing, torch.inf, state[:, rs.Z_S].log())
+    rest = ((s - state[:, rs.M_S, None].to(s.dtype)) - log_z[:, None].to(s.dtype)).exp()
+    return _written(rest * emission.rest[:, None].to(s.dtype), emission.ids, offset, emission.kept)
+
+
 def _hard_gradient(raw: Tensor, lse: Tensor, labels: Tensor, offset: int, vocab: int, *,
                    smoothing: float, z_loss: float) -> Tensor:  # fmt: skip
     grad = (raw - lse[:, None].to(raw.dtype)).exp()
@@ -200,29 +201,36 @@ def _hard_gradient(raw: Tensor, lse: Tensor, labels: Tensor, offset: int, vocab:
 
 def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
              weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
-             grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> None:  # fmt: skip
-    """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself)."""
+             grad: Optional[Tensor], teacher_grad: Optional[Tensor],
+             emission: Optional[Emission] = None) -> None:  # fmt: skip
+    """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself).
+
+    With a sparse target the soft term is ``emission``'s, and the state that of the rest.
+    """
     dtype = _dtype(student, teacher)
     live = weights if labels is None else torch.where(labels >= 0, weights, 0.0)
     skip = live == 0
     if grad is not None:
         total = torch.zeros((), dtype=dtype, device=student.device)
-        raw = _logits(student, spec.student_map, dtype)
+        raw = spec.student_map.logits(student, dtype)
         if teacher is not None:
             soft = _soft_gradient(student, teacher, spec, state)
             total = soft * (spec.soft_weight / spec.temperature)
+        if emission is not None:
+            total = _emitted(raw / spec.temperature, emission, offset, state)
         if labels is not None and spec.hard_weight:
-            hard = _hard_gradient(raw, rs.student_lse1(state, spec), labels, offset, vocab,
+            lse1 = rs.student_lse1(state, spec) if emission is None else emission.lse1
+            hard = _hard_gradient(raw, lse1, labels, offset, vocab,
                                   smoothing=spec.label_smoothing, z_loss=spec.z_loss)  # fmt: skip
             total = total + hard * spec.hard_weight
-        total = _through_map(total, raw, spec.student_map) * live[:, None]
+        total = spec.student_map.backward(total, raw) * live[:, None]
         total = total.masked_fill(skip[:, None], 0.0)
     if teacher_grad is not None:
         assert teacher is not None and labels is not None
-        raw = _logits(teacher, spec.teacher_map, dtype)
+        raw = spec.teacher_map.logits(teacher, dtype)
         hard = _hard_gradient(raw, rs.teacher_lse1(state, spec), labels, offset, vocab,
                               smoothing=0.0, z_loss=0.0)  # fmt: skip
-        hard = _through_map(hard * spec.teacher_hard_weight, raw, spec.teacher_map)
+        hard = spec.teacher_map.backward(hard * spec.teacher_hard_weight, raw)
         teacher_grad.copy_((hard * live[:, None]).masked_fill(skip[:, None], 0.0))
     if grad is not None:
         grad.copy_(total)
@@ -240,3 +248,20 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
         gradient(student, teacher, labels, weights, offset=0, vocab=vocab, spec=spec, state=state,
                  grad=grad, teacher_grad=teacher_grad)  # fmt: skip
     return rs.finish(state, spec, labels, vocab, teacher is not None)
+
+
+def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
+                 spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+    """Whole rows with a sparse target: results, and the gradient where a buffer is given (aliasing
+    allowed)."""
+    inner, vocab = student_spec(spec), student.shape[1]
+    state = rs.new_state(student.shape[0], student.device)
+    accumulate(student, None, labels, offset=0, spec=inner, state=state, skipped=target.ids)
+    kept = torch.full_like(target.teacher[:, :-1], -torch.inf)
+    gather_kept(kept, student, target.ids, 0, spec.student_map)
+    results, emission = solve(target, kept, state, labels, vocab=vocab, spec=spec, fused=fused,
+                              want_gradient=grad is not None)  # fmt: skip
+    if grad is not None:
+        gradient(student, None, labels, weights, offset=0, vocab=vocab, spec=inner, state=state, grad=grad,
+                 teacher_grad=None, emission=emission)  # fmt: skip
+    return results

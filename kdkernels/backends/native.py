@@ -8,8 +8,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..outcomes import Outcomes, outcome_spec, student_spec
 from ..spec import Spec
 from . import row_state as rs
+from .sparse_rows import Emission
 
 name = "native"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,8 +76,10 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
 
 
 def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
-               offset: int, spec: Spec, state: Tensor) -> None:  # fmt: skip
-    torch.ops.kdkernels_native.accumulate(_rows(student), _rows(teacher), labels, _spec(spec), offset, state)
+               offset: int, spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
+    torch.ops.kdkernels_native.accumulate(
+        _rows(student), _rows(teacher), labels, _spec(spec), offset, state, skipped
+    )
 
 
 def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
@@ -84,8 +88,19 @@ def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Ten
 
 def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
              weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
-             grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> None:  # fmt: skip
+             grad: Optional[Tensor], teacher_grad: Optional[Tensor],
+             emission: Optional[Emission] = None) -> None:  # fmt: skip
     torch.ops.kdkernels_native.gradient(
         _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), offset, vocab, state,
-        grad, teacher_grad,
+        grad, teacher_grad, *(emission or (None, None, None, None)),
     )  # fmt: skip
+
+
+def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
+                 spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+    results = torch.zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
+    torch.ops.kdkernels_native.fused_sparse(
+        _rows(student), *target, labels, weights.double(), _spec(student_spec(spec)),
+        _spec(outcome_spec(spec)), results, grad,
+    )  # fmt: skip
+    return results

@@ -67,6 +67,14 @@ def divergence_value(state: Tensor, spec: Spec) -> Tensor:
     return state[:, VALUE]
 
 
+def hard_term(state: Tensor, lse: Tensor, spec: Spec, vocab: int) -> Tensor:
+    """The student's cross entropy, ``lse`` being its normaliser at temperature 1."""
+    hard = lse - (1 - spec.label_smoothing) * state[:, LABEL_S] + spec.z_loss * lse * lse
+    if spec.label_smoothing:
+        hard = hard - spec.label_smoothing / vocab * state[:, SUM_S]
+    return hard
+
+
 def finish(state: Tensor, spec: Spec, labels: Optional[Tensor], vocab: int, soft: bool) -> Tensor:
     """Per-row results ``[rows, RESULTS]``; zero in rows whose label is -1."""
     results = state.new_zeros(state.shape[0], RESULTS)
@@ -76,11 +84,7 @@ def finish(state: Tensor, spec: Spec, labels: Optional[Tensor], vocab: int, soft
         results[:, TEACHER_ENTROPY] = state[:, Z_T].log() - state[:, E_T] / state[:, Z_T]
         results[:, AGREEMENT] = (state[:, ARG_S] == state[:, ARG_T]).to(state.dtype)
     if spec.hard_weight:
-        lse, smooth = student_lse1(state, spec), spec.label_smoothing
-        hard = lse - (1 - smooth) * state[:, LABEL_S] + spec.z_loss * lse * lse
-        if smooth:
-            hard = hard - smooth / vocab * state[:, SUM_S]
-        results[:, HARD] = hard
+        results[:, HARD] = hard_term(state, student_lse1(state, spec), spec, vocab)
     if spec.teacher_hard_weight:
         results[:, TEACHER_HARD] = teacher_lse1(state, spec) - state[:, LABEL_T]
     if labels is not None:

@@ -1,0 +1,80 @@
+"""Between the two passes over a row with a sparse target: its outcomes, solved as a dense problem.
+
+A backend's pass over the student's logits skips the kept ids (:class:`kdkernels.outcomes.Outcomes`),
+so that the state holds the normaliser of the rest alone: subtracting the kept mass afterwards would
+leave nothing of a small rest. This module is plain torch on ``[rows, K + 1]``.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..outcomes import Outcomes, outcome_spec, student_spec
+from ..spec import LogitMap, Spec
+from . import row_state as rs
+
+
+class Emission(NamedTuple):
+    """The gradient of finished rows, for the student's logits before weights and logit map: ``rest`` times
+    the softmax of the rest (from the state) where j is not in ``ids``, ``kept`` where it is, plus
+    the hard term with its normaliser ``lse1``."""
+
+    ids: Tensor  # [rows, K]
+    rest: Tensor  # [rows] fp64
+    kept: Tensor  # [rows, K]
+    lse1: Tensor  # [rows] fp64
+
+
+def gather_kept(kept: Tensor, tile: Tensor, ids: Tensor, offset: int, logit_map: LogitMap) -> None:
+    """The logits of the ids that lie in the chunk ``tile``, into ``kept`` ``[rows, K]``."""
+    local = ids - offset
+    inside = (ids >= 0) & (local >= 0) & (local < tile.shape[1])
+    found = logit_map.logits(tile.gather(1, local.clamp(0, tile.shape[1] - 1)), kept.dtype)
+    torch.where(inside, found, kept, out=kept)
+
+
+def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor], *, vocab: int,
+          spec: Spec, fused: Callable[..., Tensor], want_gradient: bool) -> tuple[Tensor, Emission]:  # fmt: skip
+    """Per-row results and what the second pass emits.
+
+    ``kept``: the student's logits (mapped, untempered) at ``target.ids``, -inf where there is none.
+    ``state``: the student's, folded with the kept ids left out. ``fused``: the backend's own.
+    """
+    inner = student_spec(spec)
+    lse = torch.where(state[:, rs.Z_S] == 0, -torch.inf, rs.student_lse(state))
+    teacher = target.teacher
+    rest = teacher[:, -1].double() if spec.tail == "conditional" else lse
+    student = torch.cat([kept.double() / inner.temperature, rest[:, None]], 1)
+    # Only differences count: what is near 0 keeps its digits in fp32.
+    student = student - student.amax(-1, keepdim=True).clamp(min=rs.NOTHING)
+    student = student.to(teacher.dtype)
+    grad = torch.empty_like(student) if want_gradient else None
+    solved = fused(student, teacher, labels, target.scale, spec=outcome_spec(spec), grad=grad,
+                   teacher_grad=None)  # fmt: skip
+    results = solved.clone()
+    results[:, rs.SOFT] = target.scale * solved[:, rs.SOFT] + target.constant
+    results[:, rs.AGREEMENT] = _agreement(target, kept, state, spec)
+    lse1 = lse
+    if spec.hard_weight:
+        lse1 = torch.logaddexp(rs.student_lse1(state, inner), kept.double().logsumexp(-1))
+        results[:, rs.HARD] = rs.hard_term(state, lse1, spec, vocab)
+    if labels is not None:
+        results = torch.where((labels >= 0)[:, None], results, 0.0)
+    if grad is None:
+        grad = student  # nobody emits it
+    return results, Emission(target.ids, grad[:, -1].double(), grad[:, :-1], lse1)
+
+
+def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Tensor:
+    """Whether the student's top-1 token (of the kept ones under "conditional") is the teacher's."""
+    best, mine = kept.max(-1)
+    theirs = target.teacher[:, :-1].argmax(-1)
+    agree = (mine == theirs) & (target.ids[:, 0] >= 0)
+    if spec.tail != "conditional":
+        best, top = best.double() / student_spec(spec).temperature, state[:, rs.M_S]
+        first = target.ids.gather(1, mine[:, None])[:, 0] < state[:, rs.ARG_S]
+        agree &= (best > top) | ((best == top) & first)
+    return agree.double()

@@ -1,0 +1,180 @@
+"""A sparse target as a small dense problem: the distinct stored ids, and one outcome for the rest.
+
+Every tail compares K + 1 outcomes with the dense divergences. With t the stored weights, each id
+once, a = sum t, T the temperature, and z the student's logits:
+
+============ ========================= ============================= ============ =======================
+tail         teacher's log-masses      student's log-masses          at           the row's soft term
+============ ========================= ============================= ============ =======================
+bucket       log t_k, log(1 - a)       z_k, lse of the other z       T            D
+renormalize  log t_k / T, nothing      z_k / T, lse of the other z/T 1            D
+truncate     log t_k, nothing          z_k / T, lse of the other z/T 1            a D + a log a
+conditional  log t_k, nothing          z_k, nothing                  T            D
+============ ========================= ============================= ============ =======================
+
+The divergence normalises both columns. So at T != 1 "conditional" and "renormalize" are exactly what
+the teacher's logits at these ids would give; "bucket" tempers the K + 1 masses, tail included, since
+the tail's shape was not stored; "truncate" takes t as the teacher's distribution at T.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .divergences import Divergence, ForwardKL, NoDivergence, simplified
+from .spec import Spec
+
+#: The tail's mass where the stored weights leave none, rounding included: far less than any of them
+#: resolves, and enough to keep every divergence finite.
+LEAST_TAIL = 2.0**-40
+#: How far above 1 a stored distribution may sum, at the least: producers sum in fp32.
+_SLACK = 1e-4
+
+
+class Outcomes(NamedTuple):
+    """The outcomes of n tokens. A token without slots has one outcome, the rest, with mass 1."""
+
+    ids: Tensor  # int64 [n, K], ascending and distinct, with -1 for "none" anywhere in between
+    teacher: Tensor  # [n, K + 1], log-masses; -inf where there is none; the rest comes last
+    scale: Tensor  # [n] fp64, the row's soft term is scale * D + constant
+    constant: Tensor  # [n] fp64
+
+
+_APPROXIMATE = {
+    "bucket": "tempers the stored mass and the tail's as K + 1 outcomes, since the tail's shape was not stored",
+    "truncate": "takes the stored weights as they are, tempering the student only",
+}
+
+
+def check_options(tail: str, divergence: Divergence, temperature: float) -> None:
+    """ValueError for a divergence that the tail cannot define; a warning, once per line of the
+    caller, where a temperature is an approximation."""
+    if tail in ("renormalize", "truncate") and simplified(divergence) != ForwardKL():
+        raise ValueError(
+            f"tail={tail!r} defines kd.ForwardKL() only, got {divergence!r}; tail='bucket' and "
+            "tail='conditional' take any divergence"
+        )
+    if temperature != 1.0 and tail in _APPROXIMATE:
+        message = (
+            f"temperature={temperature} with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' "
+            "and 'renormalize' are exact at any temperature"
+        )
+        warnings.warn(message, stacklevel=2 if torch.compiler.is_compiling() else _outside())
+
+
+def _outside() -> int:
+    """The stack level of whoever called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("kdkernels.", "torch.nn.modules.")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def student_spec(spec: Spec) -> Spec:
+    """What the pass over the student's logits is told: the hard term, and where log-masses are taken."""
+    tempered = spec.tail in ("renormalize", "truncate")
+    return spec._replace(divergence=NoDivergence(), temperature=spec.temperature if tempered else 1.0,
+                         soft_weight=0.0)  # fmt: skip
+
+
+def outcome_spec(spec: Spec) -> Spec:
+    """The dense problem over outcomes; its gradient is that for z."""
+    inner = student_spec(spec).temperature
+    return Spec(spec.divergence, spec.temperature / inner, spec.soft_weight / inner)
+
+
+def outcomes(ids: Tensor, values: Tensor, spec: Spec, *, vocab: int, dtype: torch.dtype) -> Outcomes:
+    """Checked ids and values ``[n, K]`` as outcomes, with the teacher's log-masses in ``dtype``."""
+    ids, log_t = _distinct(ids, _log_weights(ids, values, spec.linear))
+    tail = torch.full_like(log_t[:, 0], -torch.inf)
+    scale, constant = torch.ones_like(tail), torch.zeros_like(tail)
+    some = (ids >= 0).any(-1)
+    if spec.tail == "bucket":
+        everything = (ids >= 0).sum(-1) == vocab
+        rest, slack = missing_mass(log_t, values.dtype)
+        tail = torch.where(rest > 0, rest, LEAST_TAIL).log()
+        tail = torch.where(everything & (rest <= slack), -torch.inf, tail)
+    elif spec.tail == "renormalize":
+        log_t = log_t / spec.temperature
+    elif spec.tail == "truncate":
+        log_a = torch.where(some, log_t.logsumexp(-1), -torch.inf)
+        scale = log_a.exp()
+        constant = torch.where(some, scale * log_a, 0.0)
+    tail = torch.where(some, tail, 0.0)
+    return Outcomes(ids, torch.cat([log_t, tail[:, None]], 1).to(dtype), scale, constant)
+
+
+def _log_weights(ids: Tensor, values: Tensor, linear: bool) -> Tensor:
+    values = values.double()
+    return torch.where(ids >= 0, values.log() if linear else values, -torch.inf)
+
+
+def _distinct(ids: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id once, ascending; what is stored under it several times is added up."""
+    last = torch.iinfo(torch.int64).max
+    ids, order = torch.where((ids >= 0) & (log_t > -torch.inf), ids, last).sort(-1)
+    log_t = log_t.gather(1, order)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    group = new.cumsum(-1) - 1
+    peak = torch.full_like(log_t, -torch.inf).scatter_reduce_(1, group, log_t, "amax").gather(1, group)
+    each = torch.where(log_t > -torch.inf, (log_t - peak).exp(), 0.0)
+    total = torch.zeros_like(log_t).scatter_add_(1, group, each).gather(1, group)
+    # log(1) is exactly 0: what is stored once comes out as it went in.
+    ids = torch.where(new & (ids < last), ids, -1)
+    return ids, torch.where(ids >= 0, peak + total.log(), -torch.inf)
+
+
+def missing_mass(log_t: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(1 - a, what of it may be rounding) of distinct outcomes, ``[n]`` fp64.
+
+    The largest weight enters as -expm1(log t), which keeps the digits of a tail that is tiny beside it.
+    """
+    top, at = log_t.max(-1)
+    t = log_t.exp()
+    rest = -torch.expm1(top) - t.scatter(1, at[:, None], 0.0).sum(-1)
+    spread = torch.where(t > 0, t * (1 + log_t.abs()), 0.0).sum(-1)
+    return rest, torch.clamp(4 * torch.finfo(stored).eps * spread, min=_SLACK)
+
+
+def check(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[Tensor], *, vocab: int,
+          tail: str, linear: bool) -> Tensor:  # fmt: skip
+    """Ids ``[N, K]`` with -1 in every empty slot and for every masked token.
+
+    ValueError on the CPU, a device-side assertion on an accelerator (looking would stop the stream)
+    for what is neither empty nor masked and is out of range.
+    """
+    ids, values = ids.reshape(-1, ids.shape[-1]), values.reshape(-1, values.shape[-1])
+    nothing = 0.0 if linear else -torch.inf
+    ids = torch.where(values == nothing, -1, ids) if mask is None else torch.where(
+        (values == nothing) | ~mask.reshape(ids.shape), -1, ids)  # fmt: skip
+    if labels is not None:
+        ids = torch.where((labels >= 0)[:, None], ids, -1)
+    live = ids != -1
+    kind = "weights" if linear else "logprobs"
+    good = (values > 0) & (values < torch.inf) if linear else values < torch.inf
+    _require(live & ((ids < 0) | (ids >= vocab)), ids,
+             f"SparseTarget has the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot")
+    _require(live & ~good, values,
+             f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
+             + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"))
+    if tail == "bucket":
+        rest, slack = missing_mass(_log_weights(ids, values, linear), values.dtype)
+        _require(rest < -slack, 1 - rest,
+                 "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
+                 "rescale them, or take tail='conditional', 'renormalize' or 'truncate'")
+    return ids
+
+
+def _require(bad: Tensor, found: Tensor, message: str) -> None:
+    if bad.device.type != "cpu":
+        torch._assert_async(~bad.any())
+    elif bool(bad.any()):
+        where = bad.nonzero()[0]
+        value = found[tuple(where)].item()
+        raise ValueError(message.format(value if isinstance(value, int) else f"{value:.6g}", int(where[0])))

@@ -1,0 +1,117 @@
+"""Sparse teacher targets: a few vocabulary entries per token, and what their tail means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+#: What happens to the mass that was not stored; the last two are defined for the forward KL only.
+TAILS = ("bucket", "conditional", "renormalize", "truncate")
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTarget:
+    """What a teacher says about a few entries of the vocabulary: top-k, top-p or sampled tokens.
+
+    Exactly one of ``logprobs`` and ``weights`` is given: log t or t, at temperature 1. They need not
+    sum to 1; a = sum t. A slot is empty, and as good as not there, where its id is -1, its
+    log-probability -inf, its weight 0 or its mask False; so K may differ from token to token. Slots
+    may come in any order, and those with the same id add up. A token without any slot has the soft
+    term 0 and still counts as a token. Ids and values are checked when a loss is taken, against its
+    vocabulary and only where its labels are not masked.
+
+    Args:
+        ids: int64 ``[..., K]``, entries of the vocabulary or -1; K >= 1.
+        logprobs: floating ``[..., K]``.
+        weights: floating ``[..., K]``, >= 0.
+        mask: bool ``[..., K]`` or None; False empties a slot.
+        tail: what the loss does about the entries that were not stored:
+
+            * "bucket": the rest of either distribution is one more outcome; any divergence on K + 1
+              outcomes. Needs a <= 1.
+            * "conditional": teacher and student are rescaled to 1 over the stored ids; any divergence.
+              From hidden states only the lm_head's rows at these ids are needed.
+            * "renormalize": the teacher is rescaled to 1 over the stored ids, the student stays over
+              the whole vocabulary. ForwardKL only.
+            * "truncate": sum t log(t / q) as it stands: biased for top-k (it may be negative),
+              unbiased in its gradient for samples. ForwardKL only.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, or the tail is unknown.
+
+    >>> ids = torch.tensor([[3, 7, -1], [0, 1, 2]])
+    >>> target = SparseTarget(ids, torch.tensor([[-0.1, -3.0, 0.0], [-1.0, -2.0, -2.5]]))
+    >>> target.leading_shape, target.slots, target[:1].ids.shape
+    (torch.Size([2]), 3, torch.Size([1, 3]))
+    """
+
+    ids: Tensor
+    logprobs: Optional[Tensor] = None
+    weights: Optional[Tensor] = None
+    mask: Optional[Tensor] = field(default=None, kw_only=True)
+    tail: str = field(default="bucket", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if (self.logprobs is None) == (self.weights is None):
+            both = "both" if self.weights is not None else "neither"
+            raise ValueError(f"SparseTarget needs exactly one of logprobs and weights, got {both}")
+        if self.tail not in TAILS:
+            raise ValueError(f"unknown tail {self.tail!r}; there are {', '.join(TAILS)}")
+        if self.ids.dim() < 1 or self.ids.shape[-1] == 0:
+            raise ValueError(f"SparseTarget needs ids [..., K] with K >= 1, got {tuple(self.ids.shape)}")
+        if self.ids.dtype != torch.int64:
+            raise ValueError(f"SparseTarget needs int64 ids, got {self.ids.dtype}")
+        if not self.values.is_floating_point():
+            raise ValueError(f"SparseTarget needs floating {self._kind}, got {self.values.dtype}")
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            raise ValueError(f"SparseTarget needs a bool mask, got {self.mask.dtype}")
+        for name, tensor in ((self._kind, self.values), ("mask", self.mask)):
+            if tensor is None:
+                continue
+            if tensor.shape != self.ids.shape:
+                raise ValueError(
+                    f"SparseTarget has ids {tuple(self.ids.shape)} but {name} {tuple(tensor.shape)}"
+                )
+            if tensor.device != self.ids.device:
+                raise ValueError(f"SparseTarget has ids on {self.ids.device} but {name} on {tensor.device}")
+
+    @property
+    def _kind(self) -> str:
+        return "weights" if self.logprobs is None else "logprobs"
+
+    @property
+    def values(self) -> Tensor:
+        """``logprobs`` or ``weights``, whichever was given."""
+        values = self.weights if self.logprobs is None else self.logprobs
+        assert values is not None
+        return values
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.ids.shape[:-1]
+
+    @property
+    def slots(self) -> int:
+        """K, the most slots that a token has."""
+        return self.ids.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    def _each(self, change) -> SparseTarget:
+        tensors = {name: getattr(self, name) for name in ("ids", "logprobs", "weights", "mask")}
+        return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
+
+    def __getitem__(self, index) -> SparseTarget:
+        """The target of some tokens: ``index`` goes over the leading dimensions only."""
+        index = index if isinstance(index, tuple) else (index,)
+        last = slice(None) if any(i is Ellipsis for i in index) else Ellipsis
+        return self._each(lambda t: t[(*index, last)])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTarget:
+        """The same target on another device."""
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))

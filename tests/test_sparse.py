@@ -1,0 +1,118 @@
+"""Every backend x tail x divergence x form x dtype x option of sparse targets against the fp64 oracle."""
+
+import pytest
+import torch
+from conftest import DIVERGENCES
+from problems import assert_exact, relative
+from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
+
+import kdkernels as kd
+
+pytestmark = pytest.mark.filterwarnings("ignore:temperature=")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DEFINED = [(t, d) for t in TAILS for d in DIVERGENCES if t not in FORWARD_ONLY or d == kd.ForwardKL()]
+
+
+def conforms(problem, backend, **options):
+    value, grads = problem.run(backend, **options)
+    options.pop("chunk_bytes", None)
+    true_value, true_grads = problem.oracle(**options)
+    assert torch.allclose(value.double(), true_value, rtol=1e-5, atol=2e-6)
+    for mine, truth in zip(grads, true_grads):
+        assert mine.shape == truth.shape and truth.norm() > 1e-6
+        assert relative(mine, truth) < 4e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("tail,divergence", DEFINED, ids=str)
+def test_divergences(backend, tail, divergence, form, dtype):
+    problem = SparseProblem(student=form, tail=tail, dtype=dtype)
+    for hard_weight in (0.0, 0.5):
+        options = dict(divergence=divergence, temperature=1.5, hard_weight=hard_weight)
+        assert_exact(problem.run(backend, **options), problem.oracle(**options),
+                     problem.plain(**options), dtype=dtype, projected=form == "head")  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_bytes", [1_000, 30_000, 400_000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("hard_weight", [0.0, 0.5])
+@pytest.mark.parametrize("tail", TAILS)
+def test_budgets(backend, tail, hard_weight, reduction, chunk_bytes):
+    """Token chunks and vocabulary chunks give the same loss and gradient."""
+    problem = SparseProblem(student="head", tail=tail, vocab=700, logit_scale=0.5, softcap=5.0)
+    options = dict(temperature=2.0, hard_weight=hard_weight, reduction=reduction)
+    if hard_weight:
+        options |= dict(label_smoothing=0.1, z_loss=0.01)
+    if tail not in FORWARD_ONLY:
+        options["divergence"] = kd.JSD(0.3)
+    conforms(problem, backend, chunk_bytes=chunk_bytes, **options)
+
+
+@pytest.mark.parametrize("given", ["logprobs", "weights"])
+@pytest.mark.parametrize("values", DTYPES, ids=str)
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_is_stored(backend, tail, values, given):
+    conforms(SparseProblem(tail=tail, values=values, given=given), backend, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("vocab,slots", [(1, 1), (2, 1), (2, 2), (127, 127), (2048, 1), (2049, 64), (5000, 5000)])
+@pytest.mark.parametrize("tail", TAILS)
+def test_widths(backend, tail, vocab, slots):
+    problem = SparseProblem(tail=tail, vocab=vocab, slots=slots, messy=False)
+    options = {} if tail in FORWARD_ONLY else dict(divergence=kd.ReverseKL())
+    value, (grad,) = problem.run(backend, **options)
+    truth, (true_grad,) = problem.oracle(**options)
+    assert torch.isclose(value.double(), truth, rtol=1e-5, atol=2e-6)
+    assert (grad.double() - true_grad).norm() <= 4e-6 * true_grad.norm() + 1e-9
+    assert true_grad.norm() > 1e-6 or slots == 1
+
+
+OPTIONS = [
+    dict(reduction="sum"),
+    dict(reduction="batchmean"),
+    dict(num_items=7),
+    dict(temperature=3.0, temperature_squared=True),
+    dict(soft_weight=0.3, hard_weight=0.7),
+    dict(soft_weight=0.0, hard_weight=1.0),
+    dict(hard_weight=1.0, label_smoothing=0.2, z_loss=1e-2),
+    dict(hard_weight=1.0, label_smoothing=0.2, z_loss=1e-2, temperature=0.7),
+    dict(token_weights=True),
+    dict(vocab_size=250),
+    dict(labels=False),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_options(backend, tail, form, options):
+    problem = SparseProblem(student=form, tail=tail)
+    if "token_weights" in options:
+        options = dict(token_weights=torch.rand(3, 5))
+    if "vocab_size" in options:
+        problem.labels.clamp_(max=249)
+        problem.target.ids.clamp_(max=249)
+        problem.target.logprobs.sub_(1.0)  # clamped ids add up
+    conforms(problem, backend, **options)
+
+
+@pytest.mark.parametrize("map_options", [dict(softcap=5.0), dict(logit_scale=0.3), dict(softcap=4.0, logit_scale=-2.0)])
+@pytest.mark.parametrize("tail", TAILS)
+def test_logit_maps(backend, tail, map_options):
+    conforms(SparseProblem(student="head", tail=tail, **map_options), backend, temperature=1.7, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_stats(backend, tail, form):
+    problem = SparseProblem(student=form, tail=tail, ignored=2)
+    options = dict(labels=problem.labels, hard_weight=0.5, temperature=2.0, return_stats=True)
+    results = []
+    for name in ("reference", backend):
+        with kd.use_backend(name):
+            results.append(kd.distillation_loss(problem.side(problem.student), problem.target, **options))
+    (truth, expected), (loss, stats) = results
+    assert torch.isclose(loss, truth, rtol=1e-5) and not stats.soft.requires_grad
+    for name, mine, true in zip(stats._fields, stats, expected):
+        assert torch.isclose(mine.double(), true.double(), rtol=1e-5, atol=1e-5), name
