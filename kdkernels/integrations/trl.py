@@ -6,6 +6,7 @@ trainer                               what is replaced
 ``DistillationTrainer``               ``trl.trainer.distillation_trainer._chunked_divergence_loss``
 ``experimental.gkd.GKDTrainer``       ``generalized_jsd_loss``
 ``experimental.gold.GOLDTrainer``     ``generalized_jsd_loss``
+``ServerDistillationTrainer``         ``compute_loss`` (in ``experimental.server_distillation``)
 ====================================  =====================================================
 
 Signatures and values are TRL's. What differs, on purpose (each is a test in
@@ -13,6 +14,8 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 
 * half-precision logits: the row arithmetic is fp32 and so is the loss; TRL's is in the logits' dtype;
 * ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
+* server distillation: TRL clamps the kept mass to 1 - 1e-7, where the student's gradient stops; here it
+  goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
 * vocabularies that differ, beta outside [0, 1] and ``num_items_in_batch=0`` are a ValueError.
 
 TRL took ``MiniLLMTrainer`` out before 1.16; :func:`minillm_single_step_loss` has its loss's signature
@@ -26,10 +29,13 @@ import importlib.metadata
 import inspect
 from typing import Any, Callable, NamedTuple, Optional, Union
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergences import JSD, simplified
 from ..losses import js_divergence
+from ..targets import SparseTarget
 from .common import IGNORED, head, mask_labels
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -148,12 +154,77 @@ def minillm_single_step_loss(
     :func:`generalized_jsd_loss`. Pass the logits, divided by the temperature, and neither
     ``log_softmax`` is needed.
 
-    >>> import torch
     >>> s, t = torch.randn(2, 3, 10, requires_grad=True), torch.randn(2, 3, 10)
     >>> minillm_single_step_loss(None, s, t, torch.ones(2, 3, dtype=torch.bool)).backward()
     """
     labels = None if mask is None else mask_labels(mask)
     return generalized_jsd_loss(student_log_probs, teacher_log_probs, labels, beta=1.0, reduction=reduction)
+
+
+def server_compute_loss(
+    self: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Union[Tensor, int, None] = None,
+) -> Any:
+    """``ServerDistillationTrainer.compute_loss``: the divergence on what a teacher's server tells.
+
+    The student's logits are read once, as they are: no log-softmax over the vocabulary. The server's
+    log-probabilities are at the trainer's temperature already, so the student's logits are divided by
+    it (a copy of them unless it is 1) and the loss is taken at 1. As in TRL it is the local mean over
+    tokens, whatever ``num_items_in_batch`` says.
+    """
+    prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
+    prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
+    labels = torch.cat([torch.full_like(prompt, IGNORED), completion.where(completion_mask.bool(), IGNORED)], 1)
+    inputs = {
+        **inputs,
+        "input_ids": torch.cat([prompt, completion], 1),
+        "attention_mask": torch.cat([prompt_mask, completion_mask], 1),
+        "labels": labels,
+        "prompt_attention_mask": prompt_mask,
+    }
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    start = self._compute_prompt_length(inputs)
+    told = self._get_teacher_token_logprobs_from_server(inputs, start)
+    # Spread over all positions instead of slicing the logits: the slice's gradient would be a copy.
+    logits, window = outputs.logits, slice(start, start + told["actual_logprobs"].shape[1])
+    around = (start - 1, logits.shape[1] - window.stop + 1)
+    told = {name: F.pad(x, (0, 0) * (x.dim() - 2) + around) for name, x in told.items()}
+    tokens = F.pad(inputs["input_ids"][:, window], around)
+    kept = F.pad(labels[:, window] != IGNORED, around)
+    loss = js_divergence(
+        logits if self.temperature == 1 else logits / self.temperature,
+        _server_target(self, told, logits, tokens, kept), mask_labels(kept), beta=self.beta,
+    )  # fmt: skip
+    if self.model.training:
+        loss = loss / self.current_gradient_accumulation_steps
+    return (loss, outputs) if return_outputs else loss
+
+
+def _server_target(trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor,
+                   kept: Tensor) -> SparseTarget:  # fmt: skip
+    """The forward KL looks at the teacher's top k; other betas at its top 1 and the sampled token,
+    beta = 1 at the sampled token alone."""
+    tail = "bucket" if trainer.loss_add_tail else "conditional"
+    top, top_ids, actual = told["topk_logprobs"], told["topk_token_ids"], told["actual_logprobs"]
+    if trainer.beta == 0:
+        return SparseTarget(top_ids, top, tail=tail)
+    needed = {"actual-token": actual} if trainer.beta == 1 else {"actual-token": actual, "top-1": top[..., 0]}
+    for name, values in needed.items():
+        missing = int((kept & ~values.isfinite()).sum())
+        if missing:
+            raise ValueError(
+                f"the teacher server gave no {name} logprobs for {missing} of {int(kept.sum())} "
+                f"completion tokens, and beta={trainer.beta} needs them"
+            )
+    sampled = trainer._get_reverse_kl_top_1_tokens(logits, tokens)
+    if trainer.beta == 1:
+        return SparseTarget(sampled[..., None], actual[..., None], tail=tail)
+    ids = torch.stack([top_ids[..., 0], sampled], -1)
+    both = torch.stack([torch.ones_like(sampled, dtype=torch.bool), ids[..., 0] != ids[..., 1]], -1)
+    return SparseTarget(ids, torch.stack([top[..., 0], actual], -1), mask=both, tail=tail)
 
 
 def _items(num_items: Union[Tensor, int, None], beside: Tensor) -> Any:
@@ -189,6 +260,8 @@ _TARGETS = (
             staticmethod(generalized_jsd_loss)),
     _Target("trl.experimental.gold.gold_trainer", "GOLDTrainer", "generalized_jsd_loss",
             staticmethod(gold_generalized_jsd_loss)),
+    _Target("trl.experimental.server_distillation.server_distillation_trainer", "ServerDistillationTrainer",
+            "compute_loss", server_compute_loss),
 )  # fmt: skip
 
 #: What stood in the place of each target, while it is patched.
