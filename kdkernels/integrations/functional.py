@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-#: Elements that are worked on at a time: on a CPU what stays in a core's cache, elsewhere what
+#: Elements that are worked on at a time: on a CPU what stays in its cache, elsewhere what
 #: hides the launches.
-_PIECE = {"cpu": 2**18}
+_PIECE = {"cpu": 2**20}
 _PIECE_ELSEWHERE = 2**24
 
 Slopes = tuple[Optional[Tensor], Optional[Tensor]]

@@ -1,21 +1,15 @@
-"""Modules of installed packages, loaded file by file: their packages want more than a test can have."""
+"""Modules of installed packages for the tests, loaded file by file."""
 
 import importlib.metadata
-import importlib.util
-import sys
 
 import pytest
 
+from benchmarks.integrations import original_module
 
-def load(distribution, path, name=None):
-    """The module in ``path`` of an installed distribution; skips the tests where there is none."""
+
+def load(distribution, path):
+    """The module in ``path`` of an installed distribution; skips the test file where there is none."""
     try:
-        file = importlib.metadata.distribution(distribution).locate_file(path)
+        return original_module(distribution, path)
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{distribution} is not installed", allow_module_level=True)
-    name = name or "original_" + path.removesuffix(".py").replace("/", "_")
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module

@@ -1,22 +1,21 @@
 """axolotl's top-k loss beside its own: where axolotl is right the same, and where it is wrong by how much."""
 
+import importlib.metadata
 import inspect
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compare import assert_same, outcome, relative
-from source import load
 
+from benchmarks.integrations import axolotl_module
 from kdkernels.integrations import axolotl as dropin
 
 pytest.importorskip("liger_kernel")
-KD = "axolotl/integrations/kd"
-for package in ("axolotl", "axolotl.integrations", "axolotl.integrations.kd"):
-    sys.modules.setdefault(package, ModuleType(package))
-load("axolotl", f"{KD}/utils.py", "axolotl.integrations.kd.utils")
-original = load("axolotl", f"{KD}/kernels/liger.py").LigerFusedLinearKLTopKLogprobLoss
+try:
+    original = axolotl_module().LigerFusedLinearKLTopKLogprobLoss
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("axolotl is not installed", allow_module_level=True)
 
 B, N, K, V, H = 2, 5, 6, 43, 16
 
