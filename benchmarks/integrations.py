@@ -8,7 +8,6 @@ of trainers from a committed result.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -24,6 +23,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import describe
 from benchmarks.memory import resident_peak
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -179,7 +179,7 @@ class Case(NamedTuple):
 _IMPORT = "from kdkernels.integrations"
 CASES = {case.build.__name__: case for case in (
     Case("TRL DistillationTrainer", trl_distillation, 2048, "`trainer.train()`",
-         f"`{_IMPORT} import trl; trl.patch()`", "nothing"),
+         f"`{_IMPORT} import trl; trl.patch()`", "bf16 on a CPU: logits are rounded as the model's lm_head does"),
     Case("TRL GKDTrainer, GOLDTrainer", trl_gkd, 512, "`trainer.train()`", "the same `trl.patch()`",
          "bf16 logits: rows in fp32; all masked with \"mean\": 0, not NaN"),
     Case("TRL ServerDistillationTrainer", trl_server, 512, "`trainer.train()`", "the same `trl.patch()`",
@@ -226,18 +226,9 @@ def in_process(name: str, side: str, rounds: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def environment() -> dict[str, Any]:
-    with open("/proc/cpuinfo") as lines:
-        machine = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return {
-        "machine": machine, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-    }  # fmt: skip
-
-
 def table(result: dict[str, Any]) -> str:
-    where = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    where = result["machine"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in PACKAGES)
     lines = [
         "| trainer | before | after | peak of the loss, MiB | ms | what differs |",
         "|---|---|---|---|---|---|",
@@ -254,8 +245,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"One forward and backward, original → kdkernels, fp32, vocabulary {VOCAB}; {tokens[0]} tokens where logits",
         f"are given (so one `[tokens, vocab]` tensor is {tokens[0] * VOCAB * 4 // 2**20} MiB; the peak holds the",
-        f"gradient), {tokens[-1]} where hidden states of width {WIDTH} are. {where['machine']},",
-        f"{where['threads']} threads, {where['date']}; {versions}.",
+        f"gradient), {tokens[-1]} where hidden states of width {WIDTH} are. On a GPU TRL and Liger have other kernels.",
+        f"{where['name']}, {where['date'][:10]}; {versions}.",
     ])  # fmt: skip
 
 
@@ -277,7 +268,7 @@ def main() -> None:
     if given.one:
         return print(json.dumps(measure(*given.one, given.rounds)))
     cases = {name: {side: in_process(name, side, given.rounds) for side in SIDES} for name in CASES}
-    result = {"environment": environment(), "cases": cases}
+    result = {"machine": describe("cpu"), "cases": cases}
     print(table(result))
     if given.out:
         Path(given.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,8 @@
 // What each divergence is, once for host and device: the pointwise phi and q_psi = q dphi/dq.
 //
 // A functor sees p, q, x = log(p / q), log p and log q, over Vec (vec.h), and returns both at once since
-// they share their logarithms. As in kdkernels/divergences.py, q_psi is defined up to c * q and
+// they share their logarithms. One with kFromProbabilities ignores all but p and q, which spares the
+// loops a look at the logits. As in kdkernels/divergences.py, q_psi is defined up to c * q and
 // chosen to be exactly 0 at x = 0. x may be +-inf (one side is padding) and is NaN where both are.
 #pragma once
 
@@ -18,48 +19,47 @@ struct Terms {
 // weight * v with 0 * inf = 0 * NaN = 0.
 KD_HD Vec times(Vec weight, Vec v) { return select(weight > 0.0f, weight * v, weight - weight); }
 
-// Beyond +-80 the smaller of p and q no longer counts in a mixture. NaN (padding on both sides, or
-// NaN logits, which p and q carry on) becomes -80: there p = q = 0 make the terms 0.
-KD_HD Vec mixture_ratio(Vec x) { return vmin(vmax(splat(-80.0f), x), splat(80.0f)); }
+// a / b - 1, exactly 0 where a == b; finite where b has underflowed.
+KD_HD Vec ratio_minus_one(Vec a, Vec b) { return quotient(a - b, vmax(b, splat(kTiny))); }
 
-// log(1 + u) and e^x - 1 to an absolute 1e-7: finer than the logits' own rounding, and exactly 0 at 0.
-KD_HD Vec log_one_plus(Vec u) { return vlog(u + 1.0f); }
-KD_HD Vec ratio_minus_one(Vec x) { return vexp(x) - 1.0f; }
-
+// Both logarithms come from one ratio, not from the logits: between models that agree the terms
+// cancel to second order, and only what is computed from the same numbers does so.
 struct JSD {
+  static constexpr bool kFromProbabilities = true;
   float beta;
   KD_HD explicit JSD(const Spec& s) : beta((float)s.first) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
-    const Vec x = mixture_ratio(raw_x);
-    const Vec log_m_over_q = log_one_plus(beta * ratio_minus_one(x));
+  KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
+    const Vec v = ratio_minus_one(p, q);
+    const Vec log_m_over_q = vlog1p(beta * v);
     const Vec q_psi = q * log_m_over_q * (beta - 1.0f);
-    return {beta * p * (x - log_m_over_q) + q_psi, q_psi};
+    return {beta * p * (vlog1p(v) - log_m_over_q) + q_psi, q_psi};
   }
 };
 
 struct SkewKL {
+  static constexpr bool kFromProbabilities = true;
   float keep;  // 1 - alpha
   KD_HD explicit SkewKL(const Spec& s) : keep((float)(1.0 - s.first)) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
-    const Vec x = mixture_ratio(raw_x);
-    const Vec u = keep * ratio_minus_one(-x);  // m / p - 1
-    return {-p * log_one_plus(u), keep * q * (u / (1.0f + u))};
+  KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
+    const Vec u = keep * ratio_minus_one(q, p);  // m / p - 1
+    return {-p * vlog1p(u), keep * q * quotient(u, 1.0f + u)};
   }
 };
 
 template <bool kDetached>
 struct SkewReverseKL {
+  static constexpr bool kFromProbabilities = true;
   float alpha, keep;
   KD_HD explicit SkewReverseKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
-  KD_HD Terms operator()(Vec p, Vec q, Vec raw_x, Vec, Vec) const {
-    const Vec x = mixture_ratio(raw_x);
-    const Vec u = keep * ratio_minus_one(x);  // m / q - 1
-    const Vec phi = -q * log_one_plus(u);
-    return {phi, kDetached ? phi : phi + alpha * q * (u / (1.0f + u))};
+  KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
+    const Vec u = keep * ratio_minus_one(p, q);  // m / q - 1
+    const Vec phi = -q * vlog1p(u);
+    return {phi, kDetached ? phi : phi + alpha * q * quotient(u, 1.0f + u)};
   }
 };
 
 struct TotalVariation {
+  static constexpr bool kFromProbabilities = true;
   KD_HD explicit TotalVariation(const Spec&) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
     const Vec d = q - p, zero = d - d;
@@ -69,6 +69,7 @@ struct TotalVariation {
 };
 
 struct Mixed {
+  static constexpr bool kFromProbabilities = false;
   float forward, reverse;
   KD_HD explicit Mixed(const Spec& s) : forward((float)s.first), reverse((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec x, Vec, Vec) const {
@@ -77,8 +78,16 @@ struct Mixed {
   }
 };
 
+// e^y - 1 - y for |y| < kSmall, by its series: between near equals a difference of powers keeps nothing.
+constexpr float kSmall = 0.25f;
+KD_HD Vec small_remainder(Vec y) {
+  const Vec tail = y * (1.0f / 120 + y * (1.0f / 720 + y * (1.0f / 5040)));
+  return y * y * (0.5f + y * (1.0f / 6 + y * (1.0f / 24 + tail)));
+}
+
 // The alpha-beta divergence and its limits; which formula is decided by the two numbers alone.
 struct AlphaBeta {
+  static constexpr bool kFromProbabilities = false;
   float a, b;
   KD_HD explicit AlphaBeta(const Spec& s) : a((float)s.first), b((float)s.second) {}
 
@@ -98,6 +107,8 @@ struct AlphaBeta {
     const Vec q_ab = power(log_p, 0.0f, log_q, a + b);
     const Vec p_ab = power(log_p, a + b, log_q, 0.0f);
     const Vec cross = power(log_p, a, log_q, b);
+    const Vec y = a * x;  // cross = q_ab e^y
+    const auto close = vabs(y) < kSmall;
     Vec phi, q_psi;
     if (a == 0.0f && b == 0.0f) {
       phi = 0.5f * x * x;
@@ -106,14 +117,15 @@ struct AlphaBeta {
     } else if (a == 0.0f) {
       phi = (times(q_ab, -b * x) - q_ab + p_ab) / (b * b);
     } else if (a + b == 0.0f) {
-      phi = (cross - 1.0f - a * x) / (a * a);
+      phi = select(close, small_remainder(y), cross - 1.0f - y) / (a * a);
     } else {
       phi = -(cross - (a / (a + b)) * p_ab - (b / (a + b)) * q_ab) / (a * b);
     }
     if (a == 0.0f) {
       q_psi = times(q_ab, -x);
     } else {
-      q_psi = select(x == 0.0f, zero, (q_ab - cross) / a);
+      const Vec difference = select(close, -q_ab * (y + small_remainder(y)), q_ab - cross);
+      q_psi = select(x == 0.0f, zero, difference / a);
     }
     // At x = 0 (padding too) both are 0; the terms of phi would only nearly cancel.
     return {select(x == 0.0f, zero, phi), select(padding, zero, q_psi)};

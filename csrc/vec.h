@@ -6,7 +6,7 @@
 // namespace, which keeps the linker from mixing them.
 //
 // exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above.
-// log: a few ulp for positive, normal, finite numbers; anything else is the caller's to avoid.
+// log1p: a few ulp of log(1 + u), relative where u is small, exactly 0 at 0; 1 + u counts as at least kTiny.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,8 @@ namespace kd {
 namespace KD_ISA {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+// Probabilities below it no longer count; a quotient by it, and its logarithm, stay finite.
+constexpr float kTiny = 1e-30f;
 
 #if defined(__CUDACC__)
 
@@ -39,10 +41,11 @@ constexpr int kLanes = 1;
 KD_HD Vec splat(float x) { return x; }
 KD_HD Vec select(bool mask, Vec a, Vec b) { return mask ? a : b; }
 KD_HD Vec vexp(Vec x) { return expf(x); }
-KD_HD Vec vlog(Vec x) { return logf(x); }
+KD_HD Vec vlog1p(Vec u) { return log1pf(fmaxf(u, kTiny - 1.0f)); }
 KD_HD Vec vmin(Vec a, Vec b) { return fminf(a, b); }
 KD_HD Vec vmax(Vec a, Vec b) { return fmaxf(a, b); }
 KD_HD Vec vabs(Vec a) { return fabsf(a); }
+KD_HD Vec quotient(Vec a, Vec b) { return a / b; }
 KD_HD Vec rounded_product(Vec a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -137,11 +140,40 @@ KD_HD Vec vexp(Vec x) {
 #endif
 }
 
-KD_HD Vec vlog(Vec x) {
-  // x = 2^k * m with m in [sqrt(1/2), sqrt(2)), then a polynomial in m - 1.
-  const Ints shifted = (Ints)x - 0x3f3504f3;
+// Where u is small it takes the place of w - 1, whose rounding would have cost its digits.
+#if defined(__AVX512F__)
+// 1 + u = w = 2^k * m with m in [1, 2), c the middle of m's sixteenth, then a polynomial in
+// r = m / c - 1, |r| <= 1/32. Tables: 1 / c, and -log of that.
+KD_HD Vec vlog1p(Vec u) {
+  constexpr Vec kInverse = {
+      0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
+      0.711111128f, 0.680851042f, 0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f,
+      0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+  constexpr Vec kLog = {
+      0.0307716289f, 0.0896121531f, 0.145181986f, 0.19782573f, 0.247836201f, 0.295464217f,
+      0.340926563f, 0.384411731f, 0.426084416f, 0.466089695f, 0.504555996f, 0.541597314f,
+      0.577315358f, 0.611801539f, 0.645138017f, 0.677398766f};
+  const Vec w = vmax(1.0f + u, splat(kTiny));
+  const Vec m = (Vec)_mm512_getmant_ps((__m512)w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const Vec k = (Vec)_mm512_getexp_ps((__m512)w);
+  const __m512i sixteenth = _mm512_srli_epi32((__m512i)w, 19);  // its low four bits
+  const Vec far = m * (Vec)_mm512_permutexvar_ps(sixteenth, (__m512)kInverse) - 1.0f;
+  const Vec log_c = k * 0.693147181f + (Vec)_mm512_permutexvar_ps(sixteenth, (__m512)kLog);
+  const auto near = vabs(u) < 0.03125f;
+  const Vec r = near ? u : far;
+  Vec y = splat(-0.250153183f);
+  y = y * r + 0.333471196f;
+  y = y * r - 0.499999982f;
+  return (y * (r * r) + r) + (near ? Vec{} : log_c);
+}
+#else
+// 1 + u = w = 2^k * m with m in [sqrt(1/2), sqrt(2)), then a polynomial in m - 1.
+KD_HD Vec vlog1p(Vec u) {
+  const Vec w = vmax(1.0f + u, splat(kTiny));
+  const Ints shifted = (Ints)w - 0x3f3504f3;
   const Vec k = __builtin_convertvector(shifted >> 23, Vec);
-  const Vec f = (Vec)((Ints)x - (Ints)(shifted & (int32_t)0xff800000)) - 1.0f;
+  const Vec far = (Vec)((Ints)w - (Ints)(shifted & (int32_t)0xff800000)) - 1.0f;
+  const Vec f = vabs(u) < 0.25f ? u : far;
   Vec y = splat(7.0376836292e-2f);
   y = y * f - 1.1514610310e-1f;
   y = y * f + 1.1676998740e-1f;
@@ -153,6 +185,17 @@ KD_HD Vec vlog(Vec x) {
   y = y * f + 3.3333331174e-1f;
   const Vec z = f * f;
   return (y * f * z - 0.5f * z) + (k * 0.693147181f + f);
+}
+#endif
+
+// a / b to two ulp, for b that neither b nor 1 / b is subnormal.
+KD_HD Vec quotient(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)b);
+  return a * (r + r * (1.0f - b * r));
+#else
+  return a / b;
+#endif
 }
 
 KD_HD float sum(Vec v) {

@@ -1,5 +1,6 @@
 """The loss layer for LLM distillation: exact losses without a full ``[tokens, vocab]`` tensor."""
 
+from . import testing
 from .backends import backends, use_backend
 from .backends.native import instruction_set
 from .divergences import (
@@ -33,11 +34,13 @@ from .modules import (
     KLDivLoss,
     LinearCrossEntropyLoss,
 )
+from .producers import GEMMA_SAMPLES, sample_target, top_k_target, top_p_target
 from .targets import SparseTarget
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GEMMA_SAMPLES",
     "JSD",
     "AlphaBeta",
     "CodistillationLoss",
@@ -66,5 +69,9 @@ __all__ = [
     "js_divergence",
     "kl_div",
     "linear_cross_entropy",
+    "sample_target",
+    "testing",
+    "top_k_target",
+    "top_p_target",
     "use_backend",
 ]

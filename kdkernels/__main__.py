@@ -9,6 +9,7 @@ import sys
 #: Command -> (module, what it does). Imported when called: a command may need an extra.
 COMMANDS = {
     "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
+    "verify": ("kdkernels.verify", "every usable backend against the fp64 oracle: errors, exit code"),
 }
 
 

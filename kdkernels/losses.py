@@ -12,7 +12,7 @@ from .backends import candidates, chosen_backend
 from .backends import row_state as rs
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence, simplified
 from .heads import LinearHead
-from .outcomes import check_options
+from .outcomes import check_divergence
 from .schedule import DEFAULT_CHUNK_BYTES
 from .spec import LogitMap, Spec
 from .targets import SparseTarget
@@ -289,7 +289,7 @@ def _rows_with_grad(call: _Call, wants: list[bool], inplace: bool) -> tuple[Tens
 
 
 def _stats(call: _Call, results: Tensor) -> Stats:
-    tokens = torch.tensor(results.shape[0], device=results.device)
+    tokens = torch.full((), results.shape[0], device=results.device)
     if call.labels is not None:
         tokens = (call.labels >= 0).sum()
     means = (results.sum(0) / tokens.clamp(min=1)).to(call.weights.dtype)
@@ -375,7 +375,7 @@ def distillation_loss(
                       hard_weight=hard_weight, label_smoothing=label_smoothing,
                       z_loss=z_loss)  # fmt: skip
     if isinstance(teacher, SparseTarget):
-        check_options(teacher.tail, divergence, temperature)
+        check_divergence(teacher.tail, divergence)
     call = _prepare(student, teacher, labels, spec, token_weights=token_weights,
                     reduction=reduction, num_items=num_items, ignore_index=ignore_index,
                     vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import outcomes, sparse
 from .backends import row_state as rs
-from .backends import serving
+from .backends import serving, triton
 from .heads import HeadRows, LogitRows
 from .schedule import Plan, plan
 from .sparse import SparseRows
@@ -151,7 +151,10 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
     student_wants, teacher_wants = wants[: len(student)], wants[len(student) :]
     grad = teacher_grad = None
     heads = len(student) > 1 or (len(teacher) > 1 and not spec.tail)
-    if labels is not None and heads and bool((labels < 0).any()):
+    # Compaction waits for the number of live tokens; a graph being captured must not, and the kernels
+    # skip masked rows by themselves.
+    capturing = weights.is_cuda and torch.cuda.is_current_stream_capturing()
+    if labels is not None and heads and not capturing and bool((labels < 0).any()):
         kept = (labels >= 0).nonzero()[:, 0]
     else:
         kept = None
@@ -279,6 +282,8 @@ def _scaled(grad: Tensor, factor: Tensor, reuse: bool) -> Tensor:
     """grad * factor, factor 0-dim or one per row of ``grad``; in ``grad``'s memory if ``reuse``."""
     if factor.dim() == 0 and factor.device.type == "cpu" and reuse and factor.item() == 1.0:
         return grad
+    if factor.dim() == 0 and grad.is_cuda and reuse and grad.is_contiguous() and triton.why_not() is None:
+        return triton.scale_(grad, factor)  # looks at the factor without waiting for it
     if factor.dim():
         factor = factor.unsqueeze(-1)
     return grad.mul_(factor) if reuse else (grad * factor).to(grad.dtype)
@@ -385,8 +390,10 @@ def _(labels, vocab, ignore_index):
 def checked_target(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[Tensor],
                    vocab: int, spec: list[float]) -> Tensor:  # fmt: skip
     """A sparse target's ids ``[N, K]`` with -1 in empty slots and for masked tokens (labels of -1);
-    ids and values out of range are an error as in :func:`checked_labels`."""
+    ids and values out of range are an error as in :func:`checked_labels`. Warnings come from here too,
+    since a compiler runs nothing else of it."""
     told = Spec.from_floats(spec)
+    outcomes.warn_if_approximate(told.tail, told.temperature)
     return outcomes.check(ids, values, mask, labels, vocab=vocab, tail=told.tail, linear=told.linear)
 
 

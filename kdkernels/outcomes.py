@@ -51,28 +51,27 @@ _APPROXIMATE = {
 }
 
 
-def check_options(tail: str, divergence: Divergence, temperature: float) -> None:
-    """ValueError for a divergence that the tail cannot define; a warning, once per line of the
-    caller, where a temperature is an approximation."""
+def check_divergence(tail: str, divergence: Divergence) -> None:
+    """ValueError for a divergence that the tail cannot define."""
     if tail in ("renormalize", "truncate") and simplified(divergence) != ForwardKL():
         raise ValueError(
             f"tail={tail!r} defines kd.ForwardKL() only, got {divergence!r}; tail='bucket' and "
             "tail='conditional' take any divergence"
         )
-    if temperature != 1.0 and tail in _APPROXIMATE:
-        message = (
-            f"temperature={temperature} with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' "
-            "and 'renormalize' are exact at any temperature"
-        )
-        warnings.warn(message, stacklevel=2 if torch.compiler.is_compiling() else _outside())
 
 
-def _outside() -> int:
-    """The stack level of whoever called this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("kdkernels.", "torch.nn.modules.")):
+def warn_if_approximate(tail: str, temperature: float) -> None:
+    """Once per line of the caller, which is the first frame outside this package and torch."""
+    if temperature == 1.0 or tail not in _APPROXIMATE:
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("kdkernels.", "torch.")):
         frame, level = frame.f_back, level + 1
-    return level
+    # The temperature is not named: one that is annealed would warn at every step.
+    warnings.warn(
+        f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
+        "tail='renormalize' are exact at any temperature", stacklevel=level,
+    )  # fmt: skip
 
 
 def student_spec(spec: Spec) -> Spec:

@@ -4,29 +4,29 @@ import pytest
 import torch
 
 import kdkernels as kd
+from kdkernels.verify import DIVERGENCES
 
-DIVERGENCES = [
-    kd.ForwardKL(),
-    kd.ReverseKL(),
-    kd.JSD(0.5),
-    kd.JSD(0.1),
-    kd.SkewKL(0.1),
-    kd.SkewReverseKL(0.1),
-    kd.SkewReverseKL(0.3, detach_mixture=True),
-    kd.TotalVariation(),
-    kd.AlphaBeta(0.2, 0.7),
-    kd.AlphaBeta(0.5, 0.0),
-    kd.AlphaBeta(0.0, 0.5),
-    kd.AlphaBeta(0.5, -0.5),
-    kd.AlphaBeta(0.0, 0.0),
-    kd.Mixed(0.4),
-]
 BACKENDS = [name for name, problem in kd.backends().items() if problem is None and name != "reference"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """With --device, tensors that a test makes are made there."""
+    where = request.config.getoption("--device")
+    if where == "cpu":
+        yield where
+    else:
+        with torch.device(where):
+            yield where
 
 
 @pytest.fixture(params=BACKENDS)

@@ -167,6 +167,17 @@ def test_equal_models_have_exactly_no_gradient(backend, divergence):
     assert leaf.grad.abs().max() == 0
 
 
+def test_models_that_agree(backend, divergence):
+    """Logits that differ by 1e-3: the gradient is a small difference and must keep its digits."""
+    problem = Problem(vocab=3001, shape=(32,), ignored=0, scale=4.0)
+    problem.teacher = [problem.student[0] + 1e-3 * torch.randn(32, 3001)]
+    ours, oracle = problem.run(backend, divergence=divergence), problem.oracle(divergence=divergence)
+    if isinstance(divergence, (kd.JSD, kd.TotalVariation)):  # every term is small: so is its error
+        assert relative(ours[0], oracle[0]) < 3e-4
+    if not isinstance(divergence, kd.TotalVariation):  # whose gradient jumps where p and q are an ulp apart
+        assert_exact(ours, oracle, problem.plain(divergence), dtype=torch.float32)
+
+
 def test_same_inputs_same_bits(backend):
     problem = Problem(student="head", teacher="head")
     first, second = (problem.run(backend, divergence=kd.JSD(0.5)) for _ in range(2))

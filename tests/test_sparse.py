@@ -8,7 +8,7 @@ from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
 
-pytestmark = pytest.mark.filterwarnings("ignore:temperature=")
+pytestmark = pytest.mark.filterwarnings("ignore:a temperature other")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEFINED = [(t, d) for t in TAILS for d in DIVERGENCES if t not in FORWARD_ONLY or d == kd.ForwardKL()]
 

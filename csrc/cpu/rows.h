@@ -168,19 +168,26 @@ class Row {
     r.value += 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
     for (int64_t start = 0, b = 0; start < job_.width; start += kBlock, ++b) {
       const int n = (int)std::min<int64_t>(kBlock, job_.width - start), end = padded(n);
-      const float* s = s_.block(start, n, scratch_.s_block());
-      const float* t = t_.block(start, n, scratch_.t_block());
+      const float *s = nullptr, *t = nullptr;
+      if constexpr (!Divergence::kFromProbabilities) {
+        s = s_.block(start, n, scratch_.s_block());
+        t = t_.block(start, n, scratch_.t_block());
+      }
       const float c_s = (float)std::exp(scratch_.m_s[b] - lse_s);
       const float c_t = (float)std::exp(scratch_.m_t[b] - lse_t);
       float *e = scratch_.e() + start, *a = scratch_.a() + start;
       Vec phi{}, slope{};
       for (int i = 0; i < end; i += kLanes) {
-        __builtin_prefetch(s + i + kAhead);
-        __builtin_prefetch(t + i + kAhead);
         __builtin_prefetch(e + i + kAhead);
         __builtin_prefetch(a + i + kAhead);
-        const Vec sv = load(s + i) - m_s, tv = load(t + i) - m_t;
         const Vec p = rounded_product(load(a + i), c_t), q = rounded_product(load(e + i), c_s);
+        Vec sv{}, tv{};
+        if constexpr (!Divergence::kFromProbabilities) {
+          __builtin_prefetch(s + i + kAhead);
+          __builtin_prefetch(t + i + kAhead);
+          sv = load(s + i) - m_s;
+          tv = load(t + i) - m_t;
+        }
         const Terms terms = divergence(p, q, (tv - sv) + gap, tv - log_z_t, sv - log_z_s);
         phi += terms.phi;
         slope += terms.q_psi;

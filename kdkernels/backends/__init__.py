@@ -16,10 +16,10 @@ from typing import Iterator, Optional
 
 import torch
 
-from . import eager, native
+from . import eager, native, triton
 
 #: Best first.
-_ORDER: tuple[ModuleType, ...] = (native, eager)
+_ORDER: tuple[ModuleType, ...] = (native, triton, eager)
 _NAMES = tuple(module.name for module in _ORDER)
 _CHOICES = ("auto", *_NAMES, "reference")
 _chosen: str = "auto"

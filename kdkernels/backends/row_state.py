@@ -36,7 +36,8 @@ NOTHING = -3.4028234663852886e38
 
 def new_state(rows: int, device: torch.device) -> Tensor:
     state = torch.zeros(rows, COLUMNS, dtype=torch.float64, device=device)
-    state[:, [M_S, M_T, TOP_S, TOP_T]] = NOTHING
+    for maxima in (state[:, M_S : M_T + 1 : 2], state[:, TOP_S : TOP_T + 1 : 2]):
+        maxima.fill_(NOTHING)  # slices: a list of columns would be copied to the device, and waited for
     return state
 
 

@@ -1,0 +1,189 @@
+"""``python -m benchmarks.compile_triton``: every Triton kernel compiled for GPUs that need not be here.
+
+The launch code itself runs, on CPU tensors and with its real options; only the last step, the launch,
+is left out. Reports registers, spills and shared memory from the binaries, and fails where anything
+spills on NVIDIA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import kdkernels as kd
+from kdkernels.backends import row_state as rs
+from kdkernels.backends.triton import kernels, launch
+from kdkernels.divergences import NoDivergence
+from kdkernels.spec import LogitMap, Spec
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CHIPS = {  # what the chip's properties would say
+    "sm_80": launch.Chip("nvidia", 108, 40 * 2**20, 32),
+    "sm_90": launch.Chip("nvidia", 132, 50 * 2**20, 32),
+    "sm_100": launch.Chip("nvidia", 148, 126 * 2**20, 32),
+    "gfx942": launch.Chip("amd", 304, 4 * 2**20, 64),
+}
+DIVERGENCES = [
+    NoDivergence(), kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.5), kd.SkewKL(0.1), kd.SkewReverseKL(0.1),
+    kd.SkewReverseKL(0.1, detach_mixture=True), kd.TotalVariation(), kd.AlphaBeta(0.2, 0.7),
+    kd.AlphaBeta(0.5, 0.0), kd.AlphaBeta(0.0, 0.5), kd.AlphaBeta(0.5, -0.5), kd.AlphaBeta(0.0, 0.0),
+    kd.Mixed(0.4),
+]  # fmt: skip
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+#: Dtypes of (student and its teacher, gradient): logits, and a head's fp32 tile.
+DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
+EVERYTHING = dict(hard_weight=0.5, label_smoothing=0.1, z_loss=0.01, temperature=2.0)
+CAPPED = dict(student_map=LogitMap(0.5, 30.0), teacher_map=LogitMap(1.0, 30.0))
+OPTIONS = [
+    {},
+    dict(hard_weight=0.5),
+    dict(**EVERYTHING),
+    dict(**EVERYTHING, teacher_hard_weight=1.0, **CAPPED),
+]
+
+
+class Usage(NamedTuple):
+    kernel: str
+    target: str
+    registers: int
+    spilled: int  # bytes of local memory a thread, or spilled registers on AMD
+    shared: int
+
+
+class _Driver:
+    """What triton.jit asks of a driver before it launches."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def offline(name: str) -> Iterator[list]:
+    """Inside, launches for the target ``name`` only compile; the list collects what."""
+    compiled: list = []
+    run, chip = JITFunction.run, launch._chip
+
+    def only_compile(self, *arguments, grid, warmup, **options):
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    triton.runtime.driver.set_active(_Driver(TARGETS[name]))
+    JITFunction.run, launch._chip = only_compile, lambda device: CHIPS[name]  # type: ignore[method-assign]
+    for kernel in vars(kernels).values():
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.clear()
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, launch._chip = run, chip  # type: ignore[method-assign]
+
+
+def call(divergence: kd.divergences.Divergence, tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400,
+         columns: int = 128_256, chunked: bool = False, **options) -> None:  # fmt: skip
+    """One call of the waist on tensors whose values do not matter."""
+    s, g = torch.empty(1, columns, dtype=tile), torch.empty(1, columns, dtype=gradient)
+    t = torch.empty(1, columns, dtype=tile)
+    s, t, g = (x.expand(rows, columns) for x in (s, t, g))
+    labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    spec = Spec(divergence, **options)
+    teacher = None if isinstance(divergence, NoDivergence) else t
+    both = dict(grad=g, teacher_grad=g if spec.teacher_hard_weight else None)
+    if not chunked:
+        launch.fused(s, teacher, labels, weights, spec=spec, **both)
+        return
+    state = rs.new_state(rows, s.device)
+    launch.accumulate(s, teacher, labels, offset=0, spec=spec, state=state)
+    if teacher is not None and spec.divergence.closed_form is None:
+        launch.accumulate_value(s, teacher, spec=spec, state=state)
+    launch.gradient(s, teacher, labels, weights, offset=0, vocab=columns, spec=spec, state=state, **both)
+
+
+def usage(kernel, target: str) -> Usage:
+    name = kernel.metadata.name
+    if "cubin" not in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
+                 for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}  # fmt: skip
+        spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        return Usage(name, target, found["vgpr_count"], spilled, kernel.metadata.shared)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    read = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL", "SHARED")}  # type: ignore[index]
+    return Usage(name, target, read["REG"], read["STACK"] + read["LOCAL"], kernel.metadata.shared)
+
+
+def usages(compiled: list, target: str) -> list[Usage]:
+    return [usage(kernel, target) for kernel in {id(k): k for k in compiled}.values()]
+
+
+def cases() -> Iterator[tuple]:
+    """Every divergence x dtypes x whole rows or chunks with every option on, x fewer options, x narrower
+    or unaligned rows."""
+    for divergence, chunked in itertools.product(DIVERGENCES, (False, True)):
+        alone = isinstance(divergence, NoDivergence)  # has a hard term, and no teacher
+        for dtypes in DTYPES:
+            yield divergence, *dtypes, dict(OPTIONS[2] if alone else OPTIONS[3], chunked=chunked)
+        for options in OPTIONS[1:2] if alone else OPTIONS[:3]:
+            yield divergence, BF16, BF16, dict(options, chunked=chunked)
+        for columns in (1024, 32_000, 50_257):
+            yield divergence, F32, F32, dict(OPTIONS[1], columns=columns, chunked=chunked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_triton", description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all where none is given")
+    parser.add_argument("--divergence", help="only those whose name contains this")
+    parser.add_argument("--verbose", action="store_true", help="every binary, not only the largest")
+    arguments = parser.parse_args()
+    failed = False
+    for target in arguments.target or TARGETS:
+        found: list[Usage] = []
+        for divergence, tile, gradient, options in cases():
+            if arguments.divergence and arguments.divergence not in str(divergence):
+                continue
+            with offline(target) as compiled:
+                call(divergence, tile, gradient, **options)
+            for u in usages(compiled, target):
+                found.append(u)
+                spills = u.spilled > 0
+                failed |= spills and not target.startswith("gfx")
+                if arguments.verbose or spills:
+                    print(u, divergence, tile, gradient, options, "SPILLS" if spills else "", flush=True)
+        for name in sorted({u.kernel for u in found}):
+            mine = [u for u in found if u.kernel == name]
+            print(f"{target:<7} {name:<12} {len(mine):>4} compiled, at most {max(u.registers for u in mine)} "
+                  f"registers, {max(u.spilled for u in mine)} spilled, {max(u.shared for u in mine)} bytes "
+                  "shared", flush=True)  # fmt: skip
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

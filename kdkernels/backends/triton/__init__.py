@@ -1,0 +1,50 @@
+"""The Triton backend: any GPU that Triton reaches, half precision and fp32 rows.
+
+By file: ``divergences`` is what a divergence is, ``state`` the online state of a row, ``rows`` the passes
+over a row, ``kernels`` what is launched, ``launch`` how. They are imported at the first call: a machine
+without a GPU never pays for Triton. TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any, Optional
+
+import torch
+
+name = "triton"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def why_not() -> Optional[str]:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    return None
+
+
+def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"it serves cuda tensors, not {device.type}"
+    odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
+    return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
+
+
+def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
+    return 0
+
+
+def __getattr__(attribute: str) -> Any:
+    """The entry points, of eager's signatures."""
+    if attribute not in ("fused", "accumulate", "accumulate_value", "gradient", "scale_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+    return getattr(importlib.import_module(".launch", __name__), attribute)

@@ -1,0 +1,110 @@
+"""Top-k, top-p and sampled targets: what they hold, that samples are unbiased, and peak memory."""
+
+import pytest
+import torch
+from test_memory import SLACK, UNIT, H, N, V, peak_of
+
+import kdkernels as kd
+
+FORMS = {
+    "logits": lambda: torch.randn(3, 4, 60),
+    "shifted": lambda: torch.randn(3, 5, 60)[:, :-1],
+    "bf16": lambda: torch.randn(3, 4, 60).bfloat16(),
+    "head": lambda: kd.LinearHead(torch.randn(3, 4, 8), torch.randn(60, 8), torch.randn(60), 0.5, 10.0),
+}
+
+
+def logprobs_of(teacher, vocab=None):
+    if isinstance(teacher, kd.LinearHead):
+        z = torch.nn.functional.linear(teacher.hidden, teacher.weight, teacher.bias) * teacher.logit_scale
+        teacher = teacher.softcap * torch.tanh(z / teacher.softcap)
+    return teacher[..., :vocab].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk_bytes", [None, 5000])
+@pytest.mark.parametrize("vocab", [None, 50])
+def test_top_k(form, chunk_bytes, vocab):
+    teacher = FORMS[form]()
+    target = kd.top_k_target(teacher, 7, vocab_size=vocab, chunk_bytes=chunk_bytes)
+    values, ids = logprobs_of(teacher, vocab).topk(7, -1)
+    assert torch.allclose(target.logprobs.double(), values, atol=2e-6)
+    assert torch.allclose(logprobs_of(teacher, vocab).gather(-1, target.ids), values, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("p", [0.3, 0.9, 1.0])
+def test_top_p_is_the_smallest_set(form, p):
+    teacher = FORMS[form]()
+    target = kd.top_p_target(teacher, p, chunk_bytes=5000)
+    t = torch.where(target.ids >= 0, target.logprobs.double().exp(), 0.0)
+    assert (t.sum(-1) >= p - 1e-6).all()
+    smallest = torch.where(t > 0, t, 2.0).amin(-1)
+    assert (t.sum(-1) - smallest < p + 1e-6).all()
+    assert (target.ids >= 0).flatten(0, -2).any(0).all(), "the target is no wider than its widest token"
+    few = kd.top_p_target(teacher, p, max_k=2)
+    assert few.slots <= 2 and torch.allclose(few.logprobs[..., 0], target.logprobs[..., 0])
+
+
+@pytest.mark.parametrize("proposal_temperature", [1.0, 2.0, 0.8])
+def test_samples_are_unbiased(proposal_temperature):
+    """Over many draws of one distribution the mean gradient is the dense one's, within five standard
+    errors in each entry; that of a truncated top-k is far away."""
+    rows, vocab, n = 20_000, 12, 6
+    teacher, student = torch.randn(1, vocab) * 1.5, torch.randn(1, vocab)
+    many = teacher.expand(rows, vocab)
+    target = kd.sample_target(many, n, proposal_temperature, generator=torch.Generator().manual_seed(1))
+
+    def gradients(given):
+        leaf = student.expand(rows, vocab).contiguous().double().requires_grad_()
+        return torch.autograd.grad(kd.kl_div(leaf, given, reduction="sum"), leaf)[0]
+
+    sampled, dense = gradients(target), gradients(many.contiguous())[0]
+    error = (sampled.mean(0) - dense).abs() / (sampled.std(0) / rows**0.5)
+    assert error.max() < 5 and sampled.std(0).min() > 1e-3
+    kept = gradients(kd.top_k_target(many, n, tail="truncate"))[0]
+    assert (kept - dense).norm() > 0.01 and (sampled.mean(0) - dense).norm() < 0.2 * (kept - dense).norm()
+
+
+def test_samples_are_counts_and_repeatable():
+    teacher = torch.randn(5, 30)
+    one, two = (kd.sample_target(teacher, 40, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.weights, two.weights)
+    counts = one.weights * 40
+    assert torch.allclose(counts, counts.round(), atol=1e-5) and torch.allclose(counts.sum(-1), torch.tensor(40.0))
+    ids = one.ids.masked_fill(one.ids < 0, 10**6)
+    assert ((ids[:, 1:] > ids[:, :-1]) | (one.ids[:, 1:] < 0)).all(), "each id once"
+
+
+def test_impossible_entries_are_never_drawn():
+    teacher = torch.randn(50, 20)
+    teacher[:, ::2] = -torch.inf
+    target = kd.sample_target(teacher, 200)
+    assert (target.ids[target.ids >= 0] % 2 == 1).all()
+    assert kd.top_p_target(teacher, 1.0).slots == 10
+
+
+def test_no_tokens():
+    for target in (kd.top_k_target(torch.randn(0, 9), 3), kd.sample_target(torch.randn(2, 0, 9), 3)):
+        assert target.ids.numel() == 0
+        assert kd.kl_div(torch.randn(*target.leading_shape, 9), target) == 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_conditional_from_hidden_states_is_never_v_wide(frozen):
+    hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=not frozen)
+    target = kd.SparseTarget(torch.randint(0, V, (N, 16)), torch.randn(N, 16), tail="conditional")
+
+    def run():
+        hidden.grad = weight.grad = None
+        kd.js_divergence(kd.LinearHead(hidden, weight), target).backward()
+
+    assert peak_of(run) <= (0 if frozen else weight.numel() * 4) + N * 16 * H * 8 + SLACK < UNIT
+
+
+def test_targets_of_hidden_states_stay_in_the_budget():
+    teacher = kd.LinearHead(torch.randn(N, H), torch.randn(V, H))
+    for make in (lambda: kd.top_k_target(teacher, 16, chunk_bytes=2**24),
+                 lambda: kd.top_p_target(teacher, 0.5, max_k=16, chunk_bytes=2**24),
+                 lambda: kd.sample_target(teacher, 16, chunk_bytes=2**24)):  # fmt: skip
+        assert peak_of(make) <= 2**24 + SLACK < UNIT

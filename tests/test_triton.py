@@ -1,0 +1,56 @@
+"""The Triton backend without a GPU: its kernels interpreted, and compiled for GPUs that are not here.
+
+Both change triton for the whole process, so each has one of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels.backends import triton as backend
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def run(file, **environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file]
+    done = subprocess.run(command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+@pytest.mark.parametrize("file", ["triton_rows.py", "triton_mutations.py"])
+def test_interpreted(file):
+    run(file, TRITON_INTERPRET="1")
+
+
+def test_compiled():
+    run("triton_compiled.py", TRITON_INTERPRET="0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_says_why_not(monkeypatch):
+    assert "GPU" in kd.backends()["triton"]
+    with pytest.raises(RuntimeError, match="not usable here: torch sees no GPU"), kd.use_backend("triton"):
+        pass
+    monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
+    assert "triton: torch sees no GPU" in kd.explain(torch.randn(2, 5), torch.randn(2, 5))
+
+
+def test_says_what_it_serves():
+    assert backend.cannot(torch.device("cuda"), [torch.bfloat16, torch.float32]) is None
+    assert "float64" in backend.cannot(torch.device("cuda"), [torch.float64])
+    assert "cuda" in backend.cannot(torch.device("mps"), [torch.float32])
+
+
+@pytest.mark.parametrize("module", ["kdkernels", "kdkernels.info"])
+def test_triton_is_not_imported_before_it_is_needed(module):
+    code = f"import sys, torch, {module}; torch_only = 'triton' in sys.modules; print(torch_only)"
+    plain = "import sys, torch; print('triton' in sys.modules)"
+    runs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, plain)]
+    assert runs[0].stdout == runs[1].stdout

@@ -1,0 +1,216 @@
+"""Triton's rows against the fp64 oracle, where block edges, dtypes and options meet the kernels.
+
+``tests/test_triton.py`` runs this file in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from conftest import DIVERGENCES
+from problems import Problem, assert_exact, relative
+
+# These need nothing but the backend: they run here as they run everywhere.
+from test_conformance import (  # noqa: F401
+    test_adversarial_rows,
+    test_equal_models_have_exactly_no_gradient,
+    test_impossible_teacher_token_is_infinite,
+    test_leading_block_without_mass,
+    test_models_that_agree,
+    test_same_inputs_same_bits,
+    test_stats,
+)
+
+import kdkernels as kd
+from kdkernels.backends.triton import launch
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FULL = dict(temperature=2.0, hard_weight=0.5, label_smoothing=0.1, z_loss=0.01)
+SMALL = dict(shape=(1, 3), ignored=1)
+
+
+@pytest.fixture
+def backend():
+    with kd.use_backend("triton"):
+        yield "triton"
+
+
+def check(problem, dtype=F32, **options):
+    ours, oracle = problem.run("triton", **options), problem.oracle(**options)
+    plain = problem.plain(**{k: v for k, v in options.items() if k in ("divergence", "temperature", "hard_weight")})
+    assert_exact(ours, oracle, plain, dtype=dtype)
+
+
+def close(problem, **options):
+    """For options that the plain formula of problems.py does not have."""
+    value, grads = problem.run("triton", **options)
+    true_value, true_grads = problem.oracle(**{k: v for k, v in options.items() if k != "chunk_bytes"})
+    assert torch.allclose(value.double(), true_value, rtol=1e-5, atol=1e-6)
+    for mine, truth in zip(grads, true_grads):
+        assert truth.norm() > 1e-6 and relative(mine, truth) < 3e-6
+
+
+@pytest.mark.parametrize("vocab", [127, 1000, 4097])
+def test_widths(divergence, vocab):
+    check(Problem(vocab=vocab, **SMALL), divergence=divergence)
+
+
+@pytest.mark.parametrize("vocab", [40_000, 33_001])
+@pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.3)], ids=str)
+def test_rows_of_many_large_blocks(divergence, vocab):
+    assert vocab > launch._Tiles(torch.empty(9, vocab), None, None, kd.spec.Spec(divergence)).tile
+    check(Problem(vocab=vocab, shape=(1, 5), ignored=3), divergence=divergence)
+
+
+def test_one_token_vocabulary(divergence):
+    value, grads = Problem(vocab=1, **SMALL).run("triton", divergence=divergence)
+    assert value == 0 and grads[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_half_precision(divergence, dtype):
+    check(Problem(vocab=1500, dtype=dtype, **SMALL), dtype, divergence=divergence, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("pair", [(BF16, F32), (F32, F16)], ids=str)
+def test_mixed_dtypes(pair):
+    check(Problem(vocab=520, dtype=pair[0], teacher_dtype=pair[1], **SMALL),
+          min(pair, key=lambda d: -torch.finfo(d).eps), divergence=kd.JSD(0.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_bytes", [4_000, 12_000])
+def test_vocabulary_chunks(divergence, chunk_bytes):
+    problem = Problem(student="head", teacher="head", vocab=700, logit_scale=0.5, softcap=5.0, **SMALL)
+    close(problem, divergence=divergence, chunk_bytes=chunk_bytes, **FULL)
+
+
+def test_whole_rows_with_everything(divergence):
+    """Temperature, smoothing, z-loss, softcap and scale in the fused pass."""
+    problem = Problem(student="head", teacher="head", vocab=1100, logit_scale=0.5, softcap=5.0, **SMALL)
+    close(problem, divergence=divergence, **FULL)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_scale_without_softcap(chunk_bytes):
+    problem = Problem(student="head", teacher="head", vocab=300, logit_scale=-0.5, **SMALL)
+    close(problem, chunk_bytes=chunk_bytes, hard_weight=1.0)
+
+
+@pytest.mark.parametrize("options", [
+    dict(reduction="none"), dict(reduction="sum"), dict(soft_weight=0.0, hard_weight=1.0), dict(labels=False),
+    dict(temperature=3.0, temperature_squared=True), dict(vocab_size=250), dict(hard_weight=1.0),
+    dict(token_weights=torch.tensor([[0.3, 0.0, 2.0]])),
+], ids=str)  # fmt: skip
+def test_options(options):
+    problem = Problem(vocab=260, **SMALL)
+    problem.labels.clamp_(max=249)
+    close(problem, **options)
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss=0.01)], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [None, 3_000])
+def test_cross_entropy(form, options, chunk_bytes):
+    def loss(student, teacher, labels, **options):
+        return kd.cross_entropy(student, labels, **options)
+
+    close(Problem(student=form, vocab=600, **SMALL), loss=loss, chunk_bytes=chunk_bytes, **options)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 4000])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_codistillation(form, chunk_bytes, temperature):
+    problem = Problem(student=form, teacher=form, vocab=600, **SMALL)
+
+    def run(name, convert):
+        leaves = [[convert(t).requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
+        with kd.use_backend(name):
+            losses = kd.codistillation_loss(
+                *(problem.side(side) for side in leaves), problem.labels, divergence=kd.JSD(0.5),
+                temperature=temperature, hard_weight=0.5, chunk_bytes=chunk_bytes,
+            )  # fmt: skip
+        return losses, torch.autograd.grad(losses.student * 2 + losses.teacher * 3, leaves[0] + leaves[1])
+
+    ours, oracle = run("triton", torch.clone), run("reference", torch.Tensor.double)
+    for mine, truth in zip(ours[0], oracle[0]):
+        assert torch.isclose(mine.double(), truth, rtol=1e-5)
+    for mine, truth in zip(ours[1], oracle[1]):
+        assert truth.norm() > 1e-6 and relative(mine, truth) < 3e-6
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("chunk_bytes", [None, 2000])
+def test_leading_chunk_of_padding(chunk_bytes, temperature):
+    problem = Problem(student="head", teacher="head", vocab=200, **SMALL)
+    for side in (problem.student, problem.teacher):
+        side[2][:100] = -torch.inf
+    problem.labels = torch.where(problem.labels >= 0, 100 + problem.labels % 100, -100)
+    close(problem, chunk_bytes=chunk_bytes, temperature=temperature, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.TotalVariation(), kd.AlphaBeta(0.2, 0.7)], ids=str)
+def test_nan_is_never_hidden(divergence):
+    student, teacher = torch.randn(2, 3, 3000)
+    student[0, 2500] = teacher[1, 7] = torch.nan
+    leaf = student.clone().requires_grad_()
+    with kd.use_backend("triton"):
+        loss = kd.distillation_loss(leaf, teacher, divergence=divergence, reduction="none")
+        loss.sum().backward()
+    assert loss[:2].isnan().all() and loss[2].isfinite()
+    assert leaf.grad[:2].isnan().all() and leaf.grad[2].isfinite().all()
+
+
+class TestInPlace:
+    @pytest.mark.parametrize("vocab", [300, 5000])
+    def test_the_gradient_takes_the_logits_place(self, divergence, vocab):
+        """Rows between other memory, which stays as it was."""
+        student, teacher = torch.randn(5, vocab + 9), torch.randn(5, vocab)
+        labels = torch.tensor([3, -100, 0, vocab - 1, 7])
+        wide = student[:, :vocab].double().requires_grad_()
+        with kd.use_backend("reference"):
+            kd.distillation_loss(wide, teacher.double(), labels, divergence=divergence, hard_weight=1.0).backward()
+        given = (student * 1.0).requires_grad_()
+        logits = (given * 1.0)[:, :vocab]
+        around = logits._base.detach()
+        before = around[:, vocab:].clone()
+        with kd.use_backend("triton"):
+            loss = kd.distillation_loss(logits, teacher, labels, divergence=divergence, hard_weight=1.0, inplace=True)
+        loss.backward()
+        assert relative(around[:, :vocab], wide.grad) < 2e-6
+        assert torch.equal(around[:, vocab:], before)
+
+
+class TestFewRows:
+    """Rows cut into parts, which are merged in order."""
+
+    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+    def test_parts(self, divergence, dtype):
+        problem = Problem(vocab=9000, shape=(1, 2), ignored=0, dtype=dtype)
+        tiles = launch._Tiles(problem.student[0][0], problem.teacher[0][0], None, kd.spec.Spec(divergence))
+        assert tiles.few and tiles.parts[0] > 2
+        check(problem, dtype, divergence=divergence)
+
+    def test_parts_with_everything(self):
+        problem = Problem(student="head", teacher="head", vocab=9000, shape=(1, 3), ignored=1, softcap=30.0)
+        close(problem, divergence=kd.JSD(0.3), **FULL)
+
+    def test_an_alternative_cut_gives_the_same(self, monkeypatch):
+        student, teacher = torch.randn(2, 3, 9000)
+        losses = []
+        for multiprocessors in (1, 4, 9):
+            monkeypatch.setattr(launch, "_chip", lambda device, n=multiprocessors: launch.Chip("nvidia", n, 0, 32))
+            with kd.use_backend("triton"):
+                losses.append(kd.kl_div(student.double().float(), teacher))
+        assert torch.allclose(torch.stack(losses), losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_scale(dtype, factor):
+    values, by = torch.randn(3, 50_001).to(dtype), torch.tensor(factor)
+    scaled = launch.scale_(values.clone(), by)
+    assert torch.equal(scaled, values) if factor == 1.0 else relative(scaled, values.double() * factor) < 2**-8
+
+
+def test_divergences_are_all_here():
+    assert {d.code for d in DIVERGENCES} == set(range(1, 9))
