@@ -232,3 +232,17 @@ def test_a_zeroed_gradient_is_seen(monkeypatch):
     monkeypatch.setattr(kd.losses, "_check_labels", lambda labels, *_: torch.zeros_like(labels).reshape(-1))
     with pytest.raises(AssertionError):
         test_generalized_jsd(0.5, True, CASES[0])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_difference_bf16_heads_on_a_cpu(beta):
+    """TRL multiplies a bf16 model's hidden states in fp32; here, as in the model's own lm_head, the
+    logits are rounded to bf16 (on a GPU they are fp32 on both sides)."""
+    student, teacher, mask = heads(torch.bfloat16)
+    wide = [x.double() for x in student], [x.double() for x in teacher]
+    truth = chunked(dropin.chunked_divergence_loss, *wide, mask, beta)
+    ours = chunked(dropin.chunked_divergence_loss, student, teacher, mask, beta)
+    theirs = chunked(their_chunked, student, teacher, mask, beta)
+    assert relative(theirs[0][0], truth[0][0]) < 1e-5 < relative(ours[0][0], truth[0][0]) < 2e-2
+    for mine, their, true in zip(ours[1], theirs[1], truth[1]):
+        assert relative(mine, true) < 3e-2 and relative(their, true) < 1e-2
