@@ -10,7 +10,20 @@ import torch
 
 import kdkernels as kd
 from benchmarks import __main__ as command
-from benchmarks import accuracy, cases, compare, goals, inputs, measure, memory, peers, readme, report, run, variants
+from benchmarks import (
+    accuracy,
+    cases,
+    compare,
+    goals,
+    inputs,
+    measure,
+    memory,
+    peers,
+    readme,
+    report,
+    run,
+    variants,
+)
 from benchmarks.machine import last_level_cache_bytes
 
 TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import kdkernels as kd
-from benchmarks.compile_triton import BF16, F32, EVERYTHING, OPTIONS, TARGETS, call, call_sparse, offline, usages
+from benchmarks.compile_triton import (
+    BF16,
+    EVERYTHING,
+    F32,
+    OPTIONS,
+    TARGETS,
+    call,
+    call_sparse,
+    offline,
+    usages,
+)
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
 from kdkernels.spec import Spec
