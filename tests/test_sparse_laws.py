@@ -12,8 +12,8 @@ from problems import assert_exact, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
-from kdkernels import heads, ops, outcomes, sparse
-from kdkernels.backends import eager
+from kdkernels import heads, ops, outcomes
+from kdkernels.backends import eager, sparse_rows
 from kdkernels.spec import Spec
 
 quick = settings(max_examples=12, deadline=None)
@@ -326,14 +326,14 @@ def emission(**scales):
     return mutated
 
 
-MISSING, SOLVE, CHECK, ACCUMULATE = outcomes.missing_mass, sparse.solve, outcomes.check, eager.accumulate
+MISSING, SOLVE, CHECK, ACCUMULATE = outcomes.missing_mass, sparse_rows.solve, outcomes.check, eager.accumulate
 MUTATIONS = {
     "no tail": (outcomes, "missing_mass", no_tail),
     "duplicates dropped": (outcomes, "_distinct", first_only),
     "mask ignored": (outcomes, "check", lambda ids, values, mask, *rest, **o: CHECK(ids, values, None, *rest, **o)),
     "zero gradient": (heads.HeadRows, "gradients", lambda self: [torch.zeros_like(t) for t in self.given]),
-    "kept gradient lost": (eager, "solve", emission(kept=0)),
-    "rest's gradient lost": (eager, "solve", emission(rest=0)),
+    "kept gradient lost": (sparse_rows, "solve", emission(kept=0)),
+    "rest's gradient lost": (sparse_rows, "solve", emission(rest=0)),
     "kept ids not left out": (eager, "accumulate", lambda *a, skipped=None, **o: ACCUMULATE(*a, **o)),
 }  # fmt: skip
 
