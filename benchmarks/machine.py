@@ -14,7 +14,7 @@ from pytest_benchmark.utils import get_commit_info
 
 #: Distributions whose versions go into a result, where they are installed.
 PACKAGES = ("torch", "triton", "numpy", "trl", "transformers", "liger-kernel", "torchtune",
-            "cut-cross-entropy", "quack-kernels", "fla-core")  # fmt: skip
+            "axolotl", "nvidia-modelopt", "cut-cross-entropy", "quack-kernels", "fla-core")  # fmt: skip
 _CACHES = "/sys/devices/system/cpu/cpu0/cache"
 
 

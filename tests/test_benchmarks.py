@@ -10,7 +10,20 @@ import torch
 
 import kdkernels as kd
 from benchmarks import __main__ as command
-from benchmarks import accuracy, cases, compare, goals, inputs, measure, memory, peers, report, run, variants
+from benchmarks import (
+    accuracy,
+    cases,
+    compare,
+    goals,
+    inputs,
+    measure,
+    memory,
+    peers,
+    readme,
+    report,
+    run,
+    variants,
+)
 from benchmarks.machine import last_level_cache_bytes
 
 TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
@@ -133,12 +146,12 @@ def test_report_and_plots(result, tmp_path):
     assert written == {"tables.md", "time-tokens.png", "memory-tokens.png"}
     page = (tmp_path / "tables.md").read_text()
     assert result["machine"]["name"] in page and TINY_CODISTILL.name in page
-    figures = report.readme(result)
+    figures = report.figures(result)
     assert result["machine"]["name"] in figures and TINY.name in figures
-    page = report.with_figures(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", figures)
+    page = readme.with_part("a\n<!-- figures -->\nold\n<!-- /figures -->\nb\n", "figures", figures)
     assert "old" not in page and page.startswith("a\n") and page.endswith("\nb\n")
     with pytest.raises(ValueError, match="no <!-- figures -->"):
-        report.with_figures("nothing here", figures)
+        readme.with_part("nothing here", "figures", figures)
 
 
 def test_a_busy_machine_is_told(result):
@@ -198,7 +211,7 @@ def test_committed_results_fill_readme():
     results = {path: command.load(path) for path in command.committed()}
     assert "cpu" in {result["suite"] for result in results.values()}
     page = (command.ROOT / "README.md").read_text()
-    assert report.with_figures(page, "\n\n".join(map(report.readme, results.values()))) == page
+    assert readme.with_part(page, "figures", "\n\n".join(map(report.figures, results.values()))) == page
     for path, result in results.items():
         assert path.with_name(f"{result['suite']}-tables.md").read_text() == report.full(result)
 
