@@ -7,17 +7,17 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch brings no Triton. Before 3.7.1 its interpreter does not know numpy 2.4.
 TRITON ?= triton>=3.7.1
 
-.PHONY: setup test lint bench demo clean
+.PHONY: setup test lint bench figures demo clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy "setuptools>=70" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev,trainer,cache]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
 	touch $@
 
-test: setup lint
+test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
 	$(BIN)/python -m pytest
 
@@ -25,12 +25,24 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python -m benchmarks.core
+# The libraries that are measured beside ours, and the plots.
+$(VENV)/.peers: $(VENV)/.ready
+	$(BIN)/pip install -q "$(TORCH)" -e ".[bench,integrations]" --no-build-isolation
+	# Only their loss modules are loaded, file by file: these need none of the packages' dependencies.
+	$(BIN)/pip install -q --no-deps axolotl==0.19.0 nvidia-modelopt==0.47.0
+	touch $@
 
-# The demonstration trainer is not written yet; until it is, the demo is a distillation in numbers.
+bench: $(VENV)/.peers
+	$(BIN)/python -m benchmarks --suite cpu
+
+# RESULT=runs/.../result.json makes that result the committed one; without it the figures are drawn again.
+figures: $(VENV)/.peers
+	$(BIN)/python -m benchmarks publish $(RESULT)
+
+# A teacher and four students from scratch, about 8 minutes on two cores with the setup. A second run reuses
+# what is in runs/demo; a run that was stopped goes on.
 demo: setup
-	$(BIN)/python -m benchmarks.core --small
+	$(BIN)/python -m kdkernels train compare --config kdkernels/trainer/demo.yaml --output_dir runs/demo
 
 clean:
 	rm -rf build *.egg-info kdkernels/_C*.so $(VENV)

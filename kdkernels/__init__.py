@@ -1,5 +1,6 @@
 """The loss layer for LLM distillation: exact losses without a full ``[tokens, vocab]`` tensor."""
 
+from . import testing
 from .backends import backends, use_backend
 from .backends.native import instruction_set
 from .divergences import (
@@ -69,6 +70,7 @@ __all__ = [
     "kl_div",
     "linear_cross_entropy",
     "sample_target",
+    "testing",
     "top_k_target",
     "top_p_target",
     "use_backend",

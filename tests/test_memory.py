@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from benchmarks.core import eager_kl, handed
+from benchmarks.inputs import handed
 from benchmarks.memory import resident_peak
+from benchmarks.variants import eager_kl
 
 N, V, H = 256, 65536, 128
 UNIT = N * V * 4

@@ -1,0 +1,153 @@
+"""What is measured: the suites are data, one :class:`Case` a line.
+
+A new case is a line in a suite; a new loss is a line in :data:`LOSSES` and its variants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import kdkernels as kd
+
+#: Loss name -> its divergence; None where there is no soft term.
+LOSSES: dict[str, kd.Divergence | None] = {
+    "kl": kd.ForwardKL(),
+    "rkl": kd.ReverseKL(),
+    "jsd": kd.JSD(0.5),
+    "ce": None,
+    "codistill": kd.ForwardKL(),
+}
+SOFT = ("kl", "rkl", "jsd")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of shapes, and the losses that are timed on it in one round robin.
+
+    ``width`` 0 means that logits are given; otherwise hidden states of this width and an lm_head,
+    ``teacher_width`` for the teacher (None: the same). ``masked`` is the share of tokens whose label
+    is -100. ``top_k`` > 0: of the teacher only its so many most probable entries are known, and the
+    rest is one bucket. ``compiled`` are the losses whose plain formula is also timed under torch.compile, which
+    costs a compilation each. ``plot`` names the curves that this case is a point of, "tokens" or "vocabulary";
+    a case that is there for its curves only is no ``headline``, and not in README. ``peers`` False
+    leaves the other libraries out.
+    """
+
+    tokens: int
+    vocab: int
+    dtype: str = "float32"
+    losses: tuple[str, ...] = ("kl",)
+    width: int = 0
+    teacher_width: int | None = None
+    frozen_head: bool = False
+    masked: float = 0.0
+    top_k: int = 0
+    compiled: tuple[str, ...] = ()
+    plot: tuple[str, ...] = ()
+    headline: bool = True
+    peers: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = set(self.losses) - set(LOSSES)
+        if unknown:
+            raise ValueError(f"unknown losses {sorted(unknown)}; there are {', '.join(LOSSES)}")
+
+    @property
+    def name(self) -> str:
+        kind = f"[{self.tokens}, {self.vocab}]"
+        if self.width:
+            kind = f"[{self.tokens}, {self.width}] -> {self.vocab}"
+        extras = [f"teacher {self.teacher_width}"] if self.teacher_width else []
+        extras += ["frozen head"] if self.frozen_head else []
+        extras += [f"{self.masked:.0%} masked"] if self.masked else []
+        extras += [f"top {self.top_k}"] if self.top_k else []
+        extras += ["co-distillation"] if "codistill" in self.losses else []
+        return ", ".join([f"{'hidden' if self.width else 'logits'} {kind} {self.dtype}", *extras])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def live_tokens(self) -> int:
+        return self.tokens - round(self.masked * self.tokens)
+
+    @property
+    def teacher_trains(self) -> bool:
+        return "codistill" in self.losses
+
+    def shrunk(self, *, tokens: int, vocab: int | None = None, width: int | None = None) -> Case:
+        """The same case at no more than these sizes: for errors, and for tests."""
+        less = lambda size, most: size if most is None else min(size, most)  # noqa: E731
+        teacher = None if self.teacher_width is None else less(self.teacher_width, width and width + 16)
+        return replace(self, tokens=less(self.tokens, tokens), vocab=less(self.vocab, vocab),
+                       width=less(self.width, width), teacher_width=teacher,
+                       top_k=less(self.top_k, vocab and vocab // 8))  # fmt: skip
+
+
+def _both(case: Case) -> list[Case]:
+    return [replace(case, dtype=dtype) for dtype in ("float32", "bfloat16")]
+
+
+def _over_tokens(case: Case, sizes: tuple[int, ...]) -> list[Case]:
+    return [replace(case, tokens=n, plot=("tokens",), headline=False) for n in sizes]
+
+
+def _over_vocab(case: Case, sizes: tuple[int, ...]) -> list[Case]:
+    return [replace(case, vocab=v, plot=("vocabulary",), headline=False) for v in sizes]
+
+
+def _over_top_k(case: Case) -> list[Case]:
+    return [replace(case, top_k=k) for k in (8, 64, 256)]
+
+
+_ALL = (*SOFT, "ce")
+_HIDDEN = Case(512, 32768, width=512)
+_GPU = Case(4096, 131072, "bfloat16")
+_GPU_HIDDEN = replace(_GPU, width=4096)
+_ON_CURVES = {"plot": ("tokens", "vocabulary")}
+
+#: Suite -> cases, the most telling first: a suite that runs out of time loses its tail.
+SUITES: dict[str, list[Case]] = {
+    "small": [
+        *_both(Case(64, 32768, losses=_ALL)),
+        *_both(Case(64, 8192, width=256, losses=("kl", "jsd", "ce"))),
+        Case(64, 8192, width=256, losses=("codistill",), peers=False),
+        Case(64, 32768, top_k=64),
+    ],
+    "cpu": [
+        Case(512, 131072, losses=_ALL, compiled=("kl",), peers=False),
+        Case(512, 131072, "bfloat16", losses=SOFT, compiled=("kl",), peers=False),
+        *_both(replace(_HIDDEN, losses=("kl", "jsd", "ce"))),
+        Case(128, 131072, losses=_ALL),
+        replace(_HIDDEN, teacher_width=768),
+        replace(_HIDDEN, frozen_head=True),
+        replace(_HIDDEN, masked=0.5),
+        replace(_HIDDEN, losses=("codistill",), peers=False),
+        *_over_top_k(Case(512, 32768)),
+        *_over_top_k(_HIDDEN),
+        *_over_tokens(Case(0, 32768, peers=False), (64, 512, 2048)),
+        *_over_tokens(Case(0, 32768, width=256), (128, 512, 1024)),
+        *_over_vocab(Case(256, 0, peers=False), (8192, 32768, 131072, 262144)),
+        *_over_vocab(Case(256, 0, width=256, peers=False), (8192, 32768, 131072)),
+    ],
+    "gpu": [
+        replace(_GPU, losses=_ALL, compiled=("kl", "jsd"), **_ON_CURVES),
+        replace(_GPU_HIDDEN, losses=("kl", "jsd", "ce"), compiled=("kl",), **_ON_CURVES),
+        replace(_GPU_HIDDEN, width=2048, teacher_width=4096, losses=("kl", "jsd")),
+        replace(_GPU_HIDDEN, frozen_head=True, losses=("kl", "jsd")),
+        replace(_GPU_HIDDEN, masked=0.5, losses=("kl", "jsd", "ce")),
+        replace(_GPU_HIDDEN, losses=("codistill",), peers=False),
+        *_over_top_k(_GPU),
+        *_over_top_k(_GPU_HIDDEN),
+        *_over_tokens(_GPU, (1024, 2048, 8192, 16384)),
+        *_over_tokens(replace(_GPU_HIDDEN, losses=("kl", "jsd")), (1024, 2048, 8192, 16384)),
+        *_over_vocab(_GPU, (32768, 151936, 262144)),
+        *_over_vocab(replace(_GPU_HIDDEN, losses=("kl", "ce")), (32768, 151936, 262144)),
+        replace(_GPU_HIDDEN, width=8192, losses=("kl", "ce")),
+        replace(_GPU, dtype="float32", losses=("kl", "jsd")),
+        *_over_tokens(_GPU_HIDDEN, (32768,)),
+    ],
+}  # fmt: skip

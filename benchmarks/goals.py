@@ -1,0 +1,75 @@
+"""The ratios that the core is built to, read off a result of the CPU suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LOGITS = "logits [512, 131072]"
+HIDDEN = "hidden [512, 512] -> 32768"
+OURS, INPLACE = "kdkernels", "kdkernels in place"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """time(``variant``, ``loss``) / time(``against``, ``against_loss``) is at most, or at least, ``bound``."""
+
+    case: str
+    variant: str
+    loss: str
+    against: str
+    against_loss: str
+    bound: float
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        sides = [f"{v} {'' if loss == 'floor' else loss}".strip()
+                 for v, loss in ((self.variant, self.loss), (self.against, self.against_loss))]  # fmt: skip
+        return f"{self.case}: {' / '.join(sides)}"
+
+
+def _goals(dtype: str) -> list[Goal]:
+    logits, hidden = f"{LOGITS} {dtype}", f"{HIDDEN} {dtype}"
+    made = [Goal(logits, INPLACE, "kl", "add(out=g)", "floor", 1.9 if dtype == "float32" else 2.5)]
+    if dtype == "float32":
+        made += [
+            Goal(logits, "F.kl_div", "kl", INPLACE, "kl", 15, at_least=True),
+            Goal(logits, "F.kl_div compiled", "kl", INPLACE, "kl", 5, at_least=True),
+            Goal(logits, OURS, "kl", "add", "floor", 1.15),
+            Goal(logits, "F.kl_div", "kl", OURS, "kl", 6, at_least=True),
+        ]
+    made += [Goal(logits, v, loss, v, "kl", 1.6) for v in (INPLACE, OURS) for loss in ("jsd", "rkl")]
+    return [*made, Goal(hidden, OURS, "kl", "4 GEMMs", "floor", 1.2)]
+
+
+GOALS = _goals("float32") + _goals("bfloat16")
+
+
+def measured(result: dict[str, Any]) -> list[tuple[Goal, float]]:
+    """Each goal with its ratio, where the result has both sides."""
+    times = {
+        (case["name"], row["variant"], row["loss"]): row["both_ms"]["median"]
+        for case in result["cases"]
+        for row in case["variants"]
+        if "both_ms" in row
+    }
+    made = []
+    for goal in GOALS:
+        ours = times.get((goal.case, goal.variant, goal.loss))
+        theirs = times.get((goal.case, goal.against, goal.against_loss))
+        if ours and theirs:
+            made.append((goal, ours / theirs))
+    return made
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown; empty where the result has none of the goals' cases."""
+    rows = measured(result)
+    if not rows:
+        return ""
+    lines = ["| ratio | measured | goal | |", "|---|---|---|---|"]
+    for goal, ratio in rows:
+        reached = ratio >= goal.bound if goal.at_least else ratio <= goal.bound
+        sign = ">=" if goal.at_least else "<="
+        lines.append(f"| {goal} | {ratio:.2f} | {sign} {goal.bound:g} | {'' if reached else 'missed'} |")
+    return "\n".join(lines)

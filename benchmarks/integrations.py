@@ -1,0 +1,272 @@
+"""``python -m benchmarks.integrations [--out FILE]``: what each drop-in saves beside the original.
+
+Every measurement is a process of its own: peak resident memory of one forward and backward above its
+inputs (the gradients included), and the median time of a few more. ``--readme FILE`` fills README's table
+of trainers from a committed result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import readme
+from benchmarks.machine import describe
+from benchmarks.memory import resident_peak
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+PACKAGES = ("torch", "trl", "transformers", "liger-kernel", "torchtune", "axolotl", "nvidia-modelopt")
+VOCAB, WIDTH, SLOTS = 65536, 64, 32
+
+
+class Pair(NamedTuple):
+    """The leaves of a problem and its loss, as the original computes it and as kdkernels does."""
+
+    leaves: list[torch.Tensor]
+    theirs: Callable[[], torch.Tensor]
+    ours: Callable[[], torch.Tensor]
+
+
+def original_module(distribution: str, path: str, name: str | None = None) -> Any:
+    """The module in ``path`` of an installed distribution, without its package: that may want more than
+    is installed. PackageNotFoundError where the distribution is not installed at all."""
+    file = importlib.metadata.distribution(distribution).locate_file(path)
+    name = name or "original_" + path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, str(file))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def axolotl_module() -> Any:
+    """axolotl's loss, whose package imports a whole trainer."""
+    folder = "axolotl/integrations/kd"
+    for package in ("axolotl", "axolotl.integrations", "axolotl.integrations.kd"):
+        sys.modules.setdefault(package, ModuleType(package))
+    original_module("axolotl", f"{folder}/utils.py", "axolotl.integrations.kd.utils")
+    return original_module("axolotl", f"{folder}/kernels/liger.py")
+
+
+def logits(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Student (as a leaf), teacher, labels of which a quarter is masked."""
+    student, teacher = torch.randn(1, tokens, VOCAB), torch.randn(1, tokens, VOCAB)
+    labels = torch.randint(0, VOCAB, (1, tokens))
+    labels[:, : tokens // 4] = -100
+    return student.requires_grad_(), teacher, labels
+
+
+def hidden(tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(hidden, weight) of both models, the student's as leaves."""
+    make = lambda: [torch.randn(1, tokens, WIDTH), torch.randn(VOCAB, WIDTH) / WIDTH**0.5]  # noqa: E731
+    return [leaf.requires_grad_() for leaf in make()], make()
+
+
+def on_logits(theirs: Callable[..., Any], ours: Callable[..., Any], tokens: int) -> Pair:
+    s, t, labels = logits(tokens)
+    return Pair([s], lambda: theirs(s, t, labels), lambda: ours(s, t, labels))
+
+
+def trl_distillation(tokens: int) -> Pair:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    from kdkernels.integrations.trl import chunked_divergence_loss
+
+    (h, w), (th, tw) = hidden(tokens)
+    given = h, th, w, tw, torch.ones(1, tokens), 0.5
+    return Pair([h, w], lambda: _chunked_divergence_loss(*given)[0], lambda: chunked_divergence_loss(*given)[0])
+
+
+def trl_gkd(tokens: int) -> Pair:
+    from trl.experimental.gkd import GKDTrainer
+
+    from kdkernels.integrations.trl import generalized_jsd_loss
+
+    return on_logits(GKDTrainer.generalized_jsd_loss, generalized_jsd_loss, tokens)
+
+
+def trl_server(tokens: int) -> Pair:
+    from trl.experimental.server_distillation import ServerDistillationTrainer
+
+    from kdkernels.integrations.trl import server_compute_loss
+
+    theirs = ServerDistillationTrainer.compute_loss
+    s, t, _ = logits(tokens)
+    top = t[:, :-1].log_softmax(-1).topk(SLOTS, -1)
+    trainer: Any = object.__new__(ServerDistillationTrainer)
+    trainer.beta, trainer.temperature, trainer.loss_add_tail = 0.0, 1.0, True
+    trainer.model = SimpleNamespace(training=False)
+    trainer._get_teacher_token_logprobs_from_server = lambda inputs, start: {
+        "topk_logprobs": top.values, "topk_token_ids": top.indices, "actual_logprobs": top.values[..., 0]}  # fmt: skip
+    inputs = {f"{part}_{what}": torch.ones(1, size, dtype=torch.int64) for what in ("ids", "mask")
+              for part, size in (("prompt", 1), ("completion", tokens - 1))}  # fmt: skip
+    model = lambda input_ids, attention_mask: SimpleNamespace(logits=s)  # noqa: E731
+    return Pair([s], lambda: theirs(trainer, model, inputs), lambda: server_compute_loss(trainer, model, inputs))
+
+
+def liger(tokens: int) -> Pair:
+    from liger_kernel import chunked_loss
+
+    from kdkernels.integrations import liger as dropin
+
+    (h, w), (th, tw) = hidden(tokens)
+    given = h[0], w, th[0], tw, torch.randint(0, VOCAB, (tokens,))
+    theirs, ours = (m.LigerFusedLinearJSDLoss(compiled=False) for m in (chunked_loss, dropin))
+    return Pair([h, w], lambda: theirs(*given), lambda: ours(*given))
+
+
+def torchtune(tokens: int) -> Pair:
+    from kdkernels.integrations import torchtune as dropin
+
+    original = original_module("torchtune", "torchtune/modules/loss/kd_losses.py")
+    theirs, ours = (m.ForwardKLWithChunkedOutputLoss() for m in (original, dropin))
+    in_chunks = lambda loss: lambda s, t, y: loss(s.chunk(8, 1), t.chunk(8, 1), y)  # noqa: E731
+    return on_logits(in_chunks(theirs), in_chunks(ours), tokens)
+
+
+def axolotl(tokens: int) -> Pair:
+    from kdkernels.integrations import axolotl as dropin
+
+    (h, w), (th, tw) = hidden(tokens)
+    top = (th @ tw.t()).log_softmax(-1).topk(SLOTS, -1)
+    labels = torch.randint(0, VOCAB, (1, tokens))
+    given = w, h, top.indices, top.values.log_softmax(-1), torch.ones(1, tokens, SLOTS), labels
+    theirs, ours = (m.LigerFusedLinearKLTopKLogprobLoss(beta=0.0, compiled=False)
+                    for m in (axolotl_module(), dropin))  # fmt: skip
+    return Pair([h, w], lambda: theirs(*given), lambda: ours(*given))
+
+
+def modelopt(tokens: int) -> Pair:
+    from kdkernels.integrations import modelopt as dropin
+
+    original = original_module("nvidia-modelopt", "modelopt/torch/distill/losses.py")
+    theirs, ours = (m.LogitsDistillationLoss(2.0, reduction="none") for m in (original, dropin))
+    return on_logits(lambda s, t, y: theirs(s, t).mean(), lambda s, t, y: ours(s, t).mean(), tokens)
+
+
+def functional(tokens: int) -> Pair:
+    from kdkernels.integrations.functional import kl_div
+
+    s, t, _ = logits(tokens)
+    x, y = s.detach().log_softmax(-1).requires_grad_(), t.log_softmax(-1)
+    options: dict[str, Any] = dict(reduction="batchmean", log_target=True)
+    return Pair([x], lambda: F.kl_div(x, y, **options), lambda: kl_div(x, y, **options))
+
+
+class Case(NamedTuple):
+    trainer: str
+    build: Callable[[int], Pair]
+    tokens: int
+    before: str
+    after: str
+    differs: str
+
+
+_IMPORT = "from kdkernels.integrations"
+CASES = {case.build.__name__: case for case in (
+    Case("TRL DistillationTrainer", trl_distillation, 2048, "`trainer.train()`",
+         f"`{_IMPORT} import trl; trl.patch()`", "bf16 on a CPU: logits are rounded as the model's lm_head does"),
+    Case("TRL GKDTrainer, GOLDTrainer", trl_gkd, 512, "`trainer.train()`", "the same `trl.patch()`",
+         "bf16 logits: rows in fp32; all masked with \"mean\": 0, not NaN"),
+    Case("TRL ServerDistillationTrainer", trl_server, 512, "`trainer.train()`", "the same `trl.patch()`",
+         "the student's tail is not clamped at 1e-7"),
+    Case("Liger `LigerFusedLinearJSDLoss`", liger, 2048, "`from liger_kernel.chunked_loss import ...`",
+         f"`{_IMPORT}.liger import ...`", "a longer teacher vocabulary is cut, not met with logits of 0"),
+    Case("torchtune `ForwardKLWithChunkedOutputLoss`", torchtune, 512,
+         "`_component_: torchtune.modules.loss.ForwardKLWithChunkedOutputLoss`",
+         "`_component_: kdkernels.integrations.torchtune.ForwardKLWithChunkedOutputLoss`",
+         "the value is the KL: lower by the teacher's entropy; same gradient"),
+    Case("axolotl KD trainer", axolotl, 2048, "`trainer.train()`",
+         f"`{_IMPORT} import axolotl; axolotl.replace(trainer)`",
+         "T² is on the gradient too; padding slots take no part"),
+    Case("ModelOpt `LogitsDistillationLoss`", modelopt, 512,
+         "`from modelopt.torch.distill import LogitsDistillationLoss`",
+         f"`{_IMPORT}.modelopt import LogitsDistillationLoss`", "bf16 logits: rows in fp32"),
+    Case("your own `F.kl_div` on log-probabilities", functional, 512, "`import torch.nn.functional as F`",
+         f"`{_IMPORT} import functional as F`", "0 log 0 = 0, not NaN; not twice differentiable"),
+)}  # fmt: skip
+SIDES = ("theirs", "ours")
+
+
+def measure(name: str, side: str, rounds: int) -> dict[str, float]:
+    """One side of one case, in this process."""
+    case = CASES[name]
+
+    def step(pair: Pair) -> float:
+        for leaf in pair.leaves:
+            leaf.grad = None
+        start = time.perf_counter()
+        getattr(pair, side)().backward()
+        return (time.perf_counter() - start) * 1e3
+
+    torch.manual_seed(0)
+    step(case.build(8))  # whatever is loaded once
+    pair = case.build(case.tokens)
+    with resident_peak() as peak:
+        step(pair)
+    return {"peak_bytes": peak.bytes, "median_ms": statistics.median(step(pair) for _ in range(rounds))}
+
+
+def in_process(name: str, side: str, rounds: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.integrations", "--one", name, side, "--rounds", str(rounds)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def table(result: dict[str, Any]) -> str:
+    where = result["machine"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in PACKAGES)
+    lines = [
+        "| trainer | before | after | peak of the loss, MiB | ms | what differs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, sides in result["cases"].items():
+        case, theirs, ours = CASES[name], sides["theirs"], sides["ours"]
+        peaks, times = (
+            " → ".join(f"{side[key] / unit:.0f}" for side in (theirs, ours))
+            for key, unit in (("peak_bytes", 2**20), ("median_ms", 1))
+        )
+        lines.append(f"| {case.trainer} | {case.before} | {case.after} | {peaks} | {times} | {case.differs} |")
+    tokens = sorted({CASES[name].tokens for name in result["cases"]})
+    return "\n".join(lines + [
+        "",
+        f"One forward and backward, original → kdkernels, fp32, vocabulary {VOCAB}; {tokens[0]} tokens where logits",
+        f"are given (so one `[tokens, vocab]` tensor is {tokens[0] * VOCAB * 4 // 2**20} MiB; the peak holds the",
+        f"gradient), {tokens[-1]} where hidden states of width {WIDTH} are. On a GPU TRL and Liger have other kernels.",
+        f"{where['name']}, {where['date'][:10]}; {versions}.",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="write the result here, as JSON")
+    parser.add_argument("--readme", metavar="RESULT", help="fill README's table from a result, measure nothing")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps after the first (default 3)")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure one side in this process")
+    given = parser.parse_args()
+    if given.readme:
+        return readme.fill("integrations", table(json.loads(Path(given.readme).read_text())))
+    if given.one:
+        return print(json.dumps(measure(*given.one, given.rounds)))
+    cases = {name: {side: in_process(name, side, given.rounds) for side in SIDES} for name in CASES}
+    result = {"machine": describe("cpu"), "cases": cases}
+    print(table(result))
+    if given.out:
+        Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Curves from a result: time against tokens and vocabulary, memory against tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import where
+
+LOSS = "kl"
+#: File name -> which curve, the case's field on the x axis, the label of the y axis.
+PLOTS = {
+    "time-tokens": ("tokens", "tokens", "forward + backward, ms"),
+    "time-vocabulary": ("vocabulary", "vocab", "forward + backward, ms"),
+    "memory-tokens": ("tokens", "tokens", "peak above inputs and gradients, MiB"),
+}
+
+
+def curves(result: dict[str, Any], curve: str, x: str, memory: bool, hidden: bool) -> dict[str, list]:
+    """Variant -> its points (x, y) of the cases in ``curve``, sorted."""
+    made: dict[str, list] = {}
+    for case in result["cases"]:
+        if curve not in case["plot"] or bool(case["width"]) != hidden:
+            continue
+        for row in case["variants"]:
+            floor = row["loss"] == "floor" and not memory
+            if "both_ms" not in row or not (floor or row["loss"] == LOSS):
+                continue
+            y = row.get("peak_bytes", 0) / 2**20 if memory else row["both_ms"]["median"]
+            if y:
+                made.setdefault(row["variant"], []).append((case[x], y))
+    return {variant: sorted(points) for variant, points in made.items()}
+
+
+def draw(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
+    """Writes the PNGs that the result has points for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = []
+    for name, (curve, x, label) in PLOTS.items():
+        panels = {
+            title: curves(result, curve, x, "memory" in name, hidden)
+            for title, hidden in (("logits", False), ("hidden states", True))
+        }
+        panels = {title: lines for title, lines in panels.items() if lines}
+        if not panels:
+            continue
+        figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
+        for axis, (title, lines) in zip(axes[0], panels.items()):
+            for variant, points in lines.items():
+                ours = variant.startswith("kdkernels")
+                axis.plot(*zip(*points), marker="o", label=variant, linewidth=2.5 if ours else 1.2)
+            axis.set(xscale="log", yscale="log", xlabel=curve, ylabel=label, title=f"forward KL from {title}")
+            axis.set_xticks(sorted({p[0] for points in lines.values() for p in points}))
+            axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.3)
+            axis.legend(fontsize=7)
+        machine = result["machine"]
+        figure.suptitle(f"{machine['name']}, {machine['date'][:10]}", fontsize=8)
+        figure.tight_layout()
+        path = folder / f"{prefix}{name}.png"
+        figure.savefig(path, dpi=110, metadata={"Description": where(result)})
+        plt.close(figure)
+        made.append(path)
+    return made

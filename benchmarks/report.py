@@ -1,0 +1,126 @@
+"""Markdown from a result: the full tables of a run, and README's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import goals
+from benchmarks.accuracy import ANOTHER_LOSS
+
+Row = dict[str, Any]
+
+
+def where(result: Row) -> str:
+    """The line that every figure stands under."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    kind = f"CUDA {machine['cuda']}" if machine["device"] == "cuda" else machine["instruction_set"]
+    return f"{machine['name']} ({kind}), {versions}, commit {machine['commit']}, {machine['date'][:10]}."
+
+
+def case_table(case: Row) -> str:
+    """All that was measured on one case."""
+    lines = [
+        f"### {case['name']}",
+        "",
+        "| loss | variant | forward ms | backward ms | both ms (IQR) | x floor | % of floor | peak MiB "
+        "| [N,V] fp32 | loss error | gradient error |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_line(row) for row in case["variants"]]
+    if case["skipped"]:
+        reasons = "; ".join(f"{name}: {why}" for name, why in case["skipped"].items())
+        lines += ["", f"Not measured here: {reasons}."]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    if "problem" in row:
+        return f"| {row['loss']} | {row['variant']} | {row['problem'].replace('|', '/')} |||||||||"
+    both = row["both_ms"]
+    cells = [_ms(row["forward_ms"]["median"]), _ms(row["backward_ms"]["median"]),
+             f"{_ms(both['median'])} ({_ms(both['iqr'])})"]  # fmt: skip
+    if row["floor"]:
+        cells += [f"{row['to_floor']:.2f} x {row['floor']}", f"{row['percent_of_floor']:.0f}"]
+        cells += [_peak(row), _units(row), f"{row['loss_error']:.1e}", _error(row)]
+    else:
+        cells[:2] = ["", ""]
+        cells += ["floor"] + [""] * 5
+    return "| " + " | ".join([row["loss"], row["variant"], *cells]) + " |"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _peak(row: Row) -> str:
+    return f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else row.get("peak_problem", "")
+
+
+def _units(row: Row) -> str:
+    return f"{row['peak_units']:.2f}" if "peak_units" in row else ""
+
+
+def _error(row: Row) -> str:
+    mark = " (another loss)" if row["gradient_error"] > ANOTHER_LOSS else ""
+    return f"{row['gradient_error']:.1e}{mark}"
+
+
+def full(result: Row) -> str:
+    """A whole run as one page."""
+    lines = [f"# Suite {result['suite']}", "", where(result), "",
+             "Medians over the rounds; errors are relative to the fp64 oracle, on the case's first tokens."]  # fmt: skip
+    if reached := goals.table(result):
+        lines += ["", "## Goals", "", reached]
+    lines += ["", "## Cases"]
+    for case in result["cases"]:
+        lines += ["", case_table(case)]
+    if result["not_run"]:
+        lines += ["", "Not run, the time was up: " + "; ".join(result["not_run"]) + "."]
+    return "\n".join(lines) + "\n"
+
+
+#: README's columns: a title and which variants stand in it, the fastest of them.
+COLUMNS: dict[str, Callable[[Row], bool]] = {
+    "kdkernels": lambda row: row["variant"] == "kdkernels",
+    "in place": lambda row: row["variant"] == "kdkernels in place",
+    "PyTorch": lambda row: row["package"] == "torch" and "compiled" not in row["variant"],
+    "compiled": lambda row: row["package"] == "torch" and "compiled" in row["variant"],
+    "fastest other": lambda row: row["package"] not in ("torch", "kdkernels"),
+}
+_LOSSES = ("kl", "rkl", "jsd", "ce", "codistill")
+
+
+def figures(result: Row) -> str:
+    """README's figures: one line per headline case and loss."""
+    cases = [case for case in result["cases"] if case["headline"]]
+    sections = (
+        ("Milliseconds, forward and backward, and the ratio to the floor of the same run (of logits: "
+         "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs).", _time),
+        ("Peak memory above inputs and gradients, in `[N, V]` fp32 tensors.", _units),
+        ("Relative error of the gradient against the fp64 oracle.", _error),
+    )  # fmt: skip
+    lines = [where(result)]
+    for title, cell in sections:
+        lines += ["", title, "", f"| case | loss | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+        lines += [line for case in cases for line in _pivot(case, cell)]
+    return "\n".join(lines)
+
+
+def _time(row: Row) -> str:
+    ratio = f" ({row['to_floor']:.2f}x)" if "to_floor" in row else ""
+    return f"{_ms(row['both_ms']['median'])}{ratio}"
+
+
+def _pivot(case: Row, cell: Callable[[Row], str]) -> list[str]:
+    lines = []
+    for loss in (name for name in _LOSSES if name in case["losses"]):
+        rows = [row for row in case["variants"] if row["loss"] == loss and "both_ms" in row]
+        cells = []
+        for title, belongs in COLUMNS.items():
+            fastest = min(filter(belongs, rows), key=lambda row: row["both_ms"]["median"], default=None)
+            text = cell(fastest) if fastest else ""
+            cells.append(f"{fastest['variant']} {text}" if fastest and title == "fastest other" else text)
+        lines.append(f"| {case['name']} | {loss} | {' | '.join(cells)} |")
+    return lines

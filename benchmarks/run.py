@@ -1,0 +1,66 @@
+"""Runs the cases of a suite and gathers what one result file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import accuracy, machine, measure, memory
+from benchmarks.cases import Case
+from benchmarks.variants import Variant, variants_of
+
+SCHEMA = 1
+
+
+def run_case(case: Case, device: str, *, rounds: int = measure.ROUNDS) -> dict[str, Any]:
+    """Error first, then time, then memory, of everyone who can compute the case's losses."""
+    torch._dynamo.reset()
+    variants, skipped = variants_of(case, device)
+    found = accuracy.errors(case, variants, device)
+    right = [i for i, errors in enumerate(found) if "problem" not in errors]
+    watches = measure.round_robin(case, [variants[i] for i in right], device, rounds)
+    for i, watch in zip(right, watches):
+        found[i].update(watch.summary())
+    timed = [i for i in right if "problem" not in found[i]]
+    for i, peak in zip(timed, memory.peaks(case, [variants[i] for i in timed], device)):
+        found[i].update(peak)
+    rows = [_row(variant, results) for variant, results in zip(variants, found)]
+    _add_floors(rows)
+    return {"name": case.name, **dataclasses.asdict(case), "skipped": skipped, "variants": rows}
+
+
+def _row(variant: Variant, results: dict[str, Any]) -> dict[str, Any]:
+    return {"variant": variant.label, "loss": variant.loss, "package": variant.package,
+            "inplace": variant.inplace, "floor": variant.floor or None, **results}  # fmt: skip
+
+
+def _add_floors(rows: list[dict[str, Any]]) -> None:
+    """Each time over its floor's, both from this run: ``to_floor`` 1.25 is 80 percent of the floor."""
+    floors = {row["variant"]: row["both_ms"]["median"] for row in rows if not row["floor"] and "both_ms" in row}
+    for row in rows:
+        if row["floor"] in floors and "both_ms" in row:
+            row["to_floor"] = row["both_ms"]["median"] / floors[row["floor"]]
+            row["percent_of_floor"] = 100 / row["to_floor"]
+
+
+def run_suite(suite: str, cases: list[Case], device: str, *, rounds: int = measure.ROUNDS,
+              seconds: float | None = None, show: Callable[[dict], None] = lambda case: None) -> dict[str, Any]:  # fmt: skip
+    """The cases in their order. One that would not fit in ``seconds``, if it took as long as the
+    longest so far, is named in the result and not begun."""
+    start, longest = time.perf_counter(), 0.0
+    result: dict[str, Any] = {"schema": SCHEMA, "suite": suite, "machine": machine.describe(device),
+                              "cases": [], "not_run": []}  # fmt: skip
+    for case in cases:
+        begun = time.perf_counter()
+        if seconds is not None and begun - start + longest > seconds:
+            result["not_run"].append(case.name)
+            continue
+        result["cases"].append(run_case(case, device, rounds=rounds))
+        longest = max(longest, time.perf_counter() - begun)
+        show(result["cases"][-1])
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result

@@ -1,0 +1,133 @@
+"""DistillKit's KL loss: ``sparse_kl_div``, ``dense_kl_div`` and the class for its registry::
+
+    import distillkit.lossfuncs
+    from kdkernels.integrations.distillkit import KLDLoss
+    distillkit.lossfuncs.ALL_LOSS_CLASSES.insert(0, KLDLoss)  # the first of a name is taken
+
+What differs from DistillKit (tests in ``tests/integrations/test_distillkit.py``):
+
+* missing="symmetric_uniform": DistillKit clamps the stored mass to 1 - eps and drops the tail's term
+  where the teacher's tail is at most eps; here every tail counts, so ``eps`` has nothing to do.
+* An entry of -inf is an empty slot; there DistillKit's loss is NaN.
+* Loss and row arithmetic are fp32; DistillKit's are partly in the logits' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..losses import kl_div
+from ..targets import SparseTarget
+from .common import mask_labels
+
+_TAILS = {"zero": "renormalize", "symmetric_uniform": "bucket"}
+
+
+def sparse_kl_div(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_values: Tensor,
+    mask: Optional[Tensor] = None,
+    eps: float = 1e-6,
+    missing: Any = "zero",
+    log_target: bool = True,
+    temperature: float = 1.0,
+    target_generation_temperature: float = 1.0,
+    student_generation_temperature: float = 1.0,
+    chunk_length: Optional[int] = None,
+) -> Tensor:
+    """The sum over tokens of KL(teacher || student), the teacher known at K entries a token.
+
+    Args:
+        logits: ``[B, T, V]``.
+        target_ids, target_values: ``[B, T, K]``; values are log-probabilities, or logits with
+            ``log_target=False``.
+        mask: ``[B, T]`` or ``[B, T, 1]``, nonzero for tokens that count.
+        missing: "zero" (the teacher is rescaled to 1 over its entries) or "symmetric_uniform" (the rest
+            of both is one outcome), or DistillKit's enum of these.
+        temperature: of the distributions that are compared; the two generation temperatures say at
+            which temperature the teacher's values and the student's logits are.
+        eps, chunk_length: taken and not needed.
+
+    Raises:
+        ValueError: an unknown ``missing``, or teacher logits with "symmetric_uniform".
+
+    >>> ids, values = torch.randint(0, 50, (1, 3, 4)), torch.randn(1, 3, 4).log_softmax(-1)
+    >>> sparse_kl_div(torch.randn(1, 3, 50), ids, values, temperature=2.0).shape
+    torch.Size([])
+    """
+    name = getattr(missing, "value", missing)
+    if name not in _TAILS:
+        raise ValueError(f"missing must be one of {', '.join(_TAILS)}, got {missing!r}")
+    if name == "symmetric_uniform" and not log_target:
+        raise ValueError("teacher logits say nothing about missing probability: use missing='zero'")
+    labels = None if mask is None else mask_labels(mask.squeeze(-1) if mask.dim() == 3 else mask)
+    values, ratio = target_values.float(), target_generation_temperature / student_generation_temperature
+    temperature = temperature / student_generation_temperature
+    if name == "symmetric_uniform":
+        # Tempered here, tail included: so the student's logits are tempered, and compared as they are.
+        values = _tempered(values, ratio / temperature)
+        logits, temperature, ratio = (logits / temperature if temperature != 1 else logits), 1.0, 1.0
+    target = SparseTarget(target_ids, values * ratio, tail=_TAILS[name])
+    return kl_div(logits, target, labels, temperature=temperature, reduction="sum")
+
+
+def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] = None,
+                 temperature: float = 1.0) -> Tensor:  # fmt: skip
+    """The sum over tokens of KL(teacher || student), both ``[B, T, V]`` logits.
+
+    >>> dense_kl_div(torch.randn(1, 3, 50), torch.randn(1, 3, 50), temperature=2.0).shape
+    torch.Size([])
+    """
+    labels = None if mask is None else mask_labels(mask.squeeze(-1) if mask.dim() == 3 else mask)
+    return kl_div(logits, target_logits, labels, temperature=temperature, reduction="sum")
+
+
+class KLDLoss:
+    """DistillKit's loss class "kl": T^2 times the sum, divided by the tokens."""
+
+    def __init__(self, temperature: float, missing_probability_handling: Any = "zero",
+                 sparse_chunk_length: Optional[int] = None) -> None:  # fmt: skip
+        self.temperature, self.missing = temperature, missing_probability_handling
+        self.chunk_length = sparse_chunk_length
+
+    @classmethod
+    def name(cls) -> str:
+        return "kl"
+
+    def requires_hidden_states(self) -> bool:
+        return False
+
+    def __call__(
+        self,
+        student_outputs: Any,
+        signal: Any,
+        mask: Optional[Tensor] = None,
+        hidden_state_mapping: Any = None,
+        num_items_in_batch: Union[int, Tensor, None] = None,
+    ) -> Tensor:
+        logits = student_outputs.logits
+        if hasattr(signal, "logits"):
+            total = dense_kl_div(logits, signal.logits, mask, self.temperature)
+        else:
+            total = sparse_kl_div(
+                logits, signal.sparse_ids, signal.sparse_values, mask, missing=self.missing,
+                log_target=signal.log_values, temperature=self.temperature,
+                target_generation_temperature=signal.generation_temperature,
+            )  # fmt: skip
+        if num_items_in_batch is None:
+            num_items_in_batch = logits.shape[:-1].numel() if mask is None else (mask != 0).sum().clamp(min=1)
+        return total * self.temperature**2 / num_items_in_batch
+
+
+def _tempered(log_p: Tensor, power: float) -> Tensor:
+    """log of p^power, renormalised together with the power of the mass that is missing."""
+    if math.isclose(power, 1.0):
+        return log_p
+    missing = (-torch.expm1(log_p.logsumexp(-1, keepdim=True))).clamp(min=0)
+    masses = torch.cat([log_p, missing.log()], -1) * power
+    return masses.log_softmax(-1)[..., :-1]

@@ -1,0 +1,341 @@
+"""kdkernels inside TRL's trainers: ``patch()`` replaces their losses, ``unpatch()`` puts them back.
+
+====================================  =====================================================
+trainer                               what is replaced
+====================================  =====================================================
+``DistillationTrainer``               ``trl.trainer.distillation_trainer._chunked_divergence_loss``
+``experimental.gkd.GKDTrainer``       ``generalized_jsd_loss``
+``experimental.gold.GOLDTrainer``     ``generalized_jsd_loss``
+``ServerDistillationTrainer``         ``compute_loss`` (in ``experimental.server_distillation``)
+====================================  =====================================================
+
+Signatures and values are TRL's. What differs, on purpose (each is a test in
+``tests/integrations/test_trl_losses.py``):
+
+* half-precision logits: the row arithmetic is fp32 and so is the loss; TRL's is in the logits' dtype;
+* ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
+* server distillation: TRL clamps the kept mass to 1 - 1e-7, where the student's gradient stops; here it
+  goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
+* vocabularies that differ, beta outside [0, 1] and ``num_items_in_batch=0`` are a ValueError.
+
+TRL took ``MiniLLMTrainer`` out before 1.16; :func:`minillm_single_step_loss` has its loss's signature
+for those who kept a copy of that trainer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from typing import Any, Callable, NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..divergences import JSD, simplified
+from ..losses import js_divergence
+from ..targets import SparseTarget
+from .common import IGNORED, head, mask_labels
+
+#: The versions that the test suite is run with: from the first, below the second.
+TESTED = ((1, 16), (1, 17))
+
+
+def chunked_divergence_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Union[Tensor, int, None] = None,
+    student_lm_head_bias: Optional[Tensor] = None,
+    teacher_lm_head_bias: Optional[Tensor] = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: Optional[float] = None,
+    teacher_final_logit_softcapping: Optional[float] = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sum of the student's entropies in nats, unmasked tokens), as TRL's function gives them.
+
+    Hidden states are ``[B, K, H]`` (the widths may differ), weights ``[V, H]`` (DTensors and ZeRO-3
+    parameters are gathered once), the mask ``[B, K]``. The loss is the sum over unmasked tokens
+    divided by ``num_items_in_batch``, or their mean. It needs two products of the hidden states with
+    each head and two more for the gradients, where TRL projects again in every pass.
+    """
+    zero3: Any = importlib.import_module("trl.trainer.utils").maybe_gather_lm_head_ctx
+    with (
+        zero3(student_lm_head_weight, student_lm_head_bias),
+        zero3(teacher_lm_head_weight, teacher_lm_head_bias),
+    ):
+        student = head(student_hidden_states, student_lm_head_weight, student_lm_head_bias,
+                       logit_scale=student_logit_scale, softcap=student_final_logit_softcapping)  # fmt: skip
+        teacher = head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias,
+                       logit_scale=teacher_logit_scale, softcap=teacher_final_logit_softcapping)  # fmt: skip
+        loss, stats = js_divergence(
+            student, teacher, mask_labels(completion_mask), beta=beta, temperature=temperature,
+            num_items=_items(num_items_in_batch, student_hidden_states),
+            return_stats=True,
+        )  # fmt: skip
+    return loss, stats.student_entropy * stats.tokens, stats.tokens
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Optional[Tensor] = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Union[Tensor, int, None] = None,
+) -> Tensor:
+    """GKD's loss: logits ``[B, T, V]``, labels ``[B, T]`` of which only -100 matters.
+
+    ``reduction="batchmean"`` is the mean over unmasked tokens, or sum / B without labels; "mean"
+    divides by V as well; any other name than these and "sum" gives the unreduced terms, ``[tokens, V]``
+    with labels. ``num_items_in_batch`` divides the sum and overrides the reduction.
+    """
+    if num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"):
+        log_q, log_p = ((z / temperature).log_softmax(-1) for z in (student_logits, teacher_logits))
+        return _terms(log_q, log_p, beta, labels)
+    per_term = num_items_in_batch is None and reduction == "mean"
+    if num_items_in_batch is not None:
+        reduction = "sum"
+    elif reduction == "batchmean" and labels is not None:
+        reduction = "mean"
+    loss = js_divergence(
+        student_logits, teacher_logits, None if labels is None else mask_labels(labels != IGNORED),
+        beta=beta, temperature=temperature, reduction=reduction,
+        num_items=_items(num_items_in_batch, student_logits),
+    )  # fmt: skip
+    return loss / student_logits.shape[-1] if per_term else loss
+
+
+def gold_generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Optional[Tensor] = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    logits_are_probs: bool = False,
+    num_items_in_batch: Union[Tensor, int, None] = None,
+) -> Tensor:
+    """GOLD's loss: :func:`generalized_jsd_loss`, and ULD's form of it on probabilities.
+
+    With ``logits_are_probs`` the rows are parts of distributions, which need not sum to 1, and the
+    terms are taken as they are: nothing is saved there.
+    """
+    if not logits_are_probs:
+        return generalized_jsd_loss(student_logits, teacher_logits, labels, beta, temperature,
+                                    reduction, num_items_in_batch)  # fmt: skip
+    log_q, log_p = (x.clamp_min(1e-8).log() for x in (student_logits, teacher_logits))
+    terms = _terms(log_q, log_p, beta, labels)
+    if num_items_in_batch is not None:
+        return terms.sum() / _items(num_items_in_batch, terms)
+    if reduction == "batchmean":
+        return terms.sum() / max(terms.shape[0], 1)
+    return {"sum": Tensor.sum, "mean": Tensor.mean}.get(reduction, Tensor.clone)(terms)
+
+
+def minillm_single_step_loss(
+    self: Any,
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    mask: Optional[Tensor] = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """The reverse KL of MiniLLM (arXiv 2306.08543), as ``MiniLLMTrainer._single_step_decomposition_loss``
+    had it in TRL up to 1.14: log-probabilities or logits ``[B, T, V]``, mask ``[B, T]``.
+
+    Written as a method, so that it can take that one's place in a class. Reductions are those of
+    :func:`generalized_jsd_loss`. Pass the logits, divided by the temperature, and neither
+    ``log_softmax`` is needed.
+
+    >>> s, t = torch.randn(2, 3, 10, requires_grad=True), torch.randn(2, 3, 10)
+    >>> minillm_single_step_loss(None, s, t, torch.ones(2, 3, dtype=torch.bool)).backward()
+    """
+    labels = None if mask is None else mask_labels(mask)
+    return generalized_jsd_loss(student_log_probs, teacher_log_probs, labels, beta=1.0, reduction=reduction)
+
+
+def server_compute_loss(
+    self: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Union[Tensor, int, None] = None,
+) -> Any:
+    """``ServerDistillationTrainer.compute_loss``: the divergence on what a teacher's server tells.
+
+    The student's logits are read once, as they are: no log-softmax over the vocabulary. The server's
+    log-probabilities are at the trainer's temperature already, so the student's logits are divided by
+    it (a copy of them unless it is 1) and the loss is taken at 1. As in TRL it is the local mean over
+    tokens, whatever ``num_items_in_batch`` says.
+    """
+    prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
+    prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
+    labels = torch.cat([torch.full_like(prompt, IGNORED), completion.where(completion_mask.bool(), IGNORED)], 1)
+    inputs = {
+        **inputs,
+        "input_ids": torch.cat([prompt, completion], 1),
+        "attention_mask": torch.cat([prompt_mask, completion_mask], 1),
+        "labels": labels,
+        "prompt_attention_mask": prompt_mask,
+    }
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    start = self._compute_prompt_length(inputs)
+    told = self._get_teacher_token_logprobs_from_server(inputs, start)
+    # Spread over all positions instead of slicing the logits: the slice's gradient would be a copy.
+    logits, window = outputs.logits, slice(start, start + told["actual_logprobs"].shape[1])
+    around = (start - 1, logits.shape[1] - window.stop + 1)
+    told = {name: F.pad(x, (0, 0) * (x.dim() - 2) + around) for name, x in told.items()}
+    tokens = F.pad(inputs["input_ids"][:, window], around)
+    kept = F.pad(labels[:, window] != IGNORED, around)
+    loss = js_divergence(
+        logits if self.temperature == 1 else logits / self.temperature,
+        _server_target(self, told, logits, tokens, kept), mask_labels(kept), beta=self.beta,
+    )  # fmt: skip
+    if self.model.training:
+        loss = loss / self.current_gradient_accumulation_steps
+    return (loss, outputs) if return_outputs else loss
+
+
+def _server_target(trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor,
+                   kept: Tensor) -> SparseTarget:  # fmt: skip
+    """The forward KL looks at the teacher's top k; other betas at its top 1 and the sampled token,
+    beta = 1 at the sampled token alone."""
+    tail = "bucket" if trainer.loss_add_tail else "conditional"
+    top, top_ids, actual = told["topk_logprobs"], told["topk_token_ids"], told["actual_logprobs"]
+    if trainer.beta == 0:
+        return SparseTarget(top_ids, top, tail=tail)
+    needed = {"actual-token": actual} if trainer.beta == 1 else {"actual-token": actual, "top-1": top[..., 0]}
+    for name, values in needed.items():
+        missing = int((kept & ~values.isfinite()).sum())
+        if missing:
+            raise ValueError(
+                f"the teacher server gave no {name} logprobs for {missing} of {int(kept.sum())} "
+                f"completion tokens, and beta={trainer.beta} needs them"
+            )
+    sampled = trainer._get_reverse_kl_top_1_tokens(logits, tokens)
+    if trainer.beta == 1:
+        return SparseTarget(sampled[..., None], actual[..., None], tail=tail)
+    ids = torch.stack([top_ids[..., 0], sampled], -1)
+    both = torch.stack([torch.ones_like(sampled, dtype=torch.bool), ids[..., 0] != ids[..., 1]], -1)
+    return SparseTarget(ids, torch.stack([top[..., 0], actual], -1), mask=both, tail=tail)
+
+
+def _items(num_items: Union[Tensor, int, None], beside: Tensor) -> Any:
+    return num_items.to(beside.device) if isinstance(num_items, Tensor) else num_items
+
+
+def _terms(log_q: Tensor, log_p: Tensor, beta: float, labels: Optional[Tensor]) -> Tensor:
+    """The divergence's terms before any sum, of the rows that labels keep."""
+    divergence = simplified(JSD(beta))
+    terms = divergence.phi(log_p.exp(), log_q.exp(), log_p, log_q)
+    return terms if labels is None else terms[labels != IGNORED]
+
+
+class _Target(NamedTuple):
+    """An attribute of TRL's that is replaced: in ``module``, of the class ``owner`` if there is one."""
+
+    module: str
+    owner: Optional[str]
+    name: str
+    ours: Callable[..., Any]
+
+    def holder(self) -> Any:
+        module = importlib.import_module(self.module)
+        return module if self.owner is None else getattr(module, self.owner)
+
+    def __str__(self) -> str:
+        return ".".join(part for part in (self.module, self.owner, self.name) if part)
+
+
+_TARGETS = (
+    _Target("trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss),
+    _Target("trl.experimental.gkd.gkd_trainer", "GKDTrainer", "generalized_jsd_loss",
+            staticmethod(generalized_jsd_loss)),
+    _Target("trl.experimental.gold.gold_trainer", "GOLDTrainer", "generalized_jsd_loss",
+            staticmethod(gold_generalized_jsd_loss)),
+    _Target("trl.experimental.server_distillation.server_distillation_trainer", "ServerDistillationTrainer",
+            "compute_loss", server_compute_loss),
+)  # fmt: skip
+
+#: What stood in the place of each target, while it is patched.
+_originals: dict[_Target, Any] = {}
+
+
+class Patch:
+    """What :func:`patch` returns: leaving it as a context manager undoes what that call did."""
+
+    def __init__(self, owns: bool) -> None:
+        self._owns = owns
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._owns:
+            unpatch()
+
+
+def patch() -> Patch:
+    """Replace the losses of TRL's trainers, at once; existing and future trainers use the new ones.
+
+    ``patch()`` alone holds until :func:`unpatch`; ``with patch():`` until the block ends. A second
+    call changes nothing, and leaving its block neither.
+
+    Raises:
+        RuntimeError: TRL's version is outside ``TESTED``, or a function that would be replaced is
+            missing or takes other arguments. Nothing is replaced then.
+        ImportError: TRL is not installed.
+    """
+    _require_tested_version()
+    if _originals:
+        return Patch(owns=False)
+    found = {target: _original(target) for target in _TARGETS}
+    for target, original in found.items():
+        setattr(target.holder(), target.name, target.ours)
+        _originals[target] = original
+    return Patch(owns=True)
+
+
+def unpatch() -> None:
+    """Put TRL's own functions back, the very objects; without a patch it does nothing.
+
+    Raises:
+        RuntimeError: somebody replaced ours in turn; undo that first. Nothing is put back then.
+    """
+    for target in _originals:
+        if vars(target.holder())[target.name] is not target.ours:
+            raise RuntimeError(f"{target} was replaced again after patch(); undo that before unpatch()")
+    for target, original in _originals.items():
+        setattr(target.holder(), target.name, original)
+    _originals.clear()
+
+
+def _require_tested_version() -> None:
+    first, below = (".".join(map(str, version)) for version in TESTED)
+    version = importlib.metadata.version("trl")
+    parts = tuple(int(part) for part in version.split(".")[:2])
+    if not TESTED[0] <= parts < TESTED[1]:
+        raise RuntimeError(
+            f"kdkernels.integrations.trl is tested with trl >={first},<{below} and trl {version} is "
+            f"installed; pip install 'trl>={first},<{below}', or call its functions yourself"
+        )
+
+
+def _original(target: _Target) -> Any:
+    """What stands there now, after making sure that it can be replaced."""
+    original = vars(target.holder()).get(target.name)
+    if original is None:
+        raise RuntimeError(f"trl has no {target}, which patch() would replace")
+    theirs, ours = (
+        list(inspect.signature(getattr(f, "__func__", f)).parameters) for f in (original, target.ours)
+    )
+    if theirs != ours:
+        raise RuntimeError(f"{target} takes {theirs}, but its replacement takes {ours}")
+    return original

@@ -1,0 +1,323 @@
+"""How a loss is compared with the oracle: one rule for the tests, for ``verify``, and for users.
+
+:func:`assert_matches_reference` is what a user calls on a loss of their own. :class:`Problem` makes
+inputs and answers for them with the fp64 oracle and with the plain PyTorch formula;
+:func:`compare` applies the rule of exactness, one :class:`Check` per result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import use_backend
+from .divergences import Divergence, ForwardKL, simplified
+from .heads import LinearHead
+from .losses import distillation_loss
+
+__all__ = ["ROWS", "Check", "Problem", "assert_exact", "assert_matches_reference", "compare", "relative"]
+
+#: A loss and the gradients of the student's tensors.
+Result = tuple[Tensor, Sequence[Tensor]]
+LossFunction = Callable[[Any, Any, Optional[Tensor]], Tensor]
+
+#: What the rows of a problem are like.
+ROWS = {
+    "random": "normal logits",
+    "one-hot": "a teacher that is certain: every other probability underflows to 0",
+    "ties": "logits from a few integers, so that many are equal",
+    "padding": "-inf in the last fifth of both vocabularies",
+    "extreme": "every logit is 1e4 or -1e4 and a little",
+    "equal": "teacher and student are the same: no gradient, exactly",
+}
+_FAR = 1e4
+
+
+class Problem:
+    """Student and teacher as logits or heads, with labels; the student's tensors get gradients.
+
+    ``student`` and ``teacher`` are "logits" or "head"; ``head`` options (``softcap``,
+    ``logit_scale``) go to both LinearHeads. The first ``ignored`` labels are -100. The numbers come
+    from torch's global generator, on the CPU whatever the device: seed it for the same problem.
+    """
+
+    def __init__(self, *, student: str = "logits", teacher: str = "logits",
+                 dtype: torch.dtype = torch.float32, vocab: int = 257,
+                 shape: tuple[int, ...] = (3, 5), width: int = 16,
+                 teacher_dtype: Optional[torch.dtype] = None, scale: float = 3.0, ignored: int = 2,
+                 rows: str = "random", device: Union[str, torch.device] = "cpu", **head) -> None:  # fmt: skip
+        if rows not in ROWS:
+            raise ValueError(f"unknown rows {rows!r}; there are {', '.join(ROWS)}")
+        self.head, self.rows, self.dtype = head, rows, dtype
+        teacher_width = width if rows == "equal" else 2 * width
+        self.student = _tensors(student, shape, vocab, width, scale)
+        self.teacher = _tensors(teacher, shape, vocab, teacher_width, scale)
+        _shape_rows(rows, self.student, self.teacher)
+        if rows == "equal":
+            if student != teacher:
+                raise ValueError("rows='equal' needs the same form on both sides")
+            self.teacher = [t.clone() for t in self.student]
+        self.student = [t.to(device, dtype) for t in self.student]
+        self.teacher = [t.to(device, teacher_dtype or dtype) for t in self.teacher]
+        live = vocab - vocab // 5 if rows == "padding" else vocab
+        labels = torch.randint(0, live, shape)
+        labels.view(-1)[:ignored] = -100
+        self.labels = labels.to(device)
+
+    @property
+    def projected(self) -> bool:
+        """Whether logits are rounded by a GEMM on the way."""
+        return len(self.student) > 1 or len(self.teacher) > 1
+
+    def side(self, tensors: Sequence[Tensor]) -> Union[Tensor, LinearHead]:
+        if len(tensors) == 1:
+            return tensors[0]
+        hidden, weight, bias = tensors
+        return LinearHead(hidden, weight, bias, **self.head)
+
+    def of(self, loss_fn: LossFunction, *, double: bool = False, labels: bool = True) -> Result:
+        """What ``loss_fn(student, teacher, labels)`` makes of this problem."""
+        convert = (lambda t: t.double()) if double else (lambda t: t.clone())
+        leaves = [convert(t).requires_grad_() for t in self.student]
+        teacher = self.side([convert(t) for t in self.teacher])
+        value = loss_fn(self.side(leaves), teacher, self.labels if labels else None)
+        return value, torch.autograd.grad(value.sum(), leaves)
+
+    def run(self, backend: str, *, double: bool = False, loss: Callable[..., Any] = distillation_loss,
+            labels: bool = True, **options) -> Result:  # fmt: skip
+        """What kdkernels makes of it on ``backend``."""
+        with use_backend(backend):
+            return self.of(lambda s, t, y: loss(s, t, y, **options), double=double, labels=labels)
+
+    def oracle(self, **options) -> Result:
+        """The truth: textbook formulas in fp64 on these very numbers."""
+        return self.run("reference", double=True, **options)
+
+    def plain(self, divergence: Divergence = ForwardKL(), *, labels: bool = True, **options) -> Result:
+        """What a trainer would write: the same formula in the tensors' own dtype."""
+        leaves = [t.clone().requires_grad_() for t in self.student]
+        s, t = self._plain_logits(leaves), self._plain_logits(self.teacher)
+        loss = _plain_loss(s, t, self.labels if labels else None, divergence, **options)
+        return loss, torch.autograd.grad(loss.sum(), leaves)
+
+    def _plain_logits(self, tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0]
+        z = F.linear(*tensors) * self.head.get("logit_scale", 1.0)
+        cap = self.head.get("softcap")
+        return cap * torch.tanh(z / cap) if cap else z
+
+
+def _tensors(form: str, shape: tuple[int, ...], vocab: int, width: int, scale: float) -> list[Tensor]:
+    if form == "logits":
+        return [torch.randn(*shape, vocab) * scale]
+    spread = scale / width**0.5
+    return [torch.randn(*shape, width), torch.randn(vocab, width) * spread, torch.randn(vocab)]
+
+
+def _shape_rows(rows: str, student: list[Tensor], teacher: list[Tensor]) -> None:
+    """Makes the random rows adversarial in place; a head's logits follow from its bias mostly."""
+    vocab = student[-1].shape[-1]
+    if rows == "one-hot":
+        teacher[0].zero_()
+        teacher[-1].zero_()
+        teacher[-1][..., vocab // 2] = _FAR
+    elif rows == "ties":
+        for tensor in student + teacher:
+            tensor.copy_(tensor.round().clamp(-2, 2))
+    elif rows == "padding":
+        for side in (student, teacher):
+            side[-1][..., vocab - vocab // 5 :] = -torch.inf
+    elif rows == "extreme":
+        for side in (student, teacher):
+            side[-1] += torch.where(side[-1] > 0, _FAR, -_FAR)
+            if len(side) > 1:  # beside 1e4 half precision has no room for a product
+                side[1].zero_()
+
+
+def _plain_loss(s: Tensor, t: Tensor, labels: Optional[Tensor], divergence: Divergence, *,
+                temperature: float = 1.0, temperature_squared: bool = False, soft_weight: float = 1.0,
+                hard_weight: float = 0.0, label_smoothing: float = 0.0, z_loss: float = 0.0,
+                token_weights: Optional[Tensor] = None, reduction: str = "mean",
+                num_items: Union[int, float, Tensor, None] = None,
+                vocab_size: Optional[int] = None) -> Tensor:  # fmt: skip
+    s, t = s[..., :vocab_size], t[..., :vocab_size]
+    log_q, log_p = ((z / temperature).log_softmax(-1) for z in (s, t))
+    dtype = torch.promote_types(log_p.dtype, log_q.dtype)
+    log_q, log_p = log_q.to(dtype), log_p.to(dtype)
+    soft = simplified(divergence).phi(log_p.exp(), log_q.exp(), log_p, log_q).sum(-1)
+    rows = soft * (soft_weight * (temperature**2 if temperature_squared else 1.0))
+    if hard_weight:
+        assert labels is not None
+        hard = F.cross_entropy(s.flatten(0, -2), labels.flatten(), reduction="none",
+                               label_smoothing=label_smoothing)  # fmt: skip
+        rows = rows + hard_weight * (hard.view_as(rows) + z_loss * s.logsumexp(-1).square())
+    if token_weights is not None:
+        rows = rows * token_weights
+    live = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels >= 0
+    rows = torch.where(live, rows, 0.0)
+    if reduction == "none":
+        return rows
+    divisor: Any = {"sum": 1, "mean": live.sum(), "batchmean": rows.shape[0]}[reduction]
+    return rows.sum() / (divisor if num_items is None else num_items)
+
+
+def relative(ours: Tensor, oracle: Tensor) -> float:
+    """|ours - oracle| / |oracle| in the Euclidean norm; a zero gradient has the relative error 1."""
+    scale = oracle.double().norm().item()
+    return (ours.double() - oracle.double()).norm().item() / max(scale, 1e-300)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result beside the oracle: ``what`` is "loss" or a gradient. A NaN error is not within."""
+
+    what: str
+    error: float
+    plain_error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return (f"{self.what}: error {self.error:.3g}, allowed {self.tolerance:.3g} "
+                f"(the plain formula's is {self.plain_error:.3g})")  # fmt: skip
+
+
+#: A gradient this small says nothing: the comparison is then of its absolute size.
+_NEGLIGIBLE = 1e-6
+
+
+def compare(ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype,
+            projected: bool = False) -> list[Check]:  # fmt: skip
+    """At most twice the plain formula's error plus a few ulp, for the loss and for every gradient.
+
+    ``dtype`` is the coarsest that the inputs have. ``projected``: logits were rounded to it by a
+    GEMM on the way, so the loss is known to one ulp of it only; the plain formula's error is then as
+    much a matter of luck as ours. The loss's error is absolute, because it is a sum whose terms
+    cancel; a gradient's is relative to the oracle's norm.
+    """
+    (value, grads), (true_value, true_grads), (plain_value, plain_grads) = ours, oracle, plain
+    ulp = torch.finfo(dtype).eps
+    checks = [_compare_loss(value, true_value, plain_value, projected * ulp)]
+    for i, (mine, truth, theirs) in enumerate(zip(grads, true_grads, plain_grads, strict=True)):
+        what = "gradient" if len(grads) == 1 else f"gradient of {('hidden', 'weight', 'bias')[i]}"
+        scale = truth.double().norm().item()
+        unit = 1.0 if scale > _NEGLIGIBLE else max(scale, 1e-300)
+        # In fp64 the plain formula is the oracle itself, its error 0: only the ulps are left there.
+        few_ulp = (64 if dtype == torch.float64 else 4) * ulp
+        # The plain formula can be useless, in half precision or by overflowing: no licence to be so.
+        plain_error = relative(theirs, truth) * unit if theirs.isfinite().all() else math.nan
+        allowed = min(2 * plain_error, 0.1) if plain_error == plain_error else 0.1
+        checks.append(Check(what, relative(mine, truth) * unit, plain_error, allowed + few_ulp))
+    return checks
+
+
+def _compare_loss(value: Tensor, truth: Tensor, plain: Tensor, projection: float) -> Check:
+    """Row by row where there is no reduction; the worst row speaks."""
+    wide = torch.finfo(value.dtype).eps
+    value, truth, plain = (v.detach().double().reshape(-1) for v in (value, truth, plain))
+    errors, plain_errors = (value - truth).abs(), (plain - truth).abs()
+    # Where the plain formula overflowed ours has no excuse to. The loss's ulp is that of the
+    # log-probabilities that it is made of.
+    excused = torch.where(plain_errors.isfinite(), plain_errors, 0.0)
+    tolerances = 2 * excused + 64 * wide * (1 + truth.abs()) + projection * truth.abs()
+    worst = int((errors - tolerances).nan_to_num(nan=math.inf).argmax())
+    return Check("loss", errors[worst].item(), plain_errors[worst].item(), tolerances[worst].item())
+
+
+def assert_exact(ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype,
+                 projected: bool = False) -> None:  # fmt: skip
+    """:func:`compare`, as an assertion, of a problem whose gradients are far from 0."""
+    for check in compare(ours, oracle, plain, dtype=dtype, projected=projected):
+        assert check.ok, str(check)
+    assert all(truth.norm() > _NEGLIGIBLE for truth in oracle[1]), "the gradients say nothing"
+
+
+def assert_matches_reference(
+    loss_fn: LossFunction,
+    *,
+    student: str = "logits",
+    teacher: str = "logits",
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    rows: Sequence[str] = ("random", "one-hot", "ties", "padding", "extreme"),
+    shape: tuple[int, ...] = (3, 5),
+    vocab: int = 257,
+    width: int = 16,
+    head: Optional[dict[str, Any]] = None,
+    device: Union[str, torch.device] = "cpu",
+    labels: bool = True,
+    seed: int = 0,
+    **options,
+) -> None:
+    """Holds a loss of your own against the fp64 oracle: value, gradients, and good manners.
+
+    Args:
+        loss_fn: ``loss_fn(student, teacher, labels) -> loss``; a scalar, or one per token with
+            ``reduction="none"``. Student and teacher come as logits ``[*shape, vocab]`` or, with
+            "head", as a LinearHead whose ``hidden``, ``weight`` and ``bias`` your code takes apart.
+        student, teacher: "logits" or "head".
+        dtypes: of all floating inputs, one problem each.
+        rows: which of :data:`ROWS`, one problem each.
+        shape: of the tokens. vocab: of the vocabulary. width: of the student's hidden states; the
+            teacher's is twice as wide.
+        head: ``logit_scale`` and ``softcap`` of the LinearHeads.
+        labels: some are -100, the others valid; False gives None.
+        seed: of the inputs; the global generator is left as it was.
+        options: what the loss means, as :func:`kdkernels.distillation_loss` takes it.
+
+    Raises:
+        AssertionError: a value or gradient is further from the oracle than twice the plain
+            formula's error and a few ulp; inputs were overwritten; or the gradient does not scale
+            with the loss. The message names the problem and the numbers.
+
+    >>> import torch, kdkernels as kd
+    >>> def mine(student, teacher, labels):
+    ...     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    ...     kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none")
+    ...     return kl.masked_fill(log_q.isneginf(), 0.0).sum(-1)[labels != -100].mean()
+    >>> kd.testing.assert_matches_reference(mine, dtypes=[torch.float32], rows=["random", "ties"])
+    >>> kd.testing.assert_matches_reference(mine, divergence=kd.ReverseKL())
+    Traceback (most recent call last):
+    AssertionError: random rows, torch.float32, logits from logits: loss: error ...
+    """
+    for dtype in dtypes:
+        for kind in rows:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                problem = Problem(student=student, teacher=teacher, dtype=dtype, vocab=vocab, shape=shape,
+                                  width=width, rows=kind, device=device, **(head or {}))  # fmt: skip
+            where = f"{kind} rows, {dtype}, {student} from {teacher}"
+            _assert_matches(problem, loss_fn, labels, where, options)
+
+
+def _assert_matches(problem: Problem, loss_fn: LossFunction, labels: bool, where: str,
+                    options: dict[str, Any]) -> None:  # fmt: skip
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def watched(s: Any, t: Any, y: Optional[Tensor]) -> Tensor:
+        for side in (s, t):
+            tensors = [side] if isinstance(side, Tensor) else side.tensors()
+            given.extend((x, x.detach().clone()) for x in tensors)
+        # Twice the loss has twice the gradient: what arrives in the backward must not be dropped.
+        return 2 * loss_fn(s, t, y)
+
+    value, grads = problem.of(watched, labels=labels)
+    ours = value.detach() / 2, [g / 2 for g in grads]
+    same = all(torch.equal(now, before) for now, before in given)
+    assert same, f"{where}: the loss overwrote its inputs"
+    oracle = problem.oracle(labels=labels, **options)
+    assert ours[0].shape == oracle[0].shape, (
+        f"{where}: the loss has shape {tuple(ours[0].shape)}, the oracle's {tuple(oracle[0].shape)}"
+    )
+    plain = problem.plain(labels=labels, **options)
+    for check in compare(ours, oracle, plain, dtype=problem.dtype, projected=problem.projected):
+        assert check.ok, f"{where}: {check}"

@@ -1,0 +1,299 @@
+"""``python -m kdkernels verify``: every backend that is usable here against the fp64 oracle.
+
+Every divergence, input form and dtype, on random and adversarial rows, vocabularies from 1 to
+262144 and every schedule. Prints the worst errors beside those of the plain PyTorch formula, and
+exits with 1 when a rule of exactness is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .backends import backends, by_name, use_backend
+from .divergences import (
+    JSD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Mixed,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from .losses import distillation_loss
+from .testing import ROWS, Check, Problem, Result, compare
+
+#: Every kind, and every branch of those that have several; the tests take theirs from here.
+DIVERGENCES: tuple[Divergence, ...] = (
+    ForwardKL(),
+    ReverseKL(),
+    JSD(0.5),
+    JSD(0.1),
+    SkewKL(0.1),
+    SkewReverseKL(0.1),
+    SkewReverseKL(0.3, detach_mixture=True),
+    TotalVariation(),
+    AlphaBeta(0.2, 0.7),
+    AlphaBeta(0.5, 0.0),
+    AlphaBeta(0.0, 0.5),
+    AlphaBeta(0.5, -0.5),
+    AlphaBeta(0.0, 0.0),
+    Mixed(0.4),
+)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FORMS = (("logits", "logits"), ("head", "head"), ("head", "logits"), ("logits", "head"))
+VOCABS = (1, 2, 31, 128, 2049, 32768, 131072, 262144)
+#: Budgets of the logit tiles that make token chunks and vocabulary chunks of the problem below.
+CHUNKS = (16_000, 240_000)
+_TERMS = dict(temperature=2.0, hard_weight=0.5)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One problem and the options of its loss; ``label`` says in the report what is special."""
+
+    label: str
+    divergence: Divergence
+    dtype: torch.dtype
+    form: tuple[str, str] = ("logits", "logits")
+    rows: str = "random"
+    shape: tuple[int, ...] = (4, 16)
+    vocab: int = 257
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def problem(self, device: str) -> Problem:
+        torch.manual_seed(0)
+        return Problem(student=self.form[0], teacher=self.form[1], dtype=self.dtype, rows=self.rows,
+                       shape=self.shape, vocab=self.vocab, device=device)  # fmt: skip
+
+
+def scenarios() -> Iterator[Scenario]:
+    """Everything that is verified, as data: each problem for every divergence before the next."""
+    for rows, dtype, form in itertools.product(ROWS, DTYPES, FORMS):
+        if rows != "equal" or form[0] == form[1]:
+            yield from (Scenario(rows, d, dtype, form, rows, options=_terms(rows)) for d in DIVERGENCES)
+    for chunk_bytes, dtype in itertools.product(CHUNKS, DTYPES):
+        options = {**_TERMS, "chunk_bytes": chunk_bytes}
+        for divergence in DIVERGENCES:
+            yield Scenario("chunked", divergence, dtype, ("head", "head"), vocab=700, options=options)
+    for vocab, dtype in itertools.product(VOCABS, (torch.float32, torch.bfloat16)):
+        shape = (64 if vocab < 10_000 else 8,)
+        yield from (Scenario(f"V={vocab}", d, dtype, shape=shape, vocab=vocab) for d in DIVERGENCES)
+
+
+def _terms(rows: str) -> dict[str, Any]:
+    # A hard term would hide that equal models leave no gradient; and 1e4 is a loss of its own.
+    return {} if rows in ("equal", "extreme") else dict(_TERMS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one backend made of one scenario; ``broken`` says which rule it breaks, if any."""
+
+    backend: str
+    scenario: Scenario
+    checks: list[Check]
+    broken: list[str]
+    skipped: Optional[str] = None
+
+    def record(self) -> dict[str, Any]:
+        s = self.scenario
+        options = {k: str(v) if isinstance(v, Tensor) else v for k, v in s.options.items()}
+        return {"backend": self.backend, "case": s.label, "divergence": str(s.divergence),
+                "dtype": str(s.dtype)[6:], "student": s.form[0], "teacher": s.form[1],
+                "shape": list(s.shape), "vocab": s.vocab, "options": options,
+                "checks": [asdict(c) for c in self.checks], "broken": self.broken,
+                "skipped": self.skipped}  # fmt: skip
+
+
+def examine(scenario: Scenario, names: list[str], device: str) -> list[Outcome]:
+    """The scenario on every backend of ``names`` that serves its dtypes; the oracle answers once."""
+    problem = scenario.problem(device)
+    meaning = {k: v for k, v in scenario.options.items() if k != "chunk_bytes"}
+    oracle = problem.oracle(divergence=scenario.divergence, **meaning)
+    if unfit := _unfit(oracle, problem):
+        return [Outcome(name, scenario, [], [], unfit) for name in names]
+    plain = problem.plain(scenario.divergence, **meaning)
+    made = []
+    for name in names:
+        why_not = by_name(name).cannot(torch.device(device), [problem.dtype])
+        if why_not:
+            made.append(Outcome(name, scenario, [], [], why_not))
+            continue
+        ours = problem.run(name, divergence=scenario.divergence, **scenario.options)
+        checks = compare(ours, oracle, plain, dtype=problem.dtype, projected=problem.projected)
+        broken = [str(check) for check in checks if not check.ok]
+        broken += _exact_rules(scenario, name, problem, ours)
+        made.append(Outcome(name, scenario, checks, broken))
+    return made
+
+
+def beyond_32_bits(name: str, device: str, *, tokens: int = 2**14 + 8, vocab: int = 2**17) -> Outcome:
+    """Logits with more than 2^31 numbers: the last rows are right only if no offset wrapped around.
+
+    Needs 9 GB: bf16 logits that repeat eight rows, and their gradient; the teacher is one row.
+    """
+    scenario = Scenario("N*V > 2^31", ForwardKL(), torch.bfloat16, shape=(tokens,), vocab=vocab,
+                        options=dict(reduction="sum"))  # fmt: skip
+    few = replace(scenario, shape=(8,)).problem(device)
+    few.teacher = [few.teacher[0][:1].expand(8, vocab)]
+    oracle, plain = (run(labels=False, **scenario.options) for run in (few.oracle, few.plain))
+    parts = tokens // 8
+    leaf = few.student[0].repeat(parts, 1).requires_grad_()
+    with use_backend(name):
+        value = distillation_loss(leaf, few.teacher[0][:1].expand(tokens, vocab), **scenario.options)
+    assert isinstance(value, Tensor)
+    value.backward()
+    assert leaf.grad is not None
+    checks = compare((value / parts, [leaf.grad[-8:]]), oracle, plain, dtype=few.dtype)
+    return Outcome(name, scenario, checks, [str(check) for check in checks if not check.ok])
+
+
+def _unfit(oracle: Result, problem: Problem) -> Optional[str]:
+    """Why the truth cannot be held in the problem's dtypes, if it cannot."""
+    value, grads = oracle
+    largest = max(float(g.abs().max()) for g in grads)
+    if not (largest < math.inf and value.abs().max() < torch.finfo(torch.float32).max):
+        return "the oracle is infinite here"
+    # fp16 gradients are made per token, so that a GradScaler's factor arrives before the mean's.
+    if problem.dtype == torch.float16 and largest * problem.labels.numel() > torch.finfo(torch.float16).max:
+        return "the gradient of one token does not fit fp16"
+    return None
+
+
+def _exact_rules(scenario: Scenario, backend: str, problem: Problem, ours: Result) -> list[str]:
+    """Rules that allow no error at all."""
+    broken = []
+    value, grads = ours
+    none = scenario.rows == "equal" or (scenario.vocab == 1 and not scenario.options)
+    if none and any(g.any() for g in grads):
+        broken.append("a gradient between equal distributions is not exactly 0")
+    if scenario.rows == "random":
+        again = problem.run(backend, divergence=scenario.divergence, **scenario.options)
+        if not all(torch.equal(a, b) for a, b in zip((value, *grads), (again[0], *again[1]))):
+            broken.append("the same inputs gave other bits the second time")
+    return broken
+
+
+def usable(wanted: Optional[list[str]]) -> list[str]:
+    """The backends to verify: those asked for, or all that are usable here."""
+    there = {name: why for name, why in backends().items() if name != "reference"}
+    for name in wanted or []:
+        if name not in there:
+            raise ValueError(f"unknown backend {name!r}; there are {', '.join(there)}")
+        if there[name]:
+            raise ValueError(f"backend {name!r} is not usable here: {there[name]}")
+    return wanted or [name for name, why in there.items() if why is None]
+
+
+def verify(names: list[str], device: str, *, only: Optional[str] = None, large: bool = False,
+           seconds: float = math.inf) -> tuple[list[Outcome], int]:  # fmt: skip
+    """(all outcomes, how many scenarios ``seconds`` left no time for).
+
+    ``only`` keeps the scenarios whose divergence has it in its name.
+    """
+    made: list[Outcome] = []
+    end, late = time.perf_counter() + seconds, 0
+    chosen = (s for s in scenarios() if only is None or only.lower() in str(s.divergence).lower())
+    with torch.random.fork_rng(devices=[]):
+        if large:
+            made += [beyond_32_bits(name, device) for name in names]
+        for scenario in chosen:
+            if time.perf_counter() > end:
+                late += 1
+            else:
+                made += examine(scenario, names, device)
+    return made, late
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The worst of each backend, divergence and dtype beside the plain formula's worst there."""
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        s = outcome.scenario
+        groups.setdefault((outcome.backend, str(s.divergence), str(s.dtype)[6:]), []).append(outcome)
+    lines = [f"{'backend':<10}{'divergence':<44}{'dtype':<10}{'loss':>9}{'plain':>9}"
+             f"{'gradient':>10}{'plain':>9}{'problems':>10}  "]  # fmt: skip
+    order = list(dict.fromkeys(divergence for _, divergence, _ in groups))
+    for key in sorted(groups, key=lambda k: (k[0], order.index(k[1]))):
+        (backend, divergence, dtype), group = key, groups[key]
+        checks = [check for outcome in group for check in outcome.checks]
+        if not checks:
+            continue
+        loss = _worst([c for c in checks if c.what == "loss"])
+        gradient = _worst([c for c in checks if c.what != "loss"])
+        count = sum(not outcome.skipped for outcome in group)
+        broken = sum(bool(outcome.broken) for outcome in group)
+        verdict = f"{broken} BROKEN" if broken else "ok"
+        lines.append(f"{backend:<10}{divergence:<44}{dtype:<10}{loss}{gradient}{count:>9}  {verdict}")
+    return "\n".join(lines)
+
+
+def _worst(checks: list[Check]) -> str:
+    ours = max(c.error for c in checks)
+    plain = max((c.plain_error for c in checks if c.plain_error < float("inf")), default=float("nan"))
+    return f"{ours:>9.1e}{plain:>9.1e} "
+
+
+def report(outcomes: list[Outcome], late: int, device: str, seconds: float) -> dict[str, Any]:
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    return {"device": where, "torch": torch.__version__, "seconds": round(seconds, 1),
+            "verified": sum(not o.skipped for o in outcomes), "not_run": late,
+            "broken": sum(bool(o.broken) for o in outcomes),
+            "outcomes": [o.record() for o in outcomes]}  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kdkernels verify", description=__doc__)
+    parser.add_argument("--device", default="cpu", help="where the tensors are: cpu (default), cuda")
+    parser.add_argument("--backend", action="append", help="only this backend; may be repeated")
+    parser.add_argument("--divergence", help="only divergences with this in their name")
+    parser.add_argument("--large", action="store_true", help="also logits of more than 2^31 numbers: 9 GB")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these")
+    parser.add_argument("--json", metavar="FILE", help="write every outcome here")
+    options = parser.parse_args(arguments)
+    try:
+        names = usable(options.backend)
+        torch.empty(0, device=options.device)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+    start = time.perf_counter()
+    outcomes, late = verify(names, options.device, only=options.divergence, large=options.large,
+                            seconds=options.minutes * 60)  # fmt: skip
+    seconds = time.perf_counter() - start
+    print(table(outcomes))
+    skipped: dict[tuple[str, str], int] = {}
+    for outcome in outcomes:
+        if outcome.skipped:
+            key = outcome.backend, outcome.skipped
+            skipped[key] = skipped.get(key, 0) + 1
+        for rule in outcome.broken:
+            s = outcome.scenario
+            print(f"BROKEN {outcome.backend}, {s.divergence}, {s.dtype}, {'-'.join(s.form)}, {s.label}, "
+                  f"{s.options}: {rule}")  # fmt: skip
+    for (backend, reason), count in skipped.items():
+        print(f"{backend}: {count} problems skipped: {reason}")
+    if late:
+        print(f"NOT RUN: {late} problems, the time was up")
+    summary = report(outcomes, late, options.device, seconds)
+    print(f"{summary['verified']} problems in {seconds:.0f} s, {summary['broken']} break a rule")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(summary, file, indent=1)
+    if summary["broken"]:
+        sys.exit(1)
+    if not summary["verified"]:
+        print("nothing was verified", file=sys.stderr)
+        sys.exit(2)

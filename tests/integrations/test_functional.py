@@ -1,0 +1,154 @@
+"""kl_div beside F.kl_div: values, both gradients, dtypes; the differences are asserted."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same, outcome, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.memory import resident_peak
+from kdkernels.integrations import functional
+
+REDUCTIONS = ["none", "sum", "mean", "batchmean"]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # F.kl_div on "mean" and on the deprecated arguments
+        yield
+
+
+def sides(shape, log_target, dtype=torch.float64):
+    """Not normalised: F.kl_div does not ask for that."""
+    x = torch.randn(shape).log_softmax(-1) + 0.1 * torch.randn(shape)
+    t = torch.randn(shape).log_softmax(-1) - 0.3
+    return x.to(dtype), (t if log_target else t.exp()).to(dtype)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 11), (9,), (1, 1, 1)])
+def test_values_and_both_gradients(log_target, reduction, shape):
+    x, t = sides(shape, log_target)
+    options = dict(reduction=reduction, log_target=log_target)
+    assert_same(outcome(functional.kl_div, [x, t], **options), outcome(F.kl_div, [x, t], **options), 1e-12)
+    assert_same(outcome(functional.kl_div, [x], t, **options), outcome(F.kl_div, [x], t, **options), 1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), log_target=st.booleans(), reduction=st.sampled_from(REDUCTIONS),
+       shape=st.lists(st.integers(1, 6), min_size=1, max_size=4), piece=st.integers(1, 50))  # fmt: skip
+def test_any_shape_in_any_pieces(seed, log_target, reduction, shape, piece):
+    torch.manual_seed(seed)
+    x, t = sides(shape, log_target)
+    x, t = x.transpose(0, -1), t.transpose(0, -1)
+    options = dict(reduction=reduction, log_target=log_target)
+    whole = functional._PIECE["cpu"]
+    functional._PIECE["cpu"] = piece
+    try:
+        ours = outcome(functional.kl_div, [x, t], **options)
+    finally:
+        functional._PIECE["cpu"] = whole
+    theirs = outcome(F.kl_div, [x, t], **options)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"size_average": a, "reduce": r} for a in (None, True, False)
+                                     for r in (None, True, False)], ids=str)  # fmt: skip
+def test_deprecated_arguments(options):
+    x, t = sides((4, 6), False)
+    assert_same(outcome(functional.kl_div, [x, t], **options), outcome(F.kl_div, [x, t], **options), 1e-12)
+
+
+def test_signature():
+    ours, theirs = (
+        [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
+        for f in (functional.kl_div, F.kl_div)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("shapes", [((3, 5), (5,)), ((1, 5), (4, 5)), ((3, 1), (3, 4))])
+def test_broadcasting(shapes):
+    x, t = torch.randn(shapes[0], dtype=torch.float64), torch.rand(shapes[1], dtype=torch.float64)
+    assert_same(outcome(functional.kl_div, [x, t], reduction="batchmean"),
+                outcome(F.kl_div, [x, t], reduction="batchmean"), 1e-12)  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty(reduction):
+    x, t = torch.randn(0, 5), torch.rand(0, 5)
+    ours, theirs = (f(x, t, reduction=reduction) for f in (functional.kl_div, F.kl_div))
+    if reduction == "batchmean":  # theirs is 0 / 0
+        assert ours == 0 and theirs.isnan()
+    else:
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_refusals():
+    x, t = sides((2, 3), False)
+    with pytest.raises(ValueError, match="not a valid value for reduction"):
+        functional.kl_div(x, t, reduction="average")
+    with pytest.raises(ValueError, match="must be floating"):
+        functional.kl_div(x, torch.ones(2, 3, dtype=torch.int64))
+    value = functional.kl_div(x.requires_grad_(), t)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+def test_difference_half_precision_is_rounded_once(log_target):
+    x, t = (z.bfloat16() for z in sides((64, 1024), log_target))
+    options = dict(reduction="batchmean", log_target=log_target)
+    truth = outcome(F.kl_div, [x.double()], t.double(), **options)
+    ours, theirs = outcome(functional.kl_div, [x], t, **options), outcome(F.kl_div, [x], t, **options)
+    assert ours[0][0].dtype == theirs[0][0].dtype == ours[1][0].dtype == torch.bfloat16
+    assert relative(ours[0][0], truth[0][0]) <= 2**-8 and relative(ours[1][0], truth[1][0]) <= 2**-8
+    assert relative(ours[0][0], truth[0][0]) <= relative(theirs[0][0], truth[0][0])
+
+
+def test_difference_zero_log_zero_is_zero():
+    x = torch.tensor([[-1.0, -torch.inf, -2.0]], dtype=torch.float64)
+    p = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64)
+    expected = 0.5 * (torch.tensor(0.5).log() + 1) + 0.5 * (torch.tensor(0.5).log() + 2)
+    for t, log_target in ((p, False), (p.log(), True)):
+        options = dict(reduction="sum", log_target=log_target)
+        (value,), (gradient,) = outcome(functional.kl_div, [x], t, **options)
+        assert value == pytest.approx(expected.item(), rel=1e-6)
+        assert torch.equal(gradient, -p)
+        assert F.kl_div(x, t, **options).isnan()
+    to_target = outcome(lambda t: functional.kl_div(torch.zeros(1, 3), t, reduction="sum"), [p.float()])[1][0]
+    assert to_target[0, 1] == -torch.inf
+    theirs = outcome(lambda t: F.kl_div(torch.zeros(1, 3), t, reduction="sum"), [p.float()])[1][0]
+    assert theirs[0, 1].isnan()
+
+
+def test_nan_is_never_hidden():
+    x, p = torch.zeros(1, 2), torch.tensor([[torch.nan, 1.0]])
+    assert functional.kl_div(x, p, reduction="sum").isnan()
+    assert functional.kl_div(x * torch.nan, p.nan_to_num(0.5), reduction="sum").isnan()
+
+
+def test_memory_is_the_gradient():
+    x, t = (torch.randn(256, 32768).log_softmax(-1) for _ in range(2))
+
+    def peak(function):
+        def step():
+            leaf = x.detach().requires_grad_()
+            function(leaf, t, reduction="batchmean", log_target=True).backward()
+
+        step()
+        try:
+            with resident_peak() as measured:
+                step()
+        except OSError as error:
+            pytest.skip(f"resident memory cannot be measured here: {error}")
+        return measured.bytes / (x.numel() * 4)
+
+    assert peak(functional.kl_div) <= 1.4 and peak(F.kl_div) >= 2.5

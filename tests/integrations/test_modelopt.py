@@ -1,0 +1,69 @@
+"""ModelOpt's logit losses: the Hugging Face one beside its own, the Megatron ones beside their formula."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same, outcome
+from source import load
+
+from kdkernels.integrations import modelopt as dropin
+
+original = load("nvidia-modelopt", "modelopt/torch/distill/losses.py")
+
+
+def logits(shape=(3, 4, 29)):
+    return [2 * torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean", "sum"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("shape", [(3, 4, 29), (7, 29)])
+def test_logits_distillation_loss(reduction, temperature, shape):
+    student, teacher = logits(shape)
+    ours, theirs = (
+        outcome(m.LogitsDistillationLoss(temperature, reduction), [student], teacher) for m in (dropin, original)
+    )
+    assert_same(ours, theirs, 1e-11)
+
+
+def formula(student, teacher, temperature, reverse):
+    p, q = (z.div(temperature).log_softmax(-1) for z in (student, teacher))
+    p, q = (q, p) if reverse else (p, q)
+    return F.kl_div(p, q, reduction="none", log_target=True).sum(-1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_logits_kl_loss(temperature, reverse):
+    student, teacher = logits()
+    loss = dropin.LogitsKLLoss(None, temperature, reverse)
+    values, gradients = outcome(lambda s: loss(s, teacher)[0], [student])
+    assert_same((values, gradients), outcome(formula, [student], teacher, temperature, reverse), 1e-11)
+    assert loss(student, teacher)[1:] == (True, False)
+    assert torch.equal(loss((student, None), (teacher, None))[0], values[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("top_k", [1, 5, 29])
+def test_top_k_logits_kl_loss(temperature, reverse, top_k):
+    student, teacher = logits()
+    values, ids = teacher.topk(top_k, -1)
+    loss = dropin.TopKLogitsKLLoss(None, temperature, reverse, top_k)
+    ours = outcome(lambda s: loss(s, teacher)[0], [student])
+    theirs = outcome(lambda s: formula(s.gather(-1, ids), values, temperature, reverse), [student])
+    assert_same(ours, theirs, 1e-11, zero_gradient=top_k == 1)
+    assert loss(student, teacher)[1:] == (False, False)
+
+
+def test_signature_and_refusals():
+    ours, theirs = (inspect.signature(m.LogitsDistillationLoss.__init__) for m in (dropin, original))
+    assert [(p.name, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.default) for p in theirs.parameters.values()]  # fmt: skip
+    with pytest.raises(ValueError, match="tensor_model_parallel_size=2"):
+        dropin.LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=2))
+    with pytest.raises(ValueError, match="top_k=30 is larger"):
+        dropin.TopKLogitsKLLoss(top_k=30)(*logits())

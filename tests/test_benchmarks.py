@@ -1,0 +1,242 @@
+"""The harness measures what it says: right inputs, right floors, right errors, ratios that compare."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kdkernels as kd
+from benchmarks import __main__ as command
+from benchmarks import (
+    accuracy,
+    cases,
+    compare,
+    goals,
+    inputs,
+    measure,
+    memory,
+    peers,
+    readme,
+    report,
+    run,
+    variants,
+)
+from benchmarks.machine import last_level_cache_bytes
+
+TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
+TINY_HIDDEN = replace(TINY, width=24, teacher_width=40)
+TINY_SPARSE = replace(TINY, masked=0.0, losses=("kl",), top_k=8)
+TINY_CODISTILL = replace(TINY_HIDDEN, losses=("codistill",))
+EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUITES.values() for c in s}, key=str)
+
+
+@pytest.fixture(scope="module")
+def result():
+    """A whole result of tiny cases, two of them on a curve."""
+    curve = [replace(TINY, tokens=n, masked=0.0, plot=("tokens",), headline=False, peers=False) for n in (8, 16)]
+    small = [TINY, TINY_HIDDEN, TINY_CODISTILL, TINY_SPARSE, *curve]
+    return run.run_suite("small", small, "cpu", rounds=1)
+
+
+@pytest.mark.parametrize("case", EVERY_CASE, ids=lambda c: c.name)
+def test_every_case_of_every_suite_runs_and_is_right(case):
+    """At shrunken sizes, without compilations; what only runs on a GPU is left to one."""
+    case = replace(case, compiled=())
+    made, _ = variants.variants_of(case, "cpu")
+    ulp = torch.finfo(case.torch_dtype).eps
+    for variant, errors in zip(made, accuracy.errors(case, made, "cpu")):
+        assert "problem" not in errors, (variant, errors)
+        if variant.package in ("kdkernels", "torch"):
+            assert variant.is_floor or errors["gradient_error"] < 32 * ulp, (variant, errors)
+    watches = measure.round_robin(case, [v for v in made if v.package in ("kdkernels", "torch")], "cpu", 1)
+    assert all(watch.problem is None and watch.stats[2].total > 0 for watch in watches)
+
+
+def test_peers_agree_with_the_oracle():
+    """Each installed peer, on cases with masked tokens and unequal widths: its own gradient is right."""
+    seen = set()
+    for case in (TINY, TINY_HIDDEN):
+        made, _ = variants.variants_of(case, "cpu")
+        for variant, errors in zip(made, accuracy.errors(case, made, "cpu")):
+            if variant.package not in ("kdkernels", "torch"):
+                assert errors["gradient_error"] < 1e-5, (variant.label, errors)
+                seen.add(variant.package)
+    assert seen == {f.NAME for f in peers.FAMILIES if f.why_not("cpu") is None}
+
+
+def test_families_name_losses_that_exist():
+    for family in peers.FAMILIES:
+        made = [row for case in (TINY, TINY_HIDDEN) for row in family.variants(case)]
+        assert made and all(loss in cases.LOSSES and callable(run) for _, loss, run in made)
+
+
+def test_a_wrong_variant_is_seen():
+    made, _ = variants.variants_of(TINY, "cpu")
+    wrong = [replace(v, forward=lambda step, v=v: 0 * v.forward(step)) for v in made]
+    for variant, errors in zip(wrong, accuracy.errors(TINY, wrong, "cpu")):
+        assert variant.is_floor or errors["gradient_error"] > accuracy.ANOTHER_LOSS or variant.inplace
+
+
+def test_a_failure_is_a_result():
+    def fails(step):
+        raise RuntimeError("no such kernel | here")
+
+    made, _ = variants.variants_of(TINY, "cpu")
+    broken = [replace(made[-1], forward=fails)]
+    assert "no such kernel" in accuracy.errors(TINY, broken, "cpu")[0]["problem"]
+    assert "no such kernel" in measure.round_robin(TINY, broken, "cpu", 1)[0].problem
+    row = {"loss": "kl", "variant": "x", "problem": "no such kernel | here"}
+    assert report._line(row).count("|") == 12
+
+
+def test_inputs_are_larger_than_the_cache():
+    for case in (TINY, cases.Case(64, 32768)):
+        sets = measure.input_sets(case, "cpu")
+        total = sum(s.bytes for s in sets)
+        assert total >= 4 * last_level_cache_bytes("cpu") or len(sets) == 32
+        assert len({t.data_ptr() for s in sets for t in s.tensors()}) == 3 * len(sets)
+
+
+def test_masked_share_and_restored_logits():
+    given = inputs.Inputs(TINY)
+    assert int((given.labels == -100).sum()) == 4 == TINY.tokens - TINY.live_tokens
+    step = inputs.Step(given, inplace=True)
+    variants.our_loss(step, "kl", inplace=True).backward()
+    assert not torch.equal(given.scratch(), given.student[0])
+    given.restore()
+    assert torch.equal(given.scratch(), given.student[0])
+
+
+def test_floors():
+    frozen = replace(TINY_HIDDEN, frozen_head=True)
+    assert variants.floor_of(TINY_HIDDEN, "kl", False) == "4 GEMMs"
+    assert variants.floor_of(TINY_HIDDEN, "ce", False) == "3 GEMMs"
+    assert variants.floor_of(frozen, "kl", False) == "3 GEMMs"
+    for case, loss, products in ((TINY_HIDDEN, "kl", 4), (frozen, "ce", 2), (TINY_CODISTILL, "codistill", 6)):
+        made = variants._gemms(case, loss)(inputs.Step(inputs.Inputs(case)))
+        assert len(made) == products and made[0].shape == (case.live_tokens, case.vocab)
+
+
+def test_result_holds_everything(result):
+    assert len(result["cases"]) == 6 and not result["not_run"]
+    for field in ("name", "cpu", "versions", "commit", "date"):
+        assert result["machine"][field]
+    for case in result["cases"]:
+        for row in case["variants"]:
+            assert "problem" not in row, (row["variant"], row["problem"])
+            assert {"forward_ms", "backward_ms", "both_ms", "rounds"} <= set(row), row
+            if row["floor"]:
+                assert {"to_floor", "percent_of_floor", "peak_bytes", "peak_units", "loss_error",
+                        "gradient_error"} <= set(row), row  # fmt: skip
+    json.dumps(result)
+
+
+def test_time_that_is_up_is_said():
+    made = run.run_suite("small", [TINY], "cpu", rounds=1, seconds=-1.0)
+    assert made["cases"] == [] and made["not_run"] == [TINY.name]
+    assert "Not run" in report.full(made)
+
+
+def test_report_and_plots(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = {path.name for path in command.write_report(result, tmp_path)}
+    assert written == {"tables.md", "time-tokens.png", "memory-tokens.png"}
+    page = (tmp_path / "tables.md").read_text()
+    assert result["machine"]["name"] in page and TINY_CODISTILL.name in page
+    figures = report.figures(result)
+    assert result["machine"]["name"] in figures and TINY.name in figures
+    page = readme.with_part("a\n<!-- figures -->\nold\n<!-- /figures -->\nb\n", "figures", figures)
+    assert "old" not in page and page.startswith("a\n") and page.endswith("\nb\n")
+    with pytest.raises(ValueError, match="no <!-- figures -->"):
+        readme.with_part("nothing here", "figures", figures)
+
+
+def test_compare(result, tmp_path, capsys):
+    slower = json.loads(json.dumps(result))
+    row = next(r for r in slower["cases"][0]["variants"] if r["variant"] == "kdkernels" and r["loss"] == "jsd")
+    row["to_floor"] *= 1.2
+    _, lost = compare.compare(result, slower)
+    assert len(lost) == 1 and "jsd" in lost[0]
+    paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    for path, content in zip(paths, (result, slower, {**result, "cases": []})):
+        path.write_text(json.dumps(content))
+    assert command.main(["compare", str(paths[0]), str(paths[1])]) == 1
+    assert command.main(["compare", str(paths[1]), str(paths[0])]) == 0
+    assert command.main(["compare", str(paths[0]), str(paths[1]), "--limit", "1.3"]) == 0
+    assert command.main(["compare", str(paths[0]), str(paths[2])]) == 2
+    assert "in common" in capsys.readouterr().err
+
+
+def test_a_machine_that_is_slower_is_no_regression(result):
+    slower = json.loads(json.dumps(result))
+    for row in (row for case in slower["cases"] for row in case["variants"]):
+        for key in ("forward_ms", "backward_ms", "both_ms"):
+            row[key]["median"] *= 3
+    for case in slower["cases"]:
+        run._add_floors(case["variants"])
+    assert compare.compare(result, slower)[1] == []
+
+
+def test_memory_sees_what_eager_holds():
+    case = cases.Case(64, 65536, losses=("jsd",), peers=False)
+    made, _ = variants.variants_of(case, "cpu")
+    peaks = {v.label: p.get("peak_units") for v, p in zip(made, memory.peaks(case, made, "cpu"))}
+    assert peaks["F.kl_div to mixture"] > 5
+    assert peaks["kdkernels in place"] < 0.5 and peaks["kdkernels"] < 0.5
+
+
+@pytest.mark.parametrize("suite", cases.SUITES)
+def test_cases_have_names_of_their_own(suite):
+    names = [case.name for case in cases.SUITES[suite]]
+    assert len(set(names)) == len(names)
+
+
+def test_goals_name_cases_and_variants_that_exist():
+    names = {case.name: case for case in cases.SUITES["cpu"]}
+    for goal in goals.GOALS:
+        there = {v.key for v in variants.variants_of(names[goal.case], "cpu")[0]}
+        assert {(goal.variant, goal.loss), (goal.against, goal.against_loss)} <= there, goal
+
+
+def test_committed_results_fill_readme():
+    """README says what the committed JSON says, to the letter."""
+    results = {path: command.load(path) for path in command.committed()}
+    assert "cpu" in {result["suite"] for result in results.values()}
+    page = (command.ROOT / "README.md").read_text()
+    assert readme.with_part(page, "figures", "\n\n".join(map(report.figures, results.values()))) == page
+    for path, result in results.items():
+        assert path.with_name(f"{result['suite']}-tables.md").read_text() == report.full(result)
+
+
+def test_one_command(tmp_path):
+    """The command in a process of its own: JSON, tables, exit code; a second run overwrites nothing."""
+    arguments = [sys.executable, "-m", "benchmarks", "--suite", "small", "--rounds", "1", "--case",
+                 "hidden [64, 256] -> 8192 float32, co", "--out", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(arguments, cwd=command.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "6 GEMMs" in done.stdout and command.load(tmp_path / "result.json")["cases"]
+    again = subprocess.run(arguments, cwd=command.ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and "already holds a result" in again.stderr
+
+
+def test_pytest_benchmarks(tmp_path):
+    """``pytest benchmarks`` times the same cases under pytest-benchmark."""
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "-k", "distillation", f"--benchmark-json={out}"],
+        cwd=command.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert {b["group"] for b in json.loads(out.read_text())["benchmarks"]} == {
+        "hidden [64, 256] -> 8192 float32, co-distillation"
+    }
+
+
+def test_our_loss_is_the_oracle_under_reference():
+    step = inputs.Step(inputs.Inputs(TINY).double())
+    with kd.use_backend("reference"):
+        truth = variants.our_loss(step, "jsd")
+    assert torch.isclose(truth, variants.plain_loss(step, "jsd"), rtol=1e-12)

@@ -1,0 +1,190 @@
+"""``verify`` and ``assert_matches_reference`` pass what is right and refuse what is not."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kdkernels as kd
+from kdkernels import verify
+from kdkernels.backends import eager
+from kdkernels.testing import ROWS, assert_matches_reference
+
+FEW = [
+    verify.Scenario("random", kd.JSD(0.3), torch.float32, options=dict(hard_weight=0.5)),
+    verify.Scenario("random", kd.ForwardKL(), torch.bfloat16, ("head", "head")),
+    verify.Scenario("equal", kd.ReverseKL(), torch.float32, rows="equal"),
+    verify.Scenario("V=1", kd.TotalVariation(), torch.float32, shape=(4,), vocab=1),
+    verify.Scenario("chunked", kd.ForwardKL(), torch.float32, ("head", "head"), vocab=700,
+                    options=dict(chunk_bytes=16_000)),
+]  # fmt: skip
+
+
+def run(monkeypatch, tmp_path, *arguments):
+    """(exit code, report) of verify over a few scenarios on the eager backend."""
+    monkeypatch.setattr(verify, "scenarios", lambda: iter(FEW))
+    path = tmp_path / "verify.json"
+    try:
+        verify.main(["--backend", "eager", "--json", str(path), *arguments])
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    return code, json.loads(path.read_text())
+
+
+def test_verify_passes_and_reports(monkeypatch, tmp_path, capsys):
+    code, report = run(monkeypatch, tmp_path)
+    assert code == 0 and report["verified"] == len(FEW) and not report["broken"]
+    assert "plain" in capsys.readouterr().out
+    errors = [c["error"] for o in report["outcomes"] for c in o["checks"] if c["what"] != "loss"]
+    assert any(e > 0 for e in errors), "errors of exactly 0: the backend was compared with itself"
+
+
+RIGHT = eager.gradient
+
+
+def zeroed(*given, grad, **named):
+    RIGHT(*given, grad=grad, **named)
+    grad.zero_()
+
+
+def unmasked(student, teacher, labels, weights, **named):
+    RIGHT(student, teacher, labels.clamp(min=0), weights.max().expand_as(weights), **named)
+
+
+def scaled(student, teacher, labels, weights, **named):
+    RIGHT(student, teacher, labels, weights * 1.5, **named)
+
+
+def nearly_zero(*given, grad, **named):
+    RIGHT(*given, grad=grad, **named)
+    grad.add_(1e-9)
+
+
+@pytest.mark.parametrize("wrong", [zeroed, unmasked, scaled, nearly_zero])
+def test_verify_goes_red(monkeypatch, tmp_path, wrong, capsys):
+    monkeypatch.setattr(eager, "gradient", wrong)
+    code, report = run(monkeypatch, tmp_path)
+    assert code == 1 and report["broken"] and "BROKEN eager" in capsys.readouterr().out
+
+
+def test_verify_sees_other_bits(monkeypatch, tmp_path):
+    right = eager.fused
+
+    def noisy(*given, **named):
+        results = right(*given, **named)
+        return results + torch.rand(()) * 1e-9
+
+    monkeypatch.setattr(eager, "fused", noisy)
+    code, report = run(monkeypatch, tmp_path)
+    assert code == 1
+    assert any("other bits" in rule for o in report["outcomes"] for rule in o["broken"])
+
+
+def test_time_that_is_up_is_said(monkeypatch, tmp_path, capsys):
+    code, report = run(monkeypatch, tmp_path, "--minutes", "0")
+    assert code == 2 and report["not_run"] == len(FEW)
+    assert f"NOT RUN: {len(FEW)}" in capsys.readouterr().out
+
+
+def test_verify_refuses_what_is_not_there(monkeypatch, capsys):
+    for arguments in (["--backend", "none"], ["--device", "no-such-device"]):
+        with pytest.raises(SystemExit) as end:
+            verify.main(arguments)
+        assert end.value.code == 2
+    monkeypatch.setattr(verify, "scenarios", lambda: iter(()))
+    with pytest.raises(SystemExit) as end:
+        verify.main([])
+    assert end.value.code == 2 and "nothing was verified" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", verify.usable(None))
+def test_many_rows_are_compared_by_their_last(name, monkeypatch):
+    """The problem of --large, at a size for tests: right, and red when the last rows are not."""
+    outcome = verify.beyond_32_bits(name, "cpu", tokens=64, vocab=1024)
+    assert len(outcome.checks) == 2 and not outcome.broken
+    if name == "eager":
+
+        def lost(student, teacher, labels, weights, *, grad, **named):
+            RIGHT(student, teacher, labels, weights, grad=grad, **named)
+            grad[-1] = 0
+
+        monkeypatch.setattr(eager, "gradient", lost)
+        assert verify.beyond_32_bits(name, "cpu", tokens=64, vocab=1024).broken
+
+
+def test_scenarios_cover_the_matrix():
+    made = list(verify.scenarios())
+    assert {s.rows for s in made} == set(ROWS)
+    assert {s.vocab for s in made} >= {1, 262144}
+    assert {(s.divergence, s.dtype, s.form) for s in made} == {
+        (d, t, f) for d in verify.DIVERGENCES for t in verify.DTYPES for f in verify.FORMS
+    }
+    kinds = {type(d) for d in verify.DIVERGENCES}
+    assert kinds == {k for k in kd.Divergence.__subclasses__() if k.code > 0}
+
+
+def own(student, teacher, labels, *, mask=True, temperature=1.0):
+    """A loss as a user would write it."""
+    s, t = (
+        z if isinstance(z, torch.Tensor) else F.linear(z.hidden, z.weight, z.bias)
+        for z in (student, teacher)
+    )  # fmt: skip
+    log_q, log_p = (z.float().div(temperature).log_softmax(-1) for z in (s, t))
+    rows = (log_p.exp() * (log_p - log_q).nan_to_num(nan=0.0)).sum(-1)
+    return rows[labels != -100].mean() if mask else rows.mean()
+
+
+class NoUpstream(torch.autograd.Function):
+    """Gives its gradient without multiplying by what arrives."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ones_like(grad)
+
+
+def overwrites(student, teacher, labels):
+    loss = own(student, teacher, labels)
+    teacher.zero_()
+    return loss
+
+
+def zero_gradient(student, teacher, labels):
+    loss = own(student, teacher, labels)
+    return loss.detach() + 0.0 * loss
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_users_loss_passes(form):
+    assert_matches_reference(own, student=form, teacher=form)
+    assert_matches_reference(kd.kl_div, student=form, teacher=form, rows=list(ROWS))
+
+
+def test_users_options():
+    mine = lambda s, t, y: 4 * own(s, t, y, temperature=2.0)  # noqa: E731
+    assert_matches_reference(mine, temperature=2.0, temperature_squared=True)
+    per_token = lambda s, t, y: kd.kl_div(s, t, y, reduction="none")  # noqa: E731
+    assert_matches_reference(per_token, reduction="none")
+
+
+BROKEN = {
+    "zero gradient": zero_gradient,
+    "no mask": lambda s, t, y: own(s, t, y, mask=False),
+    "wrong scale": lambda s, t, y: 4 * own(s, t, y, temperature=2.0),
+    "wrong direction": lambda s, t, y: own(t, s, y),
+    "no upstream gradient": lambda s, t, y: NoUpstream.apply(own(s, t, y)),
+    "overwrites": overwrites,
+    "per token": lambda s, t, y: kd.kl_div(s, t, y, reduction="none"),
+    "bf16 throughout": lambda s, t, y: own(s.bfloat16(), t.bfloat16(), y),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_users_mistakes_are_seen(name):
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_matches_reference(BROKEN[name], dtypes=[torch.float32], rows=["random"])
