@@ -128,7 +128,7 @@ def report_command(arguments: list[str]) -> int:
 
 def publish(arguments: list[str]) -> int:
     """Makes a result the committed one of its suite: JSON, tables, plots, README's figures."""
-    from benchmarks import report
+    from benchmarks import readme, report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks publish", description=publish.__doc__)
     parser.add_argument("result", type=Path, nargs="?", help="default: what is committed already")
@@ -137,9 +137,7 @@ def publish(arguments: list[str]) -> int:
         result = load(path)
         (RESULTS / f"{result['suite']}.json").write_text(json.dumps(result, indent=1) + "\n")
         print("written:", ", ".join(str(p) for p in write_report(result, RESULTS, f"{result['suite']}-")))
-    page = ROOT / "README.md"
-    figures = "\n\n".join(report.readme(load(path)) for path in committed())
-    page.write_text(report.with_figures(page.read_text(), figures))
+    readme.fill("figures", "\n\n".join(report.figures(load(path)) for path in committed()))
     print("README.md has the figures of", ", ".join(path.name for path in committed()))
     return 0
 

@@ -28,7 +28,8 @@ class Case:
 
     ``width`` 0 means that logits are given; otherwise hidden states of this width and an lm_head,
     ``teacher_width`` for the teacher (None: the same). ``masked`` is the share of tokens whose label
-    is -100. ``compiled`` are the losses whose plain formula is also timed under torch.compile, which
+    is -100. ``top_k`` > 0: of the teacher only its so many most probable entries are known, and the
+    rest is one bucket. ``compiled`` are the losses whose plain formula is also timed under torch.compile, which
     costs a compilation each. ``plot`` names the curves that this case is a point of, "tokens" or "vocabulary";
     a case that is there for its curves only is no ``headline``, and not in README. ``peers`` False
     leaves the other libraries out.
@@ -42,6 +43,7 @@ class Case:
     teacher_width: int | None = None
     frozen_head: bool = False
     masked: float = 0.0
+    top_k: int = 0
     compiled: tuple[str, ...] = ()
     plot: tuple[str, ...] = ()
     headline: bool = True
@@ -60,6 +62,7 @@ class Case:
         extras = [f"teacher {self.teacher_width}"] if self.teacher_width else []
         extras += ["frozen head"] if self.frozen_head else []
         extras += [f"{self.masked:.0%} masked"] if self.masked else []
+        extras += [f"top {self.top_k}"] if self.top_k else []
         extras += ["co-distillation"] if "codistill" in self.losses else []
         return ", ".join([f"{'hidden' if self.width else 'logits'} {kind} {self.dtype}", *extras])
 
@@ -80,7 +83,8 @@ class Case:
         less = lambda size, most: size if most is None else min(size, most)  # noqa: E731
         teacher = None if self.teacher_width is None else less(self.teacher_width, width and width + 16)
         return replace(self, tokens=less(self.tokens, tokens), vocab=less(self.vocab, vocab),
-                       width=less(self.width, width), teacher_width=teacher)  # fmt: skip
+                       width=less(self.width, width), teacher_width=teacher,
+                       top_k=less(self.top_k, vocab and vocab // 8))  # fmt: skip
 
 
 def _both(case: Case) -> list[Case]:
@@ -95,6 +99,10 @@ def _over_vocab(case: Case, sizes: tuple[int, ...]) -> list[Case]:
     return [replace(case, vocab=v, plot=("vocabulary",), headline=False) for v in sizes]
 
 
+def _over_top_k(case: Case) -> list[Case]:
+    return [replace(case, top_k=k) for k in (8, 64, 256)]
+
+
 _ALL = (*SOFT, "ce")
 _HIDDEN = Case(512, 32768, width=512)
 _GPU = Case(4096, 131072, "bfloat16")
@@ -107,6 +115,7 @@ SUITES: dict[str, list[Case]] = {
         *_both(Case(64, 32768, losses=_ALL)),
         *_both(Case(64, 8192, width=256, losses=("kl", "jsd", "ce"))),
         Case(64, 8192, width=256, losses=("codistill",), peers=False),
+        Case(64, 32768, top_k=64),
     ],
     "cpu": [
         Case(512, 131072, losses=_ALL, compiled=("kl",), peers=False),
@@ -117,6 +126,8 @@ SUITES: dict[str, list[Case]] = {
         replace(_HIDDEN, frozen_head=True),
         replace(_HIDDEN, masked=0.5),
         replace(_HIDDEN, losses=("codistill",), peers=False),
+        *_over_top_k(Case(512, 32768)),
+        *_over_top_k(_HIDDEN),
         *_over_tokens(Case(0, 32768, peers=False), (64, 512, 2048)),
         *_over_tokens(Case(0, 32768, width=256), (128, 512, 1024)),
         *_over_vocab(Case(256, 0, peers=False), (8192, 32768, 131072, 262144)),
@@ -129,6 +140,8 @@ SUITES: dict[str, list[Case]] = {
         replace(_GPU_HIDDEN, frozen_head=True, losses=("kl", "jsd")),
         replace(_GPU_HIDDEN, masked=0.5, losses=("kl", "jsd", "ce")),
         replace(_GPU_HIDDEN, losses=("codistill",), peers=False),
+        *_over_top_k(_GPU),
+        *_over_top_k(_GPU_HIDDEN),
         *_over_tokens(_GPU, (1024, 2048, 8192, 16384)),
         *_over_tokens(replace(_GPU_HIDDEN, losses=("kl", "jsd")), (1024, 2048, 8192, 16384)),
         *_over_vocab(_GPU, (32768, 151936, 262144)),

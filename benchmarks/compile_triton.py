@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 import kdkernels as kd
 from kdkernels.backends import row_state as rs
+from kdkernels.backends.sparse_rows import Emission
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
 from kdkernels.spec import LogitMap, Spec
@@ -123,6 +124,19 @@ def call(divergence: kd.divergences.Divergence, tile: torch.dtype, gradient: tor
     launch.gradient(s, teacher, labels, weights, offset=0, vocab=columns, spec=spec, state=state, **both)
 
 
+def call_sparse(tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400, columns: int = 128_256,
+                slots: int = 64, **options) -> None:  # fmt: skip
+    """The two passes around a sparse target's outcomes."""
+    s, g = (torch.empty(1, columns, dtype=d).expand(rows, columns) for d in (tile, gradient))
+    labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    ids, one = torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
+    emission = Emission(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one)
+    spec, state = Spec(NoDivergence(), **options), rs.new_state(rows, s.device)
+    launch.accumulate(s, None, labels, offset=0, spec=spec, state=state, skipped=ids)
+    launch.gradient(s, None, labels, weights, offset=0, vocab=columns, spec=spec, state=state, grad=g,
+                    teacher_grad=None, emission=emission)  # fmt: skip
+
+
 def usage(kernel, target: str) -> Usage:
     name = kernel.metadata.name
     if "cubin" not in kernel.asm:
@@ -166,6 +180,11 @@ def main() -> None:
     failed = False
     for target in arguments.target or TARGETS:
         found: list[Usage] = []
+        for dtypes, options in itertools.product(DTYPES, ({}, OPTIONS[1], EVERYTHING)):
+            with offline(target) as compiled:
+                call_sparse(*dtypes, **options)
+            found += usages(compiled, target)
+            failed |= any(u.spilled for u in found) and not target.startswith("gfx")
         for divergence, tile, gradient, options in cases():
             if arguments.divergence and arguments.divergence not in str(divergence):
                 continue

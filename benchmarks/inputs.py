@@ -54,7 +54,20 @@ class Inputs:
         self.labels = torch.randint(0, case.vocab, (case.tokens,), device=device)
         if masked := case.tokens - case.live_tokens:
             self.labels[torch.randperm(case.tokens, device=device)[:masked]] = -100
+        self.target: kd.SparseTarget | None = None
+        if case.top_k:
+            self.target, self.teacher = self._sparse(device), []
         self._scratch: Tensor | None = None
+
+    def _sparse(self, device: str) -> kd.SparseTarget:
+        """What a teacher's cache holds: the largest of some logits at ids that are spread out."""
+        case = self.case
+        values = _random((case.tokens, 8 * case.top_k), 2.0, torch.float32, device)
+        logprobs = values.log_softmax(-1).topk(case.top_k).values
+        step = case.vocab // case.top_k
+        ids = torch.arange(case.top_k, device=device) * step
+        ids = ids + torch.randint(0, step, (case.tokens, case.top_k), device=device)
+        return kd.SparseTarget(ids, logprobs, tail="bucket")
 
     def _side(self, width: int, device: str) -> list[Tensor]:
         case = self.case
@@ -64,7 +77,8 @@ class Inputs:
         return [_random(shape, scale, case.torch_dtype, device) for shape, scale in shapes]
 
     def tensors(self) -> list[Tensor]:
-        return [*self.student, *self.teacher, self.labels]
+        sparse = [] if self.target is None else [self.target.ids, self.target.values]
+        return [*self.student, *self.teacher, *sparse, self.labels]
 
     @property
     def bytes(self) -> int:
@@ -83,7 +97,7 @@ class Inputs:
     def double(self) -> Inputs:
         """The same numbers in fp64, for the oracle."""
         wide = object.__new__(Inputs)
-        wide.case, wide.labels, wide._scratch = self.case, self.labels, None
+        wide.case, wide.labels, wide.target, wide._scratch = self.case, self.labels, self.target, None
         wide.student, wide.teacher = ([t.double() for t in side] for side in (self.student, self.teacher))
         return wide
 
@@ -115,14 +129,20 @@ class Step:
     def _given(tensors: list[Tensor]) -> Tensor | kd.LinearHead:
         return tensors[0] if len(tensors) == 1 else kd.LinearHead(*tensors)
 
-    def sides(self) -> tuple[Tensor | kd.LinearHead, Tensor | kd.LinearHead]:
+    def sides(self) -> tuple[Tensor | kd.LinearHead, Tensor | kd.LinearHead | kd.SparseTarget]:
         """(student, teacher) as kdkernels takes them."""
-        return self._given(self.student), self._given(self.teacher)
+        return self._given(self.student), self.inputs.target or self._given(self.teacher)
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits, projected from hidden states where that is what there is."""
-        s, t = (z[0] if len(z) == 1 else torch.nn.functional.linear(*z) for z in (self.student, self.teacher))
-        return s, t
+        return self.student_logits(), self._logits(self.teacher)
+
+    def student_logits(self) -> Tensor:
+        return self._logits(self.student)
+
+    @staticmethod
+    def _logits(side: list[Tensor]) -> Tensor:
+        return side[0] if len(side) == 1 else torch.nn.functional.linear(*side)
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients that the backward left, for the leaves that train."""

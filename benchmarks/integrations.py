@@ -23,12 +23,12 @@ from typing import Any, Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarks import readme
 from benchmarks.machine import describe
 from benchmarks.memory import resident_peak
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 PACKAGES = ("torch", "trl", "transformers", "liger-kernel", "torchtune", "axolotl", "nvidia-modelopt")
-BEGIN, END = "<!-- integrations -->", "<!-- /integrations -->"
 VOCAB, WIDTH, SLOTS = 65536, 64, 32
 
 
@@ -250,12 +250,6 @@ def table(result: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def fill_readme(result: dict[str, Any]) -> None:
-    readme = Path("README.md")
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the result here, as JSON")
@@ -264,7 +258,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure one side in this process")
     given = parser.parse_args()
     if given.readme:
-        return fill_readme(json.loads(Path(given.readme).read_text()))
+        return readme.fill("integrations", table(json.loads(Path(given.readme).read_text())))
     if given.one:
         return print(json.dumps(measure(*given.one, given.rounds)))
     cases = {name: {side: in_process(name, side, given.rounds) for side in SIDES} for name in CASES}

@@ -92,7 +92,7 @@ COLUMNS: dict[str, Callable[[Row], bool]] = {
 _LOSSES = ("kl", "rkl", "jsd", "ce", "codistill")
 
 
-def readme(result: Row) -> str:
+def figures(result: Row) -> str:
     """README's figures: one line per headline case and loss."""
     cases = [case for case in result["cases"] if case["headline"]]
     sections = (
@@ -124,14 +124,3 @@ def _pivot(case: Row, cell: Callable[[Row], str]) -> list[str]:
             cells.append(f"{fastest['variant']} {text}" if fastest and title == "fastest other" else text)
         lines.append(f"| {case['name']} | {loss} | {' | '.join(cells)} |")
     return lines
-
-
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
-
-
-def with_figures(page: str, figures: str) -> str:
-    """``page`` with ``figures`` between its two markers."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no {BEGIN} ... {END} to put the figures between")
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END, 1)[1]}"

@@ -9,8 +9,12 @@ from benchmarks.measure import input_sets
 from benchmarks.variants import variants_of
 
 
+def device_of(config):
+    return "cuda" if config.getoption("--suite") == "gpu" else "cpu"
+
+
 def pytest_generate_tests(metafunc):
-    device = metafunc.config.getoption("--device")
+    device = device_of(metafunc.config)
     cases = SUITES[metafunc.config.getoption("--suite")]
     pairs = [(case, variant) for case in cases for variant in variants_of(case, device)[0]]
     names = [f"{case.name}-{variant.loss}-{variant.label}" for case, variant in pairs]
@@ -25,7 +29,7 @@ def sets_of(request):
     def sets(case):
         if case not in kept:
             kept.clear()
-            kept[case] = input_sets(case, request.config.getoption("--device"))
+            kept[case] = input_sets(case, device_of(request.config))
         return kept[case]
 
     return sets
@@ -33,7 +37,7 @@ def sets_of(request):
 
 def test_forward_and_backward(benchmark, case, variant, sets_of, request):
     sets, turn = sets_of(case), 0
-    cuda = request.config.getoption("--device") == "cuda"
+    cuda = device_of(request.config) == "cuda"
     benchmark.group = case.name
 
     def fresh():

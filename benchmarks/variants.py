@@ -65,8 +65,19 @@ def two_losses(step: Step) -> Tensor:
     return own + kd.cross_entropy(teacher, step.labels)
 
 
+def plain_sparse(step: Step) -> Tensor:
+    """Forward KL to the stored entries and one bucket for the rest, gathered from full log-probabilities."""
+    assert step.inputs.target is not None and step.inputs.target.logprobs is not None
+    log_t = step.inputs.target.logprobs
+    log_q = step.student_logits().log_softmax(-1).gather(1, step.inputs.target.ids).float()
+    rest_t, rest_q = (1 - z.exp().sum(-1) for z in (log_t, log_q))
+    return ((log_t.exp() * (log_t - log_q)).sum(-1) + rest_t * (rest_t.log() - rest_q.log())).mean()
+
+
 def plain_loss(step: Step, loss: str) -> Tensor:
     """What a trainer writes in plain PyTorch, on full logits."""
+    if step.case.top_k:
+        return plain_sparse(step)
     return plain_from_logits(*step.logits(), step.labels if loss in ("ce", "codistill") else step.mask, loss)
 
 
@@ -91,14 +102,16 @@ def plain_from_logits(s: Tensor, t: Tensor, labels: Tensor | None, loss: str) ->
     return sum(F.kl_div(log_m, x, log_target=True, reduction="batchmean") for x in (log_p, log_q)) / 2
 
 
-def _names(loss: str) -> str:
+def _names(case: Case, loss: str) -> str:
+    if case.top_k:
+        return "log_softmax, gather"
     return {"ce": "F.cross_entropy", "jsd": "F.kl_div to mixture", "codistill": "F.kl_div, F.cross_entropy"}.get(
         loss, "F.kl_div")  # fmt: skip
 
 
 def _plain(case: Case) -> list[Variant]:
     made = [
-        Variant(_names(loss), loss, lambda step, loss=loss: plain_loss(step, loss), "torch")
+        Variant(_names(case, loss), loss, lambda step, loss=loss: plain_loss(step, loss), "torch")
         for loss in case.losses
     ]
     for loss in case.compiled:
@@ -107,7 +120,7 @@ def _plain(case: Case) -> list[Variant]:
         def forward(step: Step, loss: str = loss, compiled=compiled) -> Tensor:
             return compiled(*step.logits(), step.labels if loss == "ce" else step.mask, loss)
 
-        made.append(Variant(f"{_names(loss)} compiled", loss, forward, "torch", one_shape=True))
+        made.append(Variant(f"{_names(case, loss)} compiled", loss, forward, "torch", one_shape=True))
     return made
 
 
@@ -126,10 +139,14 @@ def _ours(case: Case) -> list[Variant]:
     return made
 
 
+def _needs_teacher(case: Case, loss: str) -> bool:
+    return loss in SOFT and not case.top_k
+
+
 def _gemm_count(case: Case, loss: str) -> int:
     if loss == "codistill":
         return 6
-    return 2 + (loss in SOFT) + (not case.frozen_head)
+    return 2 + _needs_teacher(case, loss) + (not case.frozen_head)
 
 
 def _gemms(case: Case, loss: str) -> Callable[[Step], Any]:
@@ -138,13 +155,15 @@ def _gemms(case: Case, loss: str) -> Callable[[Step], Any]:
 
     def forward(step: Step) -> Any:
         n = case.live_tokens
-        (h, w), (th, tw) = step.inputs.student, step.inputs.teacher
-        h, th = h[:n], th[:n]
+        h, w = step.inputs.student
+        h = h[:n]
         if "g" not in cache:
             cache["g"] = torch.ones(n, case.vocab, dtype=h.dtype, device=h.device)
         g = cache["g"]
         made = [h @ w.t(), g @ w]
-        if loss in SOFT or loss == "codistill":
+        if _needs_teacher(case, loss) or loss == "codistill":
+            th, tw = step.inputs.teacher
+            th = th[:n]
             made.append(th @ tw.t())
         if not case.frozen_head:
             made.append(g.t() @ h)
@@ -158,7 +177,7 @@ def _gemms(case: Case, loss: str) -> Callable[[Step], Any]:
 def floor_of(case: Case, loss: str, inplace: bool) -> str:
     if case.width:
         return f"{_gemm_count(case, loss)} GEMMs"
-    if loss == "ce":
+    if not _needs_teacher(case, loss):
         return "copy(out=g)" if inplace else "clone"
     return "add(out=g)" if inplace else "add"
 
@@ -169,15 +188,17 @@ def _floors(case: Case, loss: str) -> list[Variant]:
         return [Variant(floor_of(case, loss, False), "floor", _gemms(case, loss), "torch")]
     cache: dict[str, Tensor] = {}
 
+    alone = not _needs_teacher(case, loss)
+
     def into(step: Step) -> Tensor:
-        s, t = step.inputs.student[0], step.inputs.teacher[0]
+        s = step.inputs.student[0]
         if "g" not in cache:
             cache["g"] = torch.empty_like(s)
-        return cache["g"].copy_(s) if loss == "ce" else torch.add(s, t, out=cache["g"])
+        return cache["g"].copy_(s) if alone else torch.add(s, step.inputs.teacher[0], out=cache["g"])
 
     def fresh(step: Step) -> Tensor:
-        s, t = step.inputs.student[0], step.inputs.teacher[0]
-        return s.clone() if loss == "ce" else torch.add(s, t)
+        s = step.inputs.student[0]
+        return s.clone() if alone else torch.add(s, step.inputs.teacher[0])
 
     names = floor_of(case, loss, True), floor_of(case, loss, False)
     return [Variant(name, "floor", run, "torch") for name, run in zip(names, (into, fresh))]
@@ -188,7 +209,8 @@ def variants_of(case: Case, device: str) -> tuple[list[Variant], dict[str, str]]
     floors = {f.label: f for loss in case.losses for f in _floors(case, loss)}
     made = _ours(case) + _plain(case)
     skipped = {}
-    for family in peers.FAMILIES if case.peers else ():
+    dense = case.peers and not case.top_k  # none of the peers takes a sparse teacher
+    for family in peers.FAMILIES if dense else ():
         reason = family.why_not(device)
         if reason:
             skipped[family.NAME] = reason

@@ -10,6 +10,8 @@ import sys
 COMMANDS = {
     "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
     "verify": ("kdkernels.verify", "every usable backend against the fp64 oracle: errors, exit code"),
+    "train": ("kdkernels.trainer.cli", "soft, hard or co-distillation of a language model (needs kdkernels[trainer])"),
+    "cache": ("kdkernels.teacher_cache.command", "a teacher's top-k or samples on disk (needs kdkernels[cache])"),
 }
 
 

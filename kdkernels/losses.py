@@ -401,8 +401,9 @@ def codistillation_loss(
     num_items: Union[int, float, Tensor, None] = None,
     ignore_index: int = -100,
     vocab_size: Optional[int] = None,
+    return_stats: bool = False,
     chunk_bytes: Optional[int] = None,
-) -> CodistillationLoss:
+) -> Union[CodistillationLoss, tuple[CodistillationLoss, Stats]]:
     """Both models' losses from one pass over each model's logits.
 
     The teacher's loss is its own cross entropy; the student's is ``soft_weight * D +
@@ -425,11 +426,19 @@ def codistillation_loss(
         raise TypeError("codistillation_loss trains its teacher, so it cannot be a kd.SparseTarget")
     call = _prepare(student, teacher, labels, spec, **shared)
     if chosen_backend() == "reference":
-        student_loss, _ = reference.run(student, teacher, call, divergence)
-        return CodistillationLoss(student_loss, cross_entropy(teacher, labels, **shared))
-    if call.per_row or call.teacher_tensors[0].dtype == torch.float16:
+        student_loss, results = reference.run(student, teacher, call, divergence)
+        losses = CodistillationLoss(student_loss, cross_entropy(teacher, labels, **shared))
+    elif call.per_row or call.teacher_tensors[0].dtype == torch.float16:
         vocab = {**shared, "vocab_size": call.vocab}
-        return CodistillationLoss(_run(call)[0], cross_entropy(teacher, labels, **vocab))
+        student_loss, results = _run(call)
+        losses = CodistillationLoss(student_loss, cross_entropy(teacher, labels, **vocab))
+    else:
+        losses, results = _run_both(call)
+    return (losses, _stats(call, results.detach())) if return_stats else losses
+
+
+def _run_both(call: _Call) -> tuple[CodistillationLoss, Tensor]:
+    """Both losses from one pass, each attached to its model, and the per-row results."""
     call = call._replace(spec=call.spec._replace(teacher_hard_weight=1.0))
     assert call.teacher is not None
     own, teachers = call.student.tensors, call.teacher.tensors
@@ -444,7 +453,7 @@ def codistillation_loss(
         student_loss = ops.attach(student_loss, ops.wanted(own, wants), gradients[:split])
     if any(teacher_wants):
         teacher_loss = ops.attach(teacher_loss, ops.wanted(teachers, teacher_wants), gradients[split:])
-    return CodistillationLoss(student_loss, teacher_loss)
+    return CodistillationLoss(student_loss, teacher_loss), results
 
 
 def cross_entropy(

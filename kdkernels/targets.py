@@ -8,6 +8,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import records
+
 #: What happens to the mass that was not stored; the last two are defined for the forward KL only.
 TAILS = ("bucket", "conditional", "renormalize", "truncate")
 
@@ -115,3 +117,37 @@ class SparseTarget:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTarget:
         """The same target on another device."""
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    # What other programs wrote; kdkernels.records says what shape each of them has.
+
+    @classmethod
+    def from_vllm(cls, prompt_logprobs, *, top_k: Optional[int] = None, tail: str = "bucket") -> SparseTarget:
+        """[T, K] of vLLM's ``prompt_logprobs`` of one prompt; see :func:`kdkernels.records.vllm`."""
+        return cls(*records.vllm(prompt_logprobs, top_k=top_k), tail=tail)
+
+    @classmethod
+    def from_distillkit(cls, row, config, *, tail: str = "bucket") -> SparseTarget:
+        """[T, K] of a row of DistillKit's captured logits; see :func:`kdkernels.records.distillkit`."""
+        return cls(*records.distillkit(row, config), tail=tail)
+
+    @classmethod
+    def from_axolotl(cls, row, *, shift: int = 0, tail: str = "bucket") -> SparseTarget:
+        """[T, K] or [B, T, K] of axolotl's columns; see :func:`kdkernels.records.axolotl`."""
+        return cls(*records.axolotl(row, shift=shift), tail=tail)
+
+    @classmethod
+    def from_trl_server(
+        cls, result, *, prompt_lengths=None, length: Optional[int] = None, tail: str = "bucket"
+    ) -> SparseTarget:
+        """[B, T, K] of what TRL's teacher server answers; see :func:`kdkernels.records.trl_server`."""
+        return cls(*records.trl_server(result, prompt_lengths=prompt_lengths, length=length), tail=tail)
+
+    @classmethod
+    def from_tinker(cls, topk_prompt_logprobs, *, tail: str = "bucket") -> SparseTarget:
+        """[T, K] of tinker's ``topk_prompt_logprobs``; see :func:`kdkernels.records.tinker`."""
+        return cls(*records.tinker(topk_prompt_logprobs), tail=tail)
+
+    @classmethod
+    def from_megatron(cls, payload, *, tail: str = "bucket") -> SparseTarget:
+        """[B, S, K] of Megatron-LM's cached logits; see :func:`kdkernels.records.megatron`."""
+        return cls(*records.megatron(payload), tail=tail)

@@ -10,11 +10,12 @@ import torch
 
 import kdkernels as kd
 from benchmarks import __main__ as command
-from benchmarks import accuracy, cases, compare, goals, inputs, measure, memory, peers, report, run, variants
+from benchmarks import accuracy, cases, compare, goals, inputs, measure, memory, peers, readme, report, run, variants
 from benchmarks.machine import last_level_cache_bytes
 
 TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
 TINY_HIDDEN = replace(TINY, width=24, teacher_width=40)
+TINY_SPARSE = replace(TINY, masked=0.0, losses=("kl",), top_k=8)
 TINY_CODISTILL = replace(TINY_HIDDEN, losses=("codistill",))
 EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUITES.values() for c in s}, key=str)
 
@@ -23,7 +24,7 @@ EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUI
 def result():
     """A whole result of tiny cases, two of them on a curve."""
     curve = [replace(TINY, tokens=n, masked=0.0, plot=("tokens",), headline=False, peers=False) for n in (8, 16)]
-    small = [TINY, TINY_HIDDEN, TINY_CODISTILL, *curve]
+    small = [TINY, TINY_HIDDEN, TINY_CODISTILL, TINY_SPARSE, *curve]
     return run.run_suite("small", small, "cpu", rounds=1)
 
 
@@ -107,11 +108,12 @@ def test_floors():
 
 
 def test_result_holds_everything(result):
-    assert len(result["cases"]) == 5 and not result["not_run"]
+    assert len(result["cases"]) == 6 and not result["not_run"]
     for field in ("name", "cpu", "versions", "commit", "date"):
         assert result["machine"][field]
     for case in result["cases"]:
         for row in case["variants"]:
+            assert "problem" not in row, (row["variant"], row["problem"])
             assert {"forward_ms", "backward_ms", "both_ms", "rounds"} <= set(row), row
             if row["floor"]:
                 assert {"to_floor", "percent_of_floor", "peak_bytes", "peak_units", "loss_error",
@@ -131,12 +133,12 @@ def test_report_and_plots(result, tmp_path):
     assert written == {"tables.md", "time-tokens.png", "memory-tokens.png"}
     page = (tmp_path / "tables.md").read_text()
     assert result["machine"]["name"] in page and TINY_CODISTILL.name in page
-    figures = report.readme(result)
+    figures = report.figures(result)
     assert result["machine"]["name"] in figures and TINY.name in figures
-    page = report.with_figures(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", figures)
+    page = readme.with_part("a\n<!-- figures -->\nold\n<!-- /figures -->\nb\n", "figures", figures)
     assert "old" not in page and page.startswith("a\n") and page.endswith("\nb\n")
     with pytest.raises(ValueError, match="no <!-- figures -->"):
-        report.with_figures("nothing here", figures)
+        readme.with_part("nothing here", "figures", figures)
 
 
 def test_compare(result, tmp_path, capsys):
@@ -191,7 +193,7 @@ def test_committed_results_fill_readme():
     results = {path: command.load(path) for path in command.committed()}
     assert "cpu" in {result["suite"] for result in results.values()}
     page = (command.ROOT / "README.md").read_text()
-    assert report.with_figures(page, "\n\n".join(map(report.readme, results.values()))) == page
+    assert readme.with_part(page, "figures", "\n\n".join(map(report.figures, results.values()))) == page
     for path, result in results.items():
         assert path.with_name(f"{result['suite']}-tables.md").read_text() == report.full(result)
 

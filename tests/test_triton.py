@@ -24,7 +24,7 @@ def run(file, **environment):
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
-@pytest.mark.parametrize("file", ["triton_rows.py", "triton_mutations.py"])
+@pytest.mark.parametrize("file", ["triton_rows.py", "triton_sparse.py", "triton_mutations.py"])
 def test_interpreted(file):
     run(file, TRITON_INTERPRET="1")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from benchmarks.compile_triton import BF16, F32, OPTIONS, TARGETS, call, offline, usages
+from benchmarks.compile_triton import BF16, F32, EVERYTHING, OPTIONS, TARGETS, call, call_sparse, offline, usages
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
 from kdkernels.spec import Spec
@@ -44,6 +44,15 @@ def test_few_rows_and_scale_compile():
     found = {used.kernel: used for used in usages(compiled, "sm_90")}
     assert {"fold", "merge", "value", "merge_value", "finish", "gradient", "scale"} == set(found)
     assert all(used.spilled == 0 for used in found.values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sparse_targets_compile_without_spills(target):
+    with offline(target) as compiled:
+        call_sparse(F32, BF16, **EVERYTHING)
+    assert target.startswith("gfx") or all(used.spilled == 0 for used in usages(compiled, target))
+    vectors = [k.asm["ptx"].count("ld.global.v4.b32") for k in compiled if "ptx" in k.asm]
+    assert vectors == [] or sum(vectors) >= 3  # fold's, and gradient's, with a policy in its name
 
 
 @pytest.mark.parametrize("chunked", [False, True])

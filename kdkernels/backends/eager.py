@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..outcomes import Outcomes, student_spec
+from ..outcomes import Outcomes
 from ..spec import Spec
 from . import row_state as rs
-from .sparse_rows import Emission, gather_kept, solve
+from .sparse_rows import Emission, in_two_passes
 
 name = "eager"
 #: Tiles alive at once in the widest formula (alpha-beta).
@@ -254,14 +254,5 @@ def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], we
                  spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
     """Whole rows with a sparse target: results, and the gradient where a buffer is given (aliasing
     allowed)."""
-    inner, vocab = student_spec(spec), student.shape[1]
-    state = rs.new_state(student.shape[0], student.device)
-    accumulate(student, None, labels, offset=0, spec=inner, state=state, skipped=target.ids)
-    kept = torch.full_like(target.teacher[:, :-1], -torch.inf)
-    gather_kept(kept, student, target.ids, 0, spec.student_map)
-    results, emission = solve(target, kept, state, labels, vocab=vocab, spec=spec, fused=fused,
-                              want_gradient=grad is not None)  # fmt: skip
-    if grad is not None:
-        gradient(student, None, labels, weights, offset=0, vocab=vocab, spec=inner, state=state, grad=grad,
-                 teacher_grad=None, emission=emission)  # fmt: skip
-    return results
+    return in_two_passes(student, target, labels, weights, spec=spec, grad=grad, accumulate=accumulate,
+                         fused=fused, gradient=gradient)  # fmt: skip

@@ -78,3 +78,20 @@ def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Ten
         first = target.ids.gather(1, mine[:, None])[:, 0] < state[:, rs.ARG_S]
         agree &= (best > top) | ((best == top) & first)
     return agree.double()
+
+
+def in_two_passes(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *, spec: Spec,
+                  grad: Optional[Tensor], accumulate: Callable[..., None], fused: Callable[..., Tensor],
+                  gradient: Callable[..., None]) -> Tensor:  # fmt: skip
+    """Whole rows by a backend's entry points: results, and the gradient where a buffer is given."""
+    inner, vocab = student_spec(spec), student.shape[1]
+    state = rs.new_state(student.shape[0], student.device)
+    accumulate(student, None, labels, offset=0, spec=inner, state=state, skipped=target.ids)
+    kept = torch.full_like(target.teacher[:, :-1], -torch.inf)
+    gather_kept(kept, student, target.ids, 0, spec.student_map)
+    results, emission = solve(target, kept, state, labels, vocab=vocab, spec=spec, fused=fused,
+                              want_gradient=grad is not None)  # fmt: skip
+    if grad is not None:
+        gradient(student, None, labels, weights, offset=0, vocab=vocab, spec=inner, state=state, grad=grad,
+                 teacher_grad=None, emission=emission)  # fmt: skip
+    return results

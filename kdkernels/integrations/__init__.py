@@ -1,1 +1,1 @@
-"""Drop-ins for other trainers, one module each; nothing here is imported by the core."""
+"""One file per trainer that kdkernels plugs into; each needs that trainer's package and nothing more."""

@@ -16,6 +16,7 @@ from typing import Any, Optional
 import torch
 
 name = "triton"
+_ENTRY_POINTS = ("fused", "fused_sparse", "accumulate", "accumulate_value", "gradient", "scale_")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +45,7 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
 
 
 def __getattr__(attribute: str) -> Any:
-    """The entry points, of eager's signatures."""
-    if attribute not in ("fused", "accumulate", "accumulate_value", "gradient", "scale_"):
+    """The entry points, of eager's signatures, and ``scale_``."""
+    if attribute not in _ENTRY_POINTS:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
     return getattr(importlib.import_module(".launch", __name__), attribute)

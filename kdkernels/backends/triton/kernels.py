@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .divergences import REVERSE_KL
-from .rows import divergence, fold_row, gradient_row, row_pointer, value_row, zero_row
+from .rows import Emission, divergence, fold_row, gradient_row, row_pointer, value_row, zero_row
 from .state import COLUMNS, VALUE, RowState, load_state, merged, store_state
 
 RESULTS = tl.constexpr(6)
@@ -66,9 +66,9 @@ def _store_results(pointer, results, mask):
 
 
 _SIZES = ["student_stride", "teacher_stride", "grad_stride", "teacher_grad_stride", "rows", "columns", "part",
-          "parts", "offset", "vocab", "count"]  # fmt: skip
+          "parts", "offset", "vocab", "count", "slots", "kept_stride"]  # fmt: skip
 _POINTERS = ["student", "teacher", "labels", "weights", "grad", "teacher_grad", "state", "partial", "results",
-             "values", "factor"]
+             "values", "factor", "ids", "kept", "rest", "lse1"]
 
 
 def _kernel(function):
@@ -113,14 +113,15 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
             h_row = row_pointer(F, teacher_grad, teacher_grad_stride, row)
         results_row = results + row * RESULTS
         if live:
-            r = fold_row(F, s_row, t_row, label, 0, columns, 0, temperature, numbers, LANES, K)
+            r = fold_row(F, s_row, t_row, labels, 0, label, 0, columns, 0, temperature, numbers, LANES, K)
             if F.kind > REVERSE_KL:
                 value, slope = value_row(F, r, s_row, t_row, 0, columns, temperature, numbers, LANES, K)
                 r = _with_value(r, value, slope)
             _store_results(results_row, _results(F, r, columns, temperature, numbers), None)
             if weight != 0.0:
                 tl.debug_barrier()
-                gradient_row(F, r, s_row, t_row, g_row, h_row, label, weight, 0, columns, columns,
+                none = Emission(labels, 0, labels, 0.0, 0.0)
+                gradient_row(F, r, s_row, t_row, g_row, h_row, none, label, weight, 0, columns, 0, columns,
                              temperature, numbers, LANES, K)  # fmt: skip
         else:
             zero = tl.zeros([1], tl.float64)
@@ -144,10 +145,13 @@ def _part(columns, part, TILE: tl.constexpr):
 
 
 @_kernel
-def fold(student, student_stride, teacher, teacher_stride, labels, partial, rows, columns, part, offset,
-         temperature: tl.float64, numbers,
+def fold(student, student_stride, teacher, teacher_stride, labels, ids, slots, partial, rows, columns, part,
+         offset, temperature: tl.float64, numbers,
          F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t."""
+    """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t.
+
+    ``ids [rows, slots]``, where F says so, are left out of the student's maxima and sums.
+    """
     row = tl.program_id(0)
     label, live = _label(F, labels, row, offset)
     begin, end = _part(columns, part, LANES * K)
@@ -156,7 +160,10 @@ def fold(student, student_stride, teacher, teacher_stride, labels, partial, rows
         t_row = s_row
         if F.kind:
             t_row = row_pointer(F, teacher, teacher_stride, row)
-        r = fold_row(F, s_row, t_row, label, begin, end, offset, temperature, numbers, LANES, K)
+        ids_row = ids
+        if F.sparse:
+            ids_row = ids + slots.to(tl.int64) * row
+        r = fold_row(F, s_row, t_row, ids_row, slots, label, begin, end, offset, temperature, numbers, LANES, K)
         at = (tl.program_id(1).to(tl.int64) * rows + row) * COLUMNS
         store_state(partial + at, r, None)
 
@@ -226,10 +233,11 @@ def finish(state, labels, results, rows, vocab, temperature: tl.float64, numbers
 
 @_kernel
 def gradient(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride,
-             teacher_grad, teacher_grad_stride, state, columns, part, offset, vocab, temperature: tl.float64,
-             numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+             teacher_grad, teacher_grad_stride, ids, slots, kept, kept_stride, rest, lse1, state, columns, part,
+             offset, vocab, temperature: tl.float64, numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """weights * d(loss)/d(logits) of a chunk from finished states; 0 in skipped rows.
 
+    With a sparse target the soft term is ``rest`` times the softmax of the rest, and ``kept`` at ``ids``.
     One read of s and t, one write. Aliasing as in ``fused``: a program reads only what it writes.
     """
     row = tl.program_id(0)
@@ -246,8 +254,12 @@ def gradient(student, student_stride, teacher, teacher_stride, labels, weights, 
         h_row = row_pointer(F, teacher_grad, teacher_grad_stride, row)
     if weight != 0.0:
         r = load_state(state + row.to(tl.int64) * COLUMNS, None)
-        gradient_row(F, r, s_row, t_row, g_row, h_row, label, weight, begin, end, vocab, temperature, numbers,
-                     LANES, K)  # fmt: skip
+        emission = Emission(ids, 0, kept, 0.0, 0.0)
+        if F.sparse:
+            emission = Emission(ids + slots.to(tl.int64) * row, slots, kept + kept_stride.to(tl.int64) * row,
+                                tl.load(rest + row), tl.load(lse1 + row))  # fmt: skip
+        gradient_row(F, r, s_row, t_row, g_row, h_row, emission, label, weight, begin, end, offset, vocab,
+                     temperature, numbers, LANES, K)  # fmt: skip
     else:
         zero_row(F, g_row, h_row, begin, end, LANES, K)
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ...divergences import AlphaBeta, SkewReverseKL
+from ...outcomes import Outcomes
 from ...spec import LogitMap, Spec
 from .. import row_state as rs
+from ..sparse_rows import Emission, in_two_passes
 from . import kernels
 from .divergences import ALPHA_ZERO, BETA_ZERO, BOTH_ZERO, GENERAL, SUM_ZERO
 from .rows import IDENTITY, SCALE, SOFTCAP, Flags, Numbers
@@ -78,7 +80,8 @@ class _Tiles:
     """The tensors of a call and what follows from their shapes: tiles, programs, arguments."""
 
     def __init__(self, student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
-                 spec: Spec, grad: Optional[Tensor] = None, teacher_grad: Optional[Tensor] = None) -> None:  # fmt: skip
+                 spec: Spec, grad: Optional[Tensor] = None, teacher_grad: Optional[Tensor] = None,
+                 sparse: bool = False) -> None:  # fmt: skip
         self.student, self.teacher = _adjacent(student), None if teacher is None else _adjacent(teacher)
         self.labels = None if labels is None else labels.contiguous()
         self.grad, self.teacher_grad, self.spec = grad, teacher_grad, spec
@@ -95,7 +98,7 @@ class _Tiles:
         pair = [t for t in (self.student, self.teacher) if t is not None]
         self.pair_bytes = self.columns * sum(t.element_size() for t in pair)
         self.flags = _flags(spec, teacher is not None, labels is not None, grad is not None,
-                            teacher_grad is not None, aligned)  # fmt: skip
+                            teacher_grad is not None, sparse, aligned)  # fmt: skip
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
         self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
@@ -165,7 +168,8 @@ def _variant(spec: Spec) -> int:
     return 0
 
 
-def _flags(spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bool, aligned: bool) -> Flags:
+def _flags(spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bool, sparse: bool,
+           aligned: bool) -> Flags:  # fmt: skip
     hard, teacher_hard = labels and spec.hard_weight != 0, labels and spec.teacher_hard_weight != 0
     return Flags(
         kind=spec.divergence.code if teacher else 0,
@@ -179,6 +183,7 @@ def _flags(spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bo
         teacher_map=_map(spec.teacher_map),
         grad=grad,
         teacher_grad=teacher_grad,
+        sparse=sparse,
         aligned=aligned,
     )
 
@@ -200,6 +205,10 @@ def _numbers(spec: Spec) -> Numbers:
         teacher_gain=t.scale / (t.softcap or 1.0),
         teacher_cap=t.softcap,
     )
+
+
+def _slots(ids: Optional[Tensor]) -> tuple[Optional[Tensor], int]:
+    return (None, 0) if ids is None else (ids.contiguous(), ids.shape[1])
 
 
 def _over_rows(rows: int) -> tuple[int]:
@@ -227,7 +236,7 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
 def _fused_in_parts(tiles: _Tiles, weights: Tensor, results: Tensor) -> None:
     spec = tiles.spec
     state = rs.new_state(tiles.rows, results.device)
-    _fold(tiles, 0, state)
+    _fold(tiles, 0, state, None)
     if not tiles.closed:
         _value(tiles, state)
     kernels.finish[_over_rows(tiles.rows)](
@@ -235,14 +244,14 @@ def _fused_in_parts(tiles: _Tiles, weights: Tensor, results: Tensor) -> None:
         F=tiles.flags, **_OVER_ROWS,
     )  # fmt: skip
     if tiles.grad is not None or tiles.teacher_grad is not None:
-        _gradient(tiles, weights, 0, tiles.columns, state)
+        _gradient(tiles, weights, 0, tiles.columns, state, None)
 
 
-def _fold(tiles: _Tiles, offset: int, state: Tensor) -> None:
+def _fold(tiles: _Tiles, offset: int, state: Tensor, skipped: Optional[Tensor]) -> None:
     parts, part = tiles.parts
     partial = state.new_empty(parts, tiles.rows, rs.COLUMNS)
     kernels.fold[(tiles.rows, parts)](
-        *tiles.inputs, tiles.labels, partial, tiles.rows, tiles.columns, part, offset,
+        *tiles.inputs, tiles.labels, *_slots(skipped), partial, tiles.rows, tiles.columns, part, offset,
         tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
     kernels.merge[_over_rows(tiles.rows)](
@@ -263,21 +272,26 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
     )
 
 
-def _gradient(tiles: _Tiles, weights: Tensor, offset: int, vocab: int, state: Tensor) -> None:
+def _gradient(tiles: _Tiles, weights: Tensor, offset: int, vocab: int, state: Tensor,
+              emission: Optional[Emission]) -> None:  # fmt: skip
     parts, part = tiles.parts
+    emitted: tuple = (None, 0, None, 0, None, None)
+    if emission is not None:
+        kept = _adjacent(emission.kept)
+        emitted = (*_slots(emission.ids), kept, kept.stride(0), emission.rest.contiguous(), emission.lse1.contiguous())
     kernels.gradient[(tiles.rows, parts)](
-        *tiles.inputs, tiles.labels, weights, *tiles.gradients, state, tiles.columns, part, offset, vocab,
+        *tiles.inputs, tiles.labels, weights, *tiles.gradients, *emitted, state, tiles.columns, part, offset, vocab,
         tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
 
 
 def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
-               offset: int, spec: Spec, state: Tensor) -> None:  # fmt: skip
-    """Fold the vocabulary chunk that begins at ``offset`` into ``state``."""
-    tiles = _Tiles(student, teacher, labels, spec)
+               offset: int, spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
+    """Fold the vocabulary chunk that begins at ``offset`` into ``state``, without the ids ``skipped``."""
+    tiles = _Tiles(student, teacher, labels, spec, sparse=skipped is not None)
     if tiles.rows:
         with torch.cuda.device_of(student):
-            _fold(tiles, offset, state)
+            _fold(tiles, offset, state, skipped)
 
 
 def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
@@ -290,12 +304,20 @@ def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Ten
 
 def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
              weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
-             grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> None:  # fmt: skip
+             grad: Optional[Tensor], teacher_grad: Optional[Tensor],
+             emission: Optional[Emission] = None) -> None:  # fmt: skip
     """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself)."""
-    tiles = _Tiles(student, teacher, labels, spec, grad, teacher_grad)
+    tiles = _Tiles(student, teacher, labels, spec, grad, teacher_grad, sparse=emission is not None)
     if tiles.rows and (grad is not None or teacher_grad is not None):
         with torch.cuda.device_of(student):
-            _gradient(tiles, weights.contiguous(), offset, vocab, state)
+            _gradient(tiles, weights.contiguous(), offset, vocab, state, emission)
+
+
+def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
+                 spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+    """Whole rows with a sparse target: two reads and a write of the student's logits."""
+    return in_two_passes(student, target, labels, weights, spec=spec, grad=grad, accumulate=accumulate,
+                         fused=fused, gradient=gradient)  # fmt: skip
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:

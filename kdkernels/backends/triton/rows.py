@@ -30,6 +30,7 @@ class Flags(NamedTuple):
     teacher_map: int
     grad: bool
     teacher_grad: bool
+    sparse: bool  # ids of the row are left out of the state, and have gradients of their own
     aligned: bool  # rows begin at 16 bytes and end on whole lanes
 
     @property
@@ -119,12 +120,38 @@ def _logits(pointer, columns, inside, gain, cap, MAP: tl.constexpr, POLICY: tl.c
 
 
 @triton.jit
-def _top_column(pointer, group, top, end, gain, cap, MAP: tl.constexpr, K: tl.constexpr):
+def _without(z, columns, ids, slot, slots, end):
+    """``z`` with -inf at the columns in ``ids`` (ascending, -1 for none), and the first slot at or
+    beyond ``end``."""
+    at = tl.load(ids + slot, mask=slot < slots, other=end)
+    while at < end:
+        z = tl.where(columns == at, -float("inf"), z)
+        slot += 1
+        at = tl.load(ids + slot, mask=slot < slots, other=end)
+    return z, slot
+
+
+@triton.jit
+def _with_kept(g, columns, ids, kept, slot, begin, weight):
+    """``g`` with ``weight * kept`` at the columns in ``ids``, and the last slot before ``begin``."""
+    at = tl.load(ids + slot, mask=slot >= 0, other=-2)
+    while (at >= begin) | (at == -1):
+        g = tl.where(columns == at, tl.load(kept + slot).to(tl.float32) * weight, g)
+        slot -= 1
+        at = tl.load(ids + slot, mask=slot >= 0, other=-2)
+    return g, slot
+
+
+@triton.jit
+def _top_column(F: tl.constexpr, pointer, group, top, end, gain, cap, ids, slots, offset, MAP: tl.constexpr,
+                K: tl.constexpr):  # fmt: skip
     """The first column of the group whose logit is ``top``, read again."""
     columns = group + tl.arange(0, K)
     raw = tl.load(pointer + columns, mask=columns < end, other=-float("inf"))
-    z = mapped(raw.to(tl.float32), gain, cap, MAP).to(tl.float64)
-    return tl.min(tl.where((z == top) & (columns < end), columns, 2147483647), 0)
+    z = mapped(raw.to(tl.float32), gain, cap, MAP)
+    if F.sparse:
+        z = _without(z, offset + columns, ids, slots * 0, slots, offset + group + K)[0]
+    return tl.min(tl.where((z.to(tl.float64) == top) & (columns < end), columns, 2147483647), 0)
 
 
 @triton.jit
@@ -136,27 +163,31 @@ def _label_logit(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
 
 
 @triton.jit
-def fold_row(F: tl.constexpr, s_row, t_row, label, begin, end, offset, temperature, numbers,
+def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offset, temperature, numbers,
              LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """First pass: the row's state from its columns [begin, end); each logit is read once.
 
-    ``label`` counts from the tile's first column, arg_s and arg_t from the vocabulary's (``offset``).
+    ``label`` counts from the tensor's first column, ``ids``, arg_s and arg_t from the vocabulary's
+    (``offset``). Ids are ascending, so each costs one look at one tile.
     """
     lanes = empty_lanes(LANES)
+    slot = slots * 0  # not a constant: the loop carries it
     for start in range(begin, end, LANES * K):
         group, columns, inside = _columns(F, start, end, LANES, K)
         s = _logits(s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map, "")
-        t = s
+        t, given = s, s
         if F.kind:
             t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map, "")
-        lanes = fold(F, lanes, s, t, group, inside, numbers.factor)
+        if F.sparse:
+            s, slot = _without(s, offset + columns, ids, slot, slots, offset + start + LANES * K)
+        lanes = fold(F, lanes, s, t, given, group, inside, numbers.factor)
     r = across_lanes(F, lanes, numbers.factor, temperature)
-    arg_s = _top_column(s_row, r.arg_s, r.top_s, end, numbers.student_gain, numbers.student_cap,
-                        F.student_map, K)  # fmt: skip
+    arg_s = _top_column(F, s_row, r.arg_s, r.top_s, end, numbers.student_gain, numbers.student_cap, ids, slots,
+                        offset, F.student_map, K)  # fmt: skip
     arg_t = arg_s
     if F.kind:
-        arg_t = _top_column(t_row, r.arg_t, r.top_t, end, numbers.teacher_gain, numbers.teacher_cap,
-                            F.teacher_map, K)  # fmt: skip
+        arg_t = _top_column(F, t_row, r.arg_t, r.top_t, end, numbers.teacher_gain, numbers.teacher_cap, ids,
+                            slots, offset, F.teacher_map, K)  # fmt: skip
     label_s, label_t = r.label_s, r.label_t
     if F.hard:
         label_s = _label_logit(s_row, label, begin, end, numbers.student_gain, numbers.student_cap,
@@ -244,9 +275,19 @@ def divergence(F: tl.constexpr, r):
         return r.value
 
 
+class Emission(NamedTuple):
+    """A row of ``kdkernels.backends.sparse_rows.Emission``; of no meaning where F is not sparse."""
+
+    ids: tl.tensor
+    slots: tl.tensor
+    kept: tl.tensor
+    rest: tl.tensor
+    lse1: tl.tensor
+
+
 @triton.jit
-def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, label, weight, begin, end,
-                 vocab, temperature, numbers, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, emission, label, weight, begin,
+                 end, offset, vocab, temperature, numbers, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Last pass: weight * d(loss)/d(raw logits) of the columns [begin, end), from the finished state.
 
     It runs against the pass before it: backwards after the first, forwards after the second.
@@ -260,7 +301,14 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, l
     soft = (weight * numbers.soft).to(tl.float32)
     hard, teacher = weight * numbers.hard, weight * numbers.teacher_hard
     lse = r.m_s * temperature + tl.log(r.z1_s)
-    pull = hard * (1.0 + 2.0 * numbers.z_loss * lse) / r.z1_s  # of exp(z - m) at temperature 1
+    m1_s, per_z1_s = n.m_s, 1.0 / r.z1_s  # exp(z - lse) = exp(z - m1) per_z1
+    if F.sparse:  # whose state is the rest's: the ids may be far above its maximum
+        lse = emission.lse1
+        m1_s = lse.to(tl.float32)
+        per_z1_s = tl.exp(m1_s.to(tl.float64) - lse)
+        rest = tl.where(r.z_s == 0.0, 0.0, weight * emission.rest / r.z_s).to(tl.float32)
+        slot = emission.slots - 1
+    pull = hard * (1.0 + 2.0 * numbers.z_loss * lse) * per_z1_s
     spread = (hard * numbers.smoothing / vocab).to(tl.float32)
     onehot = (hard * (1.0 - numbers.smoothing)).to(tl.float32)
     teacher_pull, teacher_onehot = (teacher / r.z1_t).to(tl.float32), teacher.to(tl.float32)
@@ -288,8 +336,12 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, l
                 if F.kind != FORWARD_KL:
                     q_psi = q_psi - q * slope
                 g = q_psi * soft
+            if F.sparse:
+                g = tl.exp2(exponent(s, n.m_s, numbers.factor)) * rest
+                g, slot = _with_kept(g, offset + columns, emission.ids, emission.kept, slot, offset + start,
+                                     weight.to(tl.float32))  # fmt: skip
             if F.hard:
-                g += tl.exp2(exponent(s, n.m_s, factor1)) * pull.to(tl.float32)
+                g += tl.exp2(exponent(s, m1_s, factor1)) * pull.to(tl.float32)
                 if F.smooth:
                     g -= spread
                 if here:

@@ -106,8 +106,9 @@ def _lifted(F: tl.constexpr, r, m_s, m_t, factor):
 
 
 @triton.jit
-def fold(F: tl.constexpr, r, s, t, group, inside, factor):
-    """Lanes ``r`` with one more tile of logits ``[LANES, K]``, whose first columns are ``group``.
+def fold(F: tl.constexpr, r, s, t, given, group, inside, factor):
+    """Lanes ``r`` with one more tile of logits ``[LANES, K]``, whose first columns are ``group``;
+    ``given`` is s before a sparse target's ids were taken out.
 
     Two exponentials a column, and two a lane to raise its sums: an eighth more with K = 8. A lane's arg
     is the first column of the group that raised its maximum last.
@@ -136,7 +137,7 @@ def fold(F: tl.constexpr, r, s, t, group, inside, factor):
         if F.teacher_hard:
             z1_t += tl.sum(tl.exp2(exponent(t, m_t[:, None], LOG2E)), 1)
     if F.smooth:
-        sum_s += tl.sum(tl.where(inside, s, 0.0), 1)
+        sum_s += tl.sum(tl.where(inside, given, 0.0), 1)
     return RowState(
         m_s=m_s,
         z_s=a.z_s + tl.sum(exp_s, 1),

@@ -1,0 +1,389 @@
+"""``transformers.Trainer`` with a teacher: full logits of neither model are ever held.
+
+The loss is computed inside the lm_head's own forward, which is handed hidden states and, instead of
+projecting them, gives them to the loss beside its weight. Whatever gathers weights around a
+module's forward (FSDP, FSDP2, ZeRO-3) therefore works, with nothing here knowing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+import kdkernels as kd
+
+from .common import whole
+
+#: What a batch holds beside the arguments of a model's forward.
+_TARGET_KEYS = ("target_ids", "target_logprobs", "target_weights")
+_LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch", *_TARGET_KEYS)
+
+
+class DistillationTrainer(Trainer):
+    """Trains ``model`` on :func:`kdkernels.distillation_loss` against a frozen ``teacher``.
+
+    Batches are those of causal language models: ``labels [B, L]`` is aligned with ``input_ids`` and
+    shifted by one here (``shift_labels`` is taken as it is); -100 masks a token from both terms.
+    The loss is the sum over tokens divided by ``num_items_in_batch``, the tokens of the whole
+    accumulated batch over all processes, so it does not depend on how that batch is cut. Logs gain
+    the soft and hard terms, entropies and top-1 agreement; ``evaluate`` gives, exact over the tokens of
+    the set, ``eval_loss`` (the training loss), ``eval_hard`` (cross entropy), ``eval_kl`` (forward
+    KL at temperature 1), entropies and agreement.
+
+    Instead of a teacher, batches may hold what it said: ``target_ids [B, L, K]`` with ``target_logprobs`` or
+    ``target_weights``, of which row i is about what the model says at i (see :class:`kdkernels.SparseTarget`).
+
+    The student may carry LoRA (peft) anywhere, its lm_head included.
+
+    Args:
+        model, args, **trainer: as of ``transformers.Trainer``.
+        teacher: a causal LM with the student's vocabulary. Frozen and set to eval mode. None means no
+            teacher: the hard term alone, as fused linear cross entropy.
+        divergence, temperature, temperature_squared, soft_weight, hard_weight, label_smoothing,
+            z_loss, vocab_size, chunk_bytes: as of :func:`kdkernels.distillation_loss`, which gives
+            the defaults.
+        tail: of the sparse targets in a batch, as of :class:`kdkernels.SparseTarget`.
+
+    Raises:
+        ValueError: an option of Trainer that needs logits, DataParallel, a model whose logits are
+            not those of a linear head, a batch without labels.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    >>> trainer = DistillationTrainer(
+    ...     LlamaForCausalLM(config),
+    ...     TrainingArguments(getfixture("tmp_path"), use_cpu=True, report_to="none"),
+    ...     teacher=LlamaForCausalLM(config), divergence=kd.JSD(0.5), eval_dataset=rows)
+    >>> sorted(name for name in trainer.evaluate() if name.startswith("eval_"))[:3]
+    ['eval_agreement', 'eval_hard', 'eval_kl']
+    """
+
+    def __init__(
+        self,
+        model: Optional[nn.Module] = None,
+        args: Any = None,
+        *,
+        teacher: Optional[PreTrainedModel],
+        divergence: kd.Divergence = kd.ForwardKL(),
+        temperature: float = 1.0,
+        temperature_squared: bool = False,
+        soft_weight: float = 1.0,
+        hard_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        vocab_size: Optional[int] = None,
+        chunk_bytes: Optional[int] = None,
+        tail: str = "bucket",
+        **trainer: Any,
+    ) -> None:
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if trainer.get(name) is not None:
+                raise ValueError(f"{name} needs logits, which are never held; see evaluate()'s metrics")
+        super().__init__(model, args, **trainer)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, and DataParallel cannot run this loss; launch with "
+                f"torchrun --nproc_per_node {self.args.n_gpu}, or show it one by CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor needs logits; pass label_smoothing= to the trainer")
+        # Trainer then counts num_items_in_batch, over shifted labels, whatever the model's forward takes.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.divergence = divergence
+        self.soft_options: dict[str, Any] = {"temperature": temperature, "temperature_squared": temperature_squared}
+        self.soft_weight, self.hard_weight = soft_weight, hard_weight
+        self.hard_options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.cut: dict[str, Any] = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
+        self.tail = tail
+        self.teacher = None if teacher is None else self._placed(teacher)
+        for each in (self.model, self.teacher):
+            if isinstance(each, PreTrainedModel):
+                check_head(each)
+        self._sums = _Sums()
+
+    # -- the loss -------------------------------------------------------------------------------
+
+    def teacher_target(self, inputs: dict[str, Any]) -> Optional[kd.LinearHead | kd.SparseTarget]:
+        """What the teacher says about a batch, in any form that distillation_loss takes."""
+        if "target_ids" in inputs:
+            return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            return call_through_head(self.teacher, self.teacher, model_inputs(inputs), lambda head: head)
+
+    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:
+        """``function(student's LinearHead, teacher's target)``, run inside the wrapped model's forward."""
+        target = self.teacher_target(inputs)
+        own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return call_through_head(model, own, model_inputs(inputs), lambda head: function(head, target))
+
+    def batch_loss(self, student: kd.LinearHead, target: Any, labels: Tensor, num_items: Any) -> Tensor:
+        """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
+        shared = {"num_items": num_items, **self.hard_options, **self.cut}
+        if target is None:
+            hard = kd.cross_entropy(student, labels, **shared)
+            tokens = (labels >= 0).sum()
+            self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
+            return self.hard_weight * hard
+        result: Any = kd.distillation_loss(
+            student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
+            hard_weight=self.hard_weight, return_stats=True, **self.soft_options, **shared,
+        )  # fmt: skip
+        loss, stats = result
+        self.log_stats(stats)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if return_outputs:
+            raise ValueError("return_outputs=True needs logits, which are never held")
+        labels = shifted_labels(inputs)
+        with self.accelerator.autocast():
+            loss = self.student_call(
+                model,
+                inputs,
+                lambda student, target: self.batch_loss(student, target, labels, num_items_in_batch),
+            )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # Gradients are averaged over processes, but num_items counts the tokens of all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss
+
+    # -- logs and evaluation --------------------------------------------------------------------
+
+    def log_stats(self, stats: kd.Stats) -> None:
+        """Adds a micro-batch's statistics to what the next log reports."""
+        means = stats._asdict()
+        tokens = means.pop("tokens")
+        if not self.hard_weight:
+            del means["hard"]  # not computed
+        self._sums.add({name: mean * tokens for name, mean in means.items()}, tokens)
+
+    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+        if "loss" in logs:
+            logs.update(self._sums.means(self.accelerator))
+        super().log(logs, start_time)
+
+    def row_statistics(self, student: kd.LinearHead, target: Any, labels: Tensor) -> dict[str, Tensor]:
+        """One sequence's token-summed statistics, for evaluation."""
+        tokens = (labels >= 0).sum()
+        if target is None:
+            hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
+            return {"loss": self.hard_weight * hard, "hard": hard, "tokens": tokens}
+        plain: Any = kd.distillation_loss(student, target, labels, hard_weight=1.0, return_stats=True, **self.cut)
+        loss: Any = kd.distillation_loss(
+            student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
+            hard_weight=self.hard_weight, reduction="sum", **self.soft_options, **self.hard_options, **self.cut,
+        )  # fmt: skip
+        stats = plain[1]
+        means = {"kl": stats.soft, "hard": stats.hard, "student_entropy": stats.student_entropy,
+                 "teacher_entropy": stats.teacher_entropy, "agreement": stats.agreement}  # fmt: skip
+        return {"loss": loss, **{name: mean * tokens for name, mean in means.items()}, "tokens": tokens}
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **options: Any) -> tuple:
+        inputs = self._prepare_inputs(inputs)
+        labels = shifted_labels(inputs)
+
+        def rows(student: kd.LinearHead, target: Any) -> dict[str, Tensor]:
+            each = [
+                self.row_statistics(row_of(student, i), None if target is None else row_of(target, i), labels[i])
+                for i in range(labels.shape[0])
+            ]
+            return {name: torch.stack([row[name].float() for row in each]) for name in each[0]}
+
+        with torch.no_grad(), self.accelerator.autocast():
+            sums = self.student_call(model, inputs, rows)
+        # Sequence by sequence, because gather_for_metrics can then drop those that only fill up a batch.
+        sums = self.accelerator.gather_for_metrics(sums)
+        tokens = sums.pop("tokens").sum()
+        self._eval_sums.add({name: values.sum() for name, values in sums.items()}, tokens)
+        return (sums["loss"].sum() / tokens.clamp(min=1), None, None)
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        self._eval_sums = _Sums()
+        output: Any = super().evaluation_loop(*arguments, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._eval_sums.means().items()})
+        return output
+
+    # -- placing the teacher ---------------------------------------------------------------------
+
+    def _placed(self, teacher: Any) -> nn.Module:
+        teacher.requires_grad_(False).eval()
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, teacher)
+        if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
+            teacher.to(self.args.device)
+        return teacher
+
+
+# -- models as hidden states and a head -----------------------------------------------------------
+
+
+def call_through_head(wrapped: nn.Module, model: nn.Module, inputs: dict[str, Any],
+                      function: Callable[[kd.LinearHead], Any]) -> Any:  # fmt: skip
+    """:func:`through_head` of ``model`` as a call of ``wrapped`` (DDP, FSDP, a DeepSpeed engine), hooks and all."""
+    with forward_as(model, lambda **arguments: through_head(model, arguments, function)):
+        return wrapped(**inputs)
+
+
+def through_head(model: Any, inputs: dict[str, Any], function: Callable[[kd.LinearHead], Any]) -> Any:
+    """``function(LinearHead)`` of a causal LM, called inside the forward of its lm_head."""
+    causal_lm = model.get_base_model() if _is_peft(model) else model
+    head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
+    scale, softcap = logit_map(config)
+
+    def forward(hidden: Tensor) -> Any:
+        hidden, weight, bias = head_weights(head, hidden)
+        return function(kd.LinearHead(hidden, weight, bias, logit_scale=scale, softcap=softcap))
+
+    hidden = causal_lm.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    with forward_as(head, forward):
+        return head(hidden)
+
+
+def logit_map(config: Any) -> tuple[float, Optional[float]]:
+    """(scale, softcap) that a model applies to its logits, by the names its config gives them."""
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon H1
+        scale *= getattr(config, name, None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
+
+
+def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """(hidden, weight, bias) of an lm_head, whatever peft has made of it.
+
+    LoRA's ``W + s B A`` is the head ``[W, B]`` over hidden states ``[h, s A dropout(h)]``: one
+    projection, dropout where peft has it, and no matrix the size of the logits.
+    """
+    if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
+        active = [] if head.disable_adapters else [n for n in head.active_adapters if n in head.modules_to_save]
+        return head_weights(head.modules_to_save[active[0]] if active else head.original_module, hidden)
+    if not hasattr(head, "base_layer"):
+        return hidden, head.weight, getattr(head, "bias", None)
+    hidden, weight, bias = head_weights(head.base_layer, hidden)
+    if head.disable_adapters or head.merged:
+        return hidden, weight, bias
+    if not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
+        raise ValueError(f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
+                         f"{list(getattr(head, 'lora_variant', {}).values())}")  # fmt: skip
+    parts, columns = [hidden], [weight]
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        low = head.lora_A[name](head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype)))
+        parts.append((low * head.scaling[name]).to(hidden.dtype))
+        columns.append(whole(head.lora_B[name].weight).to(weight.dtype))
+        if head.lora_bias[name]:
+            extra = whole(head.lora_B[name].bias) * head.scaling[name]
+            bias = extra.to(weight.dtype) if bias is None else bias + extra.to(weight.dtype)
+    return torch.cat(parts, -1), torch.cat(columns, -1), bias
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises ValueError unless the model's logits are what :func:`through_head` says they are.
+
+    A model may do something to its logits that its config names in a way unknown here. Two tokens tell.
+    Models whose weights are not all here (meta, sharded) are taken on trust.
+    """
+    if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in model.parameters()):
+        return
+    training = model.training
+    model.eval()
+    inputs = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits.float()
+        head = through_head(model, inputs, lambda head: head)
+        actual = nn.functional.linear(head.hidden, head.weight, head.bias).float() * head.logit_scale
+        if head.softcap is not None:
+            actual = head.softcap * torch.tanh(actual / head.softcap)
+    model.train(training)
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    if actual.shape != expected.shape or not error < 0.05:
+        raise ValueError(f"{type(model).__name__} does more to its logits than a linear head with logit_scale "
+                         "and softcap; distil it from its logits with kd.distillation_loss")  # fmt: skip
+
+
+def row_of(head: Any, row: int) -> Any:
+    if isinstance(head, kd.SparseTarget):
+        return head[row]
+    return kd.LinearHead(head.hidden[row], head.weight, head.bias, head.logit_scale, head.softcap)
+
+
+# -- small parts ---------------------------------------------------------------------------------
+
+
+class _Sums:
+    """Named sums over tokens, kept on their device until they are read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.tokens: Any = 0
+
+    def add(self, sums: dict[str, Tensor], tokens: Any = 0) -> None:
+        self.tokens = self.tokens + tokens
+        for name, value in sums.items():
+            self.values[name] = self.values.get(name, 0.0) + value.detach().double()
+
+    def means(self, accelerator: Any = None) -> dict[str, float]:
+        """The means, over all processes if an accelerator is given; starts again from zero."""
+        values, self.values = self.values, {}
+        tokens, self.tokens = self.tokens, 0
+        if not values:
+            return {}
+        flat = torch.stack([*values.values(), torch.as_tensor(tokens).double()])
+        if accelerator is not None:
+            flat = accelerator.reduce(flat, "sum")
+        *sums, tokens = flat.tolist()
+        return {name: value / max(tokens, 1) for name, value in zip(values, sums)}
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """``module(...)`` runs ``function`` between the module's own hooks."""
+    own = module.__dict__.get("forward")
+    module.forward = function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[assignment]
+
+
+def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _LOSS_KEYS}
+
+
+def shifted_labels(inputs: dict[str, Any]) -> Tensor:
+    """Labels ``[B, L]`` where position i holds the token that the model says at i; the last has none."""
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"]
+    if inputs.get("labels") is None:
+        raise ValueError(f"a batch needs labels (-100 masks a token), got {sorted(inputs)}")
+    return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+
+
+def _is_peft(model: nn.Module) -> bool:
+    config = getattr(model, "peft_config", None)
+    if not config or not hasattr(model, "get_base_model"):
+        return False
+    if any(c.is_prompt_learning for c in config.values()):
+        raise ValueError("prompt learning adds tokens to the sequence; only weight adapters such as LoRA are supported")
+    return True

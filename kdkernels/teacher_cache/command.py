@@ -1,0 +1,204 @@
+"""``python -m kdkernels cache``: run the teacher over data once, keep what it says in few bytes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import kdkernels as kd
+
+from ..integrations.transformers import check_head, model_inputs, row_of, shifted_labels, through_head
+from ..records import distillkit_bytes
+from ..trainer import data, models
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, Problem, _Help, option
+from . import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
+
+#: What DistillKit's README recommends and calls its budget pick, with the vocabulary that gives its figures.
+DISTILLKIT = {
+    "K=128, V=128k": {"d": 128256, "k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},
+    "K=50, V=128k": {"d": 128256, "k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]},
+}
+
+
+@dataclass
+class CacheSettings:
+    teacher: str = field(metadata={"help": "a transformers causal LM, folder or name"})
+    out: str = field(metadata={"help": "directory of the cache: new, or one to go on with"})
+    top_k: int = option(0, "keep the k most likely tokens [give this, --top_p or --samples]")
+    top_p: float = option(0.0, "keep the most likely tokens that together have this mass")
+    max_k: int = option(0, "of --top_p: at most so many tokens; 0 is no limit")
+    samples: int = option(0, "keep what so many draws from the teacher give, an unbiased gradient")
+    proposal_temperature: float = option(1.0, "of --samples; other than 1 they get importance weights")
+    tail: Optional[str] = option(None, "bucket, conditional, renormalize or truncate; default bucket, truncate for samples")
+    values: Optional[str] = option(None, "float32, bfloat16, uint8 or count; default uint8, count for samples")
+    tokenizer: Optional[str] = option(None, "folder or name; default: the teacher's")
+    dtype: str = option("float32", "of the teacher: float32 or bfloat16")
+    batch_size: int = option(8, "sequences that the teacher reads at a time")
+    shard_tokens: int = option(2**18, "tokens per shard; a killed process loses at most so much")
+    seed: int = option(42, "of the split into training and validation, as train's; and of the samples")
+
+
+def main(arguments: list[str]) -> None:
+    parts: Any = [CacheSettings, DataSettings]
+    for part, title in zip(parts, ("cache", "data, as train reads it")):
+        part._argument_group_name = title
+    parser = HfArgumentParser(
+        parts, prog="python -m kdkernels cache", formatter_class=_Help, allow_abbrev=False,
+        usage="%(prog)s --teacher MODEL --data ... --top_k 64 | --top_p P | --samples N --out DIR",
+        description="Targets for `train soft --targets DIR`. torchrun shares the work; a killed run goes on.",
+    )  # fmt: skip
+    settings, data_settings = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    try:
+        run(settings, data_settings)
+    except (Problem, OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(settings: CacheSettings, data_settings: DataSettings) -> None:
+    """Caches the training sequences in ``out`` and the validation sequences in ``out/validation``."""
+    method = check(settings)
+    tokenizer = models.load_tokenizer(
+        ModelSettings(student=settings.teacher, tokenizer=settings.tokenizer), (), Path(settings.out)
+    )
+    training, validation = data.split(data.read(data_settings), data_settings, settings.seed)
+    teacher = None
+    for records, folder in ((training, ""), (validation, "validation")):
+        sequences = data.sequences(records, tokenizer, data_settings.max_length)
+        if folder:
+            sequences = data.limited(sequences, data_settings.validation_sequences)
+        if not len(sequences):
+            continue
+        directory = Path(settings.out, folder)
+        manifest = manifest_of(settings, method, tokenizer, sequences)
+        with CacheWriter(directory, manifest, shard_tokens=settings.shard_tokens, **ranks()) as writer:
+            if teacher is None:
+                teacher = load_teacher(settings, tokenizer, data_settings.max_length)
+            write(writer, teacher, sequences, settings, tokenizer)
+            writer.commit()
+            done = sum(len(shard.rows) for shard in writer.committed())
+        if done == len(sequences):
+            report(directory)
+        else:
+            print(f"{directory}: this process is done; the cache is complete when the others are")
+
+
+def check(settings: CacheSettings) -> str:
+    """The method; and what is wrong with the settings is a :class:`Problem`."""
+    if settings.teacher in SCRATCH:
+        raise Problem(f"--teacher {settings.teacher} is made from scratch and knows nothing; give a trained model")
+    methods = [name for name in ("top_k", "top_p", "samples") if getattr(settings, name)]
+    if len(methods) != 1:
+        raise Problem(f"give one of --top_k, --top_p and --samples, not {' and '.join(methods) or 'none'}")
+    if settings.top_k < 0 or settings.samples < 0 or not 0 <= settings.top_p <= 1 or settings.batch_size < 1:
+        raise Problem("--top_k, --samples and --batch_size are at least 1, and --top_p is at most 1")
+    return methods[0]
+
+
+def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences: data.Sequences) -> Manifest:
+    sampled, plain = method == "samples", settings.proposal_temperature == 1
+    k = {"top_k": settings.top_k, "top_p": settings.max_k or len(tokenizer), "samples": settings.samples}[method]
+    return Manifest(
+        model=settings.teacher, tokenizer=tokenizer_hash(tokenizer), vocab_size=len(tokenizer),
+        data=fingerprint(sequences), sequences=len(sequences), method=method,
+        k=k if sampled else min(k, len(tokenizer)), kind="weights" if sampled else "logprobs",
+        top_p=settings.top_p or None, proposal_temperature=settings.proposal_temperature,
+        tail=settings.tail or ("truncate" if sampled else "bucket"),
+        values=settings.values or ("count" if sampled and plain else "uint8"),
+    )  # fmt: skip
+
+
+def fingerprint(sequences: data.Sequences) -> str:
+    """Of ids and labels: targets are kept only where there is a label to learn."""
+    return data_fingerprint((ids for ids, _ in sequences.rows), (labels for _, labels in sequences.rows))
+
+
+def ranks() -> dict[str, int]:
+    return {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def load_teacher(settings: CacheSettings, tokenizer: Any, max_length: int) -> Any:
+    teacher = models.load_model(
+        settings.teacher, tokenizer, dtype=settings.dtype, seed=settings.seed, max_length=max_length
+    )  # fmt: skip
+    if (device := torch.accelerator.current_accelerator()) is not None and torch.accelerator.is_available():
+        teacher.to(torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))))
+    teacher.requires_grad_(False).eval()
+    check_head(teacher)
+    return teacher
+
+
+def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings: CacheSettings, tokenizer: Any) -> None:
+    todo, collate = writer.todo(), data.Collator(tokenizer.pad_token_id)
+    mine = range(writer.rank, len(sequences), writer.world_size)
+    lengths = {index: len(sequences.rows[index][0]) for index in mine}
+    done = sum(lengths.values()) - sum(lengths[index] for index in todo)
+    with tqdm(total=sum(lengths.values()), initial=done, unit="tok", unit_scale=True, desc=writer.directory.name) as bar:
+        for batch in _batches(todo, settings.batch_size):
+            inputs = {n: t.to(teacher.device) for n, t in collate([sequences[index] for index in batch]).items()}
+            said = targets(teacher, inputs, select(settings, batch, len(tokenizer), writer.manifest.tail))
+            for index, target in zip(batch, said):
+                writer.write(index, sequences.rows[index][0], target[: lengths[index]])
+                bar.update(lengths[index])
+            if writer.bytes_per_token is not None:
+                bar.set_postfix_str(f"{writer.bytes_per_token:.0f} bytes/token", refresh=False)
+
+
+def targets(
+    teacher: Any, inputs: dict[str, Any], choose: Callable[[kd.LinearHead, int], kd.SparseTarget]
+) -> Iterator[kd.SparseTarget]:
+    """A target [T, K] for each sequence of a batch; tokens without a label have no slots."""
+    with torch.inference_mode():
+        head = through_head(teacher, model_inputs(inputs), lambda head: head)
+        for row, labels in enumerate(shifted_labels(inputs)):
+            target = choose(row_of(head, row), row)
+            yield replace(target, ids=target.ids.masked_fill((labels < 0)[:, None], -1))
+
+
+def select(
+    settings: CacheSettings, batch: list[int], vocab: int, tail: str
+) -> Callable[[kd.LinearHead, int], kd.SparseTarget]:
+    """How a row of a batch of sequences becomes a target."""
+
+    def choose(head: kd.LinearHead, row: int) -> kd.SparseTarget:
+        if settings.top_k:
+            return kd.top_k_target(head, min(settings.top_k, vocab), tail=tail, vocab_size=vocab)
+        if settings.top_p:
+            return kd.top_p_target(
+                head, settings.top_p, max_k=settings.max_k or None, tail=tail, vocab_size=vocab
+            )
+        # A sequence's draws are its own, whichever process makes them and whatever came before.
+        own = torch.Generator(head.hidden.device).manual_seed(settings.seed + 1 + batch[row])
+        drawn = kd.sample_target(
+            head, settings.samples, settings.proposal_temperature, generator=own, vocab_size=vocab
+        )
+        return replace(drawn, tail=tail)
+
+    return choose
+
+
+def report(directory: Path) -> None:
+    """What was measured, beside what it is compared with."""
+    cache = TeacherCache(directory)
+    kept = sum(shard.kept for shard in cache.shards)
+    print(f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {kept / cache.tokens:.1f} ids kept per token")
+    lines = [
+        (f"measured, {cache.manifest.values} ({cache.bytes / max(kept, 1):.2f} per kept id)", cache.bytes / cache.tokens),
+        ("raw, int32 and float32", 8 * kept / cache.tokens),
+    ]
+    for name, config in DISTILLKIT.items():
+        parts, ids = distillkit_bytes({"exact_dtype": "bfloat16", **config})
+        lines.append((f"DistillKit's formula, {name}", sum(parts) + ids))
+    for name, per_token in lines:
+        print(f"  {name:<48} {per_token:8.1f} bytes per token")
+
+
+def _batches(indices: list[int], size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(indices), size):
+        yield indices[begin : begin + size]

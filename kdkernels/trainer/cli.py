@@ -1,0 +1,34 @@
+"""``python -m kdkernels train MODE``: the command. Everything that a user can put right is one line."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str]) -> None:
+    from transformers.utils import logging
+
+    from .settings import MODES, Problem, parse
+
+    logging.disable_progress_bar()  # of loading and writing; training has its own
+
+    if not arguments or arguments[0] not in MODES:
+        modes = "\n".join(f"  {name:<8} {what}" for name, what in MODES.items())
+        print(f"usage: python -m kdkernels train MODE --output_dir DIR [--config FILE.yaml] [options]\n\n{modes}\n\n"
+              "python -m kdkernels train MODE --help shows a mode's options.")  # fmt: skip
+        sys.exit(0 if arguments[:1] in ([], ["-h"], ["--help"]) else 2)
+    mode = arguments[0]
+    try:
+        settings = parse(mode, arguments[1:])
+        if mode == "compare":
+            from .compare import compare
+
+            compare(settings)
+        else:
+            from .train import run
+
+            run(settings)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,187 @@
+"""``train compare``: soft, hard, co and a student without a teacher, alike in everything but the loss.
+
+Each stage is an ordinary run in a folder and a process of its own (so that peak memory is its own). A stage
+that is finished is reused, one that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import kdkernels as kd
+
+from . import data, models, report, train
+from .reliable import ReliableTrainer, read_metrics, write_whole
+from .settings import SCRATCH, Problem, Settings, resolve
+
+COMPARISON = "comparison.json"
+
+
+def compare(settings: Settings) -> None:
+    if settings.run.world_size > 1:
+        raise Problem("compare starts its stages itself; run it without torchrun")
+    if settings.run.max_steps <= 0:
+        raise Problem("compare needs --max_steps: the budget that every student gets")
+    if settings.model.teacher is None:
+        raise Problem("compare needs a --teacher")
+    start = time.perf_counter()
+    stages = plan(settings)
+    reused = [run_stage(i, len(stages), name, stage) for i, (name, stage) in enumerate(stages.items(), 1)]
+    folder = settings.output_dir
+    if all(reused) and (folder / COMPARISON).exists():
+        comparison = json.loads((folder / COMPARISON).read_text())
+    else:
+        comparison = measured(settings, stages)
+        comparison["seconds"] = None if any(reused) else time.perf_counter() - start
+        write_whole(folder / COMPARISON, json.dumps(comparison, indent=1))
+    curves = {name: read_metrics(stage.output_dir / train.METRICS) for name, stage in stages.items()}
+    lines = [json.dumps({"run": name, **line}) + "\n" for name, metrics in curves.items() for line in metrics]
+    write_whole(folder / train.METRICS, "".join(lines))
+    report.draw(folder / report.PICTURE, curves, comparison)
+    write_whole(folder / "report.md", report.text(comparison))
+    print(f"\n{report.table(comparison)}\n\n{report.verdict(comparison)}\n\n"
+          f"Report, picture, metrics and models are in {folder}/")  # fmt: skip
+
+
+# -- the stages -------------------------------------------------------------------------------------
+
+
+def plan(settings: Settings) -> dict[str, Settings]:
+    """Stage -> its settings: a teacher, if it must be made first, and the students."""
+    folder, shared = settings.output_dir, settings.to_dict()
+    for name in ("mode", "teacher_steps", "resume"):
+        shared.pop(name, None)
+    scratch = settings.model.teacher in SCRATCH
+    shared["tokenizer"] = tokenizer(settings)
+    teacher = str(folder / "teacher" / "model") if scratch else settings.model.teacher
+
+    def stage(mode: str, name: str, **values: Any) -> Settings:
+        resume = (folder / name / train.CONFIG).exists()
+        return resolve(mode, {**shared, "output_dir": str(folder / name), "resume": resume, **values})
+
+    stages = {}
+    if scratch:
+        stages["teacher"] = stage(
+            "hard", "teacher", student=settings.model.teacher, teacher=None, lora_rank=0, seed=settings.run.seed + 1,
+            max_steps=settings.run.teacher_steps or settings.run.max_steps,
+            learning_rate=settings.loss.teacher_learning_rate,
+        )  # fmt: skip
+    stages["plain"] = stage("hard", "plain", teacher=None)
+    stages["soft"] = stage("soft", "soft", teacher=teacher)
+    stages["hard"] = stage("hard", "hard", teacher=teacher)
+    stages["co"] = stage("co", "co", hard_weight=1.0)
+    return stages
+
+
+def tokenizer(settings: Settings) -> str:
+    """The tokenizer of every stage: one that was given, or trained here."""
+    if settings.model.tokenizer or settings.model.pretrained:
+        return settings.model.tokenizer or settings.model.pretrained[0]
+    folder = settings.output_dir / "tokenizer"
+    if not folder.exists():
+        print(f"training a tokenizer on {', '.join(settings.data.data)}", flush=True)
+        records, _ = data.split(data.read(settings.data), settings.data, settings.run.seed)
+        models.load_tokenizer(settings.model, data.texts_of(records), folder)
+    return str(folder)
+
+
+def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
+    """Runs a stage in a process of its own; True if it was there already."""
+    heading = f"[{number}/{count}] {name}"
+    if (settings.output_dir / train.RESULT).exists():
+        train.check_same_settings(settings)
+        print(f"{heading}: reusing {settings.output_dir}")
+        return True
+    print(f"{heading}: {'going on in' if settings.run.resume else 'writing'} {settings.output_dir}", flush=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([train.__name__])
+    process = context.Process(target=_stage, args=(settings.mode, settings.asked))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise Problem(f"{name} did not finish (exit code {process.exitcode}); run the same command again to go on")
+    return False
+
+
+def _stage(mode: str, asked: dict[str, Any]) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        train.run(resolve(mode, asked))
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+
+
+# -- what came of it --------------------------------------------------------------------------------
+
+
+def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
+    """Every student against the same teacher on the same held-out text."""
+    reference = stages["soft"]
+    given = train.ingredients(reference)
+    teacher = given.teacher()
+    rows = {}
+    for name in report.STUDENTS:
+        result = json.loads((stages[name].output_dir / train.RESULT).read_text())
+        metrics = evaluated(given, teacher, model_folder(stages[name]))
+        speed = [line["tokens_per_second"] for line in read_metrics(stages[name].output_dir / train.METRICS)
+                 if "tokens_per_second" in line]  # fmt: skip
+        rows[name] = {
+            "validation_loss": metrics["eval_hard"], "kl_to_teacher": metrics["eval_kl"],
+            "agreement": metrics["eval_agreement"], "tokens": result["tokens"], "seconds": result["seconds"],
+            "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else None,
+            "peak_memory_bytes": result["peak_memory_bytes"],
+        }  # fmt: skip
+    own = evaluated(given, teacher, str(reference.model.teacher))
+    co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
+    return {
+        "environment": environment(settings),
+        "settings": settings.to_dict(),
+        "validation_tokens": sum(len(ids) - 1 for ids, _ in given.validation.rows),
+        "teacher": {"validation_loss": own["eval_hard"], "parameters": parameters(teacher)},
+        "co_teacher": {"validation_loss": co["eval_teacher_hard"]},
+        "student_parameters": parameters(given.student()),
+        "students": rows,
+    }
+
+
+def model_folder(settings: Settings) -> str:
+    return str(settings.output_dir / "model" / ("student" if settings.mode == "co" else ""))
+
+
+def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, float]:
+    arguments = resolve("soft", {**given.settings.asked, "report_to": ["none"], "disable_tqdm": True}).run
+    trainer = ReliableTrainer(
+        models.load_trained(folder, given.tokenizer, given.settings), arguments, teacher=teacher,
+        eval_dataset=given.validation, data_collator=data.Collator(given.tokenizer.pad_token_id), **given.cut(),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer.evaluate()
+
+
+def parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    device = settings.run.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "kdkernels": kd.__version__, "python": platform.python_version(),
+            "instruction_set": kd.instruction_set(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

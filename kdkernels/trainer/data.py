@@ -1,0 +1,205 @@
+"""Text from files to sequences of tokens with labels."""
+
+from __future__ import annotations
+
+import json
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import torch
+from torch.utils.data import Dataset
+
+from .models import one_line
+from .settings import DataSettings, Problem
+
+IGNORE = -100
+Record = dict[str, Any]
+
+
+def read(settings: DataSettings) -> list[Record]:
+    """Documents ``{"text"}``, or ``{"prompt", "completion"}`` or ``{"messages"}`` as TRL reads them."""
+    records = [record for name in settings.data for record in _read_one(name, settings.text_field)]
+    if not records:
+        raise Problem(f"no text in {', '.join(settings.data)}")
+    kinds = {kind_of(record) for record in records}
+    if len(kinds) > 1:
+        raise Problem(f"--data mixes {' and '.join(sorted(kinds))}; give one kind")
+    return records
+
+
+def kind_of(record: Record) -> str:
+    return "text" if "text" in record else "messages" if "messages" in record else "completions"
+
+
+def _read_one(name: str, text_field: str) -> Iterator[Record]:
+    path = Path(sysconfig.get_paths()["stdlib"]) if name == "stdlib" else Path(name)
+    if not path.exists():
+        raise Problem(f"no data {path}: give a .txt, .jsonl or .parquet file, a folder, or stdlib")
+    with one_line(f"cannot read {path}"):
+        if path.is_dir():
+            yield from _sources(path, stdlib=name == "stdlib")
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+                yield _record(row, text_field, f"{path} row {i}")
+        elif path.suffix == ".jsonl":
+            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if line.strip():
+                    yield _record(json.loads(line), text_field, f"{path} line {i}")
+        elif path.suffix == ".txt":
+            yield {"text": path.read_text(encoding="utf-8")}
+        else:
+            raise Problem(f"{path}: only .txt, .jsonl, .parquet and folders are read")
+
+
+def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
+    """The text files of a folder in a fixed order; of the standard library the modules without their tests."""
+    skip = {"test", "tests", "idle_test", "site-packages", "__pycache__"} if stdlib else {"__pycache__"}
+    not_text = 0
+    for path in sorted(folder.rglob("*.py" if stdlib else "*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not skip & set(parts) and not any(p.startswith(".") for p in parts):
+            try:
+                yield {"text": path.read_text(encoding="utf-8")}
+            except UnicodeDecodeError:
+                not_text += 1
+    if not_text:
+        print(f"{folder}: {not_text} files are not UTF-8 text and are left out")
+
+
+def _record(row: Any, text_field: str, where: str) -> Record:
+    if isinstance(row, dict):
+        if isinstance(row.get("messages"), list):
+            return {"messages": row["messages"]}
+        if "prompt" in row and "completion" in row:
+            return {"prompt": row["prompt"], "completion": row["completion"]}
+        if isinstance(row.get(text_field), str):
+            return {"text": row[text_field]}
+    raise Problem(f"{where} has neither {text_field!r} nor messages nor prompt and completion")
+
+
+def split(records: list[Record], settings: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training, validation) documents; the same split for the same seed, whatever the mode."""
+    order = list(records)
+    random.Random(seed).shuffle(order)
+    held_out = round(len(order) * settings.validation_share)
+    if settings.validation_share and len(order) > 1:
+        held_out = max(held_out, 1)
+    return order[held_out:], order[:held_out]
+
+
+class Sequences(Dataset):
+    """``{"input_ids", "labels"}`` lists; labels are aligned with input_ids, -100 where nothing is learnt."""
+
+    def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids, labels = self.rows[index]
+        return {"input_ids": ids, "labels": labels}
+
+
+def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequences:
+    """Tokenized: text is packed, every completion is a sequence of its own."""
+    if records and kind_of(records[0]) == "text":
+        return Sequences(_packed(records, tokenizer, max_length))
+    rows = [_completion(record, tokenizer, max_length, i) for i, record in enumerate(records)]
+    cut = sum(was_cut for *_, was_cut in rows)
+    if cut:
+        print(f"{cut} of {len(rows)} completions are longer than --max_length {max_length} and end there")
+    return Sequences([(ids, labels) for ids, labels, _ in rows])
+
+
+def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
+    texts = [record["text"] for record in records]
+    stream: list[int] = []
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        stream += [*ids, tokenizer.eos_token_id]
+    blocks = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+    if blocks and len(blocks[-1]) < 2:
+        blocks.pop()  # one token at the end predicts nothing
+    return [(block, block) for block in blocks]
+
+
+def _completion(record: Record, tokenizer: Any, max_length: int, index: int) -> tuple[list[int], list[int], bool]:
+    """(ids, labels, whether it was cut): the loss is on the completion's tokens and its end of text."""
+    prompt, completion = _prompt_and_completion(record, tokenizer, index)
+    ids = prompt + completion
+    if len(ids) < 2:
+        raise Problem(f"example {index} has {len(ids)} token(s): a sequence needs 2 or more")
+    if len(prompt) >= max_length:
+        raise Problem(f"example {index}: its prompt of {len(prompt)} tokens leaves no room for a completion in "
+                      f"--max_length {max_length}")  # fmt: skip
+    labels = [IGNORE] * len(prompt) + completion
+    if all(label == IGNORE for label in labels[1:]):
+        raise Problem(f"example {index} has an empty completion: every token is masked")
+    return ids[:max_length], labels[:max_length], len(ids) > max_length
+
+
+def _prompt_and_completion(record: Record, tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
+    if kind_of(record) == "completions":
+        if not isinstance(record["prompt"], str) or not isinstance(record["completion"], str):
+            return _chat(record["prompt"] + record["completion"], tokenizer, index)
+        encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+        return encode(record["prompt"]), [*encode(record["completion"]), tokenizer.eos_token_id]
+    return _chat(record["messages"], tokenizer, index)
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
+    """The last message is the completion; what comes before it, the prompt."""
+    if tokenizer.chat_template is None:
+        raise Problem("the data holds messages, but the tokenizer has no chat template; give prompt and completion")
+    if not messages or messages[-1].get("role") != "assistant":
+        raise Problem(f"example {index}: the last message must be the assistant's")
+    render = lambda part, **options: tokenizer.apply_chat_template(part, tokenize=False, **options)  # noqa: E731
+    prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
+    if not whole.startswith(prompt):
+        raise Problem(f"example {index}: this chat template renders a prompt differently once it is answered")
+    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+    return encode(prompt), encode(whole[len(prompt) :])
+
+
+class Collator:
+    """Pads on the right; padding carries no label."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), length), self.pad_token_id)
+        labels = torch.full((len(rows), length), IGNORE)
+        mask = torch.zeros(len(rows), length, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[i, :size], labels[i, :size] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            mask[i, :size] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def texts_of(records: list[Record]) -> Iterator[str]:
+    """All the text there is, for a tokenizer to be trained on."""
+    for record in records:
+        kind = kind_of(record)
+        if kind == "text":
+            yield record["text"]
+        elif kind == "messages":
+            yield from (message["content"] for message in record["messages"])
+        else:
+            yield from (str(record["prompt"]), str(record["completion"]))
+
+
+def check_trainable(dataset: Sequences, source: str) -> Sequences:
+    if not len(dataset):
+        raise Problem(f"no sequence of 2 or more tokens in {source}")
+    return dataset
+
+
+def limited(dataset: Sequences, count: Optional[int]) -> Sequences:
+    return Sequences(dataset.rows[:count])

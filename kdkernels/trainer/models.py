@@ -1,0 +1,128 @@
+"""Models and tokenizers: loaded by name or folder, or made from scratch."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from .settings import SCRATCH, ModelSettings, Problem, Settings
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path) -> Any:
+    """The tokenizer that both models share, trained on ``texts`` if neither brings one."""
+    named = settings.pretrained
+    if settings.tokenizer or named:
+        tokenizer = _pretrained(AutoTokenizer, settings.tokenizer or named[0], "tokenizer")
+        for name in named[0 if settings.tokenizer else 1 :]:
+            _check_same(tokenizer, _pretrained(AutoTokenizer, name, "tokenizer"), settings.tokenizer or named[0], name)
+    elif (keep_in / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(keep_in)
+    else:
+        tokenizer = train_tokenizer(texts, settings.tokenizer_size)
+        tokenizer.save_pretrained(keep_in)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        raise Problem(f"tokenizer {settings.tokenizer or named[0]} has no end-of-text token")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: it can write any text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: int) -> Any:
+    """A causal LM by folder or name, or one of :data:`SCRATCH`, whose weights depend on ``seed`` alone."""
+    if name in SCRATCH:
+        hidden, intermediate, layers, heads = SCRATCH[name]
+        set_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=max(max_length, 2048), tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )).to(getattr(torch, dtype))  # fmt: skip
+    model = _pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype))
+    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
+        raise Problem(f"model {name} has a vocabulary of {model.get_output_embeddings().weight.shape[0]}, "
+                      f"the tokenizer {len(tokenizer)}: they do not belong together")  # fmt: skip
+    return model
+
+
+def load_trained(folder: str, tokenizer: Any, settings: Settings) -> Any:
+    """A model that a run has saved; of a LoRA run the base with its adapter."""
+    if not Path(folder, "adapter_config.json").exists():
+        return load_model(folder, tokenizer, dtype=settings.model.dtype, seed=0, max_length=2)
+    from peft import PeftModel
+
+    base = load_model(settings.model.student, tokenizer, dtype=settings.model.dtype, seed=settings.run.seed,
+                      max_length=settings.data.max_length)  # fmt: skip
+    return PeftModel.from_pretrained(base, folder)
+
+
+def add_lora(model: Any, settings: ModelSettings) -> Any:
+    if not settings.lora_rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise Problem("--lora_rank needs peft: pip install peft") from error
+    modules: Any = settings.lora_modules
+    modules = modules[0] if modules == ["all-linear"] else modules
+    return get_peft_model(model, LoraConfig(r=settings.lora_rank, target_modules=modules, task_type="CAUSAL_LM"))
+
+
+def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
+    try:
+        with one_line(f"cannot load {what} {name}"):
+            return cls.from_pretrained(name, **options)
+    except Problem as problem:
+        if not Path(name).exists():
+            raise Problem(f"no {what} {name}: not a folder here, and not found under this name "
+                          f"(scratch models are {', '.join(SCRATCH)})") from problem  # fmt: skip
+        raise
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Errors that libraries raise over files become one :class:`Problem` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise Problem(f"{what}: {first}") from error
+
+
+def _check_same(ours: Any, theirs: Any, our_name: str, their_name: str) -> None:
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine == other:
+        return
+    token = next(iter(sorted(t for t in mine.keys() | other.keys() if mine.get(t) != other.get(t))))
+    raise Problem(
+        f"tokenizer mismatch: {our_name} has {len(mine)} tokens, {their_name} {len(other)}, and {token!r} is "
+        f"{mine.get(token)} in one, {other.get(token)} in the other; token-level distillation needs one vocabulary"
+    )

@@ -1,0 +1,216 @@
+"""What makes a run safe to kill: whole checkpoints only, and a stop before bad numbers reach weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..integrations.transformers import DistillationTrainer
+from .settings import Problem
+
+#: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
+STAGING = "checkpoint-being-written"
+
+
+class ReliableTrainer(DistillationTrainer):
+    """DistillationTrainer whose checkpoints appear whole or not at all, and which never trains on nonsense."""
+
+    _staging = False
+    _clock: Optional[tuple[float, int]] = None  #: time and tokens at the last log
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Progress())
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._folder / STAGING) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._not_training():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        staging, final = self._folder / STAGING, self._folder / name
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and not final.exists():
+                self._publish(staging / name, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise Problem(
+                f"step {self.state.global_step}: the checkpoint could not be written to {self._folder}: "
+                f"{_first_line(error)}; {self._last_good()}"
+            ) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+
+    def _publish(self, staged: Path, final: Path) -> None:
+        if str(staged.parent) in (self.state.best_model_checkpoint or ""):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        for path in staged.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        staged.rename(final)
+        staged.parent.rmdir()
+        keep = self.args.save_total_limit
+        for old in checkpoints(self._folder)[:-keep] if keep else []:
+            if str(old) != self.state.best_model_checkpoint:
+                shutil.rmtree(old.rename(staged.parent))  # renamed first: nor is one ever half deleted
+
+    def _last_good(self) -> str:
+        last = get_last_checkpoint(self._folder)
+        return f"the last good one is {last}" if last else "there is none yet"
+
+    # -- numbers -------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and num_items is not None and not num_items > 0:
+            raise Problem(f"step {self.state.global_step + 1}: every token of the batch is masked; {self._last_good()}")
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop("loss", float(loss), inputs)
+        self._last_inputs = inputs
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            self._stop("gradient norm", float(norm), self._last_inputs)
+        return norm
+
+    def _stop(self, what: str, value: float, inputs: dict[str, Any]) -> None:
+        step = self.state.global_step + 1
+        kept = (self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt")
+        torch.save({name: tensor.cpu() for name, tensor in inputs.items()}, kept)
+        raise Problem(f"step {step}: {what} is {value}; the batch is kept in {kept}, weights were not updated; "
+                      f"{self._last_good()}")  # fmt: skip
+
+    # -- logs ----------------------------------------------------------------------------------
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        with self._not_training():
+            return super().evaluate(*arguments, **options)
+
+    @contextlib.contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Time that tokens/s does not count."""
+        start = time.perf_counter()
+        yield
+        if self._clock is not None:
+            self._clock = self._clock[0] + time.perf_counter() - start, self._clock[1]
+
+    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+        if "loss" in logs:
+            now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+            if self._clock is not None:
+                logs["tokens_per_second"] = (tokens - self._clock[1]) / (now - self._clock[0])
+            self._clock = now, tokens
+            logs["peak_memory_gib"] = peak_memory() / 2**30
+        super().log(logs, start_time)
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl, one line per log; after a resume, lines past its checkpoint are written anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar with the last numbers at its end instead of a dictionary above it."""
+
+    _SHOWN = {"loss": "loss", "soft": "soft", "hard": "hard", "agreement": "agree", "teacher_hard": "teacher",
+              "soft_weight": "w", "eval_hard": "val", "tokens_per_second": "tok/s"}  # fmt: skip
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+        super().on_train_begin(args, state, control)
+        self.last: dict[str, str] = {}
+        if self.training_bar is not None:
+            self.training_bar.update(state.global_step)
+            self.current_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
+        if self.training_bar is not None:
+            self.last.update({short: f"{logs[name]:.4g}" for name, short in self._SHOWN.items() if name in logs})
+            self.training_bar.set_postfix(self.last)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off is not one."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return metrics
+
+
+def checkpoints(folder: Any) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU's tensors where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is either old or new, whenever the process is killed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

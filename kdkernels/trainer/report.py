@@ -1,0 +1,78 @@
+"""What a comparison looks like: the table, the picture, report.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+#: Stage of ``compare`` -> what the student is called.
+STUDENTS = {"plain": "no teacher", "soft": "soft", "hard": "hard", "co": "co"}
+PICTURE = "curves.png"
+
+
+def table(comparison: dict[str, Any]) -> str:
+    lines = ["| student | validation loss | KL to teacher | top-1 agreement | tokens | tokens/s | peak memory |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, row in comparison["students"].items():
+        speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
+        lines.append(
+            f"| {STUDENTS[name]} | {row['validation_loss']:.3f} | {row['kl_to_teacher']:.3f} | {row['agreement']:.1%} "
+            f"| {row['tokens']:,} | {speed} | {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(comparison: dict[str, Any]) -> str:
+    """The outcome as it is."""
+    students = comparison["students"]
+    plain, soft = students["plain"]["validation_loss"], students["soft"]["validation_loss"]
+    outcome = "beats" if soft < plain else "does not beat"
+    return (f"Soft distillation {outcome} the student without a teacher: validation loss {soft:.3f} against {plain:.3f} "
+            f"(the teacher: {comparison['teacher']['validation_loss']:.3f}).")  # fmt: skip
+
+
+def text(comparison: dict[str, Any]) -> str:
+    where, settings = comparison["environment"], comparison["settings"]
+    return f"""# Soft, hard and co-distillation at one token budget
+
+{table(comparison)}
+
+{verdict(comparison)} In co-distillation the teacher that was trained along came to
+{comparison["co_teacher"]["validation_loss"]:.3f}. Loss and KL are nats per token on {comparison["validation_tokens"]:,} held-out
+tokens; KL(teacher || student) at temperature 1 and agreement are against the same teacher for all.
+
+![validation loss]({PICTURE})
+
+Student: {settings["student"]}, {comparison["student_parameters"] / 1e6:.2f} M parameters; teacher: {settings["teacher"]},
+{comparison["teacher"]["parameters"] / 1e6:.2f} M. Data: {", ".join(settings["data"])}; sequences of {settings["max_length"]} tokens. Soft:
+{settings["divergence"]} at temperature {settings["temperature"]:g}, {settings["soft_weight"]:g} x soft + {settings["hard_weight"]:g} x hard. Hard: {settings["prompts"]:,}
+completions by the teacher, repeated to the budget. Co: soft weight {settings["soft_schedule"]}.
+
+Measured on {machine(comparison)}, transformers {where["transformers"]}, Python {where["python"]}.
+"""
+
+
+def machine(comparison: dict[str, Any]) -> str:
+    where, seconds = comparison["environment"], comparison["seconds"]
+    whole = "" if seconds is None else f", {seconds:.0f} s in all after the setup"  # None: stages were reused
+    return f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['date']}{whole}"
+
+
+def draw(path: Path, curves: dict[str, list[dict[str, Any]]], comparison: dict[str, Any]) -> None:
+    """Validation loss over tokens, from every student's metrics."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in STUDENTS.items():
+        lines = [line for line in curves[name] if "eval_hard" in line]
+        axes.plot([line["num_input_tokens_seen"] for line in lines], [line["eval_hard"] for line in lines],
+                  marker="o", markersize=3, label=label)  # fmt: skip
+    axes.axhline(comparison["teacher"]["validation_loss"], color="gray", linestyle="--", label="the teacher")
+    axes.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+

@@ -1,0 +1,168 @@
+"""Soft, hard and co-distillation on ``transformers.Trainer``. This is the part to copy.
+
+:func:`run` reads data and models, hands them to one of :func:`soft`, :func:`hard` and :func:`co`, which
+differ in a few lines, trains, evaluates and saves.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from transformers import Trainer
+
+from . import data, models
+from .codistill import CodistillationTrainer, Pair, SoftWeight
+from .generate import write_completions
+from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
+from .settings import Problem, Settings, divergence_of
+
+RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
+
+
+@dataclass
+class Ingredients:
+    """What every mode begins with."""
+
+    settings: Settings
+    tokenizer: Any
+    records: list[data.Record]  #: the training documents
+    train: data.Sequences
+    validation: data.Sequences
+
+    def model(self, name: str, seed: int) -> Any:
+        settings = self.settings
+        return models.load_model(name, self.tokenizer, dtype=settings.model.dtype, seed=seed,
+                                 max_length=settings.data.max_length)  # fmt: skip
+
+    def student(self) -> Any:
+        settings = self.settings
+        return models.add_lora(self.model(settings.model.student, settings.run.seed), settings.model)
+
+    def teacher(self) -> Any:
+        name = self.settings.model.teacher
+        if name is None:
+            raise Problem(f"{self.settings.mode} needs a --teacher")
+        return self.model(name, self.settings.run.seed + 1)
+
+    def loss_options(self) -> dict[str, Any]:
+        loss = self.settings.loss
+        return {"divergence": divergence_of(loss.divergence), "temperature": loss.temperature,
+                "temperature_squared": loss.temperature_squared, "soft_weight": loss.soft_weight,
+                "hard_weight": loss.hard_weight, **self.cut()}  # fmt: skip
+
+    def cut(self) -> dict[str, int]:
+        """Models' vocabularies are often padded beyond the tokenizer's; the padding takes no part."""
+        return {"vocab_size": len(self.tokenizer)}
+
+    def trainer_options(self) -> dict[str, Any]:
+        return {"train_dataset": self.train, "eval_dataset": self.validation, "processing_class": self.tokenizer,
+                "data_collator": data.Collator(self.tokenizer.pad_token_id),
+                "callbacks": [MetricsFile(self.settings.output_dir / METRICS)]}  # fmt: skip
+
+
+def soft(given: Ingredients) -> Trainer:
+    """The student learns the teacher's distribution over every token."""
+    if given.settings.model.targets is not None:
+        return from_cache(given, given.settings.model.targets)
+    return ReliableTrainer(given.student(), given.settings.run, teacher=given.teacher(),
+                           **given.loss_options(), **given.trainer_options())  # fmt: skip
+
+
+def from_cache(given: Ingredients, targets: str) -> Trainer:
+    """The same from what the teacher said once; it is not loaded."""
+    from .cached import with_targets  # needs pyarrow
+
+    if given.settings.model.teacher is not None:
+        raise Problem("give --teacher or --targets, not both: the targets are the teacher")
+    return ReliableTrainer(given.student(), given.settings.run, teacher=None, **given.loss_options(),
+                           **with_targets(targets, given.trainer_options()))  # fmt: skip
+
+
+def hard(given: Ingredients) -> Trainer:
+    """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
+    if given.settings.model.teacher is not None:
+        path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
+        written = data.read(data.DataSettings(data=[str(path)]))
+        given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
+    return ReliableTrainer(given.student(), given.settings.run, teacher=None, soft_weight=0.0, hard_weight=1.0,
+                           **given.cut(), **given.trainer_options())  # fmt: skip
+
+
+def co(given: Ingredients) -> Trainer:
+    """Both models train: the teacher on the text, the student on the text and on the teacher."""
+    loss = given.settings.loss
+    return CodistillationTrainer(
+        Pair(given.student(), given.teacher()), given.settings.run,
+        soft_schedule=SoftWeight(loss.soft_schedule, loss.soft_weight, loss.soft_weight_start, loss.soft_warmup),
+        teacher_learning_rate=loss.teacher_learning_rate, **given.loss_options(), **given.trainer_options(),
+    )  # fmt: skip
+
+
+BUILD = {"soft": soft, "hard": hard, "co": co}
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """One run from settings to a saved model; returns (and keeps in result.json) what it came to."""
+    folder = settings.output_dir
+    last = prepare_folder(settings)
+    settings.run.remove_unused_columns = False
+    settings.run.include_num_input_tokens_seen = "non_padding"
+    settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
+    try:
+        trainer = BUILD[settings.mode](ingredients(settings))
+    except ValueError as error:  # what Trainer or DistillationTrainer refuses
+        raise Problem(" ".join(str(error).split())) from error
+    if settings.run.fsdp and not trainer.is_fsdp_enabled:
+        raise Problem("fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU")
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    seconds = time.perf_counter() - start
+    result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds, 
+              "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
+    if trainer.eval_dataset:
+        result.update(trainer.evaluate())
+    with models.one_line(f"cannot write {folder / 'model'}"):
+        trainer.save_model(str(folder / "model"))
+    if trainer.is_world_process_zero():
+        write_whole(folder / RESULT, json.dumps(result, indent=1))
+    return result
+
+
+def prepare_folder(settings: Settings) -> Optional[Path]:
+    """The checkpoint to go on from. A run is never overwritten, and only goes on under its own settings."""
+    folder, there = settings.output_dir, settings.output_dir / CONFIG
+    with settings.run.main_process_first(desc="the run's folder"):
+        if settings.run.process_index == 0:
+            if there.exists():
+                check_same_settings(settings)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(there, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def check_same_settings(settings: Settings) -> None:
+    folder = settings.output_dir
+    if not settings.run.resume:
+        raise Problem(f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir")
+    before, now = yaml.safe_load((folder / CONFIG).read_text()), settings.to_dict()
+    changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir")
+    if changed:
+        raise Problem(f"{folder} was made with other settings ("
+                      + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
+                      + "); choose another --output_dir")  # fmt: skip
+
+
+def ingredients(settings: Settings) -> Ingredients:
+    records = data.read(settings.data)
+    train_records, validation_records = data.split(records, settings.data, settings.run.seed)
+    tokenizer = models.load_tokenizer(settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer")
+    length, source = settings.data.max_length, ", ".join(settings.data.data)
+    train = data.check_trainable(data.sequences(train_records, tokenizer, length), source)
+    validation = data.limited(data.sequences(validation_records, tokenizer, length), settings.data.validation_sequences)
+    return Ingredients(settings, tokenizer, train_records, train, validation)

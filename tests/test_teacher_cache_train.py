@@ -1,0 +1,258 @@
+"""From `cache` to `train soft --targets`: the student learns what it would learn from the live teacher."""
+
+import json
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+for name in ("pyarrow", "transformers", "accelerate", "tokenizers"):
+    pytest.importorskip(name)
+
+import kdkernels as kd  # noqa: E402
+from kdkernels.integrations.transformers import row_of, through_head  # noqa: E402
+from kdkernels.teacher_cache import TeacherCache, command, stack, tokenizer_hash  # noqa: E402
+from kdkernels.trainer import cli, data, models, train  # noqa: E402
+from kdkernels.trainer.cached import CachedSequences  # noqa: E402
+from kdkernels.trainer.settings import Problem, resolve  # noqa: E402
+
+K = 12
+DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}
+RUN = {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 3, "save_steps": 100,
+       "logging_steps": 1, "disable_tqdm": True, "learning_rate": 3e-3}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with text, and a teacher that was trained on it for a few steps."""
+    home = tmp_path_factory.mktemp("cache")
+    (home / "text").mkdir()
+    for name in ("bisect", "keyword", "colorsys", "sched", "this", "stat"):
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"], f"{name}.py"), home / "text")
+    train.run(settings(home, "hard", "teacher", student="micro", tokenizer_size=400, max_steps=30))
+    return home
+
+
+def settings(home: Path, mode: str, name: str, **values):
+    given = {**DATA, **RUN, "data": [str(home / "text")], "student": "micro", "output_dir": str(home / name)}
+    return resolve(mode, {**given, **values})
+
+
+def teacher(home: Path) -> str:
+    return str(home / "teacher" / "model")
+
+
+def cached(home: Path, name: str, *options: str) -> Path:
+    """``python -m kdkernels cache``, one sequence at a time."""
+    shared = [str(part) for key, value in DATA.items() for part in (f"--{key}", value)]
+    command.main(["--teacher", teacher(home), "--data", str(home / "text"), "--out", str(home / name),
+                  "--batch_size", "1", *shared, *options])  # fmt: skip
+    return home / name
+
+
+def from_cache(home: Path, name: str, targets: Path, **values) -> dict:
+    return train.run(settings(home, "soft", name, tokenizer=teacher(home), targets=str(targets), **values))
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (json.loads(line) for line in (folder / train.METRICS).read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def live_top_k(self, inputs):
+    """The teacher in memory. As the cache was made: row by row without padding, slots in the order of their ids."""
+    rows, length = [], inputs["input_ids"].shape[1]
+    for row, ids in enumerate(inputs["input_ids"]):
+        size = int(inputs["attention_mask"][row].sum()) if "attention_mask" in inputs else length
+        with torch.no_grad():
+            head = through_head(self.teacher, {"input_ids": ids[None, :size]}, lambda head: head)
+        target = kd.top_k_target(row_of(head, 0), K)
+        order = target.ids.argsort(-1)
+        rows.append(kd.SparseTarget(target.ids.gather(-1, order), target.logprobs.gather(-1, order)))
+    return stack(rows, length)
+
+
+def test_the_students_loss_from_the_cache_is_that_of_the_live_teacher_exactly(home, monkeypatch):
+    directory = cached(home, "exact", "--top_k", str(K), "--values", "float32")
+    result = from_cache(home, "from-cache", directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.ReliableTrainer, "teacher_target", live_top_k)
+        live = train.run(settings(home, "soft", "live", teacher=teacher(home)))
+    assert losses(home / "from-cache") == losses(home / "live") and len(losses(home / "live")) == 6
+    assert result["eval_loss"] == live["eval_loss"] and result["eval_kl"] == live["eval_kl"] > 0.01
+    ours, theirs = weights(home / "from-cache"), weights(home / "live")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    start = models.load_model("micro", models.AutoTokenizer.from_pretrained(teacher(home)), dtype="float32",
+                              seed=42, max_length=48).state_dict()  # fmt: skip
+    assert any(not torch.equal(ours[name], start[name]) for name in ours)
+
+
+def test_eight_bits_train_as_well(home):
+    directory = cached(home, "small", "--top_k", str(K))
+    assert TeacherCache(directory).manifest.values == "uint8"
+    cached(home, "exact", "--top_k", str(K), "--values", "float32")  # there from above, or made here
+    exact = from_cache(home, "from-exact", home / "exact")
+    eight = from_cache(home, "from-eight-bits", directory)
+    assert eight["eval_kl"] == pytest.approx(exact["eval_kl"], rel=2e-3)
+    assert eight["eval_hard"] == pytest.approx(exact["eval_hard"], rel=1e-4)
+
+
+def test_without_validation(home):
+    directory = cached(home, "no-validation", "--top_k", "4", "--validation_share", "0")
+    assert not (directory / "validation").exists()
+    result = from_cache(home, "no-validation-run", directory, validation_share=0.0, max_steps=1)
+    assert result["steps"] == 1 and "eval_loss" not in result
+
+
+def test_a_cache_of_the_users_own_pipeline_trains(home):
+    """The same targets through `datasets`: same fingerprint, same loss."""
+    pytest.importorskip("datasets")
+    from kdkernels.teacher_cache.hf_datasets import from_dataset, to_dataset
+
+    directory = cached(home, "mine", "--top_k", "4", "--values", "float32", "--validation_share", "0")
+    of = TeacherCache(directory).manifest
+    made = from_dataset(to_dataset(directory, streaming=True), home / "via-datasets", model=of.model, values="float32",
+                        tokenizer=of.tokenizer, vocab_size=of.vocab_size)  # fmt: skip
+    assert made.data == of.data
+    for name, targets in (("mine-run", directory), ("via-run", home / "via-datasets")):
+        from_cache(home, name, targets, validation_share=0.0, max_steps=2)
+    assert losses(home / "mine-run") == losses(home / "via-run") != []
+
+
+@pytest.mark.parametrize("options, kind, values", [
+    (["--samples", "16"], "weights", "count"),
+    (["--samples", "16", "--proposal_temperature", "0.8"], "weights", "uint8"),
+    (["--top_p", "0.7"], "logprobs", "uint8"),
+])  # fmt: skip
+def test_samples_and_top_p(home, options, kind, values):
+    directory = cached(home, "-".join(options).replace("--", ""), *options)
+    cache = TeacherCache(directory)
+    assert (cache.manifest.kind, cache.manifest.values) == (kind, values)
+    target = cache[0].target
+    mass = (target.values if kind == "weights" else target.values.exp()).sum(-1)
+    assert mass[-1] == 0  # nothing follows the last token
+    assert {"count": mass[:-1].allclose(torch.ones(1)), "uint8": bool((mass[:-1] > 0.65).all())}[values]
+    tail = {"weights": "truncate", "logprobs": "bucket"}[kind]
+    assert cache.manifest.tail == tail
+    assert from_cache(home, directory.name + "-run", directory, max_steps=1)["steps"] == 1
+
+
+def test_draws_do_not_depend_on_where_a_run_was_interrupted(home, monkeypatch):
+    whole = TeacherCache(cached(home, "whole", "--samples", "8"))
+    written, wrote = command.CacheWriter.write, []
+
+    def interrupted(writer, index, *rest):
+        if len(wrote) == 5:
+            raise KeyboardInterrupt
+        wrote.append(index)
+        written(writer, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.CacheWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cached(home, "parts", "--samples", "8")
+    with pytest.raises(ValueError, match=f"has 5 of {len(whole)} sequences"):
+        TeacherCache(home / "parts")
+    parts = TeacherCache(cached(home, "parts", "--samples", "8", "--batch_size", "3"))
+    for a, b in zip(whole.stream(), parts.stream(), strict=True):
+        assert torch.equal(a.target.ids, b.target.ids) and torch.equal(a.target.values, b.target.values)
+
+
+def test_ranks_share_the_work(home, monkeypatch, capsys):
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        cached(home, "ranks", "--top_k", "4")
+        said, bar = capsys.readouterr()
+        assert "bytes/token" in bar and "tok/s" in bar
+        assert ("complete when the others are" in said) == (rank == 0)
+    assert "bytes per token" in said and "328.0" in said and "121.0" in said
+    assert {shard.file[:10] for shard in TeacherCache(home / "ranks").shards} == {"shard-0000", "shard-0001"}
+
+
+def test_another_tokenizer_vocabulary_or_order_of_data_is_refused(home):
+    directory = cached(home, "refused", "--top_k", "4")
+    made = TeacherCache(directory).manifest
+    with pytest.raises(Problem, match=f"made with sequences {made.sequences}, but this run has"):
+        from_cache(home, "refused-length", directory, max_length=40)
+    given = train.ingredients(settings(home, "soft", "refused-order", tokenizer=teacher(home)))
+    assert len(CachedSequences(given.train, directory, given.tokenizer)) == made.sequences
+    with pytest.raises(Problem, match=f"made with data {made.data!r}, but this run has '"):
+        CachedSequences(data.Sequences(given.train.rows[::-1]), directory, given.tokenizer)
+    other = models.train_tokenizer(["def f(x):\n    return x\n"] * 3, 300)
+    other.save_pretrained(home / "other-tokenizer")
+    both = f"made with tokenizer {made.tokenizer!r}, but this run has {tokenizer_hash(other)!r}"
+    with pytest.raises(Problem, match=both):
+        train.run(settings(home, "soft", "refused-t", tokenizer=str(home / "other-tokenizer"), targets=str(directory)))
+    shutil.copytree(directory, home / "refused-nothing-held-out", ignore=shutil.ignore_patterns("validation"))
+    with pytest.raises(Problem, match="no targets for the validation text; --validation_share 0"):
+        from_cache(home, "refused-v", home / "refused-nothing-held-out")
+    with pytest.raises(Problem, match="--teacher or --targets, not both"):
+        from_cache(home, "refused-both", directory, teacher=teacher(home))
+    with pytest.raises(Problem, match="is no teacher cache"):
+        from_cache(home, "refused-none", home / "text")
+
+
+def test_damage_stops_training_and_is_named(home):
+    directory = shutil.copytree(cached(home, "refused", "--top_k", "4"), home / "damaged")
+    victim = next(directory.glob("*.parquet"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(Problem, match=f"{victim.name} is damaged"):
+        from_cache(home, "from-damaged", directory)
+    assert not (home / "from-damaged" / train.RESULT).exists()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--top_k", "4", "--samples", "4"], "give one of --top_k, --top_p and --samples, not top_k and samples"),
+    ([], "not none"),
+    (["--top_p", "1.5"], "--top_p is at most 1"),
+    (["--top_k", "4", "--teacher", "micro"], "made from scratch and knows nothing"),
+    (["--top_k", "4", "--data", "nowhere.txt"], "no data nowhere.txt"),
+    (["--top_k", "4", "--values", "int3"], "values is one of float32"),
+])  # fmt: skip
+def test_what_is_wrong_is_one_line(home, tmp_path, arguments, says):
+    given = ["--teacher", teacher(home), "--data", str(home / "text"), "--out", str(tmp_path / "c"), *arguments]
+    with pytest.raises(SystemExit) as stop:
+        command.main(given)
+    assert says in str(stop.value) and "\n" not in str(stop.value).strip()
+    assert not list(tmp_path.glob("c/shard*"))
+
+
+def test_only_learnt_tokens_are_kept(home):
+    """Prompts have no label, so their tokens need no target; another mask is another cache."""
+    rows = [([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5])]
+    tokenizer = models.AutoTokenizer.from_pretrained(teacher(home))
+    model = models.load_model(teacher(home), tokenizer, dtype="float32", seed=0, max_length=48).eval()
+    batch = data.Collator(0)([data.Sequences(rows)[0]])
+    settings = command.CacheSettings(teacher="", out="", top_k=3)
+    (target,) = command.targets(model, batch, command.select(settings, [0], len(tokenizer), "bucket"))
+    assert (target.ids >= 0).any(-1).tolist() == [False, True, True, True, False]
+    assert command.fingerprint(data.Sequences(rows)) != command.fingerprint(data.Sequences([(rows[0][0], rows[0][0])]))
+
+
+def test_help_is_there(capsys):
+    for main, arguments in ((command.main, ["--help"]), (cli.main, ["soft", "--help"])):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "targets" in capsys.readouterr().out
+    assert "kdkernels.teacher_cache.command" in sys.modules

@@ -1,0 +1,302 @@
+"""``python -m kdkernels train``: each mode for a few steps, its data, its errors."""
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import yaml  # noqa: E402
+from trainer_runs import ROOT, options, weights  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from kdkernels.__main__ import main  # noqa: E402
+from kdkernels.trainer import data, models, train  # noqa: E402
+from kdkernels.trainer.codistill import SoftWeight  # noqa: E402
+from kdkernels.trainer.reliable import ReliableTrainer, checkpoints, read_metrics  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH, DataSettings, Problem, parse, resolve  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.train_tokenizer((path.read_text() for path in sorted(ROOT.glob("kdkernels/*.py"))), 300)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    """A folder with a micro model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    models.load_model("micro", tokenizer, dtype="float32", seed=5, max_length=32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(mode, folder, **values):
+    return train.run(resolve(mode, options(folder, **values)))
+
+
+def start_weights(name, folder, seed):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return models.load_model(name, tokenizer, dtype="float32", seed=seed, max_length=32).state_dict()
+
+
+# -- the modes --------------------------------------------------------------------------------------
+
+
+def test_soft(tmp_path):
+    result = run("soft", tmp_path, divergence="jsd:0.5", temperature=2.0, hard_weight=0.5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    moved = max((p - start_weights("micro", tmp_path / "model", 42)[n]).abs().max() for n, p in model.named_parameters())
+    assert moved > 1e-4 and result["steps"] == 4 and result["tokens"] == 4 * 4 * 32
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert {"loss", "soft", "hard", "student_entropy", "teacher_entropy", "agreement", "tokens_per_second",
+            "peak_memory_gib"} <= lines[1].keys()  # fmt: skip
+    assert lines[1]["loss"] == pytest.approx(lines[1]["soft"] + 0.5 * lines[1]["hard"], rel=1e-4)
+    assert any("eval_kl" in line for line in lines)
+    again = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert again["mode"] == "soft" and again["divergence"] == "jsd:0.5" and again["learning_rate"] == 1e-3
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_hard_writes_completions_and_learns_only_them(tmp_path, monkeypatch):
+    seen = []
+    original = ReliableTrainer.training_step
+    monkeypatch.setattr(ReliableTrainer, "training_step",
+                        lambda self, model, inputs, n=None: (seen.append(inputs), original(self, model, inputs, n))[1])  # fmt: skip
+    run("hard", tmp_path, sampling_temperature=0.7)
+    lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and all(line.keys() == {"prompt", "completion"} and line["prompt"] for line in lines)
+    masked = (seen[0]["labels"][:, :3] == -100).float().mean()
+    assert masked > 0.5 and (seen[0]["labels"] >= 0).any()
+    assert "hard" in read_metrics(tmp_path / "metrics.jsonl")[0]
+
+
+def test_hard_takes_text_from_elsewhere(tmp_path):
+    path = tmp_path / "elsewhere.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(40)))
+    run("hard", tmp_path / "run", teacher=None, data=[str(path)])
+    assert not (tmp_path / "run" / "completions.jsonl").exists()
+
+
+def test_co_trains_and_keeps_both_models(tmp_path):
+    result = run("co", tmp_path, soft_schedule="teacher_loss", teacher_learning_rate=2e-3)
+    for part, seed in (("student", 42), ("teacher", 43)):
+        for folder in (tmp_path / "model" / part, tmp_path / "checkpoint-4" / part):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            start = start_weights("micro", folder, seed)
+            assert all((p - start[n]).abs().max() > 1e-4 for n, p in model.named_parameters() if p.dim() > 1)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert lines[0]["soft_weight"] == 0.0 < lines[-1]["soft_weight"]
+    expected = 1 - lines[-2]["teacher_hard"] / math.log(300)
+    assert lines[-1]["soft_weight"] == pytest.approx(expected, rel=1e-4)
+    last = lines[-1]
+    assert last["loss"] == pytest.approx(
+        last["hard"] + last["soft_weight"] * last["soft"] + last["teacher_hard"], rel=1e-4
+    )
+    assert result["eval_teacher_hard"] > 0
+
+
+def test_co_is_two_trainings_when_nothing_is_shared(tmp_path):
+    """With no soft term, student and teacher end where each would have ended alone."""
+    co = run("co", tmp_path / "co", soft_schedule="constant", soft_weight=0.0, student="micro", seed=42)
+    run("hard", tmp_path / "alone", teacher=None, tokenizer=str(tmp_path / "co" / "tokenizer"))
+    together, alone = weights(tmp_path / "co" / "model" / "student"), weights(tmp_path / "alone" / "model")
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name.replace("model/", "student/", 1)], tensor, rtol=0, atol=1e-6)
+    assert co["eval_hard"] > 0
+
+
+def test_lora_student(tmp_path, saved):
+    pytest.importorskip("peft")
+    run("soft", tmp_path, student=str(saved), teacher=str(saved), lora_rank=2, lora_modules=["q_proj", "lm_head"])
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, saved, tokenizer):
+    padded = AutoModelForCausalLM.from_pretrained(saved)
+    padded.resize_token_embeddings(320)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[300:] = 9.0  # would swamp the softmax
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    result = run("soft", tmp_path / "run", student=str(saved), teacher=str(tmp_path / "padded"), learning_rate=0.0)
+    assert result["eval_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("constant", [0.8, 0.8, 0.8]), ("linear", [0.2, 0.5, 0.8]), ("cosine", [0.2, 0.5, 0.8]),
+    ("warmup_stable_decay", [0.2, 0.8, 0.2]),
+])  # fmt: skip
+def test_soft_weight(kind, expected):
+    schedule = SoftWeight(kind, peak=0.8, start=0.2, warmup=0.25)
+    assert [schedule.at(step, 100) for step in (0, 50, 100)] == pytest.approx(expected)
+
+
+def test_soft_weight_follows_the_teacher():
+    schedule = SoftWeight("teacher_loss", peak=0.5)
+    assert schedule.at(9, 10, teacher_loss=None, vocab=100) == 0
+    assert schedule.at(9, 10, teacher_loss=math.log(100), vocab=100) == 0
+    assert schedule.at(9, 10, teacher_loss=0.0, vocab=100) == 0.5
+
+
+# -- data -------------------------------------------------------------------------------------------
+
+
+def test_every_format_is_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "b.jsonl").write_text('{"text": "beta"}\n\n{"text": "gamma"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["delta"]}), tmp_path / "c.parquet")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "e.c").write_text("epsilon")
+    (tmp_path / "d" / "f.bin").write_bytes(b"\xff\xfe\x00")
+    names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet", "d")]
+    texts = [record["text"] for record in data.read(DataSettings(data=names))]
+    assert texts == ["alpha", "beta", "gamma", "delta", "epsilon"]
+
+
+def test_packing_loses_nothing(tokenizer):
+    texts = [{"text": "def f(x):\n    return x"}, {"text": "import math"}]
+    rows = data.sequences(texts, tokenizer, 4).rows
+    stream = [token for ids, _ in rows for token in ids]
+    assert tokenizer.decode(stream) == "".join(r["text"] + tokenizer.eos_token for r in texts)
+
+
+def test_messages_through_the_chat_template(tokenizer):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}" \
+               "{% if add_generation_prompt %}<assistant>{% endif %}"  # fmt: skip
+    tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
+    tokenizer.chat_template = template
+    ((ids, labels),) = data.sequences([{"messages": messages}], tokenizer, 64).rows
+    learnt = [token for token in labels if token >= 0]
+    assert tokenizer.decode(learnt) == "there" + tokenizer.eos_token
+    assert tokenizer.decode(ids) == "<user>hi" + tokenizer.eos_token + "<assistant>there" + tokenizer.eos_token
+
+
+def _saved(tokenizer):
+    import tempfile
+
+    folder = tempfile.mkdtemp()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# -- errors: one line, exit 1, nothing lost ---------------------------------------------------------
+
+
+def error_of(capsys, mode, folder, **values):
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(options(folder / "run", **values)))
+    with pytest.raises(SystemExit) as caught:
+        main(["train", mode, "--config", str(path)])
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code  # printed, and exit status 1
+    return caught.value.code
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"teacher": None}, "needs a --teacher"),
+    ({"student": "no/such/model"}, "no tokenizer no/such/model"),
+    ({"tokenizer": "{tmp}", "student": "{tmp}"}, "cannot load tokenizer"),
+    ({"data": ["{tmp}/nothing.txt"]}, "no data"),
+    ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
+    ({"data": ["{tmp}/short.jsonl"], "validation_share": 0.0, "eval_strategy": "no"}, "no sequence of 2 or more tokens"),
+    ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither 'text'"),
+    ({"data": ["{tmp}/torn.jsonl"]}, "cannot read"),
+    ({"max_length": 1}, "needs 2 tokens or more"),
+    ({"divergence": "kl"}, "unknown divergence 'kl'"),
+    ({"divergence": "jsd:7"}, "divergence 'jsd:7'"),
+    ({"no_such_option": 1}, "unknown options no_such_option"),
+    ({"fsdp": True}, "fsdp only works in distributed"),
+    ({"output_dir": None}, "no --output_dir"),
+])  # fmt: skip
+def test_error(values, message, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "short.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "keys.jsonl").write_text('{"words": "x"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "x\n')
+    fill = lambda value: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value  # noqa: E731
+    values = {n: [fill(v) for v in value] if isinstance(value, list) else fill(value) for n, value in values.items()}
+    assert message in error_of(capsys, "soft", tmp_path, **values)
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"prompt": "a b c", "completion": ""}, None),
+    ({"prompt": "", "completion": ""}, "a sequence needs 2 or more"),
+    ({"prompt": "word " * 99, "completion": "x"}, "leaves no room"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no chat template"),
+])  # fmt: skip
+def test_completion_errors(record, message, tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n")
+    values = {"teacher": None, "data": [str(tmp_path / "c.jsonl")], "eval_strategy": "no", "validation_share": 0.0}
+    if message:
+        assert message in error_of(capsys, "hard", tmp_path, **values)
+    else:
+        train.run(resolve("hard", options(tmp_path / "run", **values)))
+
+
+def test_tokenizer_mismatch(tmp_path, saved, capsys):
+    other = models.train_tokenizer(["something else entirely " * 20], 280)
+    models.load_model("micro", other, dtype="float32", seed=0, max_length=32).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    message = error_of(capsys, "soft", tmp_path, student=str(saved), teacher=str(tmp_path / "other"))
+    assert "tokenizer mismatch" in message and "300 tokens" in message
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    run("soft", tmp_path / "run", max_steps=2)
+    before = weights(tmp_path / "run" / "model")
+    assert "already holds a run" in error_of(capsys, "soft", tmp_path, max_steps=2)
+    message = error_of(capsys, "soft", tmp_path, max_steps=2, resume=True, temperature=2.0)
+    assert "temperature 1.0, now 2.0" in message
+    assert weights(tmp_path / "run" / "model").keys() == before.keys()
+
+
+def test_every_token_masked(tmp_path, monkeypatch):
+    collate = data.Collator.__call__
+
+    def masked(self, rows):
+        return {**collate(self, rows), "labels": torch.full((len(rows), 32), -100)}
+
+    monkeypatch.setattr(data.Collator, "__call__", masked)
+    with pytest.raises(Problem, match="step 1: every token of the batch is masked"):
+        run("soft", tmp_path, eval_strategy="no")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path, monkeypatch):
+    original = ReliableTrainer.batch_loss
+
+    def loss(self, *arguments):
+        value = original(self, *arguments)
+        return value * float("nan") if self.state.global_step == 2 else value
+
+    monkeypatch.setattr(ReliableTrainer, "batch_loss", loss)
+    with pytest.raises(Problem, match="step 3: loss is nan.*last good one is .*checkpoint-2"):
+        run("soft", tmp_path)
+    kept = torch.load(tmp_path / "non-finite-step-3-rank-0.pt")
+    assert kept["input_ids"].shape == (4, 32)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-2").values())
+
+
+def test_help_is_short_and_names_the_options(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("soft", ["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and len(text.splitlines()) < 130
+    assert "--divergence" in text and "--learning_rate" in text and "--push_to_hub" not in text
+
+
+def test_yaml_then_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 2e-4\ntemperature: 3\noutput_dir: a\n")
+    settings = parse("soft", ["--config", str(path), "--temperature", "1.5"])
+    assert settings.run.learning_rate == 2e-4 and settings.loss.temperature == 1.5
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+    assert parse("soft", ["--config", str(tmp_path / "again.yaml")]).to_dict() == settings.to_dict()
+    assert set(SCRATCH) == {"micro", "tiny", "small"}

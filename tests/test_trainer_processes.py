@@ -1,0 +1,151 @@
+"""Real processes: killed and resumed, out of disk, two of them under torchrun."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from trainer_runs import assert_same_weights, flags, options, process, weights  # noqa: E402
+
+from kdkernels.trainer import models, train  # noqa: E402
+from kdkernels.trainer.reliable import STAGING, checkpoints, read_metrics  # noqa: E402
+from kdkernels.trainer.settings import resolve  # noqa: E402
+
+#: Ends the process by SIGKILL: {step} forwards into training, or while {name} is written for the {count}th time.
+KILLER = """
+import os, signal, sys, torch
+from kdkernels.trainer.reliable import ReliableTrainer
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+step, count = {step}, {count}
+original, save = ReliableTrainer.training_step, torch.save
+def training_step(self, *arguments):
+    global step
+    step -= 1
+    return die() if step == 0 else original(self, *arguments)
+def half_a_file(thing, path, *arguments, **options):
+    global count
+    if str(path).endswith("optimizer.pt"):
+        count -= 1
+        if count == 0:
+            open(path, "wb").write(b"PK half a file")
+            die()
+    return save(thing, path, *arguments, **options)
+ReliableTrainer.training_step, torch.save = training_step, half_a_file
+from kdkernels.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def dropout_model(tmp_path_factory):
+    """Dropout, so that the state of the random numbers matters."""
+    folder = tmp_path_factory.mktemp("dropout")
+    tokenizer = models.train_tokenizer(["the quick brown fox jumps over the lazy dog " * 9], 300)
+    model = models.load_model("micro", tokenizer, dtype="float32", seed=3, max_length=32)
+    model.config.attention_dropout = 0.2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_killed_run_ends_in_the_same_bits(tmp_path, dropout_model):
+    """Killed in a step, then in the middle of a save, then left to finish: as if nothing had happened."""
+    values = dict(student=str(dropout_model), teacher="micro", max_steps=8, save_steps=2, eval_steps=3,
+                  soft_schedule="teacher_loss", gradient_accumulation_steps=2)  # fmt: skip
+    whole = process("train", "co", *flags(options(tmp_path / "whole", **values)))
+    assert whole.returncode == 0, whole.stderr
+    command = ["train", "co", *flags(options(tmp_path / "killed", resume=True, **values))]
+    for name, (step, count), last in (("step", (7, 0), "checkpoint-2"), ("save", (0, 2), "checkpoint-4")):
+        script = tmp_path / f"{name}.py"
+        script.write_text(KILLER.format(step=step, count=count))
+        killed = process(*command, script=script)
+        assert killed.returncode == -9, killed.stderr
+        assert checkpoints(tmp_path / "killed")[-1].name == last
+    assert (tmp_path / "killed" / STAGING / "checkpoint-6" / "optimizer.pt").exists()  # the half-written one
+    finished = process(*command)
+    assert finished.returncode == 0, finished.stderr
+    assert not (tmp_path / "killed" / STAGING).exists()
+    ours, theirs = weights(tmp_path / "killed" / "model"), weights(tmp_path / "whole" / "model")
+    assert_same_weights(ours, theirs)
+    assert any(not torch.equal(tensor, weights(tmp_path / "whole" / "checkpoint-6")[name])
+               for name, tensor in theirs.items())  # fmt: skip
+    metrics = [[(line["step"], line.get("loss"), line.get("soft_weight"), line.get("eval_loss")) for line in
+                read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("whole", "killed")]  # fmt: skip
+    assert metrics[0] == metrics[1]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    """Files may not grow beyond a size that optimizer.pt reaches once the momenta exist."""
+    script = tmp_path / "full.py"
+    script.write_text("""
+import resource, sys
+from kdkernels.trainer.reliable import ReliableTrainer
+original = ReliableTrainer._save_checkpoint
+def save(self, *arguments):
+    if self.state.global_step == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    return original(self, *arguments)
+ReliableTrainer._save_checkpoint = save
+from kdkernels.__main__ import main
+main(sys.argv[1:])
+""")
+    full = process("train", "soft", *flags(options(tmp_path / "run")), script=script)
+    assert full.returncode == 1
+    line = full.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: step 4: the checkpoint could not be written to") and "checkpoint-2" in line
+    assert "Traceback" not in full.stderr
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    again = process("train", "soft", *flags(options(tmp_path / "run", resume=True)))
+    assert again.returncode == 0 and json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
+
+
+#: accelerate shards over accelerators only: here its switch is set by hand, then fully_shard runs over gloo.
+FSDP_ON_CPU = """
+import accelerate.state, accelerate.utils, json, sys
+original, plugin = accelerate.state.AcceleratorState.__init__, None
+def init(self, *arguments, fsdp_plugin=None, **options):
+    global plugin
+    plugin = fsdp_plugin or plugin
+    original(self, *arguments, fsdp_plugin=plugin, **options)
+    if plugin is not None:
+        self.distributed_type, self.fsdp_plugin = accelerate.utils.DistributedType.FSDP, plugin
+accelerate.state.AcceleratorState.__init__ = init
+from kdkernels.__main__ import main
+for command in json.loads(sys.argv[1]):
+    main(command)
+"""
+
+
+MODES = ("soft", "co")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, batches of 8."""
+    folder = tmp_path_factory.mktemp("alone")
+    for mode in MODES:
+        train.run(resolve(mode, options(folder / mode, per_device_train_batch_size=8)))
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
+    """2 processes x 2 micro-batches of 2 against 1 x 1 of 8; 5 sequences are evaluated, which 2 does not divide."""
+    script = tmp_path / "main.py"
+    script.write_text(FSDP_ON_CPU)
+    values = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None)
+    commands = [["train", mode, *flags(options(tmp_path / mode, **values))] for mode in MODES]
+    run = process(json.dumps(commands), torchrun=True, script=script)
+    assert run.returncode == 0, run.stderr
+    for mode in MODES:
+        assert (tmp_path / mode / "checkpoint-4" / "pytorch_model_fsdp.bin").exists() == sharded
+        ours, theirs = (read_metrics(folder / mode / "metrics.jsonl") for folder in (tmp_path, alone))
+        for name in ("loss", "soft", "grad_norm", "eval_loss", "eval_kl", "eval_hard", "num_input_tokens_seen"):
+            expected = [line[name] for line in theirs if name in line]
+            assert expected and [line[name] for line in ours if name in line] == pytest.approx(expected, rel=2e-5), name
+        ours = weights(tmp_path / mode / "model")
+        for name, tensor in weights(alone / mode / "model").items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)

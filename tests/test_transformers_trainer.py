@@ -1,0 +1,250 @@
+"""DistillationTrainer against the plain formula on the models' own logits."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kdkernels as kd
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from kdkernels.integrations.transformers import (  # noqa: E402
+    DistillationTrainer,
+    check_head,
+    shifted_labels,
+    through_head,
+)
+
+VOCAB = 40
+
+
+def llama(seed=0, width=16, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def of(name, **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+    return getattr(transformers, name + "ForCausalLM")(config).double().eval()
+
+
+MODELS = {
+    "llama": lambda: llama().eval(),
+    "tied": lambda: llama(tie_word_embeddings=True).eval(),
+    "gemma2": lambda: of("Gemma2", final_logit_softcapping=1.5, head_dim=4),
+    "cohere": lambda: of("Cohere", logit_scale=0.3),
+    "granite": lambda: of("Granite", logits_scaling=4.0),
+}
+
+
+def batch(rows=4, length=9, seed=1):
+    """Rows of different lengths, the last ones mostly masked."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (rows, length), generator=generator)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0, :3] = -100
+    labels[1, 5:], mask[1, 5:], ids[1, 5:] = -100, 0, 0
+    labels[-1, : length - 2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def rows_of(inputs):
+    return [{name: tensor[i].tolist() for name, tensor in inputs.items()} for i in range(len(inputs["labels"]))]
+
+
+def arguments(tmp_path, **options):
+    return transformers.TrainingArguments(
+        tmp_path, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", **options
+    )
+
+
+def plain_loss(student, teacher, inputs, *, num_items=None, temperature=1.0, soft=1.0, hard=0.0):
+    """Forward KL and cross entropy from full logits, as a user without kdkernels would write it."""
+    keys = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    s = student(**keys).logits[:, :-1].double()
+    with torch.no_grad():
+        t = teacher(**keys).logits[:, :-1].double()
+    labels = inputs["labels"][:, 1:]
+    kept = labels != -100
+    log_q, log_p = (s / temperature).log_softmax(-1)[kept], (t / temperature).log_softmax(-1)[kept]
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    ce = F.cross_entropy(s[kept], labels[kept], reduction="sum")
+    return (soft * kl + hard * ce) / (kept.sum() if num_items is None else num_items)
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys() and ours
+    for name, expected in theirs.items():
+        assert expected.norm() > 1e3 * tolerance, f"{name}: the gradient is too small to tell anything"
+        assert (ours[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_gives_the_models_own_logits(name):
+    model, inputs = MODELS[name](), batch()
+    del inputs["labels"]
+    expected = model(**inputs).logits
+    head = through_head(model, inputs, lambda head: head)
+    logits = F.linear(head.hidden, head.weight, head.bias) * head.logit_scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_logit_transformations_are_refused():
+    model = MODELS["cohere"]()
+    check_head(model)
+    model.logit_scale = 0.9  # the forward now differs from what the config says
+    with pytest.raises(ValueError, match="does more to its logits"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
+    student, teacher, inputs = MODELS[name]().train(), llama(seed=7, width=32), batch()
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=teacher, temperature=2.0, soft_weight=0.7, hard_weight=0.4
+    )
+    ours = trainer.compute_loss(student, inputs)
+    theirs = plain_loss(student, teacher, inputs, temperature=2.0, soft=0.7, hard=0.4)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
+    assert_same_gradients(gradients(ours, student), gradients(theirs, student), 1e-6)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_without_a_teacher_it_is_cross_entropy(tmp_path):
+    student, inputs = llama(), batch()
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=None, soft_weight=0.0, hard_weight=1.0)
+    ours = trainer.compute_loss(student, inputs)
+    theirs = plain_loss(student, llama(), inputs, soft=0.0, hard=1.0)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
+    assert_same_gradients(gradients(ours, student), gradients(theirs, student), 1e-6)
+
+
+@pytest.mark.parametrize("lora", [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"], "lora_bias": True, "use_rslora": True},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+])  # fmt: skip
+def test_lora_on_the_head(lora, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    student = peft.get_peft_model(llama(), peft.LoraConfig(r=3, lora_alpha=9, init_lora_weights=False, **lora)).double()
+    teacher, inputs = llama(seed=7, width=32), batch()
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+    ours = gradients(trainer.compute_loss(student, inputs), student)
+    theirs = gradients(plain_loss(student, teacher, inputs), student)
+    assert any("lm_head" in name for name in ours)
+    assert_same_gradients(ours, theirs, 1e-6)
+
+
+def test_what_lora_cannot_do_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    student = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=llama(seed=7))
+    with pytest.raises(ValueError, match="only plain LoRA"):
+        trainer.compute_loss(student, batch())
+
+
+@pytest.mark.parametrize("size, accumulate", [(4, 2), (2, 4), (1, 8)])
+def test_weights_do_not_depend_on_the_micro_batch(size, accumulate, tmp_path):
+    def trained(size, accumulate):
+        student = llama()
+        options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+        args = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **options)
+        rows = rows_of(batch(rows=8)) + rows_of(batch(rows=8, seed=2))
+        DistillationTrainer(student, args, teacher=llama(seed=7), train_dataset=rows, hard_weight=0.5).train()
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    start = torch.cat([p.detach().flatten() for p in llama().parameters()])
+    whole, cut = trained(8, 1), trained(size, accumulate)
+    assert (whole - start).norm() > 1e-2
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-7)
+
+
+def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
+    student, teacher, inputs = llama(), llama(seed=7, width=32), batch(rows=5)
+    expected_loss = plain_loss(student, teacher, inputs, temperature=2.0, soft=0.5, hard=0.25)
+    expected_kl = plain_loss(student, teacher, inputs)
+    expected_hard = plain_loss(student, teacher, inputs, soft=0.0, hard=1.0)
+    for size in (2, 5):
+        trainer = DistillationTrainer(
+            student, arguments(tmp_path, per_device_eval_batch_size=size), teacher=teacher, temperature=2.0,
+            soft_weight=0.5, hard_weight=0.25, eval_dataset=rows_of(inputs),
+        )  # fmt: skip
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert metrics["eval_kl"] == pytest.approx(expected_kl.item(), rel=1e-5)
+        assert metrics["eval_hard"] == pytest.approx(expected_hard.item(), rel=1e-5)
+
+
+def test_logs_hold_the_terms(tmp_path):
+    student, teacher = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32)
+    before = copy.deepcopy(student)
+    args = arguments(tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = DistillationTrainer(
+        student, args, teacher=teacher, soft_weight=0.5, hard_weight=2.0, train_dataset=rows_of(batch())
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["soft"] == pytest.approx(plain_loss(before, teacher, batch()).item(), rel=1e-5)
+    assert log["hard"] == pytest.approx(plain_loss(before, teacher, batch(), soft=0.0, hard=1.0).item(), rel=1e-5)
+    assert log["loss"] == pytest.approx(0.5 * log["soft"] + 2.0 * log["hard"], rel=1e-5)
+    assert 0 < log["student_entropy"] < math.log(VOCAB)
+
+
+def test_bf16_autocast_stays_near(tmp_path):
+    student, teacher, inputs = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32), batch()
+    trainer = DistillationTrainer(student, arguments(tmp_path, bf16=True), teacher=teacher)
+    model = trainer.accelerator.prepare_model(student)
+    assert trainer.compute_loss(model, inputs).item() == pytest.approx(plain_loss(student, teacher, inputs).item(), rel=0.05)
+
+
+def test_errors_name_the_way_out(tmp_path):
+    student, teacher = llama(), llama(seed=7)
+    with pytest.raises(ValueError, match="compute_metrics needs logits"):
+        DistillationTrainer(student, arguments(tmp_path), teacher=teacher, compute_metrics=print)
+    with pytest.raises(ValueError, match="label_smoothing="):
+        DistillationTrainer(student, arguments(tmp_path, label_smoothing_factor=0.1), teacher=teacher)
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+    with pytest.raises(ValueError, match="needs labels"):
+        trainer.compute_loss(student, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    with pytest.raises(ValueError, match="never held"):
+        trainer.compute_loss(student, batch(), return_outputs=True)
+
+
+def test_shift_labels_are_taken_as_they_are():
+    inputs = batch()
+    assert shifted_labels(inputs)[:, :-1].equal(inputs["labels"][:, 1:])
+    assert (shifted_labels(inputs)[:, -1] == -100).all()
+    assert shifted_labels({"shift_labels": inputs["labels"]}) is inputs["labels"]
+
+
+def test_codistillation_reports_the_statistics_of_distillation():
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(6, 11, requires_grad=True) for _ in range(2))
+    labels = torch.tensor([1, 2, -100, 4, 5, 6])
+    losses, stats = kd.codistillation_loss(student, teacher, labels, return_stats=True)
+    loss, expected = kd.distillation_loss(student, teacher, labels, hard_weight=1.0, return_stats=True)
+    torch.testing.assert_close(losses.student, loss)
+    for ours, theirs in zip(stats, expected):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,53 @@
+"""Tiny runs of ``python -m kdkernels train`` for the tests: settings, processes, weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kdkernels" / "backends"  #: text to train on
+
+
+def options(folder, **values):
+    """A few steps of micro models on a few source files."""
+    return {
+        "output_dir": str(folder), "student": "micro", "teacher": "micro", "tokenizer_size": 300,
+        "data": [str(PACKAGE)], "max_length": 32, "max_steps": 4, "logging_steps": 1, "eval_steps": 4, "save_steps": 2,
+        "per_device_train_batch_size": 4, "validation_sequences": 5, "learning_rate": 1e-3, "use_cpu": True,
+        "disable_tqdm": True, "prompts": 12, "prompt_tokens": 4, **values,
+    }  # fmt: skip
+
+
+def flags(values):
+    line = []
+    for name, value in values.items():
+        if value is not None:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def process(*arguments, script=None, torchrun=False, timeout=240):
+    """A real process: the command itself, or a script that ends in it."""
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script)] if script else ["-m", "kdkernels"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def weights(folder):
+    """Every weight of the models under a folder, by file and name."""
+    from safetensors.torch import load_file
+
+    return {f"{path.parent.name}/{name}": tensor
+            for path in sorted(Path(folder).rglob("model.safetensors")) for name, tensor in load_file(path).items()}  # fmt: skip
+
+
+def assert_same_weights(ours, theirs):
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
