@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, Trainer
 
 import kdkernels as kd
 
+from .common import whole
+
 #: What a batch holds beside the arguments of a model's forward.
 _TARGET_KEYS = ("target_ids", "target_logprobs", "target_weights")
 _LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch", *_TARGET_KEYS)
@@ -302,15 +304,6 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Te
             extra = whole(head.lora_B[name].bias) * head.scaling[name]
             bias = extra.to(weight.dtype) if bias is None else bias + extra.to(weight.dtype)
     return torch.cat(parts, -1), torch.cat(columns, -1), bias
-
-
-def whole(parameter: Any) -> Tensor:
-    """A parameter that a wrapper of its own (FSDP2) shards, gathered; its gradient is the mean."""
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    from torch.distributed.tensor import Partial
-
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def check_head(model: PreTrainedModel) -> None:
