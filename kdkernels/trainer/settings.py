@@ -173,16 +173,16 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 _PARTS = {"models": ModelSettings, "data": DataSettings, "loss": LossSettings,
-          "hard mode: the teacher writes": GenerationSettings,
-          "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings}  # fmt: skip
+          "hard mode: the teacher writes": GenerationSettings}  # fmt: skip
+_TRAINING = "training (all of transformers.TrainingArguments; the rest under --help_all)"
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
-    for title, part in _PARTS.items():
-        part._argument_group_name = title  # type: ignore[attr-defined]
-    parts: Any = [*_PARTS.values()]
+    groups: Any = {**_PARTS, _TRAINING: RunSettings}
+    for title, part in groups.items():
+        part._argument_group_name = title
     parser = HfArgumentParser(
-        parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
+        [*groups.values()], prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )  # fmt: skip
