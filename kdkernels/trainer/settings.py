@@ -170,16 +170,14 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 _PARTS = {"models": ModelSettings, "data": DataSettings, "loss": LossSettings,
-          "hard mode: the teacher writes": GenerationSettings}  # fmt: skip
+          "hard mode: the teacher writes": GenerationSettings,
+          "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings}  # fmt: skip
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
+    parts: Any = list(_PARTS.values())
     for title, part in _PARTS.items():
         part._argument_group_name = title  # type: ignore[attr-defined]
-    RunSettings._argument_group_name = (
-        "training (all of transformers.TrainingArguments; the rest under --help_all)"  # type: ignore[attr-defined]
-    )
-    parts: Any = [*_PARTS.values(), RunSettings]
     parser = HfArgumentParser(
         parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
