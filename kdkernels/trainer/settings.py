@@ -148,8 +148,9 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """What --config reads back: every option of ours, and of TrainingArguments what is shown or was set."""
-        ours = [part for part in (self.model, self.data, self.loss, self.generation)]
-        values = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}
+        values: dict[str, Any] = {}
+        for part in (self.model, self.data, self.loss, self.generation):
+            values.update(dataclasses.asdict(part))
         for each in dataclasses.fields(RunSettings):
             if each.name in self.asked and (each.name in _SHOWN or self.asked[each.name] != _default(each)):
                 values[each.name] = self.asked[each.name]
@@ -188,12 +189,8 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     )  # fmt: skip
     parser.add_argument("--config", help="YAML of options; those on the command line go before it")
     parser.add_argument("--help_all", action="store_true", help="every option of TrainingArguments too")
-    shown = {f.name for part in _PARTS.values() for f in dataclasses.fields(part)} | {
-        *_SHOWN,
-        "help",
-        "config",
-        "help_all",
-    }
+    ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
+    shown = {*ours, *_SHOWN, "help", "config", "help_all"}
     for action in parser._actions:
         if not show_all and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
             action.help = SUPPRESS
