@@ -10,7 +10,20 @@ import torch
 
 import kdkernels as kd
 from benchmarks import __main__ as command
-from benchmarks import accuracy, cases, compare, goals, inputs, measure, memory, peers, readme, report, run, variants
+from benchmarks import (
+    accuracy,
+    cases,
+    compare,
+    goals,
+    inputs,
+    measure,
+    memory,
+    peers,
+    readme,
+    report,
+    run,
+    variants,
+)
 from benchmarks.machine import last_level_cache_bytes
 
 TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
@@ -139,6 +152,11 @@ def test_report_and_plots(result, tmp_path):
     assert "old" not in page and page.startswith("a\n") and page.endswith("\nb\n")
     with pytest.raises(ValueError, match="no <!-- figures -->"):
         readme.with_part("nothing here", "figures", figures)
+
+
+def test_a_busy_machine_is_told(result):
+    for load, told in ((3.6, True), (0.1, False)):
+        assert ("busy" in report.where({**result, "machine": {**result["machine"], "load": load}})) is told
 
 
 def test_compare(result, tmp_path, capsys):

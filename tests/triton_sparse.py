@@ -7,7 +7,6 @@ import interpreter  # noqa: F401
 import pytest
 import torch
 import triton
-import triton.language as tl
 from problems import assert_exact, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 from test_sparse import conforms

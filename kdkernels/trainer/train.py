@@ -118,7 +118,9 @@ def run(settings: Settings) -> dict[str, Any]:
     except ValueError as error:  # what Trainer or DistillationTrainer refuses
         raise Problem(" ".join(str(error).split())) from error
     if settings.run.fsdp and not trainer.is_fsdp_enabled:
-        raise Problem("fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU")
+        raise Problem(
+            "fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU"
+        )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.perf_counter() - start
@@ -149,9 +151,13 @@ def prepare_folder(settings: Settings) -> Optional[Path]:
 def check_same_settings(settings: Settings) -> None:
     folder = settings.output_dir
     if not settings.run.resume:
-        raise Problem(f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir")
+        raise Problem(
+            f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
+        )
     before, now = yaml.safe_load((folder / CONFIG).read_text()), settings.to_dict()
-    changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir")
+    changed = sorted(
+        n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
+    )
     if changed:
         raise Problem(f"{folder} was made with other settings ("
                       + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
@@ -161,8 +167,12 @@ def check_same_settings(settings: Settings) -> None:
 def ingredients(settings: Settings) -> Ingredients:
     records = data.read(settings.data)
     train_records, validation_records = data.split(records, settings.data, settings.run.seed)
-    tokenizer = models.load_tokenizer(settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer")
+    tokenizer = models.load_tokenizer(
+        settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer"
+    )
     length, source = settings.data.max_length, ", ".join(settings.data.data)
     train = data.check_trainable(data.sequences(train_records, tokenizer, length), source)
-    validation = data.limited(data.sequences(validation_records, tokenizer, length), settings.data.validation_sequences)
+    validation = data.limited(
+        data.sequences(validation_records, tokenizer, length), settings.data.validation_sequences
+    )
     return Ingredients(settings, tokenizer, train_records, train, validation)
