@@ -151,4 +151,6 @@ def test_memory_is_the_gradient():
             pytest.skip(f"resident memory cannot be measured here: {error}")
         return measured.bytes / (x.numel() * 4)
 
-    assert peak(functional.kl_div) <= 1.4 and peak(F.kl_div) >= 2.5
+    # The gradient, and what the allocator makes of pieces of 4 MiB.
+    ours, theirs = peak(functional.kl_div), peak(F.kl_div)
+    assert ours <= 1.8 and theirs >= 2.5, (ours, theirs)
