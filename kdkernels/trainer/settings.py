@@ -47,9 +47,6 @@ class ModelSettings:
     teacher: Optional[str] = option(
         None, "the same for the teacher; hard needs none if --data holds its completions"
     )
-    targets: Optional[str] = option(
-        None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher"
-    )
     tokenizer: Optional[str] = option(
         None, "folder or name; default: the student's, else the teacher's, else trained"
     )
@@ -174,16 +171,16 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 _PARTS = {"models": ModelSettings, "data": DataSettings, "loss": LossSettings,
-          "hard mode: the teacher writes": GenerationSettings}  # fmt: skip
-_TRAINING = "training (all of transformers.TrainingArguments; the rest under --help_all)"
+          "hard mode: the teacher writes": GenerationSettings,
+          "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings}  # fmt: skip
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
-    groups: Any = {**_PARTS, _TRAINING: RunSettings}
-    for title, part in groups.items():
-        part._argument_group_name = title
+    parts: Any = list(_PARTS.values())
+    for title, part in _PARTS.items():
+        part._argument_group_name = title  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        [*groups.values()], prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
+        parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )  # fmt: skip
