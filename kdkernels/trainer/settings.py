@@ -47,6 +47,9 @@ class ModelSettings:
     teacher: Optional[str] = option(
         None, "the same for the teacher; hard needs none if --data holds its completions"
     )
+    targets: Optional[str] = option(
+        None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher"
+    )
     tokenizer: Optional[str] = option(
         None, "folder or name; default: the student's, else the teacher's, else trained"
     )
