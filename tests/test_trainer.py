@@ -214,6 +214,7 @@ def error_of(capsys, mode, folder, **values):
     path.write_text(yaml.safe_dump(options(folder / "run", **values)))
     with pytest.raises(SystemExit) as caught:
         main(["train", mode, "--config", str(path)])
+    assert not (folder / "run" / "config.yaml").exists() or (folder / "run" / "model").exists()
     assert isinstance(caught.value.code, str) and "\n" not in caught.value.code  # printed, and exit status 1
     return caught.value.code
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,8 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
 def _stage(mode: str, asked: dict[str, Any]) -> None:
     from transformers.utils import logging
 
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a stage is not left behind
     logging.disable_progress_bar()
     try:
         train.run(resolve(mode, asked))

@@ -6,7 +6,7 @@ import json
 import random
 import sysconfig
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
 import torch
 from torch.utils.data import Dataset
@@ -205,5 +205,5 @@ def check_trainable(dataset: Sequences, source: str) -> Sequences:
     return dataset
 
 
-def limited(dataset: Sequences, count: Optional[int]) -> Sequences:
+def limited(dataset: Sequences, count: int) -> Sequences:
     return Sequences(dataset.rows[:count])

@@ -25,6 +25,7 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
     if path.exists():
         print(f"reusing the completions in {path}")
         return path
+    part.parent.mkdir(parents=True, exist_ok=True)
     done = sum(line.endswith("\n") for line in part.open()) if part.exists() else 0
     size = options.generation_batch_size
     done -= done % size  # batches are whole, so that each has the seed of its number

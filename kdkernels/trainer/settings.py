@@ -47,9 +47,6 @@ class ModelSettings:
     teacher: Optional[str] = option(
         None, "the same for the teacher; hard needs none if --data holds its completions"
     )
-    targets: Optional[str] = option(
-        None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher"
-    )
     tokenizer: Optional[str] = option(
         None, "folder or name; default: the student's, else the teacher's, else trained"
     )
@@ -148,8 +145,9 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """What --config reads back: every option of ours, and of TrainingArguments what is shown or was set."""
-        ours = [part for part in (self.model, self.data, self.loss, self.generation)]
-        values = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}
+        values: dict[str, Any] = {}
+        for part in (self.model, self.data, self.loss, self.generation):
+            values.update(dataclasses.asdict(part))
         for each in dataclasses.fields(RunSettings):
             if each.name in self.asked and (each.name in _SHOWN or self.asked[each.name] != _default(each)):
                 values[each.name] = self.asked[each.name]
@@ -173,27 +171,23 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 _PARTS = {"models": ModelSettings, "data": DataSettings, "loss": LossSettings,
-          "hard mode: the teacher writes": GenerationSettings}  # fmt: skip
-_TRAINING = "training (all of transformers.TrainingArguments; the rest under --help_all)"
+          "hard mode: the teacher writes": GenerationSettings,
+          "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings}  # fmt: skip
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
-    groups: Any = {**_PARTS, _TRAINING: RunSettings}
-    for title, part in groups.items():
-        part._argument_group_name = title
+    parts: Any = list(_PARTS.values())
+    for title, part in _PARTS.items():
+        part._argument_group_name = title  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        [*groups.values()], prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
+        parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", help="YAML of options; those on the command line go before it")
     parser.add_argument("--help_all", action="store_true", help="every option of TrainingArguments too")
-    shown = {f.name for part in _PARTS.values() for f in dataclasses.fields(part)} | {
-        *_SHOWN,
-        "help",
-        "config",
-        "help_all",
-    }
+    ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
+    shown = {*ours, *_SHOWN, "help", "config", "help_all"}
     for action in parser._actions:
         if not show_all and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
             action.help = SUPPRESS

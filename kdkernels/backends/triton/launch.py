@@ -102,7 +102,7 @@ class _Tiles:
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
         self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
-        if self.chip.maker == "nvidia" and not self.closed:
+        if self.chip.maker == "nvidia" and (self.options.light or not self.closed):
             # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here.
             heavy = isinstance(spec.divergence, AlphaBeta) or self.flags.teacher_hard
             heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
