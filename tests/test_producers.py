@@ -1,10 +1,14 @@
 """Top-k, top-p and sampled targets: what they hold, that samples are unbiased, and peak memory."""
 
+import json
+
 import pytest
 import torch
 from test_memory import SLACK, UNIT, H, N, V, peak_of
 
 import kdkernels as kd
+from benchmarks import sparse_bias
+from benchmarks.readme import with_part
 
 FORMS = {
     "logits": lambda: torch.randn(3, 4, 60),
@@ -108,3 +112,9 @@ def test_targets_of_hidden_states_stay_in_the_budget():
                  lambda: kd.top_p_target(teacher, 0.5, max_k=16, chunk_bytes=2**24),
                  lambda: kd.sample_target(teacher, 16, chunk_bytes=2**24)):  # fmt: skip
         assert peak_of(make) <= 2**24 + SLACK < UNIT
+
+
+def test_committed_result_fills_the_docs():
+    page = sparse_bias.DOCS.read_text()
+    committed = sparse_bias.DOCS.parent.parent / "benchmarks" / "results" / "sparse-bias.json"
+    assert with_part(page, "bias", sparse_bias.table(json.loads(committed.read_text()))) == page
