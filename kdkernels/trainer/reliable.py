@@ -60,7 +60,9 @@ class ReliableTrainer(DistillationTrainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save and not final.exists():
+            if self.args.should_save and final.exists():  # of this very step, by the run that was killed
+                shutil.rmtree(staging)
+            elif self.args.should_save:
                 self._publish(staging / name, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)

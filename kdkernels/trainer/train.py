@@ -135,6 +135,7 @@ def run(settings: Settings) -> dict[str, Any]:
         trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
+    trainer.accelerator.wait_for_everyone()  # no process leaves while another still talks to it
     return result
 
 
