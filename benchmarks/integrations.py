@@ -8,8 +8,6 @@ inputs, the gradients included. Time is for ``python -m benchmarks``, which has 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from benchmarks import readme
 from benchmarks.machine import describe
 from benchmarks.memory import resident_peak
+from benchmarks.peers.installed import original_module
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 PACKAGES = ("torch", "trl", "transformers", "liger-kernel", "torchtune", "axolotl", "nvidia-modelopt")
@@ -35,19 +34,6 @@ class Pair(NamedTuple):
 
     theirs: Callable[[], torch.Tensor]
     ours: Callable[[], torch.Tensor]
-
-
-def original_module(distribution: str, path: str, name: str | None = None) -> Any:
-    """The module in ``path`` of an installed distribution, without its package: that may want more than
-    is installed. PackageNotFoundError where the distribution is not installed at all."""
-    file = importlib.metadata.distribution(distribution).locate_file(path)
-    name = name or "original_" + path.removesuffix(".py").replace("/", "_")
-    spec = importlib.util.spec_from_file_location(name, str(file))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def axolotl_module() -> Any:
