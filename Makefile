@@ -29,7 +29,7 @@ lint: setup
 $(VENV)/.peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -e ".[bench,integrations]" --no-build-isolation
 	# Only their loss modules are loaded, file by file: these need none of the packages' dependencies.
-	$(BIN)/pip install -q --no-deps axolotl==0.19.0 nvidia-modelopt==0.47.0
+	$(BIN)/pip install -q --no-deps torchtune==0.6.1 axolotl==0.19.0 nvidia-modelopt==0.47.0
 	touch $@
 
 bench: $(VENV)/.peers

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 #: Minutes that a suite may take, everything included.
@@ -55,6 +57,8 @@ def measure(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --device cpu runs the same cases on the CPU")
     limit = (options.minutes or MINUTES[options.suite]) * 60
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = options.out or ROOT / "runs" / f"{options.suite}-{stamp}"
@@ -69,10 +73,15 @@ def measure(arguments: list[str]) -> int:
     chosen = [c for c in cases.SUITES[options.suite] if not options.case or options.case in c.name]
     if not chosen:
         parser.error(f"no case of suite {options.suite} has {options.case!r} in its name")
-    result = run.run_suite(options.suite, chosen, device, rounds=options.rounds or measure.ROUNDS,
-                           seconds=limit - (time.perf_counter() - start),
-                           show=lambda case: print(report.case_table(case), "\n", flush=True))  # fmt: skip
     path = folder / "result.json"
+
+    def keep(so_far: dict[str, Any]) -> None:
+        """After every case: should a driver take the process down, what was measured is there."""
+        path.write_text(json.dumps(so_far, indent=1))
+        print(report.case_table(so_far["cases"][-1]), "\n", flush=True)
+
+    result = run.run_suite(options.suite, chosen, device, rounds=options.rounds or measure.ROUNDS,
+                           seconds=limit - (time.perf_counter() - start), keep=keep)  # fmt: skip
     path.write_text(json.dumps(result, indent=1))
     print(report.where(result))
     print(goals.table(result))

@@ -1,21 +1,17 @@
 """``python -m benchmarks.integrations [--out FILE]``: what each drop-in saves beside the original.
 
 Every measurement is a process of its own: peak resident memory of one forward and backward above its
-inputs (the gradients included), and the median time of a few more. ``--readme FILE`` fills README's table
-of trainers from a committed result.
+inputs, the gradients included. Time is for ``python -m benchmarks``, which has the peers in one run.
+``--readme FILE`` fills README's table of trainers from a committed result.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, NamedTuple
@@ -26,6 +22,7 @@ import torch.nn.functional as F
 from benchmarks import readme
 from benchmarks.machine import describe
 from benchmarks.memory import resident_peak
+from benchmarks.peers.installed import original_module
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 PACKAGES = ("torch", "trl", "transformers", "liger-kernel", "torchtune", "axolotl", "nvidia-modelopt")
@@ -33,24 +30,10 @@ VOCAB, WIDTH, SLOTS = 65536, 64, 32
 
 
 class Pair(NamedTuple):
-    """The leaves of a problem and its loss, as the original computes it and as kdkernels does."""
+    """The loss of one problem, as the original computes it and as kdkernels does."""
 
-    leaves: list[torch.Tensor]
     theirs: Callable[[], torch.Tensor]
     ours: Callable[[], torch.Tensor]
-
-
-def original_module(distribution: str, path: str, name: str | None = None) -> Any:
-    """The module in ``path`` of an installed distribution, without its package: that may want more than
-    is installed. PackageNotFoundError where the distribution is not installed at all."""
-    file = importlib.metadata.distribution(distribution).locate_file(path)
-    name = name or "original_" + path.removesuffix(".py").replace("/", "_")
-    spec = importlib.util.spec_from_file_location(name, str(file))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def axolotl_module() -> Any:
@@ -78,7 +61,7 @@ def hidden(tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def on_logits(theirs: Callable[..., Any], ours: Callable[..., Any], tokens: int) -> Pair:
     s, t, labels = logits(tokens)
-    return Pair([s], lambda: theirs(s, t, labels), lambda: ours(s, t, labels))
+    return Pair(lambda: theirs(s, t, labels), lambda: ours(s, t, labels))
 
 
 def trl_distillation(tokens: int) -> Pair:
@@ -88,7 +71,7 @@ def trl_distillation(tokens: int) -> Pair:
 
     (h, w), (th, tw) = hidden(tokens)
     given = h, th, w, tw, torch.ones(1, tokens), 0.5
-    return Pair([h, w], lambda: _chunked_divergence_loss(*given)[0], lambda: chunked_divergence_loss(*given)[0])
+    return Pair(lambda: _chunked_divergence_loss(*given)[0], lambda: chunked_divergence_loss(*given)[0])
 
 
 def trl_gkd(tokens: int) -> Pair:
@@ -115,7 +98,7 @@ def trl_server(tokens: int) -> Pair:
     inputs = {f"{part}_{what}": torch.ones(1, size, dtype=torch.int64) for what in ("ids", "mask")
               for part, size in (("prompt", 1), ("completion", tokens - 1))}  # fmt: skip
     model = lambda input_ids, attention_mask: SimpleNamespace(logits=s)  # noqa: E731
-    return Pair([s], lambda: theirs(trainer, model, inputs), lambda: server_compute_loss(trainer, model, inputs))
+    return Pair(lambda: theirs(trainer, model, inputs), lambda: server_compute_loss(trainer, model, inputs))
 
 
 def liger(tokens: int) -> Pair:
@@ -126,7 +109,7 @@ def liger(tokens: int) -> Pair:
     (h, w), (th, tw) = hidden(tokens)
     given = h[0], w, th[0], tw, torch.randint(0, VOCAB, (tokens,))
     theirs, ours = (m.LigerFusedLinearJSDLoss(compiled=False) for m in (chunked_loss, dropin))
-    return Pair([h, w], lambda: theirs(*given), lambda: ours(*given))
+    return Pair(lambda: theirs(*given), lambda: ours(*given))
 
 
 def torchtune(tokens: int) -> Pair:
@@ -147,7 +130,7 @@ def axolotl(tokens: int) -> Pair:
     given = w, h, top.indices, top.values.log_softmax(-1), torch.ones(1, tokens, SLOTS), labels
     theirs, ours = (m.LigerFusedLinearKLTopKLogprobLoss(beta=0.0, compiled=False)
                     for m in (axolotl_module(), dropin))  # fmt: skip
-    return Pair([h, w], lambda: theirs(*given), lambda: ours(*given))
+    return Pair(lambda: theirs(*given), lambda: ours(*given))
 
 
 def modelopt(tokens: int) -> Pair:
@@ -164,7 +147,7 @@ def functional(tokens: int) -> Pair:
     s, t, _ = logits(tokens)
     x, y = s.detach().log_softmax(-1).requires_grad_(), t.log_softmax(-1)
     options: dict[str, Any] = dict(reduction="batchmean", log_target=True)
-    return Pair([x], lambda: F.kl_div(x, y, **options), lambda: kl_div(x, y, **options))
+    return Pair(lambda: F.kl_div(x, y, **options), lambda: kl_div(x, y, **options))
 
 
 class Case(NamedTuple):
@@ -202,45 +185,32 @@ CASES = {case.build.__name__: case for case in (
 SIDES = ("theirs", "ours")
 
 
-def measure(name: str, side: str, rounds: int) -> dict[str, float]:
-    """One side of one case, in this process."""
+def measure(name: str, side: str) -> int:
+    """Bytes of one side of one case, in this process."""
     case = CASES[name]
-
-    def step(pair: Pair) -> float:
-        for leaf in pair.leaves:
-            leaf.grad = None
-        start = time.perf_counter()
-        getattr(pair, side)().backward()
-        return (time.perf_counter() - start) * 1e3
-
     torch.manual_seed(0)
-    step(case.build(8))  # whatever is loaded once
+    getattr(case.build(8), side)().backward()  # whatever is loaded once
     pair = case.build(case.tokens)
     with resident_peak() as peak:
-        step(pair)
-    return {"peak_bytes": peak.bytes, "median_ms": statistics.median(step(pair) for _ in range(rounds))}
+        getattr(pair, side)().backward()
+    return peak.bytes
 
 
-def in_process(name: str, side: str, rounds: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.integrations", "--one", name, side, "--rounds", str(rounds)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def in_process(name: str, side: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.integrations", "--one", name, side]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def table(result: dict[str, Any]) -> str:
     where = result["machine"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in PACKAGES)
-    lines = [
-        "| trainer | before | after | peak of the loss, MiB | ms | what differs |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, sides in result["cases"].items():
-        case, theirs, ours = CASES[name], sides["theirs"], sides["ours"]
-        peaks, times = (
-            " → ".join(f"{side[key] / unit:.0f}" for side in (theirs, ours))
-            for key, unit in (("peak_bytes", 2**20), ("median_ms", 1))
+    lines = ["| trainer | before | after | peak of the loss, MiB | what differs |", "|---|---|---|---|---|"]
+    for name, peaks in result["peak_bytes"].items():
+        case, (theirs, ours) = CASES[name], (peaks[side] / 2**20 for side in SIDES)
+        lines.append(
+            f"| {case.trainer} | {case.before} | {case.after} | {theirs:.0f} → {ours:.0f} | {case.differs} |"
         )
-        lines.append(f"| {case.trainer} | {case.before} | {case.after} | {peaks} | {times} | {case.differs} |")
-    tokens = sorted({CASES[name].tokens for name in result["cases"]})
+    tokens = sorted({CASES[name].tokens for name in result["peak_bytes"]})
     return "\n".join(lines + [
         "",
         f"One forward and backward, original → kdkernels, fp32, vocabulary {VOCAB}; {tokens[0]} tokens where logits",
@@ -254,15 +224,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the result here, as JSON")
     parser.add_argument("--readme", metavar="RESULT", help="fill README's table from a result, measure nothing")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps after the first (default 3)")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure one side in this process")
     given = parser.parse_args()
     if given.readme:
         return readme.fill("integrations", table(json.loads(Path(given.readme).read_text())))
     if given.one:
-        return print(json.dumps(measure(*given.one, given.rounds)))
-    cases = {name: {side: in_process(name, side, given.rounds) for side in SIDES} for name in CASES}
-    result = {"machine": describe("cpu"), "cases": cases}
+        return print(measure(*given.one))
+    peaks = {name: {side: in_process(name, side) for side in SIDES} for name in CASES}
+    result = {"machine": describe("cpu"), "peak_bytes": peaks}
     print(table(result))
     if given.out:
         Path(given.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def describe(device: str) -> dict[str, Any]:
         "instruction_set": kd.backends()["native"] or kd.instruction_set(),
         "backends": kd.backends(),
         "last_level_cache_bytes": last_level_cache_bytes(device),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": versions(),

@@ -17,6 +17,9 @@ from benchmarks.inputs import Inputs, Step
 from benchmarks.measure import what_went_wrong
 from benchmarks.variants import Variant, variants_of
 
+#: A process that the system ends for its memory never answers.
+TIMEOUT_S = 120.0
+
 
 class Peak:
     bytes: int = 0
@@ -62,7 +65,9 @@ def peaks(case: Case, variants: list[Variant], device: str) -> list[dict[str, An
                 continue
             arguments = case, variant.key, device, torch.get_num_threads()
             try:
-                peak = peak_of(*arguments) if pool is None else pool.apply(peak_of, arguments)
+                peak = peak_of(*arguments) if pool is None else pool.apply_async(peak_of, arguments).get(TIMEOUT_S)
+            except multiprocessing.TimeoutError:
+                made.append({"peak_problem": "the process died, or took too long"})
             except OSError as error:
                 made.append({"peak_problem": f"cannot be measured here: {error}"})
             except Exception as error:  # a peer's failure is a result, not the end of the run

@@ -9,14 +9,21 @@ from benchmarks import goals
 from benchmarks.accuracy import ANOTHER_LOSS
 
 Row = dict[str, Any]
+#: A load average above this at the start of a run is told with its figures.
+BUSY = 0.5
 
 
 def where(result: Row) -> str:
-    """The line that every figure stands under."""
+    """What every figure stands under: the machine, the versions, the commit, and what speaks against it."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     kind = f"CUDA {machine['cuda']}" if machine["device"] == "cuda" else machine["instruction_set"]
-    return f"{machine['name']} ({kind}), {versions}, commit {machine['commit']}, {machine['date'][:10]}."
+    told = f"{machine['name']} ({kind}), {versions}, commit {machine['commit']}, {machine['date'][:10]}."
+    if (machine.get("load") or 0.0) > BUSY:
+        told += f" The machine was busy with other work: load average {machine['load']:.1f} at the start."
+    if result["not_run"]:
+        told += f" {len(result['not_run'])} of {len(result['not_run']) + len(result['cases'])} cases were not run."
+    return told
 
 
 def case_table(case: Row) -> str:

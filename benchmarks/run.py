@@ -48,7 +48,7 @@ def _add_floors(rows: list[dict[str, Any]]) -> None:
 
 
 def run_suite(suite: str, cases: list[Case], device: str, *, rounds: int = measure.ROUNDS,
-              seconds: float | None = None, show: Callable[[dict], None] = lambda case: None) -> dict[str, Any]:  # fmt: skip
+              seconds: float | None = None, keep: Callable[[dict], None] = lambda so_far: None) -> dict[str, Any]:  # fmt: skip
     """The cases in their order. One that would not fit in ``seconds``, if it took as long as the
     longest so far, is named in the result and not begun."""
     start, longest = time.perf_counter(), 0.0
@@ -61,6 +61,6 @@ def run_suite(suite: str, cases: list[Case], device: str, *, rounds: int = measu
             continue
         result["cases"].append(run_case(case, device, rounds=rounds))
         longest = max(longest, time.perf_counter() - begun)
-        show(result["cases"][-1])
+        keep(result)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result

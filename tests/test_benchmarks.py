@@ -154,6 +154,11 @@ def test_report_and_plots(result, tmp_path):
         readme.with_part("nothing here", "figures", figures)
 
 
+def test_a_busy_machine_is_told(result):
+    for load, told in ((3.6, True), (0.1, False)):
+        assert ("busy" in report.where({**result, "machine": {**result["machine"], "load": load}})) is told
+
+
 def test_compare(result, tmp_path, capsys):
     slower = json.loads(json.dumps(result))
     row = next(r for r in slower["cases"][0]["variants"] if r["variant"] == "kdkernels" and r["loss"] == "jsd")

@@ -238,6 +238,17 @@ def test_what_is_wrong_is_one_line(home, tmp_path, arguments, says):
     assert not list(tmp_path.glob("c/shard*"))
 
 
+def test_what_is_there_is_not_made_again(home, monkeypatch):
+    cached(home, "twice", "--top_k", "4")
+    before = {path: path.stat().st_mtime_ns for path in (home / "twice").rglob("*.parquet")}
+    monkeypatch.setattr(command, "load_teacher", None)  # not needed, not called
+    cached(home, "twice", "--top_k", "4")
+    assert {path: path.stat().st_mtime_ns for path in (home / "twice").rglob("*.parquet")} == before
+    (home / "empty.txt").write_text("")
+    with pytest.raises(SystemExit, match="no sequence of 2 or more tokens in .*empty.txt"):
+        cached(home, "nothing", "--top_k", "4", "--data", str(home / "empty.txt"))
+
+
 def test_only_learnt_tokens_are_kept(home):
     """Prompts have no label, so their tokens need no target; another mask is another cache."""
     rows = [([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5])]

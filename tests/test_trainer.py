@@ -49,7 +49,10 @@ def start_weights(name, folder, seed):
 def test_soft(tmp_path):
     result = run("soft", tmp_path, divergence="jsd:0.5", temperature=2.0, hard_weight=0.5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    moved = max((p - start_weights("micro", tmp_path / "model", 42)[n]).abs().max() for n, p in model.named_parameters())
+    moved = max(
+        (p - start_weights("micro", tmp_path / "model", 42)[n]).abs().max()
+        for n, p in model.named_parameters()
+    )
     assert moved > 1e-4 and result["steps"] == 4 and result["tokens"] == 4 * 4 * 32
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert {"loss", "soft", "hard", "student_entropy", "teacher_entropy", "agreement", "tokens_per_second",
@@ -68,7 +71,9 @@ def test_hard_writes_completions_and_learns_only_them(tmp_path, monkeypatch):
                         lambda self, model, inputs, n=None: (seen.append(inputs), original(self, model, inputs, n))[1])  # fmt: skip
     run("hard", tmp_path, sampling_temperature=0.7)
     lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 and all(line.keys() == {"prompt", "completion"} and line["prompt"] for line in lines)
+    assert len(lines) == 12 and all(
+        line.keys() == {"prompt", "completion"} and line["prompt"] for line in lines
+    )
     masked = (seen[0]["labels"][:, :3] == -100).float().mean()
     assert masked > 0.5 and (seen[0]["labels"] >= 0).any()
     assert "hard" in read_metrics(tmp_path / "metrics.jsonl")[0]
@@ -76,7 +81,9 @@ def test_hard_writes_completions_and_learns_only_them(tmp_path, monkeypatch):
 
 def test_hard_takes_text_from_elsewhere(tmp_path):
     path = tmp_path / "elsewhere.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(40))
+    )
     run("hard", tmp_path / "run", teacher=None, data=[str(path)])
     assert not (tmp_path / "run" / "completions.jsonl").exists()
 
@@ -111,7 +118,14 @@ def test_co_is_two_trainings_when_nothing_is_shared(tmp_path):
 
 def test_lora_student(tmp_path, saved):
     pytest.importorskip("peft")
-    run("soft", tmp_path, student=str(saved), teacher=str(saved), lora_rank=2, lora_modules=["q_proj", "lm_head"])
+    run(
+        "soft",
+        tmp_path,
+        student=str(saved),
+        teacher=str(saved),
+        lora_rank=2,
+        lora_modules=["q_proj", "lm_head"],
+    )
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
@@ -123,7 +137,9 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, saved, tokenizer
         padded.get_output_embeddings().weight[300:] = 9.0  # would swamp the softmax
     padded.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
-    result = run("soft", tmp_path / "run", student=str(saved), teacher=str(tmp_path / "padded"), learning_rate=0.0)
+    result = run(
+        "soft", tmp_path / "run", student=str(saved), teacher=str(tmp_path / "padded"), learning_rate=0.0
+    )
     assert result["eval_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -177,7 +193,9 @@ def test_messages_through_the_chat_template(tokenizer):
     ((ids, labels),) = data.sequences([{"messages": messages}], tokenizer, 64).rows
     learnt = [token for token in labels if token >= 0]
     assert tokenizer.decode(learnt) == "there" + tokenizer.eos_token
-    assert tokenizer.decode(ids) == "<user>hi" + tokenizer.eos_token + "<assistant>there" + tokenizer.eos_token
+    assert (
+        tokenizer.decode(ids) == "<user>hi" + tokenizer.eos_token + "<assistant>there" + tokenizer.eos_token
+    )
 
 
 def _saved(tokenizer):
@@ -196,6 +214,7 @@ def error_of(capsys, mode, folder, **values):
     path.write_text(yaml.safe_dump(options(folder / "run", **values)))
     with pytest.raises(SystemExit) as caught:
         main(["train", mode, "--config", str(path)])
+    assert not (folder / "run" / "config.yaml").exists() or (folder / "run" / "model").exists()
     assert isinstance(caught.value.code, str) and "\n" not in caught.value.code  # printed, and exit status 1
     return caught.value.code
 
@@ -222,7 +241,9 @@ def test_error(values, message, tmp_path, capsys):
     (tmp_path / "keys.jsonl").write_text('{"words": "x"}\n')
     (tmp_path / "torn.jsonl").write_text('{"text": "x\n')
     fill = lambda value: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value  # noqa: E731
-    values = {n: [fill(v) for v in value] if isinstance(value, list) else fill(value) for n, value in values.items()}
+    values = {
+        n: [fill(v) for v in value] if isinstance(value, list) else fill(value) for n, value in values.items()
+    }
     assert message in error_of(capsys, "soft", tmp_path, **values)
 
 
@@ -234,7 +255,12 @@ def test_error(values, message, tmp_path, capsys):
 ])  # fmt: skip
 def test_completion_errors(record, message, tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n")
-    values = {"teacher": None, "data": [str(tmp_path / "c.jsonl")], "eval_strategy": "no", "validation_share": 0.0}
+    values = {
+        "teacher": None,
+        "data": [str(tmp_path / "c.jsonl")],
+        "eval_strategy": "no",
+        "validation_share": 0.0,
+    }
     if message:
         assert message in error_of(capsys, "hard", tmp_path, **values)
     else:
@@ -243,7 +269,9 @@ def test_completion_errors(record, message, tmp_path, capsys):
 
 def test_tokenizer_mismatch(tmp_path, saved, capsys):
     other = models.train_tokenizer(["something else entirely " * 20], 280)
-    models.load_model("micro", other, dtype="float32", seed=0, max_length=32).save_pretrained(tmp_path / "other")
+    models.load_model("micro", other, dtype="float32", seed=0, max_length=32).save_pretrained(
+        tmp_path / "other"
+    )
     other.save_pretrained(tmp_path / "other")
     message = error_of(capsys, "soft", tmp_path, student=str(saved), teacher=str(tmp_path / "other"))
     assert "tokenizer mismatch" in message and "300 tokens" in message

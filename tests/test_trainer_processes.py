@@ -136,16 +136,48 @@ def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
     """2 processes x 2 micro-batches of 2 against 1 x 1 of 8; 5 sequences are evaluated, which 2 does not divide."""
     script = tmp_path / "main.py"
     script.write_text(FSDP_ON_CPU)
-    values = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None)
+    values = dict(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None
+    )
     commands = [["train", mode, *flags(options(tmp_path / mode, **values))] for mode in MODES]
     run = process(json.dumps(commands), torchrun=True, script=script)
     assert run.returncode == 0, run.stderr
     for mode in MODES:
         assert (tmp_path / mode / "checkpoint-4" / "pytorch_model_fsdp.bin").exists() == sharded
         ours, theirs = (read_metrics(folder / mode / "metrics.jsonl") for folder in (tmp_path, alone))
-        for name in ("loss", "soft", "grad_norm", "eval_loss", "eval_kl", "eval_hard", "num_input_tokens_seen"):
+        for name in (
+            "loss",
+            "soft",
+            "grad_norm",
+            "eval_loss",
+            "eval_kl",
+            "eval_hard",
+            "num_input_tokens_seen",
+        ):
             expected = [line[name] for line in theirs if name in line]
-            assert expected and [line[name] for line in ours if name in line] == pytest.approx(expected, rel=2e-5), name
+            assert expected and [line[name] for line in ours if name in line] == pytest.approx(
+                expected, rel=2e-5
+            ), name
         ours = weights(tmp_path / mode / "model")
         for name, tensor in weights(alone / mode / "model").items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_compare_reuses_what_is_there(tmp_path):
+    command = ["train", "compare", *flags(options(tmp_path / "all", max_steps=2, teacher_steps=3, eval_steps=2))]
+    first = process(*command)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "all"
+    students = json.loads((folder / "comparison.json").read_text())["students"]
+    assert list(students) == ["plain", "soft", "hard", "co"]
+    assert len({row["tokens"] for name, row in students.items() if name != "hard"}) == 1
+    assert (folder / "curves.png").stat().st_size > 5000
+    assert {line["run"] for line in read_metrics(folder / "metrics.jsonl")} == {"teacher", *students}
+    for row in ("| no teacher |", "| soft |", "| hard |", "| co |", "Soft distillation"):
+        assert row in first.stdout and row in (folder / "report.md").read_text()
+    before = (folder / "comparison.json").read_text()
+    again = process(*command)
+    assert again.returncode == 0 and again.stdout.count("reusing") == 5
+    assert (folder / "comparison.json").read_text() == before
+    other = process(*command, "--temperature", "2.0")
+    assert other.returncode == 1 and "made with other settings (temperature 1.0, now 2.0)" in other.stderr

@@ -61,7 +61,9 @@ def batch(rows=4, length=9, seed=1):
 
 
 def rows_of(inputs):
-    return [{name: tensor[i].tolist() for name, tensor in inputs.items()} for i in range(len(inputs["labels"]))]
+    return [
+        {name: tensor[i].tolist() for name, tensor in inputs.items()} for i in range(len(inputs["labels"]))
+    ]
 
 
 def arguments(tmp_path, **options):
@@ -133,7 +135,9 @@ def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
 
 def test_without_a_teacher_it_is_cross_entropy(tmp_path):
     student, inputs = llama(), batch()
-    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=None, soft_weight=0.0, hard_weight=1.0)
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=None, soft_weight=0.0, hard_weight=1.0
+    )
     ours = trainer.compute_loss(student, inputs)
     theirs = plain_loss(student, llama(), inputs, soft=0.0, hard=1.0)
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
@@ -148,7 +152,9 @@ def test_without_a_teacher_it_is_cross_entropy(tmp_path):
 def test_lora_on_the_head(lora, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    student = peft.get_peft_model(llama(), peft.LoraConfig(r=3, lora_alpha=9, init_lora_weights=False, **lora)).double()
+    student = peft.get_peft_model(
+        llama(), peft.LoraConfig(r=3, lora_alpha=9, init_lora_weights=False, **lora)
+    ).double()
     teacher, inputs = llama(seed=7, width=32), batch()
     trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
     ours = gradients(trainer.compute_loss(student, inputs), student)
@@ -170,7 +176,9 @@ def test_weights_do_not_depend_on_the_micro_batch(size, accumulate, tmp_path):
     def trained(size, accumulate):
         student = llama()
         options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
-        args = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **options)
+        args = arguments(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **options
+        )
         rows = rows_of(batch(rows=8)) + rows_of(batch(rows=8, seed=2))
         DistillationTrainer(student, args, teacher=llama(seed=7), train_dataset=rows, hard_weight=0.5).train()
         return torch.cat([p.detach().flatten() for p in student.parameters()])
@@ -200,14 +208,18 @@ def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
 def test_logs_hold_the_terms(tmp_path):
     student, teacher = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32)
     before = copy.deepcopy(student)
-    args = arguments(tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    args = arguments(
+        tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
     trainer = DistillationTrainer(
         student, args, teacher=teacher, soft_weight=0.5, hard_weight=2.0, train_dataset=rows_of(batch())
     )
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["soft"] == pytest.approx(plain_loss(before, teacher, batch()).item(), rel=1e-5)
-    assert log["hard"] == pytest.approx(plain_loss(before, teacher, batch(), soft=0.0, hard=1.0).item(), rel=1e-5)
+    assert log["hard"] == pytest.approx(
+        plain_loss(before, teacher, batch(), soft=0.0, hard=1.0).item(), rel=1e-5
+    )
     assert log["loss"] == pytest.approx(0.5 * log["soft"] + 2.0 * log["hard"], rel=1e-5)
     assert 0 < log["student_entropy"] < math.log(VOCAB)
 
@@ -216,7 +228,9 @@ def test_bf16_autocast_stays_near(tmp_path):
     student, teacher, inputs = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32), batch()
     trainer = DistillationTrainer(student, arguments(tmp_path, bf16=True), teacher=teacher)
     model = trainer.accelerator.prepare_model(student)
-    assert trainer.compute_loss(model, inputs).item() == pytest.approx(plain_loss(student, teacher, inputs).item(), rel=0.05)
+    assert trainer.compute_loss(model, inputs).item() == pytest.approx(
+        plain_loss(student, teacher, inputs).item(), rel=0.05
+    )
 
 
 def test_errors_name_the_way_out(tmp_path):

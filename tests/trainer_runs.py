@@ -36,7 +36,9 @@ def process(*arguments, script=None, torchrun=False, timeout=240):
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(script)] if script else ["-m", "kdkernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def weights(folder):

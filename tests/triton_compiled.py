@@ -61,8 +61,9 @@ def test_sparse_targets_compile_without_spills(target):
     with offline(target) as compiled:
         call_sparse(F32, BF16, **EVERYTHING)
     assert target.startswith("gfx") or all(used.spilled == 0 for used in usages(compiled, target))
-    vectors = [k.asm["ptx"].count("ld.global.v4.b32") for k in compiled if "ptx" in k.asm]
-    assert vectors == [] or sum(vectors) >= 3  # fold's, and gradient's, with a policy in its name
+    for kernel in compiled:
+        if "ptx" in kernel.asm and kernel.metadata.name != "merge":
+            assert any("ld.global" in line and "v4.b32" in line for line in kernel.asm["ptx"].splitlines())
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -1,17 +1,29 @@
-"""torchtune's losses on chunks of logits."""
+"""torchtune's losses on chunks of logits, loaded file by file: its package wants a torchao that peft refuses."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+
 import torch.nn.functional as F
 
-from benchmarks.peers import installed
+from benchmarks.peers.installed import original_module
 
 NAME = "torchtune"
 CHUNKS = 8
 
 
 def why_not(device: str) -> str | None:
-    return installed.why_not("torchtune.modules.loss", device)
+    try:
+        importlib.metadata.distribution(NAME)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    return None
+
+
+@functools.cache
+def _losses(file: str):
+    return original_module(NAME, f"torchtune/modules/loss/{file}.py")
 
 
 def _chunks(tensors):
@@ -22,18 +34,15 @@ def _chunks(tensors):
 
 def _soft(name: str):
     def forward(step):
-        from torchtune.modules import loss
-
-        made = getattr(loss, name)(num_output_chunks=CHUNKS)
+        made = getattr(_losses("kd_losses"), name)(num_output_chunks=CHUNKS)
         return made(_chunks(step.student), _chunks(step.teacher), step.labels[None])
 
     return forward
 
 
 def _hard(step):
-    from torchtune.modules.loss import CEWithChunkedOutputLoss
-
-    return CEWithChunkedOutputLoss(num_output_chunks=CHUNKS)(_chunks(step.student), step.labels[None])
+    made = _losses("ce_chunked_output_loss").CEWithChunkedOutputLoss(num_output_chunks=CHUNKS)
+    return made(_chunks(step.student), step.labels[None])
 
 
 def variants(case):

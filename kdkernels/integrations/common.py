@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -21,10 +21,17 @@ def mask_labels(kept: Tensor) -> Tensor:
     return torch.where(kept != 0, 0, IGNORED)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A DTensor (FSDP2, tensor parallel) gathered, differentiably; other tensors as they are."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
+def whole(parameter: Any) -> Tensor:
+    """A DTensor parameter (FSDP2, tensor parallel) gathered; other tensors as they are.
+
+    Its gradient is the mean over ranks: the data-parallel rule, and with the same data on every rank the
+    gradient itself. Without it a rank would keep a slice of its own gradient, unreduced.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor] = None, **logit_map) -> LinearHead:

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, Trainer
 
 import kdkernels as kd
 
+from .common import whole
+
 #: What a batch holds beside the arguments of a model's forward.
 _TARGET_KEYS = ("target_ids", "target_logprobs", "target_weights")
 _LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch", *_TARGET_KEYS)
@@ -94,7 +96,10 @@ class DistillationTrainer(Trainer):
         # Trainer then counts num_items_in_batch, over shifted labels, whatever the model's forward takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.divergence = divergence
-        self.soft_options: dict[str, Any] = {"temperature": temperature, "temperature_squared": temperature_squared}
+        self.soft_options: dict[str, Any] = {
+            "temperature": temperature,
+            "temperature_squared": temperature_squared,
+        }
         self.soft_weight, self.hard_weight = soft_weight, hard_weight
         self.hard_options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         self.cut: dict[str, Any] = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
@@ -180,7 +185,9 @@ class DistillationTrainer(Trainer):
         if target is None:
             hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
             return {"loss": self.hard_weight * hard, "hard": hard, "tokens": tokens}
-        plain: Any = kd.distillation_loss(student, target, labels, hard_weight=1.0, return_stats=True, **self.cut)
+        plain: Any = kd.distillation_loss(
+            student, target, labels, hard_weight=1.0, return_stats=True, **self.cut
+        )
         loss: Any = kd.distillation_loss(
             student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
             hard_weight=self.hard_weight, reduction="sum", **self.soft_options, **self.hard_options, **self.cut,
@@ -190,13 +197,17 @@ class DistillationTrainer(Trainer):
                  "teacher_entropy": stats.teacher_entropy, "agreement": stats.agreement}  # fmt: skip
         return {"loss": loss, **{name: mean * tokens for name, mean in means.items()}, "tokens": tokens}
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **options: Any) -> tuple:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **options: Any
+    ) -> tuple:
         inputs = self._prepare_inputs(inputs)
         labels = shifted_labels(inputs)
 
         def rows(student: kd.LinearHead, target: Any) -> dict[str, Tensor]:
             each = [
-                self.row_statistics(row_of(student, i), None if target is None else row_of(target, i), labels[i])
+                self.row_statistics(
+                    row_of(student, i), None if target is None else row_of(target, i), labels[i]
+                )
                 for i in range(labels.shape[0])
             ]
             return {name: torch.stack([row[name].float() for row in each]) for name in each[0]}
@@ -270,7 +281,9 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Te
     projection, dropout where peft has it, and no matrix the size of the logits.
     """
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
-        active = [] if head.disable_adapters else [n for n in head.active_adapters if n in head.modules_to_save]
+        active = (
+            [] if head.disable_adapters else [n for n in head.active_adapters if n in head.modules_to_save]
+        )
         return head_weights(head.modules_to_save[active[0]] if active else head.original_module, hidden)
     if not hasattr(head, "base_layer"):
         return hidden, head.weight, getattr(head, "bias", None)
@@ -291,15 +304,6 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Te
             extra = whole(head.lora_B[name].bias) * head.scaling[name]
             bias = extra.to(weight.dtype) if bias is None else bias + extra.to(weight.dtype)
     return torch.cat(parts, -1), torch.cat(columns, -1), bias
-
-
-def whole(parameter: Any) -> Tensor:
-    """A parameter that a wrapper of its own (FSDP2) shards, gathered; its gradient is the mean."""
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    from torch.distributed.tensor import Partial
-
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -392,5 +396,7 @@ def _is_peft(model: nn.Module) -> bool:
     if not config or not hasattr(model, "get_base_model"):
         return False
     if any(c.is_prompt_learning for c in config.values()):
-        raise ValueError("prompt learning adds tokens to the sequence; only weight adapters such as LoRA are supported")
+        raise ValueError(
+            "prompt learning adds tokens to the sequence; only weight adapters such as LoRA are supported"
+        )
     return True

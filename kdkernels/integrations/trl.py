@@ -16,6 +16,8 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 * ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
 * server distillation: TRL clamps the kept mass to 1 - 1e-7, where the student's gradient stops; here it
   goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
+* an lm_head that FSDP2 shards as a unit of its own gets the mean of the ranks' gradients; with TRL a rank
+  keeps its slice of the gradient of its own data;
 * vocabularies that differ, beta outside [0, 1] and ``num_items_in_batch=0`` are a ValueError.
 
 TRL took ``MiniLLMTrainer`` out before 1.16; :func:`minillm_single_step_loss` has its loss's signature

@@ -71,14 +71,14 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
     teacher = None
     for records, folder in ((training, ""), (validation, "validation")):
         sequences = data.sequences(records, tokenizer, data_settings.max_length)
-        if folder:
-            sequences = data.limited(sequences, data_settings.validation_sequences)
-        if not len(sequences):
+        if not folder:
+            data.check_trainable(sequences, ", ".join(data_settings.data))
+        elif not len(sequences := data.limited(sequences, data_settings.validation_sequences)):
             continue
         directory = Path(settings.out, folder)
         manifest = manifest_of(settings, method, tokenizer, sequences)
         with CacheWriter(directory, manifest, shard_tokens=settings.shard_tokens, **ranks()) as writer:
-            if teacher is None:
+            if teacher is None and writer.todo():
                 teacher = load_teacher(settings, tokenizer, data_settings.max_length)
             write(writer, teacher, sequences, settings, tokenizer)
             writer.commit()

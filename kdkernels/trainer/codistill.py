@@ -105,7 +105,9 @@ class CodistillationTrainer(ReliableTrainer):
     def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:
         return model(function, **model_inputs(inputs))
 
-    def batch_loss(self, student: kd.LinearHead, target: kd.LinearHead, labels: Tensor, num_items: Any) -> Tensor:
+    def batch_loss(
+        self, student: kd.LinearHead, target: kd.LinearHead, labels: Tensor, num_items: Any
+    ) -> Tensor:
         self._used_soft_weight = self.soft_schedule.at(
             self.state.global_step, self.state.max_steps, teacher_loss=self.teacher_loss,
             vocab=self.cut["vocab_size"] or target.vocab_size,
@@ -120,7 +122,9 @@ class CodistillationTrainer(ReliableTrainer):
         self._teacher_sum = self._teacher_sum + losses.teacher.detach()
         return losses.student + losses.teacher
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the batch is whole
             if self.soft_schedule.kind == "teacher_loss":
@@ -133,7 +137,9 @@ class CodistillationTrainer(ReliableTrainer):
             logs["soft_weight"] = self._used_soft_weight
         super().log(logs, start_time)
 
-    def row_statistics(self, student: kd.LinearHead, target: kd.LinearHead, labels: Tensor) -> dict[str, Tensor]:
+    def row_statistics(
+        self, student: kd.LinearHead, target: kd.LinearHead, labels: Tensor
+    ) -> dict[str, Tensor]:
         teacher_hard = kd.cross_entropy(target, labels, reduction="sum", **self.cut)
         return {**super().row_statistics(student, target, labels), "teacher_hard": teacher_hard}
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -101,20 +103,26 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
         train.check_same_settings(settings)
         print(f"{heading}: reusing {settings.output_dir}")
         return True
-    print(f"{heading}: {'going on in' if settings.run.resume else 'writing'} {settings.output_dir}", flush=True)
+    print(
+        f"{heading}: {'going on in' if settings.run.resume else 'writing'} {settings.output_dir}", flush=True
+    )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([train.__name__])
     process = context.Process(target=_stage, args=(settings.mode, settings.asked))
     process.start()
     process.join()
     if process.exitcode:
-        raise Problem(f"{name} did not finish (exit code {process.exitcode}); run the same command again to go on")
+        raise Problem(
+            f"{name} did not finish (exit code {process.exitcode}); run the same command again to go on"
+        )
     return False
 
 
 def _stage(mode: str, asked: dict[str, Any]) -> None:
     from transformers.utils import logging
 
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a stage is not left behind
     logging.disable_progress_bar()
     try:
         train.run(resolve(mode, asked))
@@ -184,4 +192,6 @@ def environment(settings: Settings) -> dict[str, Any]:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -6,7 +6,7 @@ import json
 import random
 import sysconfig
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
 import torch
 from torch.utils.data import Dataset
@@ -127,7 +127,9 @@ def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tupl
     return [(block, block) for block in blocks]
 
 
-def _completion(record: Record, tokenizer: Any, max_length: int, index: int) -> tuple[list[int], list[int], bool]:
+def _completion(
+    record: Record, tokenizer: Any, max_length: int, index: int
+) -> tuple[list[int], list[int], bool]:
     """(ids, labels, whether it was cut): the loss is on the completion's tokens and its end of text."""
     prompt, completion = _prompt_and_completion(record, tokenizer, index)
     ids = prompt + completion
@@ -154,7 +156,9 @@ def _prompt_and_completion(record: Record, tokenizer: Any, index: int) -> tuple[
 def _chat(messages: list[dict[str, str]], tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
     """The last message is the completion; what comes before it, the prompt."""
     if tokenizer.chat_template is None:
-        raise Problem("the data holds messages, but the tokenizer has no chat template; give prompt and completion")
+        raise Problem(
+            "the data holds messages, but the tokenizer has no chat template; give prompt and completion"
+        )
     if not messages or messages[-1].get("role") != "assistant":
         raise Problem(f"example {index}: the last message must be the assistant's")
     render = lambda part, **options: tokenizer.apply_chat_template(part, tokenize=False, **options)  # noqa: E731
@@ -201,5 +205,5 @@ def check_trainable(dataset: Sequences, source: str) -> Sequences:
     return dataset
 
 
-def limited(dataset: Sequences, count: Optional[int]) -> Sequences:
+def limited(dataset: Sequences, count: int) -> Sequences:
     return Sequences(dataset.rows[:count])

@@ -25,6 +25,7 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
     if path.exists():
         print(f"reusing the completions in {path}")
         return path
+    part.parent.mkdir(parents=True, exist_ok=True)
     done = sum(line.endswith("\n") for line in part.open()) if part.exists() else 0
     size = options.generation_batch_size
     done -= done % size  # batches are whole, so that each has the seed of its number
@@ -79,7 +80,9 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
     if room < 1:
         raise Problem(f"a prompt of {batch['input_ids'].shape[1]} tokens leaves no room in "
                       f"max_length={settings.data.max_length}")  # fmt: skip
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
     with torch.inference_mode():
         ids = teacher.generate(
             **{name: tensor.to(teacher.device) for name, tensor in batch.items() if name != "token_type_ids"},

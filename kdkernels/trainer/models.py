@@ -29,7 +29,9 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
     if settings.tokenizer or named:
         tokenizer = _pretrained(AutoTokenizer, settings.tokenizer or named[0], "tokenizer")
         for name in named[0 if settings.tokenizer else 1 :]:
-            _check_same(tokenizer, _pretrained(AutoTokenizer, name, "tokenizer"), settings.tokenizer or named[0], name)
+            _check_same(
+                tokenizer, _pretrained(AutoTokenizer, name, "tokenizer"), settings.tokenizer or named[0], name
+            )
     elif (keep_in / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(keep_in)
     else:
@@ -93,7 +95,9 @@ def add_lora(model: Any, settings: ModelSettings) -> Any:
         raise Problem("--lora_rank needs peft: pip install peft") from error
     modules: Any = settings.lora_modules
     modules = modules[0] if modules == ["all-linear"] else modules
-    return get_peft_model(model, LoraConfig(r=settings.lora_rank, target_modules=modules, task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=settings.lora_rank, target_modules=modules, task_type="CAUSAL_LM")
+    )
 
 
 def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:

@@ -60,7 +60,9 @@ class ReliableTrainer(DistillationTrainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save and not final.exists():
+            if self.args.should_save and final.exists():  # of this very step, by the run that was killed
+                shutil.rmtree(staging)
+            elif self.args.should_save:
                 self._publish(staging / name, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
@@ -96,10 +98,14 @@ class ReliableTrainer(DistillationTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and num_items is not None and not num_items > 0:
-            raise Problem(f"step {self.state.global_step + 1}: every token of the batch is masked; {self._last_good()}")
+            raise Problem(
+                f"step {self.state.global_step + 1}: every token of the batch is masked; {self._last_good()}"
+            )
         return batches, num_items
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop("loss", float(loss), inputs)
@@ -114,7 +120,7 @@ class ReliableTrainer(DistillationTrainer):
 
     def _stop(self, what: str, value: float, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
-        kept = (self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt")
+        kept = self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt"
         torch.save({name: tensor.cpu() for name, tensor in inputs.items()}, kept)
         raise Problem(f"step {step}: {what} is {value}; the batch is kept in {kept}, weights were not updated; "
                       f"{self._last_good()}")  # fmt: skip
@@ -175,7 +181,9 @@ class Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
         if self.training_bar is not None:
-            self.last.update({short: f"{logs[name]:.4g}" for name, short in self._SHOWN.items() if name in logs})
+            self.last.update(
+                {short: f"{logs[name]:.4g}" for name, short in self._SHOWN.items() if name in logs}
+            )
             self.training_bar.set_postfix(self.last)
 
 

@@ -75,4 +75,3 @@ def draw(path: Path, curves: dict[str, list[dict[str, Any]]], comparison: dict[s
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-

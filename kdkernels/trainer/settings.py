@@ -41,10 +41,18 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelSettings:
-    student: str = option("tiny", f"a transformers causal LM (folder or name), or {', '.join(SCRATCH)}: from scratch")
-    teacher: Optional[str] = option(None, "the same for the teacher; hard needs none if --data holds its completions")
-    targets: Optional[str] = option(None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher")
-    tokenizer: Optional[str] = option(None, "folder or name; default: the student's, else the teacher's, else trained")
+    student: str = option(
+        "tiny", f"a transformers causal LM (folder or name), or {', '.join(SCRATCH)}: from scratch"
+    )
+    teacher: Optional[str] = option(
+        None, "the same for the teacher; hard needs none if --data holds its completions"
+    )
+    targets: Optional[str] = option(
+        None, "soft: what `python -m kdkernels cache` wrote, instead of a teacher"
+    )
+    tokenizer: Optional[str] = option(
+        None, "folder or name; default: the student's, else the teacher's, else trained"
+    )
     tokenizer_size: int = option(8192, "vocabulary of a BPE tokenizer that is trained on --data")
     dtype: str = option("float32", "of both models: float32 or bfloat16")
     lora_rank: int = option(0, "train LoRA adapters of this rank on the student; 0 trains all of it")
@@ -58,7 +66,9 @@ class ModelSettings:
 
 @dataclass
 class DataSettings:
-    data: list[str] = option(["stdlib"], ".txt, .jsonl, .parquet, a folder of sources, or stdlib: Python's own")
+    data: list[str] = option(
+        ["stdlib"], ".txt, .jsonl, .parquet, a folder of sources, or stdlib: Python's own"
+    )
     text_field: str = option("text", "column of .jsonl and .parquet that holds text")
     max_length: int = option(512, "tokens per sequence; text is packed into sequences of this length")
     validation_share: float = option(0.05, "share of the documents that is held out")
@@ -80,7 +90,9 @@ class LossSettings:
 
 @dataclass
 class GenerationSettings:
-    completions: Optional[str] = option(None, "hard: the .jsonl to write; default OUTPUT_DIR/completions.jsonl")
+    completions: Optional[str] = option(
+        None, "hard: the .jsonl to write; default OUTPUT_DIR/completions.jsonl"
+    )
     prompts: int = option(1024, "hard: how many prompts the teacher completes")
     prompt_tokens: int = option(16, "hard: prompts are the first tokens of so many training sequences")
     sampling_temperature: float = option(1.0, "hard: 0 is greedy")
@@ -103,8 +115,12 @@ class RunSettings(TrainingArguments):
     eval_steps: Optional[float] = option(500, "steps between two evaluations")
     save_steps: float = option(500, "steps between two checkpoints")
     save_total_limit: Optional[int] = option(2, "checkpoints that are kept")
-    report_to: Optional[list[str]] = option(["none"], "tensorboard, wandb, ...; metrics.jsonl is always written")
-    fsdp: Optional[bool] = option(None, "shard models, optimizer and gradients (under torchrun); details in fsdp_config")  # type: ignore[assignment]
+    report_to: Optional[list[str]] = option(
+        ["none"], "tensorboard, wandb, ...; metrics.jsonl is always written"
+    )
+    fsdp: Optional[bool] = option(
+        None, "shard models, optimizer and gradients (under torchrun); details in fsdp_config"
+    )  # type: ignore[assignment]
     ddp_find_unused_parameters: Optional[bool] = option(False, "every parameter takes part in every step")
     average_tokens_across_devices: bool = option(True, "the loss is per token of the whole batch")
 
@@ -132,8 +148,9 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """What --config reads back: every option of ours, and of TrainingArguments what is shown or was set."""
-        ours = [part for part in (self.model, self.data, self.loss, self.generation)]
-        values = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}
+        values: dict[str, Any] = {}
+        for part in (self.model, self.data, self.loss, self.generation):
+            values.update(dataclasses.asdict(part))
         for each in dataclasses.fields(RunSettings):
             if each.name in self.asked and (each.name in _SHOWN or self.asked[each.name] != _default(each)):
                 values[each.name] = self.asked[each.name]
@@ -157,14 +174,14 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 _PARTS = {"models": ModelSettings, "data": DataSettings, "loss": LossSettings,
-          "hard mode: the teacher writes": GenerationSettings}  # fmt: skip
+          "hard mode: the teacher writes": GenerationSettings,
+          "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings}  # fmt: skip
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
+    parts: Any = list(_PARTS.values())
     for title, part in _PARTS.items():
         part._argument_group_name = title  # type: ignore[attr-defined]
-    RunSettings._argument_group_name = "training (all of transformers.TrainingArguments; the rest under --help_all)"  # type: ignore[attr-defined]
-    parts: Any = [*_PARTS.values(), RunSettings]
     parser = HfArgumentParser(
         parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
@@ -172,7 +189,8 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     )  # fmt: skip
     parser.add_argument("--config", help="YAML of options; those on the command line go before it")
     parser.add_argument("--help_all", action="store_true", help="every option of TrainingArguments too")
-    shown = {f.name for part in _PARTS.values() for f in dataclasses.fields(part)} | {*_SHOWN, "help", "config", "help_all"}
+    ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
+    shown = {*ours, *_SHOWN, "help", "config", "help_all"}
     for action in parser._actions:
         if not show_all and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
             action.help = SUPPRESS
@@ -207,7 +225,9 @@ def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
         settings.loss.hard_weight = 1.0 if mode == "co" else 0.0
     settings.loss.teacher_learning_rate = settings.loss.teacher_learning_rate or settings.run.learning_rate
     if settings.data.max_length < 2:
-        raise Problem(f"max_length={settings.data.max_length}: a sequence needs 2 tokens or more to predict one")
+        raise Problem(
+            f"max_length={settings.data.max_length}: a sequence needs 2 tokens or more to predict one"
+        )
     if settings.model.dtype not in ("float32", "bfloat16"):
         raise Problem(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
     return settings

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from transformers import Trainer
@@ -86,7 +85,8 @@ def from_cache(given: Ingredients, targets: str) -> Trainer:
 def hard(given: Ingredients) -> Trainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
     if given.settings.model.teacher is not None:
-        path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
+        with given.settings.run.main_process_first(desc="completions"):
+            path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
         written = data.read(data.DataSettings(data=[str(path)]))
         given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
     return ReliableTrainer(given.student(), given.settings.run, teacher=None, soft_weight=0.0, hard_weight=1.0,
@@ -109,20 +109,25 @@ BUILD = {"soft": soft, "hard": hard, "co": co}
 def run(settings: Settings) -> dict[str, Any]:
     """One run from settings to a saved model; returns (and keeps in result.json) what it came to."""
     folder = settings.output_dir
-    last = prepare_folder(settings)
+    with settings.run.main_process_first(desc="the run's folder"):
+        fresh = claim_folder(settings)
     settings.run.remove_unused_columns = False
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
     try:
         trainer = BUILD[settings.mode](ingredients(settings))
-    except ValueError as error:  # what Trainer or DistillationTrainer refuses
+    except (Problem, ValueError) as error:  # ValueError: what Trainer or DistillationTrainer refuses
+        if fresh:
+            (folder / CONFIG).unlink(missing_ok=True)  # what could not begin is not a run
         raise Problem(" ".join(str(error).split())) from error
     if settings.run.fsdp and not trainer.is_fsdp_enabled:
-        raise Problem("fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU")
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+        raise Problem(
+            "fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU"
+        )
+    start, found = time.perf_counter(), checkpoints(folder)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     seconds = time.perf_counter() - start
-    result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds, 
+    result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds,
               "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
     if trainer.eval_dataset:
         result.update(trainer.evaluate())
@@ -130,28 +135,34 @@ def run(settings: Settings) -> dict[str, Any]:
         trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
+    trainer.accelerator.wait_for_everyone()  # no process leaves while another still talks to it
     return result
 
 
-def prepare_folder(settings: Settings) -> Optional[Path]:
-    """The checkpoint to go on from. A run is never overwritten, and only goes on under its own settings."""
-    folder, there = settings.output_dir, settings.output_dir / CONFIG
-    with settings.run.main_process_first(desc="the run's folder"):
-        if settings.run.process_index == 0:
-            if there.exists():
-                check_same_settings(settings)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(there, yaml.safe_dump(settings.to_dict(), sort_keys=False))
-    found = checkpoints(folder)
-    return found[-1] if found else None
+def claim_folder(settings: Settings) -> bool:
+    """Writes the run's config.yaml; True if there was none."""
+    path = settings.output_dir / CONFIG
+    if settings.run.process_index:
+        return False
+    if path.exists():
+        check_same_settings(settings)
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    return True
 
 
 def check_same_settings(settings: Settings) -> None:
+    """A run is never overwritten, and only goes on under its own settings."""
     folder = settings.output_dir
     if not settings.run.resume:
-        raise Problem(f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir")
+        raise Problem(
+            f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
+        )
     before, now = yaml.safe_load((folder / CONFIG).read_text()), settings.to_dict()
-    changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir")
+    changed = sorted(
+        n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
+    )
     if changed:
         raise Problem(f"{folder} was made with other settings ("
                       + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
@@ -161,8 +172,13 @@ def check_same_settings(settings: Settings) -> None:
 def ingredients(settings: Settings) -> Ingredients:
     records = data.read(settings.data)
     train_records, validation_records = data.split(records, settings.data, settings.run.seed)
-    tokenizer = models.load_tokenizer(settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer")
+    with settings.run.main_process_first(desc="tokenizer"):
+        tokenizer = models.load_tokenizer(
+            settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer"
+        )
     length, source = settings.data.max_length, ", ".join(settings.data.data)
     train = data.check_trainable(data.sequences(train_records, tokenizer, length), source)
-    validation = data.limited(data.sequences(validation_records, tokenizer, length), settings.data.validation_sequences)
+    validation = data.limited(
+        data.sequences(validation_records, tokenizer, length), settings.data.validation_sequences
+    )
     return Ingredients(settings, tokenizer, train_records, train, validation)

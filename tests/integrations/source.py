@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 
-from benchmarks.integrations import original_module
+from benchmarks.peers.installed import original_module
 
 
 def load(distribution, path):

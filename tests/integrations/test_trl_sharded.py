@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from compare import assert_same
+from compare import assert_same, relative
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -18,7 +18,7 @@ def on_rank(rank, store, hidden, weights, biases, mask):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 
-    def run(function, shard):
+    def run(function, shard, hidden=hidden):
         place = (lambda t: distribute_tensor(t, mesh, [Shard(0)])) if shard else torch.clone
         student, teacher = [place(w) for w in weights], [place(b) for b in biases]
         leaves = [hidden[0].clone(), student[0], teacher[0]]
@@ -33,6 +33,13 @@ def on_rank(rank, store, hidden, weights, biases, mask):
     ours, theirs = run(chunked_divergence_loss, True), run(_chunked_divergence_loss, True)
     assert_same(ours, theirs, 3e-5)
     assert_same(ours, run(chunked_divergence_loss, False), 1e-6)
+    # Each rank its own data, as in training: the head's gradient is the mean here. TRL's is not reduced
+    # where the head is a unit of its own: a rank keeps its slice of the gradient of its own data.
+    data = hidden[0] * (rank + 1), hidden[1]
+    mean = run(chunked_divergence_loss, False, data)[1][1]
+    dist.all_reduce(mean, dist.ReduceOp.SUM)
+    ours, theirs = (run(f, True, data)[1][1] for f in (chunked_divergence_loss, _chunked_divergence_loss))
+    assert relative(ours, mean / 2) < 1e-6 and relative(theirs, mean / 2) > 0.1
     dist.destroy_process_group()
 
 

@@ -102,8 +102,11 @@ class _Tiles:
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
         self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
-        if isinstance(spec.divergence, AlphaBeta) and self.chip.maker == "nvidia":
-            self.compile["maxnreg"] = 160  # by itself ptxas stops at 128 and spills a few
+        if self.chip.maker == "nvidia" and (self.options.light or not self.closed):
+            # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here.
+            heavy = isinstance(spec.divergence, AlphaBeta) or self.flags.teacher_hard
+            heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
+            self.compile["maxnreg"] = 168 if heavy else 128
 
     @property
     def inputs(self) -> tuple:
