@@ -1,5 +1,7 @@
 """Shared by all tests: seeds, the backends that are usable here, the divergences."""
 
+import os
+
 import pytest
 import torch
 
@@ -16,6 +18,15 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Libraries write to os.environ (transformers does when FSDP is asked for): no test inherits that."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
