@@ -18,6 +18,7 @@ LOSSES: dict[str, kd.Divergence | None] = {
     "jsd": kd.JSD(0.5),
     "ce": None,
     "codistill": kd.ForwardKL(),
+    "kl conditional": kd.ForwardKL(),  # a sparse teacher's stored entries alone, both sides rescaled
 }
 SOFT = ("kl", "rkl", "jsd")
 
@@ -100,7 +101,7 @@ def _over_vocab(case: Case, sizes: tuple[int, ...]) -> list[Case]:
 
 
 def _over_top_k(case: Case) -> list[Case]:
-    return [replace(case, top_k=k) for k in (8, 64, 256)]
+    return [replace(case, top_k=k, losses=("kl", "kl conditional")) for k in (8, 64, 256)]
 
 
 _ALL = (*SOFT, "ce")

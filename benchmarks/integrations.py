@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from benchmarks import readme
 from benchmarks.machine import describe
 from benchmarks.memory import resident_peak
+from benchmarks.peers.axolotl import axolotl_module
 from benchmarks.peers.installed import original_module
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -34,15 +35,6 @@ class Pair(NamedTuple):
 
     theirs: Callable[[], torch.Tensor]
     ours: Callable[[], torch.Tensor]
-
-
-def axolotl_module() -> Any:
-    """axolotl's loss, whose package imports a whole trainer."""
-    folder = "axolotl/integrations/kd"
-    for package in ("axolotl", "axolotl.integrations", "axolotl.integrations.kd"):
-        sys.modules.setdefault(package, ModuleType(package))
-    original_module("axolotl", f"{folder}/utils.py", "axolotl.integrations.kd.utils")
-    return original_module("axolotl", f"{folder}/kernels/liger.py")
 
 
 def logits(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

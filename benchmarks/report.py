@@ -96,7 +96,7 @@ COLUMNS: dict[str, Callable[[Row], bool]] = {
     "compiled": lambda row: row["package"] == "torch" and "compiled" in row["variant"],
     "fastest other": lambda row: row["package"] not in ("torch", "kdkernels"),
 }
-_LOSSES = ("kl", "rkl", "jsd", "ce", "codistill")
+_LOSSES = ("kl", "kl conditional", "rkl", "jsd", "ce", "codistill")
 
 
 def figures(result: Row) -> str:

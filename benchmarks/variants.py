@@ -49,6 +49,9 @@ class Variant:
 def our_loss(step: Step, loss: str, **options) -> Tensor:
     """The loss as kdkernels has it; under ``kd.use_backend("reference")`` also the oracle."""
     student, teacher = step.sides()
+    if loss == "kl conditional":
+        assert isinstance(teacher, kd.SparseTarget)
+        teacher = replace(teacher, tail="conditional")
     divergence = LOSSES[loss]
     if divergence is None:
         return kd.cross_entropy(student, step.labels, **options)
@@ -65,10 +68,13 @@ def two_losses(step: Step) -> Tensor:
     return own + kd.cross_entropy(teacher, step.labels)
 
 
-def plain_sparse(step: Step) -> Tensor:
-    """Forward KL to the stored entries and one bucket for the rest, gathered from full log-probabilities."""
+def plain_sparse(step: Step, loss: str) -> Tensor:
+    """Forward KL to the stored entries and one bucket for the rest, gathered from full log-probabilities,
+    or to the stored entries alone."""
     assert step.inputs.target is not None and step.inputs.target.logprobs is not None
     log_t = step.inputs.target.logprobs
+    if loss == "kl conditional":
+        return eager_kl(step.student_logits().gather(1, step.inputs.target.ids).float(), log_t)
     log_q = step.student_logits().log_softmax(-1).gather(1, step.inputs.target.ids).float()
     rest_t, rest_q = (1 - z.exp().sum(-1) for z in (log_t, log_q))
     return ((log_t.exp() * (log_t - log_q)).sum(-1) + rest_t * (rest_t.log() - rest_q.log())).mean()
@@ -77,7 +83,7 @@ def plain_sparse(step: Step) -> Tensor:
 def plain_loss(step: Step, loss: str) -> Tensor:
     """What a trainer writes in plain PyTorch, on full logits."""
     if step.case.top_k:
-        return plain_sparse(step)
+        return plain_sparse(step, loss)
     return plain_from_logits(*step.logits(), step.labels if loss in ("ce", "codistill") else step.mask, loss)
 
 
@@ -209,8 +215,8 @@ def variants_of(case: Case, device: str) -> tuple[list[Variant], dict[str, str]]
     floors = {f.label: f for loss in case.losses for f in _floors(case, loss)}
     made = _ours(case) + _plain(case)
     skipped = {}
-    dense = case.peers and not case.top_k  # none of the peers takes a sparse teacher
-    for family in peers.FAMILIES if dense else ():
+    families = peers.SPARSE_FAMILIES if case.top_k else peers.FAMILIES
+    for family in families if case.peers else ():
         reason = family.why_not(device)
         if reason:
             skipped[family.NAME] = reason

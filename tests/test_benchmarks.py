@@ -67,9 +67,19 @@ def test_peers_agree_with_the_oracle():
     assert seen == {f.NAME for f in peers.FAMILIES if f.why_not("cpu") is None}
 
 
+def test_sparse_peers_agree_with_the_oracle():
+    case = replace(TINY_HIDDEN, masked=0.0, top_k=8, losses=("kl", "kl conditional"))
+    made, skipped = variants.variants_of(case, "cpu")
+    theirs = [v.package for v in made if v.package not in ("kdkernels", "torch")]
+    assert set(theirs) | set(skipped) == {family.NAME for family in peers.SPARSE_FAMILIES}
+    for variant, errors in zip(made, accuracy.errors(case, made, "cpu")):
+        assert variant.is_floor or errors["gradient_error"] < 1e-5, (variant.label, errors)
+
+
 def test_families_name_losses_that_exist():
-    for family in peers.FAMILIES:
-        made = [row for case in (TINY, TINY_HIDDEN) for row in family.variants(case)]
+    sparse = replace(TINY_HIDDEN, top_k=8)
+    for family in peers.FAMILIES + peers.SPARSE_FAMILIES:
+        made = [row for case in (TINY, TINY_HIDDEN, sparse) for row in family.variants(case)]
         assert made and all(loss in cases.LOSSES and callable(run) for _, loss, run in made)
 
 

@@ -7,6 +7,18 @@ Nothing of a peer is imported before it runs.
 
 from __future__ import annotations
 
-from benchmarks.peers import cut_cross_entropy, fla, liger, liger_triton, pytorch, quack, torchtune, trl
+from benchmarks.peers import (
+    axolotl,
+    cut_cross_entropy,
+    fla,
+    liger,
+    liger_triton,
+    pytorch,
+    quack,
+    torchtune,
+    trl,
+)
 
 FAMILIES = (pytorch, trl, liger, torchtune, liger_triton, cut_cross_entropy, quack, fla)
+#: Those that take a sparse teacher.
+SPARSE_FAMILIES = (axolotl,)

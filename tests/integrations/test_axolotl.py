@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import assert_same, outcome, relative
 
-from benchmarks.integrations import axolotl_module
+from benchmarks.peers.axolotl import axolotl_module
 from kdkernels.integrations import axolotl as dropin
 
 pytest.importorskip("liger_kernel")
