@@ -43,8 +43,8 @@ class Options(NamedTuple):
 #: rows want one program a multiprocessor, for L2's sake, and so many loads in flight in each.
 _TABLE = {
     "nvidia": (
-        Options(columns=1024, num_warps=4, lanes=1, programs=8),
-        Options(columns=32768, num_warps=8, lanes=1, programs=4),
+        Options(columns=1024, num_warps=4, lanes=1, programs=6),
+        Options(columns=32768, num_warps=8, lanes=1, programs=3),
         Options(columns=2**31, num_warps=16, lanes=2, programs=1, light=True),
         Options(columns=2**31, num_warps=8, lanes=1, programs=2),
     ),
@@ -102,7 +102,7 @@ class _Tiles:
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
         self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
-        if self.chip.maker == "nvidia" and (self.options.light or not self.closed):
+        if self.chip.maker == "nvidia":
             # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here.
             heavy = isinstance(spec.divergence, AlphaBeta) or self.flags.teacher_hard
             heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
