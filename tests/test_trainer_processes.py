@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 from trainer_runs import assert_same_weights, flags, options, process, weights  # noqa: E402
 
 from kdkernels.trainer import models, train  # noqa: E402
+from kdkernels.trainer.compare import plan  # noqa: E402
 from kdkernels.trainer.reliable import STAGING, checkpoints, read_metrics  # noqa: E402
 from kdkernels.trainer.settings import resolve  # noqa: E402
 
@@ -179,5 +180,8 @@ def test_compare_reuses_what_is_there(tmp_path):
     again = process(*command)
     assert again.returncode == 0 and again.stdout.count("reusing") == 5
     assert (folder / "comparison.json").read_text() == before
+    stages = plan(resolve("compare", options(folder, max_steps=2, teacher_steps=3, eval_steps=2)))
+    held_out = [train.ingredients(stage).validation.rows for stage in stages.values()]
+    assert all(rows == held_out[0] for rows in held_out)  # no teacher is trained on what students are judged by
     other = process(*command, "--temperature", "2.0")
     assert other.returncode == 1 and "made with other settings (temperature 1.0, now 2.0)" in other.stderr

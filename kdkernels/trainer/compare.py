@@ -91,7 +91,7 @@ def tokenizer(settings: Settings) -> str:
     folder = settings.output_dir / "tokenizer"
     if not folder.exists():
         print(f"training a tokenizer on {', '.join(settings.data.data)}", flush=True)
-        records, _ = data.split(data.read(settings.data), settings.data, settings.run.seed)
+        records, _ = data.split(data.read(settings.data), settings.data)
         models.load_tokenizer(settings.model, data.texts_of(records), folder)
     return str(folder)
 

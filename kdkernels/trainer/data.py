@@ -81,10 +81,11 @@ def _record(row: Any, text_field: str, where: str) -> Record:
     raise Problem(f"{where} has neither {text_field!r} nor messages nor prompt and completion")
 
 
-def split(records: list[Record], settings: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
-    """(training, validation) documents; the same split for the same seed, whatever the mode."""
+def split(records: list[Record], settings: DataSettings) -> tuple[list[Record], list[Record]]:
+    """(training, validation) documents: the same for every mode and seed, so that no teacher has seen what
+    its student is validated on."""
     order = list(records)
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)
     held_out = round(len(order) * settings.validation_share)
     if settings.validation_share and len(order) > 1:
         held_out = max(held_out, 1)

@@ -32,24 +32,24 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 
 def text(comparison: dict[str, Any]) -> str:
-    where, settings = comparison["environment"], comparison["settings"]
-    return f"""# Soft, hard and co-distillation at one token budget
+    where, settings, teacher = comparison["environment"], comparison["settings"], comparison["teacher"]
+    notes = f"""
+In co-distillation the teacher that was trained along came to {comparison["co_teacher"]["validation_loss"]:.3f}. Loss and KL are
+nats per token on {comparison["validation_tokens"]:,} held-out tokens; KL(teacher || student) at temperature 1 and
+agreement are against the same teacher for all.
 
-{table(comparison)}
-
-{verdict(comparison)} In co-distillation the teacher that was trained along came to
-{comparison["co_teacher"]["validation_loss"]:.3f}. Loss and KL are nats per token on {comparison["validation_tokens"]:,} held-out
-tokens; KL(teacher || student) at temperature 1 and agreement are against the same teacher for all.
-
-![validation loss]({PICTURE})
-
-Student: {settings["student"]}, {comparison["student_parameters"] / 1e6:.2f} M parameters; teacher: {settings["teacher"]},
-{comparison["teacher"]["parameters"] / 1e6:.2f} M. Data: {", ".join(settings["data"])}; sequences of {settings["max_length"]} tokens. Soft:
-{settings["divergence"]} at temperature {settings["temperature"]:g}, {settings["soft_weight"]:g} x soft + {settings["hard_weight"]:g} x hard. Hard: {settings["prompts"]:,}
-completions by the teacher, repeated to the budget. Co: soft weight {settings["soft_schedule"]}.
-
-Measured on {machine(comparison)}, transformers {where["transformers"]}, Python {where["python"]}.
+* Student: {settings["student"]}, {comparison["student_parameters"] / 1e6:.2f} M parameters.
+* Teacher: {settings["teacher"]}, {teacher["parameters"] / 1e6:.2f} M parameters.
+* Data: {", ".join(settings["data"])}; sequences of {settings["max_length"]} tokens.
+* Soft: {settings["divergence"]} at temperature {settings["temperature"]:g}, {settings["soft_weight"]:g} x soft + {settings["hard_weight"]:g} x hard.
+* Hard: {settings["prompts"]:,} completions by the teacher, repeated to the budget.
+* Co: soft weight {settings["soft_schedule"]} from {settings["soft_weight_start"]:g} to {settings["soft_weight"]:g}.
 """
+    return "\n".join([
+        "# Soft, hard and co-distillation at one token budget\n", table(comparison), "", verdict(comparison), notes,
+        f"![validation loss]({PICTURE})\n",
+        f"Measured on {machine(comparison)}, transformers {where['transformers']}, Python {where['python']}.\n",
+    ])  # fmt: skip
 
 
 def machine(comparison: dict[str, Any]) -> str:

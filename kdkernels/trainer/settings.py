@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -223,6 +224,7 @@ def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
         raise Problem("no --output_dir: where shall the run be kept?")
     if settings.loss.hard_weight is None:
         settings.loss.hard_weight = 1.0 if mode == "co" else 0.0
+    run.dataloader_pin_memory = run.dataloader_pin_memory and torch.cuda.is_available()
     settings.loss.teacher_learning_rate = settings.loss.teacher_learning_rate or settings.run.learning_rate
     if settings.data.max_length < 2:
         raise Problem(

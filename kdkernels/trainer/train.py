@@ -171,7 +171,7 @@ def check_same_settings(settings: Settings) -> None:
 
 def ingredients(settings: Settings) -> Ingredients:
     records = data.read(settings.data)
-    train_records, validation_records = data.split(records, settings.data, settings.run.seed)
+    train_records, validation_records = data.split(records, settings.data)
     with settings.run.main_process_first(desc="tokenizer"):
         tokenizer = models.load_tokenizer(
             settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer"
