@@ -42,7 +42,7 @@ class CacheSettings:
     dtype: str = option("float32", "of the teacher: float32 or bfloat16")
     batch_size: int = option(8, "sequences that the teacher reads at a time")
     shard_tokens: int = option(2**18, "tokens per shard; a killed process loses at most so much")
-    seed: int = option(42, "of the split into training and validation, as train's; and of the samples")
+    seed: int = option(42, "of the samples")
 
 
 def main(arguments: list[str]) -> None:
@@ -67,7 +67,7 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
     tokenizer = models.load_tokenizer(
         ModelSettings(student=settings.teacher, tokenizer=settings.tokenizer), (), Path(settings.out)
     )
-    training, validation = data.split(data.read(data_settings), data_settings, settings.seed)
+    training, validation = data.split(data.read(data_settings), data_settings)
     teacher = None
     for records, folder in ((training, ""), (validation, "validation")):
         sequences = data.sequences(records, tokenizer, data_settings.max_length)
