@@ -184,6 +184,12 @@ def test_packing_loses_nothing(tokenizer):
     assert tokenizer.decode(stream) == "".join(r["text"] + tokenizer.eos_token for r in texts)
 
 
+def test_validation_is_spread_over_the_held_out_text():
+    rows = [([i, i], [i, i]) for i in range(10)]
+    assert [ids[0] for ids, _ in data.limited(data.Sequences(rows), 4).rows] == [0, 2, 5, 7]
+    assert data.limited(data.Sequences(rows), 10).rows == rows
+
+
 def test_messages_through_the_chat_template(tokenizer):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}" \

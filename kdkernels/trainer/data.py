@@ -207,4 +207,7 @@ def check_trainable(dataset: Sequences, source: str) -> Sequences:
 
 
 def limited(dataset: Sequences, count: int) -> Sequences:
-    return Sequences(dataset.rows[:count])
+    """At most ``count`` sequences, spread evenly: the first ones could all be of one document."""
+    if len(dataset) <= count:
+        return dataset
+    return Sequences([dataset.rows[i * len(dataset) // count] for i in range(count)])
