@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import sys
 from types import ModuleType
 
 import torch
 
+from benchmarks.peers import installed
 from benchmarks.peers.installed import original_module
 
 NAME = "axolotl"
 
 
 def why_not(device: str) -> str | None:
-    try:
-        importlib.metadata.distribution(NAME)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-    return None
+    return installed.missing(NAME)
 
 
 @functools.cache

@@ -22,6 +22,15 @@ def why_not(module: str, device: str, *, needs_cuda: bool = False) -> str | None
     return None
 
 
+def missing(distribution: str) -> str | None:
+    """None where ``distribution`` is installed, whether or not its package can be imported."""
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    return None
+
+
 def original_module(distribution: str, path: str, name: str | None = None) -> ModuleType:
     """The module in ``path`` of an installed distribution, without its package: that may want more than
     is installed. PackageNotFoundError where the distribution is not installed at all."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 
 import torch.nn.functional as F
 
+from benchmarks.peers import installed
 from benchmarks.peers.installed import original_module
 
 NAME = "torchtune"
@@ -14,11 +14,7 @@ CHUNKS = 8
 
 
 def why_not(device: str) -> str | None:
-    try:
-        importlib.metadata.distribution(NAME)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-    return None
+    return installed.missing(NAME)
 
 
 @functools.cache
