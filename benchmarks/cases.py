@@ -76,6 +76,11 @@ class Case:
         return self.tokens - round(self.masked * self.tokens)
 
     @property
+    def work(self) -> int:
+        """How long the case takes, roughly, in a unit of its own: operations on logits, all losses."""
+        return self.tokens * self.vocab * len(self.losses) * (100 + 4 * self.width)
+
+    @property
     def teacher_trains(self) -> bool:
         return "codistill" in self.losses
 
@@ -105,7 +110,7 @@ def _over_top_k(case: Case) -> list[Case]:
 
 
 _ALL = (*SOFT, "ce")
-_HIDDEN = Case(512, 32768, width=512)
+_HIDDEN = Case(256, 32768, width=512)
 _GPU = Case(4096, 131072, "bfloat16")
 _GPU_HIDDEN = replace(_GPU, width=4096)
 _ON_CURVES = {"plot": ("tokens", "vocabulary")}
@@ -130,9 +135,9 @@ SUITES: dict[str, list[Case]] = {
         *_over_top_k(Case(512, 32768)),
         *_over_top_k(_HIDDEN),
         *_over_tokens(Case(0, 32768, peers=False), (64, 512, 2048)),
-        *_over_tokens(Case(0, 32768, width=256), (128, 512, 1024)),
+        *_over_tokens(Case(0, 32768, width=256), (64, 256, 512)),
         *_over_vocab(Case(256, 0, peers=False), (8192, 32768, 131072, 262144)),
-        *_over_vocab(Case(256, 0, width=256, peers=False), (8192, 32768, 131072)),
+        *_over_vocab(Case(128, 0, width=256, peers=False), (8192, 32768, 131072)),
     ],
     "gpu": [
         replace(_GPU, losses=_ALL, compiled=("kl", "jsd"), **_ON_CURVES),
