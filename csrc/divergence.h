@@ -134,7 +134,7 @@ struct AlphaBeta {
 
 // Calls f with the divergence's functor type and kind; closed forms get the type void.
 template <class F>
-void with_kind(const Spec& spec, bool teacher, F&& f) {
+KD_HD void with_kind(const Spec& spec, bool teacher, F&& f) {
   switch (teacher ? (int)spec.kind : kNone) {
     case kForwardKL: return f.template operator()<kForwardKL, void>();
     case kReverseKL: return f.template operator()<kReverseKL, void>();

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kdkernels as kd
+from kdkernels.backends import native
 from kdkernels.verify import DIVERGENCES
 
 BACKENDS = [name for name, problem in kd.backends().items() if problem is None and name != "reference"]
@@ -13,6 +14,7 @@ BACKENDS = [name for name, problem in kd.backends().items() if problem is None a
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
+    parser.addoption("--chip", help="let native be the CUDA kernels, built for the host, on such a chip (cuda_host)")
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,15 @@ def device(request):
     else:
         with torch.device(where):
             yield where
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cuda_on_the_host(request):
+    if chip := request.config.getoption("--chip"):
+        import cuda_host
+
+        native._ops = cuda_host.load(cuda_host.build())
+        cuda_host.set_chip(chip)
 
 
 @pytest.fixture(params=BACKENDS)

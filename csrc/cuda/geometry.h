@@ -30,16 +30,18 @@ struct Geometry {
   int span = 0, chunk = 0;  // columns of a warp, and of one of its copies
   bool student_resident = false, teacher_resident = false;
   int bytes_per_warp = 0;
+  int outcomes_at = kReserved, slices_at = kReserved;  // in shared memory
 
   int threads() const { return warps * 32; }
-  int64_t shared_bytes() const { return kReserved + (int64_t)warps * bytes_per_warp; }
+  int64_t shared_bytes() const { return slices_at + (int64_t)warps * bytes_per_warp; }
 };
 
 inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // The row over `cluster` blocks of at most `warps` warps, `bytes` of each column on the chip.
-inline Geometry laid_out(int64_t width, int cluster, int warps, int bytes) {
+inline Geometry laid_out(int64_t width, int cluster, int warps, int bytes, int64_t outcome_bytes) {
   Geometry g;
+  g.slices_at += (int)outcome_bytes;
   g.cluster = cluster;
   g.warps = (int)std::min<int64_t>(warps, (width + cluster * kSpanUnit - 1) / (cluster * kSpanUnit));
   g.span = (int)rounded_up((width + cluster * g.warps - 1) / (cluster * g.warps), kSpanUnit);
@@ -48,8 +50,10 @@ inline Geometry laid_out(int64_t width, int cluster, int warps, int bytes) {
   return g;
 }
 
-// `teacher_bytes` 0: there is none. `rows`: where they are too few to fill the chip, clusters are larger.
-inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int teacher_bytes, const Chip& chip) {
+// `teacher_bytes` 0: there is none. `outcome_bytes`: what a sparse target needs of each block. `rows`: where
+// they are too few to fill the chip, clusters are larger.
+inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int teacher_bytes, int64_t outcome_bytes,
+                         const Chip& chip) {
   const int portable = std::min(chip.largest_cluster, kPortableCluster);
   int least = 1;
   while (least < portable && rows * least < chip.multiprocessors && width > (int64_t)least * 8 * kSpanUnit) least *= 2;
@@ -62,15 +66,15 @@ inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int tea
       return g;
     };
     for (int cluster = least; cluster <= portable; cluster *= 2) {
-      const Geometry g = laid_out(width, cluster, 8, bytes);
-      if (g.shared_bytes() <= kReserved + kSlice) return found(g);
+      const Geometry g = laid_out(width, cluster, 8, bytes, outcome_bytes);
+      if (g.shared_bytes() <= std::min<int64_t>(kReserved + kSlice, chip.shared_bytes)) return found(g);
     }
     for (int cluster = portable; cluster <= chip.largest_cluster; cluster *= 2) {
-      const Geometry g = laid_out(width, cluster, kMaxWarps, bytes);
+      const Geometry g = laid_out(width, cluster, kMaxWarps, bytes, outcome_bytes);
       if (g.shared_bytes() <= chip.shared_bytes) return found(g);
     }
   }
-  return laid_out(width, portable, kMaxWarps, 0);
+  return laid_out(width, portable, kMaxWarps, 0, outcome_bytes);
 }
 
 }  // namespace kd

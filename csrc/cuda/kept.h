@@ -36,6 +36,13 @@ class Kept {
     }
   }
 
+  // Calls f(slot, column) for each of the slice's, spread over the lanes.
+  template <class F>
+  KD_DEVICE void each_of_slice(F&& f) const {
+    for (int64_t slot = first_ + thread_index() % kWarp; slot < last_; slot += kWarp)
+      if (ids_[slot] >= 0) f(slot, (int)(ids_[slot] - offset_));
+  }
+
   KD_DEVICE bool contains(int column) const {
     for (int64_t i = first_; i < last_; ++i)
       if (ids_[i] == offset_ + column) return true;

@@ -158,6 +158,35 @@ KD_DEVICE void write_state(RowState* out, const RowState& r) {
   }
 }
 
+// The lanes' sums at the warp's maxima, each lane's part of the warp's state. Tops, arguments and labels
+// are the caller's.
+template <int kKind>
+KD_DEVICE RowState across_lanes(const LaneState& lane, const Numbers& n, double temperature) {
+  constexpr bool kTeacher = kKind != kNone;
+  const double per_temperature = 1 / temperature;
+  const float m_s = highest_of_warp(lane.m_s), m_t = kTeacher ? highest_of_warp(lane.m_t) : (float)kNothing;
+  const float up_s = m_s - lane.m_s, by_s = fast_exp2(-up_s * n.factor);
+  const float up_t = m_t - lane.m_t, by_t = fast_exp2(-up_t * n.factor);
+  RowState r = empty_state();
+  r.m_s = r.top_s = m_s * per_temperature;
+  r.m_t = r.top_t = kTeacher ? m_t * per_temperature : kNothing;
+  r.z_s = lane.z_s * by_s;
+  r.z_t = lane.z_t * by_t;
+  r.e_s = moved(lane.d_s, lane.z_s, by_s, -up_s) * per_temperature;
+  r.e_t = moved(lane.d_t, lane.z_t, by_t, -up_t) * per_temperature;
+  if (kKind == kForwardKL) r.x_t = moved(lane.x, lane.z_t, by_t, up_s - up_t) * per_temperature;
+  if (kKind == kReverseKL) r.x_s = moved(lane.x, lane.z_s, by_s, up_s - up_t) * per_temperature;
+  if (n.tempered) {
+    r.z1_s = lane.z1_s * fast_exp2(-up_s * kLog2e);
+    r.z1_t = lane.z1_t * fast_exp2(-up_t * kLog2e);
+  } else if (temperature == 1) {
+    r.z1_s = r.z_s;
+    r.z1_t = r.z_t;
+  }
+  r.sum_s = lane.sum_s;
+  return r;
+}
+
 // `n` states of different columns into one, by a warp; n is at most a warp's lanes.
 KD_DEVICE void combine(const RowState* states, int n, double temperature, RowState* out) {
   const int lane = thread_index() % kWarp;

@@ -68,10 +68,13 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
   const Kernel kernel = kernel_of(job);
   Chip chip = runtime::chip(device);
   const int teacher_bytes = job.teacher.data == nullptr ? 0 : bytes_of(job.teacher.dtype);
+  const int64_t outcome_bytes = entry == Entry::kFusedSparse ? OutcomeMemory::bytes(job.sparse.slots) : 0;
+  if (kReserved + outcome_bytes > chip.shared_bytes)
+    throw std::runtime_error("kdkernels: a sparse target has too many slots for the shared memory of this device");
   int clusters = 0;
   // A cluster of sixteen is the device's to grant.
   for (; clusters == 0 && chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
-    plan.geometry = geometry(job.width, rows, bytes_of(job.student.dtype), teacher_bytes, chip);
+    plan.geometry = geometry(job.width, rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);
     clusters = resident(kernel, plan.geometry, device);
   }
   if (clusters == 0) throw std::runtime_error("kdkernels: no block of the CUDA kernel fits on this device");

@@ -18,14 +18,15 @@
 #include <type_traits>
 
 #include "../divergence.h"
+#include "formula.h"
 #include "kept.h"
 #include "launch.h"
 #include "lanes.h"
+#include "outcomes.h"
 #include "staging.h"
 
 namespace kd {
 
-using namespace KD_ISA;
 
 
 
@@ -36,10 +37,11 @@ struct Plan {
   Numbers numbers;
   int rows = 0;
 
-  KD_HD bool folds() const { return entry == Entry::kFused || entry == Entry::kAccumulate; }
+  KD_HD bool whole_rows() const { return entry == Entry::kFused || entry == Entry::kFusedSparse; }
+  KD_HD bool folds() const { return whole_rows() || entry == Entry::kAccumulate; }
   KD_HD bool emits(const Job& job) const {
     const bool wanted = job.grad.data != nullptr || job.teacher_grad.data != nullptr;
-    return (entry == Entry::kFused || entry == Entry::kGradient) && wanted;
+    return (whole_rows() || entry == Entry::kGradient) && wanted;
   }
 };
 
@@ -124,13 +126,16 @@ class Row {
     }
   }
 
+  KD_DEVICE void fetch_next() {
+    for (int i = 0; next_ < plan_.rows && i < slice_.chunks(); ++i) slice_.fetch(i, next_);
+  }
+
   // First pass: the row's state.
   KD_DEVICE void fold() {
     LaneState r;
     const Side student_side = student(), teacher_side = teacher();
     const Kept ids = kept();
-    const bool last = !plan_.emits(job_) && !(kSecond && plan_.entry == Entry::kFused);
-    each_step(true, last, kTile * kStep, [&](int start, int end) {
+    each_step(true, false, kTile * kStep, [&](int start, int end) {
       float s[kTile][kVector], t[kTile][kVector];
       int columns[kTile];
 #pragma unroll
@@ -143,9 +148,13 @@ class Row {
       }
       fold_tile<kKind, kTile>(r, s, t, columns, plan_.numbers);
     });
-    publish(r, ids);
+    publish(r, ids);  // which looks at single logits again, as does what follows
+    if (kKind == kNone && plan_.entry == Entry::kFusedSparse) share_kept(ids);
+    if (!plan_.emits(job_) && !(kSecond && plan_.entry == Entry::kFused)) fetch_next();
     const bool onto = plan_.entry == Entry::kAccumulate;
     exchange(&shared_.state, onto);
+    if (kKind == kNone && plan_.entry == Entry::kFusedSparse && warp_ == 0)
+      solve_outcomes(job_, row_, shared_.state, outcomes(), turn_, &shared_.added, &shared_.solved);
     if (onto && warp_ == 0 && cluster_rank() == 0) copy_state(memory_state(), &shared_.state);
     share_coefficients();
   }
@@ -161,27 +170,8 @@ class Row {
 
   // The lanes' sums as this warp's state.
   KD_DEVICE void publish(const LaneState& lane, const Kept& ids) {
-    const double per_temperature = 1 / job_.spec.temperature;
+    RowState r = across_lanes<kKind>(lane, plan_.numbers, job_.spec.temperature);
     const float m_s = highest_of_warp(lane.m_s), m_t = kTeacher ? highest_of_warp(lane.m_t) : (float)kNothing;
-    const float factor = plan_.numbers.factor, up_s = m_s - lane.m_s, up_t = m_t - lane.m_t;
-    const float by_s = fast_exp2(-up_s * factor), by_t = fast_exp2(-up_t * factor);
-    RowState r = empty_state();
-    r.m_s = r.top_s = m_s * per_temperature;
-    r.m_t = r.top_t = kTeacher ? m_t * per_temperature : kNothing;
-    r.z_s = lane.z_s * by_s;
-    r.z_t = lane.z_t * by_t;
-    r.e_s = moved(lane.d_s, lane.z_s, by_s, -up_s) * per_temperature;
-    r.e_t = moved(lane.d_t, lane.z_t, by_t, -up_t) * per_temperature;
-    if (kKind == kForwardKL) r.x_t = moved(lane.x, lane.z_t, by_t, up_s - up_t) * per_temperature;
-    if (kKind == kReverseKL) r.x_s = moved(lane.x, lane.z_s, by_s, up_s - up_t) * per_temperature;
-    if (plan_.numbers.tempered) {
-      r.z1_s = lane.z1_s * fast_exp2(-up_s * kLog2e);
-      r.z1_t = lane.z1_t * fast_exp2(-up_t * kLog2e);
-    } else if (job_.spec.temperature == 1) {
-      r.z1_s = r.z_s;
-      r.z1_t = r.z_t;
-    }
-    r.sum_s = lane.sum_s;
     r.arg_s = top_column(student(), ids, lane.m_s, lane.at_s, m_s);
     if (kTeacher) r.arg_t = top_column(teacher(), ids, lane.m_t, lane.at_t, m_t);
     const int at = label();
@@ -190,6 +180,23 @@ class Row {
       if (kTeacher && plan_.numbers.teacher_hard) r.label_t = logit<Types>(teacher(), at);
     }
     write_state(&shared_.warps[warp_], r);
+  }
+
+  KD_DEVICE OutcomeMemory outcomes() const {
+    return {job_.sparse.slots, (float*)(shared_memory() + plan_.geometry.outcomes_at)};
+  }
+
+  // The kept logits of this warp's columns into every block; no logit for the slots without an id.
+  KD_DEVICE void share_kept(const Kept& ids) const {
+    float* const logits = outcomes().logits(turn_);
+    const Side from = student();
+    ids.each_of_slice([&](int64_t slot, int column) {
+      const float value = logit<Types>(from, column);
+      for (int to = 0; to < plan_.geometry.cluster; ++to) in_block(logits, to)[slot] = value;
+    });
+    const int64_t* all = job_.sparse.ids + row_ * job_.sparse.slots;
+    for (int64_t slot = thread_index(); slot < job_.sparse.slots; slot += block_threads())
+      if (all[slot] < 0) logits[slot] = -kInf;
   }
 
   // The first column, counted from the vocabulary's, that holds the warp's maximum `top`.
@@ -238,8 +245,11 @@ class Row {
     if (thread_index() == 0) {
       const RowState& r = shared_.state;
       const SparseJob& sparse = job_.sparse;
-      const double lse1 = sparse.lse1 != nullptr ? sparse.lse1[row_] : r.lse1_s(job_.spec.temperature);
-      const double rest = sparse.rest != nullptr ? sparse.rest[row_] : 0;
+      const bool solved = plan_.entry == Entry::kFusedSparse;
+      const double lse1 = solved                    ? shared_.solved.lse1
+                          : sparse.lse1 != nullptr ? sparse.lse1[row_]
+                                                   : r.lse1_s(job_.spec.temperature);
+      const double rest = solved ? shared_.solved.rest : sparse.rest != nullptr ? sparse.rest[row_] : 0;
       shared_.coefficients =
           coefficients(r, job_.spec, kKind, weight(), job_.labels != nullptr, lse1, rest, job_.vocab);
     }
@@ -247,19 +257,12 @@ class Row {
   }
 
   KD_DEVICE void write_results() {
-    if (plan_.entry != Entry::kFused || cluster_rank() != 0 || thread_index() != 0) return;
-    kd::finish(shared_.state, job_.spec, kTeacher, job_.labels != nullptr, job_.vocab, job_.results + (int64_t)row_ * 6);
-  }
-
-  // The columns' distributions.
-  struct Pair {
-    float p, q, x, log_p, log_q;
-  };
-  KD_DEVICE Pair pair(const Normal& n, float s, float t) const {
-    const float factor = plan_.numbers.factor, ln2 = 1 / kLog2e;
-    const float d_s = s - n.m_s, d_t = t - n.m_t;
-    const float u_s = d_s * factor - n.log2_z_s, u_t = d_t * factor - n.log2_z_t;
-    return {fast_exp2(u_t), fast_exp2(u_s), (d_t - d_s) * (factor * ln2) + n.gap, u_t * ln2, u_s * ln2};
+    if (!plan_.whole_rows() || cluster_rank() != 0 || thread_index() != 0) return;
+    double* results = job_.results + (int64_t)row_ * 6;
+    if (plan_.entry == Entry::kFused)
+      kd::finish(shared_.state, job_.spec, kTeacher, job_.labels != nullptr, job_.vocab, results);
+    else
+      for (int i = 0; i < 6; ++i) results[i] = shared_.solved.results[i];
   }
 
   // Second pass, for divergences without a closed form: value and slope.
@@ -267,7 +270,7 @@ class Row {
     if constexpr (kSecond) {
       const Normal n = shared_.coefficients.normal;
       const Side student_side = student(), teacher_side = teacher();
-      const Divergence divergence(job_.spec);
+      const Formula<kKind, Divergence> formula(job_.spec, plan_.numbers.factor);
       float phi = 0, slope = 0;
       each_step(plan_.entry == Entry::kAccumulateValue, !plan_.emits(job_), kStep, [&](int start, int end) {
         const int column = start + lane_ * kVector;
@@ -276,8 +279,7 @@ class Row {
         load<Types>(teacher_side, column, end - column, t);
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
-          const Pair v = pair(n, s[k], t[k]);
-          const Terms terms = divergence(v.p, v.q, v.x, v.log_p, v.log_q);
+          const Terms terms = formula.terms(n, s[k], t[k]);
           phi += terms.phi;
           slope += terms.q_psi;
         }
@@ -304,13 +306,14 @@ class Row {
   KD_DEVICE void emit() {
     if (weight() == 0) {
       zero();
-      for (int i = 0; next_ < plan_.rows && i < slice_.chunks(); ++i) slice_.fetch(i, next_);
+      fetch_next();
       return;
     }
     const Coefficients& c = shared_.coefficients;
     const Normal n = c.normal;
     const Side student_side = student(), teacher_side = teacher();
     const Target to = target(job_.grad), teacher_to = target(job_.teacher_grad);
+    const Formula<kKind, Divergence> formula(job_.spec, plan_.numbers.factor);
     const Kept ids = kept();
     const int at = label();
     each_step(plan_.entry == Entry::kGradient, true, kStep, [&](int start, int end) {
@@ -320,8 +323,14 @@ class Row {
       if (kTeacher) load<Types>(teacher_side, column, count, t);
       if (job_.grad.data != nullptr) {
         float g[kVector] = {};
-        if (kTeacher && n.soft != 0) soft_gradient(n, s, t, g);
-        if (kKind == kNone && ids.any_in_row()) sparse_gradient(n, c.rest, ids, start, s, g);
+        if constexpr (kTeacher) {
+          if (n.soft != 0) {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) g[k] = formula.gradient(n, s[k], t[k]);
+          }
+        } else if (ids.any_in_row()) {
+          sparse_gradient(n, c.rest, ids, start, s, g);
+        }
         if (plan_.numbers.hard) {
 #pragma unroll
           for (int k = 0; k < kVector; ++k) g[k] += hard_term(s[k], n.m_s, c.at, c.pull) - c.spread;
@@ -345,23 +354,6 @@ class Row {
     return pull * fast_exp2((logit - m) * kLog2e + at);
   }
 
-  KD_DEVICE void soft_gradient(const Normal& n, const float (&s)[kVector], const float (&t)[kVector],
-                               float (&g)[kVector]) const {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      const Pair v = pair(n, s[k], t[k]);
-      if constexpr (kKind == kForwardKL) {
-        g[k] = v.q - v.p;
-      } else if constexpr (kKind == kReverseKL) {
-        g[k] = v.q > 0 ? v.q * (-v.x - n.slope) : v.q;
-      } else if constexpr (kSecond) {
-        const Divergence divergence(job_.spec);
-        g[k] = divergence(v.p, v.q, v.x, v.log_p, v.log_q).q_psi - product(v.q, n.slope);
-      }
-      g[k] *= n.soft;
-    }
-  }
-
   // The rest's softmax, and at the kept ids what was solved for them.
   KD_DEVICE void sparse_gradient(const Normal& n, float rest, const Kept& ids, int start,
                                  const float (&s)[kVector], float (&g)[kVector]) const {
@@ -369,7 +361,8 @@ class Row {
 #pragma unroll
     for (int k = 0; k < kVector; ++k)
       g[k] = rest == 0 ? 0.0f : rest * fast_exp2((s[k] - n.m_s) * factor - n.log2_z_s);
-    const float* solved = (const float*)job_.sparse.kept_grad.row(row_);
+    const float* solved = plan_.entry == Entry::kFusedSparse ? outcomes().grad()
+                                                             : (const float*)job_.sparse.kept_grad.row(row_);
     ids.each(start, [&](int64_t slot, int place, bool mine) {
       const float value = (float)(weight() * solved[slot]);
 #pragma unroll

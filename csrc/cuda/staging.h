@@ -7,7 +7,7 @@
 #pragma once
 
 #include "geometry.h"
-#include "coefficients.h"
+#include "outcomes.h"
 #include "side.h"
 
 namespace kd {
@@ -18,9 +18,10 @@ struct SharedMemory {
   RowState parts[2][kMaxCluster + 1];  // of the cluster's blocks, and what was there before; two turns
   RowState state, added;               // of the row, and of its second pass
   Coefficients coefficients;
+  Solved solved;                       // of a sparse target
   Barrier chunks[kMaxWarps][kMaxChunks];
 };
-static_assert(sizeof(SharedMemory) <= kReserved);
+static_assert(sizeof(SharedMemory) <= kReserved && kReserved % 128 == 0);
 static_assert(kSpanUnit == kStep);
 
 // The columns of a warp, and how far they are staged.
@@ -32,7 +33,7 @@ class Slice {
     begin_ = (int)(begin < job.width ? begin : job.width);
     end_ = (int)(begin + g.span < job.width ? begin + g.span : job.width);
     chunk_ = g.chunk;
-    const int slot = kReserved + warp * g.bytes_per_warp;
+    const int slot = g.slices_at + warp * g.bytes_per_warp;
     if (g.student_resident) student_ = slot;
     if (g.teacher_resident) teacher_ = slot + (g.student_resident ? g.span * bytes_of(job.student.dtype) : 0);
     if (kAsync && lane_ == 0) {

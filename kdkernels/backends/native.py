@@ -15,11 +15,13 @@ from torch import Tensor
 from ..outcomes import Outcomes, outcome_spec, student_spec
 from ..spec import Spec
 from . import row_state as rs
-from .sparse_rows import Emission
+from .sparse_rows import Emission, in_two_passes
 
 name = "native"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.kdkernels_native
+#: Of a sparse target, beside a row in a GPU's shared memory; beyond it the row is read twice.
+_MOST_SLOTS = 4096
 
 
 def _load(module: str) -> Optional[str]:
@@ -116,6 +118,9 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
 
 def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
                  spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+    if student.is_cuda and target.ids.shape[1] > _MOST_SLOTS:
+        return in_two_passes(student, target, labels, weights, spec=spec, grad=grad, accumulate=accumulate,
+                             fused=fused, gradient=gradient)  # fmt: skip
     results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
     _ops.fused_sparse(
         _rows(student), *target, labels, weights.double(), _spec(student_spec(spec)),

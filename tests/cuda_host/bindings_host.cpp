@@ -20,7 +20,7 @@ void set_chip(int64_t multiprocessors, int64_t shared_bytes, int64_t largest_clu
 
 // cluster, warps, span, chunk, student resident, teacher resident, bytes of shared memory.
 void geometry_of(int64_t width, int64_t rows, int64_t student_bytes, int64_t teacher_bytes, const Tensor& out) {
-  const Geometry g = geometry(width, rows, (int)student_bytes, (int)teacher_bytes, runtime::host_chip);
+  const Geometry g = geometry(width, rows, (int)student_bytes, (int)teacher_bytes, 0, runtime::host_chip);
   const int64_t found[] = {g.cluster, g.warps, g.span, g.chunk, g.student_resident, g.teacher_resident,
                            g.shared_bytes()};
   STD_TORCH_CHECK(out.numel() == 7 && out.scalar_type() == ScalarType::Long, "seven numbers");

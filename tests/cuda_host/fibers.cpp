@@ -2,7 +2,9 @@
 //
 // A fiber runs until it meets others; then the next one does. Whoever comes last to a meeting opens it.
 // When a whole round moves nobody, the kernel has a deadlock, and the program says what it waits for.
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
@@ -41,9 +43,54 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-struct Fiber {
+// Where a fiber goes on. swapcontext would ask the kernel for the signal mask at every switch.
+#if defined(__x86_64__)
+struct Context {
   void* stack_pointer = nullptr;
-  ucontext_t context;
+};
+extern "C" void kd_switch(void** save, void* load);
+asm(R"(
+.text
+.type kd_switch, @function
+kd_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+void go(Context& from, Context& to) { kd_switch(&from.stack_pointer, to.stack_pointer); }
+void begin(Context& c, char* stack, size_t bytes, void (*entry)()) {
+  void** top = (void**)(((uintptr_t)stack + bytes) / 16 * 16);
+  top -= 2;  // a function begins 8 bytes off its caller's 16
+  *top = (void*)entry;
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  c.stack_pointer = top;
+}
+#else
+using Context = ucontext_t;
+void go(Context& from, Context& to) { swapcontext(&from, &to); }
+void begin(Context& c, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&c);
+  c.uc_stack.ss_sp = stack;
+  c.uc_stack.ss_size = bytes;
+  c.uc_link = nullptr;
+  makecontext(&c, entry, 0);
+}
+#endif
+
+struct Fiber {
+  Context context;
   int thread = 0, rank = 0;
   bool done = false;
 };
@@ -62,16 +109,30 @@ Cluster* cluster = nullptr;
 std::vector<Fiber> fibers;
 std::vector<char> stacks;
 Fiber* current = nullptr;
-ucontext_t scheduler;
+Context outside;
 const std::function<void()>* body = nullptr;
-unsigned progress = 0;
-const char* reason = "";
+size_t idle = 0;  // switches since something last moved
+
+void next_fiber(const char* waiting_for) {
+  Fiber *before = current, *end = fibers.data() + fibers.size();
+  do {
+    if (++current == end) current = fibers.data();
+    if (++idle > 2 * fibers.size()) {
+      std::fprintf(stderr, "deadlock: every thread of the cluster waits, this one for %s\n", waiting_for);
+      std::abort();
+    }
+  } while (current->done);
+  if (current != before) go(before->context, current->context);
+}
+
+size_t running = 0;
 
 void entry() {
   (*body)();
   current->done = true;
-  ++progress;
-  swapcontext(&current->context, &scheduler);
+  idle = 0;
+  if (--running == 0) go(current->context, outside);
+  next_fiber("nothing: it has ended");
 }
 
 void meet(Meeting& m) {
@@ -79,7 +140,7 @@ void meet(Meeting& m) {
   if (++m.here == m.expected) {
     m.here = 0;
     ++m.round;
-    ++progress;
+    idle = 0;
     return;
   }
   while (m.round == round) host::yield("the others of its warp, block or cluster");
@@ -96,10 +157,7 @@ int grid_blocks() { return cluster->grid; }
 int cluster_blocks() { return cluster->blocks; }
 char* shared_memory(int rank) { return cluster->members[rank].aligned; }
 
-void yield(const char* waiting_for) {
-  reason = waiting_for;
-  swapcontext(&current->context, &scheduler);
-}
+void yield(const char* waiting_for) { next_fiber(waiting_for); }
 
 static Warp& my_warp() { return cluster->members[current->rank].warps[current->thread / kWarp]; }
 void meet_warp() { meet(my_warp().meeting); }
@@ -118,7 +176,7 @@ void settle(Phase& p) {
   if (!p.arrived || p.bytes != 0) return;
   p.parity ^= 1;
   p.arrived = false;
-  ++progress;
+  idle = 0;
 }
 
 void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
@@ -166,28 +224,7 @@ void prepare(Cluster& c, int64_t shared_bytes) {
     f = {};
     f.rank = (int)i / c.threads;
     f.thread = (int)i % c.threads;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks.data() + i * kStack;
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, entry, 0);
-  }
-}
-
-void run_all() {
-  for (bool running = true; running;) {
-    running = false;
-    const unsigned before = progress;
-    for (Fiber& f : fibers) {
-      if (f.done) continue;
-      running = true;
-      current = &f;
-      swapcontext(&scheduler, &f.context);
-    }
-    if (running && progress == before) {
-      std::fprintf(stderr, "deadlock: every thread of the cluster waits, the last one for %s\n", reason);
-      std::abort();
-    }
+    begin(f.context, stacks.data() + i * kStack, kStack, entry);
   }
 }
 
@@ -203,7 +240,10 @@ void run(int blocks, int threads, int cluster_blocks, int64_t shared_bytes, cons
     c.threads = threads;
     cluster = &c;
     prepare(c, shared_bytes);
-    run_all();
+    current = fibers.data();
+    running = fibers.size();
+    idle = 0;
+    go(outside, current->context);
   }
 }
 

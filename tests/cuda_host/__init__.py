@@ -1,0 +1,66 @@
+"""csrc/cuda built for the host: CUDA threads as fibers on CPU tensors (fibers.cpp).
+
+``build`` compiles it once into ``build/cuda_host``; ``load`` gives its operators, which
+``kdkernels.backends.native`` can be given in place of its own; ``set_chip`` says what GPU it plays.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+KIB = 1024
+#: Name -> multiprocessors, shared memory of a block, largest cluster, clusters at once.
+CHIPS = {
+    "large": (2, 227 * KIB, 16, 2),  # whole rows on the chip, one block each
+    "small": (64, 28 * KIB, 4, 2),  # clusters, several chunks, wide rows with the student alone on the chip
+    "tiny": (1, 13 * KIB, 2, 3),  # nothing but narrow rows fits
+    "no clusters": (2, 163 * KIB, 1, 3),  # sm_80
+}
+
+
+def compiler():
+    return shutil.which("c++") or shutil.which("g++")
+
+
+def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build/cuda_host") -> Path:
+    """The path of the library, built from ``csrc`` where it is older than its sources."""
+    made = folder / "kdkernels_cuda_host.so"
+    headers = [p for where in (csrc, HERE) for p in where.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    if made.exists() and made.stat().st_mtime > max(p.stat().st_mtime for p in headers):
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = Path(torch.__file__).parent
+    flags = [
+        "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DKD_CUDA_HOST",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{csrc}", f"-I{csrc}/cuda", f"-I{HERE}",
+        f"-I{packages}/include", f"-I{sysconfig.get_paths()['include']}",
+    ]  # fmt: skip
+    sources = [csrc / "cuda/launch.cu", HERE / "fibers.cpp", HERE / "bindings_host.cpp"]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    running = [
+        subprocess.Popen([compiler(), *flags, "-x", "c++", "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
+        for source, made in zip(sources, objects)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-5000:]
+    link = [compiler(), "-shared", *objects, f"-L{packages}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-o", made]
+    subprocess.run(link, check=True)
+    return made
+
+
+def load(path: Path):
+    """Its operators; one library in a process."""
+    spec = importlib.util.spec_from_file_location("kdkernels_cuda_host", path)
+    importlib.util.module_from_spec(spec)
+    return torch.ops.kdkernels_cuda_host
+
+
+def set_chip(name: str) -> None:
+    torch.ops.kdkernels_cuda_host.set_chip(*CHIPS[name])
