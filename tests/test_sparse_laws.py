@@ -83,7 +83,7 @@ def test_equal_models_have_no_gradient(backend, divergence, tail, temperature):
     teacher = torch.randn(4, 500) * 3
     target = kd.top_k_target(teacher, 20, tail=tail)
     value, grad = evaluate(backend, teacher, target, divergence, temperature=temperature)
-    assert value.abs().max() < 1e-5 and grad.abs().max() < 1e-5
+    assert value.abs().max() < 1e-5 and grad.abs().max() < 4e-6
 
 
 @pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.5), kd.AlphaBeta(0.5, 0.0)], ids=str)
