@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from conftest import BACKENDS
-from test_memory import SLACK, UNIT, H, N, V, peak_of
+from peak import peak_of
+from test_memory import SLACK, UNIT, H, N, V
 
 import kdkernels as kd
 from benchmarks import sparse_bias
