@@ -132,5 +132,23 @@ struct AlphaBeta {
   }
 };
 
+// Calls f with the divergence's functor type and kind; closed forms get the type void.
+template <class F>
+void with_kind(const Spec& spec, bool teacher, F&& f) {
+  switch (teacher ? (int)spec.kind : kNone) {
+    case kForwardKL: return f.template operator()<kForwardKL, void>();
+    case kReverseKL: return f.template operator()<kReverseKL, void>();
+    case kJSD: return f.template operator()<kJSD, JSD>();
+    case kSkewKL: return f.template operator()<kSkewKL, SkewKL>();
+    case kSkewReverseKL:
+      if (spec.second != 0) return f.template operator()<kSkewReverseKL, SkewReverseKL<true>>();
+      return f.template operator()<kSkewReverseKL, SkewReverseKL<false>>();
+    case kTotalVariation: return f.template operator()<kTotalVariation, TotalVariation>();
+    case kAlphaBeta: return f.template operator()<kAlphaBeta, AlphaBeta>();
+    case kMixed: return f.template operator()<kMixed, Mixed>();
+    default: return f.template operator()<kNone, void>();
+  }
+}
+
 }  // namespace KD_ISA
 }  // namespace kd

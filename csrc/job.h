@@ -1,9 +1,10 @@
-// What the row loops are given: plain pointers and numbers, no torch.
+// What the row loops and kernels are given: plain pointers and numbers, no torch.
 #pragma once
 
 #include <cstdint>
 
-#include "../spec.h"
+#include "spec.h"
+#include "vec.h"
 
 namespace kd {
 
@@ -15,7 +16,7 @@ struct Matrix {
   DType dtype = kFloat;
   int64_t stride = 0;
 
-  char* row(int64_t i) const { return data + i * stride * (dtype == kFloat ? 4 : 2); }
+  KD_HD char* row(int64_t i) const { return data + i * stride * (dtype == kFloat ? 4 : 2); }
 };
 
 // A sparse target (kdkernels/outcomes.py), and what becomes of it between the passes.
@@ -39,15 +40,6 @@ struct Job {
   int64_t vocab = 0, offset = 0;     // of the whole row, and where the chunk begins in it
   Spec spec{};
   SparseJob sparse;
-};
-
-// One set per instruction set. Each handles the rows [begin, end) on one thread.
-struct RowLoops {
-  void (*fused)(const Job&, int64_t begin, int64_t end);
-  void (*accumulate)(const Job&, int64_t begin, int64_t end);
-  void (*accumulate_value)(const Job&, int64_t begin, int64_t end);
-  void (*gradient)(const Job&, int64_t begin, int64_t end);
-  void (*fused_sparse)(const Job&, int64_t begin, int64_t end);
 };
 
 }  // namespace kd

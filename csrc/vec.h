@@ -9,6 +9,8 @@
 // log1p: a few ulp of log(1 + u), relative where u is small, exactly 0 at 0; 1 + u counts as at least kTiny.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -34,25 +36,27 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // Probabilities below it no longer count; a quotient by it, and its logarithm, stay finite.
 constexpr float kTiny = 1e-30f;
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(KD_CUDA_HOST)
 
 using Vec = float;
+using Ints = int32_t;
 constexpr int kLanes = 1;
 KD_HD Vec splat(float x) { return x; }
 KD_HD Vec select(bool mask, Vec a, Vec b) { return mask ? a : b; }
 KD_HD Vec vexp(Vec x) { return expf(x); }
-KD_HD Vec vlog1p(Vec u) { return log1pf(fmaxf(u, kTiny - 1.0f)); }
 KD_HD Vec vmin(Vec a, Vec b) { return fminf(a, b); }
 KD_HD Vec vmax(Vec a, Vec b) { return fmaxf(a, b); }
 KD_HD Vec vabs(Vec a) { return fabsf(a); }
-KD_HD Vec quotient(Vec a, Vec b) { return a / b; }
-KD_HD Vec rounded_product(Vec a, float b) {
+KD_HD Ints as_ints(Vec v) { return __builtin_bit_cast(Ints, v); }
+KD_HD Vec as_vec(Ints v) { return __builtin_bit_cast(Vec, v); }
+KD_HD Vec to_vec(Ints v) { return (Vec)v; }
 #if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
+KD_HD Vec quotient(Vec a, Vec b) { return __fdividef(a, b); }
+KD_HD Vec rounded_product(Vec a, float b) { return __fmul_rn(a, b); }
 #else
-  return a * b;
+KD_HD Vec quotient(Vec a, Vec b) { return a / b; }
+KD_HD Vec rounded_product(Vec a, float b) { return a * b; }
 #endif
-}
 
 #else
 
@@ -81,7 +85,10 @@ KD_HD Vec vmin(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)b, (__m256)a); 
 KD_HD Vec vmax(Vec a, Vec b) { return a < b ? b : a; }
 KD_HD Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
 #endif
-KD_HD Vec vabs(Vec a) { return (Vec)((Ints)a & 0x7fffffff); }
+KD_HD Ints as_ints(Vec v) { return (Ints)v; }
+KD_HD Vec as_vec(Ints v) { return (Vec)v; }
+KD_HD Vec to_vec(Ints v) { return __builtin_convertvector(v, Vec); }
+KD_HD Vec vabs(Vec a) { return as_vec(as_ints(a) & 0x7fffffff); }
 
 // a * b rounded: not to be fused into the subtraction after it, where two equal products must cancel.
 KD_HD Vec rounded_product(Vec a, float b) {
@@ -140,7 +147,7 @@ KD_HD Vec vexp(Vec x) {
 #endif
 }
 
-// Where u is small it takes the place of w - 1, whose rounding would have cost its digits.
+// log(1 + u): where u is small it takes the place of w - 1, whose rounding would have cost its digits.
 #if defined(__AVX512F__)
 // 1 + u = w = 2^k * m with m in [1, 2), c the middle of m's sixteenth, then a polynomial in
 // r = m / c - 1, |r| <= 1/32. Tables: 1 / c, and -log of that.
@@ -166,26 +173,6 @@ KD_HD Vec vlog1p(Vec u) {
   y = y * r - 0.499999982f;
   return (y * (r * r) + r) + (near ? Vec{} : log_c);
 }
-#else
-// 1 + u = w = 2^k * m with m in [sqrt(1/2), sqrt(2)), then a polynomial in m - 1.
-KD_HD Vec vlog1p(Vec u) {
-  const Vec w = vmax(1.0f + u, splat(kTiny));
-  const Ints shifted = (Ints)w - 0x3f3504f3;
-  const Vec k = __builtin_convertvector(shifted >> 23, Vec);
-  const Vec far = (Vec)((Ints)w - (Ints)(shifted & (int32_t)0xff800000)) - 1.0f;
-  const Vec f = vabs(u) < 0.25f ? u : far;
-  Vec y = splat(7.0376836292e-2f);
-  y = y * f - 1.1514610310e-1f;
-  y = y * f + 1.1676998740e-1f;
-  y = y * f - 1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f;
-  y = y * f - 1.6668057665e-1f;
-  y = y * f + 2.0000714765e-1f;
-  y = y * f - 2.4999993993e-1f;
-  y = y * f + 3.3333331174e-1f;
-  const Vec z = f * f;
-  return (y * f * z - 0.5f * z) + (k * 0.693147181f + f);
-}
 #endif
 
 // a / b to two ulp, for b that neither b nor 1 / b is subnormal.
@@ -209,6 +196,30 @@ KD_HD float max_lane(Vec v) {
   return best;
 }
 
+#endif
+
+#if !defined(__AVX512F__) || defined(__CUDACC__) || defined(KD_CUDA_HOST)
+// 1 + u = w = 2^k * m with m in [sqrt(1/2), sqrt(2)), then a polynomial in m - 1.
+KD_HD Vec vlog1p(Vec u) {
+  const Vec w = vmax(1.0f + u, splat(kTiny));
+  const Ints shifted = as_ints(w) - 0x3f3504f3;
+  const Vec k = to_vec(shifted >> 23);
+  const Vec far = as_vec(as_ints(w) - (shifted & (int32_t)0xff800000)) - 1.0f;
+  const Vec f = vabs(u) < 0.25f ? u : far;
+  Vec y = splat(7.0376836292e-2f);
+  y = y * f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  const Vec z = f * f;
+  return (y * f * z - 0.5f * z) + (k * 0.693147181f + f);
+}
+#endif
+
 // tanh: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would lose its digits.
 KD_HD Vec vtanh(Vec x) {
   const Vec z = x * x;
@@ -223,8 +234,6 @@ KD_HD Vec vtanh(Vec x) {
   const Vec signed_far = x < 0.0f ? -far : far;
   return vabs(x) < 0.625f ? near_zero : signed_far;
 }
-
-#endif
 
 }  // namespace KD_ISA
 }  // namespace kd

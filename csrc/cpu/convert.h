@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../vec.h"
-#include "job.h"
+#include "row_loops.h"
 
 namespace kd {
 namespace KD_ISA {

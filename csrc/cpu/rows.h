@@ -20,7 +20,7 @@
 
 #include "../divergence.h"
 #include "../row_state.h"
-#include "job.h"
+#include "row_loops.h"
 #include "source.h"
 
 namespace kd {
@@ -348,24 +348,6 @@ class Row {
   bool tempered_hard_;
   const Kept* kept_ = nullptr;
 };
-
-// Calls f with the divergence's functor type and kind; closed forms get the type void.
-template <class F>
-void with_kind(const Spec& spec, bool teacher, F&& f) {
-  switch (teacher ? (int)spec.kind : kNone) {
-    case kForwardKL: return f.template operator()<kForwardKL, void>();
-    case kReverseKL: return f.template operator()<kReverseKL, void>();
-    case kJSD: return f.template operator()<kJSD, JSD>();
-    case kSkewKL: return f.template operator()<kSkewKL, SkewKL>();
-    case kSkewReverseKL:
-      if (spec.second != 0) return f.template operator()<kSkewReverseKL, SkewReverseKL<true>>();
-      return f.template operator()<kSkewReverseKL, SkewReverseKL<false>>();
-    case kTotalVariation: return f.template operator()<kTotalVariation, TotalVariation>();
-    case kAlphaBeta: return f.template operator()<kAlphaBeta, AlphaBeta>();
-    case kMixed: return f.template operator()<kMixed, Mixed>();
-    default: return f.template operator()<kNone, void>();
-  }
-}
 
 // Everything that a range of rows shares. Subnormals are flushed meanwhile: exponentials below
 // 1e-38 do not count, and each would cost a hundred cycles.

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "convert.h"
-#include "job.h"
+#include "row_loops.h"
 
 namespace kd {
 namespace KD_ISA {

@@ -1,7 +1,11 @@
-"""The C++ backend (csrc/): half precision and fp32 rows on the CPU, each read from memory once."""
+"""The C++ backend (csrc/): half precision and fp32 rows, each logit read from memory once.
+
+On the CPU ``kdkernels._C``, on CUDA ``kdkernels._cuda``; the same operators, by the tensors' device.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Optional
 
@@ -15,26 +19,40 @@ from .sparse_rows import Emission
 
 name = "native"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ops = torch.ops.kdkernels_native
 
 
-def _load() -> Optional[str]:
+def _load(module: str) -> Optional[str]:
     try:
-        importlib.import_module("kdkernels._C")
+        importlib.import_module(f"kdkernels.{module}")
     except ImportError as error:
-        return f"kdkernels._C is not built or does not load ({error})"
+        return f"kdkernels.{module} is not built or does not load ({error})"
     return None
 
 
-_problem = _load()
+_problem = _load("_C")
 
 
 def why_not() -> Optional[str]:
     return _problem
 
 
+@functools.cache
+def _cuda_problem(device: torch.device) -> Optional[str]:
+    """Why the kernels cannot run on this GPU."""
+    if problem := _load("_cuda"):
+        return problem
+    if torch.ops.kdkernels_native.instruction_set(torch.empty(0, device=device)) == 0:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"kdkernels._cuda was not built for sm_{major}{minor} (TORCH_CUDA_ARCH_LIST chooses)"
+    return None
+
+
 def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
-    if device.type != "cpu":
-        return f"it serves cpu tensors, not {device.type}"
+    if device.type not in ("cpu", "cuda"):
+        return f"it serves cpu and cuda tensors, not {device.type}"
+    if device.type == "cuda" and (problem := _cuda_problem(device)):
+        return problem
     odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
     return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
 
@@ -68,8 +86,8 @@ def _spec(spec: Spec) -> Tensor:
 
 def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
           spec: Spec, grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> Tensor:  # fmt: skip
-    results = torch.zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
-    torch.ops.kdkernels_native.fused(
+    results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
+    _ops.fused(
         _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), results, grad, teacher_grad
     )
     return results
@@ -77,20 +95,20 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
 
 def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
                offset: int, spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
-    torch.ops.kdkernels_native.accumulate(
+    _ops.accumulate(
         _rows(student), _rows(teacher), labels, _spec(spec), offset, state, skipped
     )
 
 
 def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
-    torch.ops.kdkernels_native.accumulate_value(_rows(student), _rows(teacher), _spec(spec), state)
+    _ops.accumulate_value(_rows(student), _rows(teacher), _spec(spec), state)
 
 
 def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
              weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
              grad: Optional[Tensor], teacher_grad: Optional[Tensor],
              emission: Optional[Emission] = None) -> None:  # fmt: skip
-    torch.ops.kdkernels_native.gradient(
+    _ops.gradient(
         _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), offset, vocab, state,
         grad, teacher_grad, *(emission or (None, None, None, None)),
     )  # fmt: skip
@@ -98,8 +116,8 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
 
 def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
                  spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
-    results = torch.zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
-    torch.ops.kdkernels_native.fused_sparse(
+    results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
+    _ops.fused_sparse(
         _rows(student), *target, labels, weights.double(), _spec(student_spec(spec)),
         _spec(outcome_spec(spec)), results, grad,
     )  # fmt: skip

@@ -1,0 +1,61 @@
+// A sparse target's ids in a warp's slice: which of a step's columns they are, and in which lane.
+//
+// Ids are ascending with -1 for "none" in between. A step of a warp looks at its ids all at once; a column
+// that is kept costs a few instructions, a step without any one look.
+#pragma once
+
+#include "side.h"
+
+namespace kd {
+
+class Kept {
+ public:
+  Kept() = default;
+  // The ids of the row that lie in columns [begin, end) of a chunk that starts at `offset`.
+  KD_DEVICE Kept(const int64_t* ids, int64_t slots, int64_t offset, int begin, int end)
+      : ids_(ids), offset_(offset), first_(lower_slot(ids, slots, offset + begin)),
+        last_(lower_slot(ids, slots, offset + end)) {}
+
+  KD_DEVICE bool any_in_row() const { return ids_ != nullptr; }
+  KD_DEVICE bool any() const { return first_ < last_; }
+
+  // Calls f(slot, k, mine) for each kept column in [start, start + kStep); `mine` in the lane whose k-th it is.
+  template <class F>
+  KD_DEVICE void each(int start, F&& f) const {
+    const int lane = thread_index() % kWarp;
+    for (int64_t base = first_; base < last_; base += kWarp) {
+      const int64_t id = base + lane < last_ ? ids_[base + lane] : -1;
+      const int64_t at = id - offset_ - start;
+      unsigned found = lanes_where(id >= 0 && at >= 0 && at < kStep);
+      while (found) {
+        const int b = lowest_bit(found);
+        found &= found - 1;
+        const int column = from_lane((int)at, b);
+        f(base + b, column % kVector, column / kVector == lane);
+      }
+    }
+  }
+
+  KD_DEVICE bool contains(int column) const {
+    for (int64_t i = first_; i < last_; ++i)
+      if (ids_[i] == offset_ + column) return true;
+    return false;
+  }
+
+ private:
+  // The first slot with an id of at least `least`, by a warp.
+  KD_DEVICE static int64_t lower_slot(const int64_t* ids, int64_t slots, int64_t least) {
+    const int lane = thread_index() % kWarp;
+    for (int64_t base = 0; base < slots; base += kWarp) {
+      const bool here = base + lane < slots && ids[base + lane] >= least;
+      const unsigned found = lanes_where(here);
+      if (found) return base + lowest_bit(found);
+    }
+    return slots;
+  }
+
+  const int64_t* ids_ = nullptr;
+  int64_t offset_ = 0, first_ = 0, last_ = 0;
+};
+
+}  // namespace kd

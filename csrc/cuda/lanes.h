@@ -1,0 +1,177 @@
+// The first pass in a lane's registers, and how the sums of lanes and of states become one.
+//
+// A lane keeps its own maxima and fp32 sums relative to them, over at most a few hundred columns; across
+// lanes, warps and blocks the sums are fp64 (row_state.h), each moved to the common maximum first.
+//
+// Arithmetic: a pair costs two exponentials here and two when the gradient is written. Distances
+// to the maximum are taken before they are scaled to powers of two: logits of 1e4 keep their digits.
+#pragma once
+
+#include <cstddef>
+
+#include "../row_state.h"
+#include "side.h"
+
+namespace kd {
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+// Sums over a lane's columns. d = logit - m, e = 2^(d * factor), before the temperature.
+struct LaneState {
+  float m_s = (float)kNothing, z_s = 0, d_s = 0;  // maximum, sum e, sum e d
+  float m_t = (float)kNothing, z_t = 0, d_t = 0;
+  float x = 0;               // sum e (d_t - d_s), with the e of the side that the divergence weighs by
+  float z1_s = 0, z1_t = 0;  // sum e at temperature 1, where it is another
+  float sum_s = 0;           // sum of the logits, for label smoothing
+  int at_s = 0, at_t = 0;    // first column of the vector that holds the maximum
+};
+
+// What the passes are told of a Spec.
+struct Numbers {
+  float factor = 0;       // log2(e) / T
+  bool hard = false, teacher_hard = false, smooth = false;
+  bool tempered = false;  // a hard term has a normaliser of its own
+};
+
+KD_DEVICE float highest(const float (&v)[kVector]) {
+  float best = v[0];
+#pragma unroll
+  for (int k = 1; k < kVector; ++k) best = fmaxf(best, v[k]);
+  return best;
+}
+
+// `sum` of terms relative to maxima that rise, with the decay `by`: what decays to nothing is 0, an
+// infinity too, and nothing has no distance.
+KD_DEVICE float moved(float sum, float z, float by, float shift) {
+  return z > 0 && by > 0 ? by * (sum + z * shift) : 0.0f;
+}
+
+KD_DEVICE void note_top(const float (&v)[kVector], int column, float& best, int& at) {
+  const float here = highest(v);
+  at = here > best ? column : at;
+  best = fmaxf(best, here);
+}
+
+// The columns of kTile vectors, `columns[i]` their first ones.
+template <int kKind, int kTile>
+KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const float (&t)[kTile][kVector],
+                         const int (&columns)[kTile], const Numbers& n) {
+  constexpr bool kTeacher = kKind != kNone;
+  float best_s = r.m_s, best_t = r.m_t;
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    note_top(s[i], columns[i], best_s, r.at_s);
+    if (kTeacher) note_top(t[i], columns[i], best_t, r.at_t);
+  }
+  if (n.tempered) {
+    r.z1_s *= fast_exp2((r.m_s - best_s) * kLog2e);
+    r.z1_t *= fast_exp2((r.m_t - best_t) * kLog2e);
+  }
+  const float up_s = best_s - r.m_s, by_s = fast_exp2(-up_s * n.factor);
+  const float up_t = best_t - r.m_t, by_t = fast_exp2(-up_t * n.factor);
+  if constexpr (kKind == kForwardKL) r.x = moved(r.x, r.z_t, by_t, up_s - up_t);
+  if constexpr (kKind == kReverseKL) r.x = moved(r.x, r.z_s, by_s, up_s - up_t);
+  r.d_s = moved(r.d_s, r.z_s, by_s, -up_s);
+  r.z_s *= by_s;
+  r.m_s = best_s;
+  if constexpr (kTeacher) {
+    r.d_t = moved(r.d_t, r.z_t, by_t, -up_t);
+    r.z_t *= by_t;
+    r.m_t = best_t;
+  }
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const float d_s = s[i][k] - r.m_s, e_s = fast_exp2(d_s * n.factor);
+      r.z_s += e_s;
+      if (e_s > 0) r.d_s += e_s * d_s;
+      if constexpr (kTeacher) {
+        const float d_t = t[i][k] - r.m_t, e_t = fast_exp2(d_t * n.factor);
+        r.z_t += e_t;
+        if (e_t > 0) r.d_t += e_t * d_t;
+        if constexpr (kKind == kForwardKL)
+          if (e_t > 0) r.x += e_t * (d_t - d_s);
+        if constexpr (kKind == kReverseKL)
+          if (e_s > 0) r.x += e_s * (d_t - d_s);
+      }
+      if (n.tempered) {
+        r.z1_s += fast_exp2(d_s * kLog2e);
+        if (kTeacher && n.teacher_hard) r.z1_t += fast_exp2((t[i][k] - r.m_t) * kLog2e);
+      }
+    }
+  }
+}
+
+// Added column by column and not in the tile: only what is there counts, -inf where it stands for nothing not.
+KD_DEVICE void add_logits(LaneState& r, const float (&s)[kVector], int count) {
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) r.sum_s += k < count ? s[k] : 0.0f;
+}
+
+template <class T>
+KD_DEVICE T highest_of_warp(T value) {
+#pragma unroll
+  for (int bit = kWarp / 2; bit; bit >>= 1) {
+    const T other = from_lane_xor(value, bit);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Lane l's v[0] of sixteen is, afterwards, the warp's sum of v[l / 2]: each step halves what a lane carries on.
+template <int n = kWarp / 4>
+KD_DEVICE void add_across_warp(double* v) {
+  if constexpr (n == 0) {
+    v[0] += from_lane_xor(v[0], 1);
+  } else {
+    const bool upper = (thread_index() & 2 * n) != 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const double keep = upper ? v[i + n] : v[i], give = upper ? v[i] : v[i + n];
+      v[i] = keep + from_lane_xor(give, 2 * n);
+    }
+    add_across_warp<n / 2>(v);
+  }
+}
+
+// The columns of RowState that are sums, the i-th of them.
+KD_DEVICE int sum_column(int i) { return i < 2 ? 2 * i + 1 : i < 11 ? i + 2 : i + 6; }
+static_assert(offsetof(RowState, z_s) == 8 && offsetof(RowState, z_t) == 3 * 8 && offsetof(RowState, x_s) == 4 * 8 &&
+              offsetof(RowState, label_t) == 12 * 8 && offsetof(RowState, value) == 17 * 8 &&
+              offsetof(RowState, slope) == 18 * 8);
+
+// The warp's state from lanes' parts at common maxima: sums are added, the rest is the same in every lane.
+KD_DEVICE void write_state(RowState* out, const RowState& r) {
+  double sums[kWarp / 2] = {r.z_s, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t,
+                            r.sum_s, r.label_s, r.label_t, r.value, r.slope};
+  add_across_warp(sums);
+  const int lane = thread_index() % kWarp, i = lane / 2;
+  if (lane % 2 == 0 && i < 13) ((double*)out)[sum_column(i)] = sums[0];
+  if (lane == 1) {
+    out->m_s = r.m_s;
+    out->m_t = r.m_t;
+    out->top_s = r.top_s;
+    out->arg_s = r.arg_s;
+    out->top_t = r.top_t;
+    out->arg_t = r.arg_t;
+  }
+}
+
+// `n` states of different columns into one, by a warp; n is at most a warp's lanes.
+KD_DEVICE void combine(const RowState* states, int n, double temperature, RowState* out) {
+  const int lane = thread_index() % kWarp;
+  RowState r = empty_state();
+  if (lane < n) r = states[lane];
+  const double top_s = highest_of_warp(r.top_s), top_t = highest_of_warp(r.top_t);
+  raise(r, highest_of_warp(r.m_s), highest_of_warp(r.m_t), temperature);
+  r.arg_s = -highest_of_warp(r.top_s == top_s ? -r.arg_s : -INFINITY);
+  r.arg_t = -highest_of_warp(r.top_t == top_t ? -r.arg_t : -INFINITY);
+  r.top_s = top_s;
+  r.top_t = top_t;
+  sync_warp();  // `out` may be one of them
+  write_state(out, r);
+  sync_warp();
+}
+
+}  // namespace kd

@@ -1,0 +1,82 @@
+// Which kernel, over which geometry, how many clusters.
+#include "launch.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "rows.cuh"
+#include "runtime.h"
+
+namespace kd {
+namespace {
+
+template <class Types>
+Kernel kernel_of(const Job& job) {
+  Kernel found = nullptr;
+  with_kind(job.spec, job.teacher.data != nullptr,
+            [&]<int kKind, class Divergence>() { found = &rows_kernel<kKind, Divergence, Types>; });
+  return found;
+}
+
+bool is_bfloat16(const Matrix& m) { return m.data == nullptr || m.dtype == kBFloat16; }
+
+bool is_plain(const Job& job) {
+  const Spec& s = job.spec;
+  const bool mapped = s.student_scale != 1 || s.student_softcap != 0 || s.teacher_scale != 1 || s.teacher_softcap != 0;
+  return is_bfloat16(job.student) && is_bfloat16(job.teacher) && is_bfloat16(job.grad) && !mapped;
+}
+
+Kernel kernel_of(const Job& job) { return is_plain(job) ? kernel_of<PlainBFloat16>(job) : kernel_of<Anything>(job); }
+
+Numbers numbers(const Job& job) {
+  const Spec& s = job.spec;
+  Numbers n;
+  n.factor = (float)(kLog2eExact / s.temperature);
+  n.hard = job.labels != nullptr && s.hard_weight != 0;
+  n.teacher_hard = job.labels != nullptr && s.teacher_hard_weight != 0;
+  n.smooth = n.hard && s.label_smoothing != 0;
+  n.tempered = (n.hard || n.teacher_hard) && s.temperature != 1;
+  return n;
+}
+
+// How many clusters the device holds at once; asking takes longer than a launch.
+int resident(Kernel kernel, const Geometry& g, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel, int, int, int64_t, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(kernel, g.cluster, g.warps, g.shared_bytes(), device);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known[key] = runtime::resident_clusters((const void*)kernel, g);
+}
+
+}  // namespace
+
+int architecture(int device) {
+  (void)device;
+  return runtime::architecture((const void*)&rows_kernel<kForwardKL, void, PlainBFloat16>);
+}
+
+void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream) {
+  if (rows == 0 || job.width == 0) return;
+  if (rows > INT32_MAX / 2 || job.width > INT32_MAX / 2)
+    throw std::runtime_error("kdkernels: at most 2^30 rows and columns in one call");
+  Plan plan;
+  plan.entry = entry;
+  plan.numbers = numbers(job);
+  plan.rows = (int)rows;
+  const Kernel kernel = kernel_of(job);
+  Chip chip = runtime::chip(device);
+  const int teacher_bytes = job.teacher.data == nullptr ? 0 : bytes_of(job.teacher.dtype);
+  int clusters = 0;
+  // A cluster of sixteen is the device's to grant.
+  for (; clusters == 0 && chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
+    plan.geometry = geometry(job.width, rows, bytes_of(job.student.dtype), teacher_bytes, chip);
+    clusters = resident(kernel, plan.geometry, device);
+  }
+  if (clusters == 0) throw std::runtime_error("kdkernels: no block of the CUDA kernel fits on this device");
+  const int blocks = (int)(rows < clusters ? rows : clusters) * plan.geometry.cluster;
+  runtime::launch(kernel, blocks, plan.geometry, stream, job, plan);
+}
+
+}  // namespace kd

@@ -1,0 +1,16 @@
+// How the kernel is launched, without torch and without CUDA's own types.
+#pragma once
+
+#include "../entry.h"
+#include "../job.h"
+#include "geometry.h"
+
+namespace kd {
+
+// The architecture that the kernels were built for and this device runs (90: sm_90), 0: none.
+int architecture(int device);
+
+// Enqueues `rows` rows on `stream`, of the device that is current. Throws std::runtime_error where CUDA refuses.
+void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream);
+
+}  // namespace kd

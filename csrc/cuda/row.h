@@ -1,0 +1,412 @@
+// The passes of a cluster over one row.
+//
+// A warp goes over its own columns: fold (maxima and sums), for divergences without a closed form value
+// (the divergence and the sum of q_psi), emit (the gradient). Between them the warps' states become the
+// row's: a block's through its shared memory, the cluster's by writing them into every block.
+//
+// Traffic: what is resident is read from memory once, and the gradient written once, as torch.add(s, t,
+// out=g) does. What is not is read again by each pass, each going against the one before it, so that it
+// begins with what L2 still holds.
+//
+// Aliasing: a gradient may be the logits that it belongs to. A warp alone reads and writes its columns,
+// a vector's reads before its write, and no pass after emit reads them again.
+//
+// Numerics: equal logits give equal p and q, bit for bit, and products that must cancel are rounded one
+// by one: their gradient is exactly 0. The same inputs give the same bits: nothing is added atomically.
+#pragma once
+
+#include <type_traits>
+
+#include "../divergence.h"
+#include "kept.h"
+#include "launch.h"
+#include "lanes.h"
+#include "staging.h"
+
+namespace kd {
+
+using namespace KD_ISA;
+
+
+
+// The same for all rows.
+struct Plan {
+  Entry entry = Entry::kFused;
+  Geometry geometry;
+  Numbers numbers;
+  int rows = 0;
+
+  KD_HD bool folds() const { return entry == Entry::kFused || entry == Entry::kAccumulate; }
+  KD_HD bool emits(const Job& job) const {
+    const bool wanted = job.grad.data != nullptr || job.teacher_grad.data != nullptr;
+    return (entry == Entry::kFused || entry == Entry::kGradient) && wanted;
+  }
+};
+
+template <int kKind, class Divergence, class Types>
+class Row {
+  static constexpr bool kTeacher = kKind != kNone;
+  static constexpr bool kSecond = !std::is_void_v<Divergence>;
+  static constexpr int kTile = Types::kTile;
+
+ public:
+  KD_DEVICE Row(const Job& job, const Plan& plan, Slice& slice)
+      : job_(job), plan_(plan), slice_(slice), shared_(*(SharedMemory*)shared_memory()),
+        lane_(thread_index() % kWarp), warp_(thread_index() / kWarp) {}
+
+  // The `turn`-th row that is computed; `next` (plan.rows: none) is fetched as this one is done with.
+  KD_DEVICE void compute(int row, int next, int turn) {
+    row_ = row;
+    next_ = next;
+    turn_ = turn;
+    reversed_ = false;
+    if (plan_.folds()) fold();
+    else load_state();
+    if constexpr (kSecond)
+      if (plan_.entry == Entry::kFused || plan_.entry == Entry::kAccumulateValue) value();
+    write_results();
+    if (plan_.emits(job_)) emit();
+  }
+
+  // Zeros for a row that does not count.
+  KD_DEVICE void skip(int row) {
+    row_ = row;
+    zero();
+  }
+
+ private:
+  // What follows is made anew by each pass: between them registers are for the states.
+  KD_DEVICE Side student() const {
+    return side(job_.student, slice_.student(), job_.spec.student_scale, job_.spec.student_softcap);
+  }
+  KD_DEVICE Side teacher() const {
+    return side(job_.teacher, slice_.teacher(), job_.spec.teacher_scale, job_.spec.teacher_softcap);
+  }
+  KD_DEVICE Side side(const Matrix& m, int resident, double scale, double cap) const {
+    if (!kTeacher && &m == &job_.teacher) return {};
+    const char* at = m.row(row_);
+    return {at, resident, slice_.begin(), m.dtype, ((uint64_t)at & 15) == 0, {(float)scale, (float)cap}};
+  }
+  KD_DEVICE Target target(const Matrix& m) const {
+    if (m.data == nullptr) return {};
+    char* at = m.row(row_);
+    return {at, m.dtype, ((uint64_t)at & 15) == 0};
+  }
+  KD_DEVICE Kept kept() const {
+    const SparseJob& sparse = job_.sparse;
+    if (kKind != kNone || sparse.ids == nullptr) return {};
+    return {sparse.ids + row_ * sparse.slots, sparse.slots, job_.offset, slice_.begin(), slice_.end()};
+  }
+  // Its column, or one that no warp has.
+  KD_DEVICE int label() const {
+    const int64_t at = job_.labels == nullptr ? -1 : job_.labels[row_] - job_.offset;
+    return at >= 0 && at < job_.width ? (int)at : -1;
+  }
+  KD_DEVICE double weight() const { return job_.weights == nullptr ? 0 : job_.weights[row_]; }
+
+  // Calls f(a step's first column, the columns' end) for all steps of the slice. The first pass over a
+  // resident slice waits for its chunks, the last one fetches the next row's.
+  template <class F>
+  KD_DEVICE void each_step(bool first, bool last, int step, F&& f) {
+    if (!slice_.resident()) {
+      const int steps = (slice_.end() - slice_.begin() + step - 1) / step;
+      for (int i = 0; i < steps; ++i)
+        f(slice_.begin() + (reversed_ ? steps - 1 - i : i) * step, slice_.end());
+      reversed_ = !reversed_;
+      return;
+    }
+    for (int i = 0; i < slice_.chunks(); ++i) {
+      if (first) slice_.await(i, turn_);
+      const int begin = slice_.begin() + i * slice_.chunk_columns();
+      const int limit = begin + slice_.chunk_columns(), end = limit < slice_.end() ? limit : slice_.end();
+      for (int start = begin; start < end; start += step) f(start, end);
+      if (last && next_ < plan_.rows) slice_.fetch(i, next_);
+    }
+  }
+
+  // First pass: the row's state.
+  KD_DEVICE void fold() {
+    LaneState r;
+    const Side student_side = student(), teacher_side = teacher();
+    const Kept ids = kept();
+    const bool last = !plan_.emits(job_) && !(kSecond && plan_.entry == Entry::kFused);
+    each_step(true, last, kTile * kStep, [&](int start, int end) {
+      float s[kTile][kVector], t[kTile][kVector];
+      int columns[kTile];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        columns[i] = start + i * kStep + lane_ * kVector;
+        load<Types>(student_side, columns[i], end - columns[i], s[i]);
+        if (kTeacher) load<Types>(teacher_side, columns[i], end - columns[i], t[i]);
+        if (plan_.numbers.smooth) add_logits(r, s[i], end - columns[i]);
+        if constexpr (kKind == kNone) drop(ids, start + i * kStep, s[i]);
+      }
+      fold_tile<kKind, kTile>(r, s, t, columns, plan_.numbers);
+    });
+    publish(r, ids);
+    const bool onto = plan_.entry == Entry::kAccumulate;
+    exchange(&shared_.state, onto);
+    if (onto && warp_ == 0 && cluster_rank() == 0) copy_state(memory_state(), &shared_.state);
+    share_coefficients();
+  }
+
+  KD_DEVICE static void drop(const Kept& ids, int start, float (&s)[kVector]) {
+    if (!ids.any()) return;
+    ids.each(start, [&](int64_t, int place, bool mine) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k)
+        if (mine && k == place) s[k] = -kInf;
+    });
+  }
+
+  // The lanes' sums as this warp's state.
+  KD_DEVICE void publish(const LaneState& lane, const Kept& ids) {
+    const double per_temperature = 1 / job_.spec.temperature;
+    const float m_s = highest_of_warp(lane.m_s), m_t = kTeacher ? highest_of_warp(lane.m_t) : (float)kNothing;
+    const float factor = plan_.numbers.factor, up_s = m_s - lane.m_s, up_t = m_t - lane.m_t;
+    const float by_s = fast_exp2(-up_s * factor), by_t = fast_exp2(-up_t * factor);
+    RowState r = empty_state();
+    r.m_s = r.top_s = m_s * per_temperature;
+    r.m_t = r.top_t = kTeacher ? m_t * per_temperature : kNothing;
+    r.z_s = lane.z_s * by_s;
+    r.z_t = lane.z_t * by_t;
+    r.e_s = moved(lane.d_s, lane.z_s, by_s, -up_s) * per_temperature;
+    r.e_t = moved(lane.d_t, lane.z_t, by_t, -up_t) * per_temperature;
+    if (kKind == kForwardKL) r.x_t = moved(lane.x, lane.z_t, by_t, up_s - up_t) * per_temperature;
+    if (kKind == kReverseKL) r.x_s = moved(lane.x, lane.z_s, by_s, up_s - up_t) * per_temperature;
+    if (plan_.numbers.tempered) {
+      r.z1_s = lane.z1_s * fast_exp2(-up_s * kLog2e);
+      r.z1_t = lane.z1_t * fast_exp2(-up_t * kLog2e);
+    } else if (job_.spec.temperature == 1) {
+      r.z1_s = r.z_s;
+      r.z1_t = r.z_t;
+    }
+    r.sum_s = lane.sum_s;
+    r.arg_s = top_column(student(), ids, lane.m_s, lane.at_s, m_s);
+    if (kTeacher) r.arg_t = top_column(teacher(), ids, lane.m_t, lane.at_t, m_t);
+    const int at = label();
+    if (lane_ == 0 && at >= slice_.begin() && at < slice_.end()) {
+      if (plan_.numbers.hard) r.label_s = logit<Types>(student(), at);
+      if (kTeacher && plan_.numbers.teacher_hard) r.label_t = logit<Types>(teacher(), at);
+    }
+    write_state(&shared_.warps[warp_], r);
+  }
+
+  // The first column, counted from the vocabulary's, that holds the warp's maximum `top`.
+  KD_DEVICE double top_column(const Side& side, const Kept& ids, float mine, int at, float top) const {
+    const int vector = lowest_of_warp(mine == top ? at : INT32_MAX), column = vector + lane_;
+    const bool is_top = lane_ < kVector && vector >= slice_.begin() && column < slice_.end() &&
+                        logit<Types>(side, column) == top && !(kKind == kNone && ids.contains(column));
+    const unsigned found = lanes_where(is_top);
+    return (double)(job_.offset + (found ? vector + lowest_bit(found) : 0));
+  }
+
+  // All warps' states into one, in every block; `onto`: and the one in memory.
+  KD_DEVICE void exchange(RowState* out, bool onto) {
+    RowState* const parts = shared_.parts[parity_];
+    const int blocks = plan_.geometry.cluster, rank = cluster_rank();
+    const double temperature = job_.spec.temperature;
+    sync_block();
+    if (warp_ == 0) {
+      combine(shared_.warps, plan_.geometry.warps, temperature, &parts[rank]);
+      for (int to = 0; to < blocks; ++to)
+        if (to != rank) copy_state(in_block(&parts[rank], to), &parts[rank]);
+      if (onto) copy_state(&parts[blocks], memory_state());
+      sync_warp();
+    }
+    if (blocks > 1) sync_cluster();
+    if (warp_ == 0) combine(parts, blocks + onto, temperature, out);
+    // Nobody writes here again before all have passed the next exchange's barrier.
+    parity_ ^= 1;
+  }
+
+  KD_DEVICE void copy_state(RowState* to, const RowState* from) const {
+    if (lane_ < kStateColumns) ((double*)to)[lane_] = ((const double*)from)[lane_];
+  }
+  KD_DEVICE RowState* memory_state() const { return (RowState*)(job_.state + (int64_t)row_ * kStateColumns); }
+
+  KD_DEVICE void load_state() {
+    sync_block();  // the last row's is done with
+    if (warp_ == 0) {
+      copy_state(&shared_.state, memory_state());
+      sync_warp();
+    }
+    share_coefficients();
+  }
+
+  KD_DEVICE void share_coefficients() {
+    if (thread_index() == 0) {
+      const RowState& r = shared_.state;
+      const SparseJob& sparse = job_.sparse;
+      const double lse1 = sparse.lse1 != nullptr ? sparse.lse1[row_] : r.lse1_s(job_.spec.temperature);
+      const double rest = sparse.rest != nullptr ? sparse.rest[row_] : 0;
+      shared_.coefficients =
+          coefficients(r, job_.spec, kKind, weight(), job_.labels != nullptr, lse1, rest, job_.vocab);
+    }
+    sync_block();
+  }
+
+  KD_DEVICE void write_results() {
+    if (plan_.entry != Entry::kFused || cluster_rank() != 0 || thread_index() != 0) return;
+    kd::finish(shared_.state, job_.spec, kTeacher, job_.labels != nullptr, job_.vocab, job_.results + (int64_t)row_ * 6);
+  }
+
+  // The columns' distributions.
+  struct Pair {
+    float p, q, x, log_p, log_q;
+  };
+  KD_DEVICE Pair pair(const Normal& n, float s, float t) const {
+    const float factor = plan_.numbers.factor, ln2 = 1 / kLog2e;
+    const float d_s = s - n.m_s, d_t = t - n.m_t;
+    const float u_s = d_s * factor - n.log2_z_s, u_t = d_t * factor - n.log2_z_t;
+    return {fast_exp2(u_t), fast_exp2(u_s), (d_t - d_s) * (factor * ln2) + n.gap, u_t * ln2, u_s * ln2};
+  }
+
+  // Second pass, for divergences without a closed form: value and slope.
+  KD_DEVICE void value() {
+    if constexpr (kSecond) {
+      const Normal n = shared_.coefficients.normal;
+      const Side student_side = student(), teacher_side = teacher();
+      const Divergence divergence(job_.spec);
+      float phi = 0, slope = 0;
+      each_step(plan_.entry == Entry::kAccumulateValue, !plan_.emits(job_), kStep, [&](int start, int end) {
+        const int column = start + lane_ * kVector;
+        float s[kVector], t[kVector];
+        load<Types>(student_side, column, end - column, s);
+        load<Types>(teacher_side, column, end - column, t);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) {
+          const Pair v = pair(n, s[k], t[k]);
+          const Terms terms = divergence(v.p, v.q, v.x, v.log_p, v.log_q);
+          phi += terms.phi;
+          slope += terms.q_psi;
+        }
+      });
+      RowState r = empty_state();
+      r.value = phi;
+      r.slope = slope;
+      write_state(&shared_.warps[warp_], r);
+      exchange(&shared_.added, false);
+      if (thread_index() == 0) add_value(shared_.state, shared_.added);
+      share_coefficients();
+    }
+  }
+
+  KD_DEVICE void add_value(RowState& r, const RowState& added) {
+    r.value += added.value + 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
+    r.slope += added.slope;
+    if (plan_.entry != Entry::kAccumulateValue || cluster_rank() != 0) return;
+    memory_state()->value = r.value;
+    memory_state()->slope = r.slope;
+  }
+
+  // Last pass: weight * d(loss)/d(raw logits).
+  KD_DEVICE void emit() {
+    if (weight() == 0) {
+      zero();
+      for (int i = 0; next_ < plan_.rows && i < slice_.chunks(); ++i) slice_.fetch(i, next_);
+      return;
+    }
+    const Coefficients& c = shared_.coefficients;
+    const Normal n = c.normal;
+    const Side student_side = student(), teacher_side = teacher();
+    const Target to = target(job_.grad), teacher_to = target(job_.teacher_grad);
+    const Kept ids = kept();
+    const int at = label();
+    each_step(plan_.entry == Entry::kGradient, true, kStep, [&](int start, int end) {
+      const int column = start + lane_ * kVector, count = end - column;
+      float s[kVector], t[kVector];
+      load<Types>(student_side, column, count, s);
+      if (kTeacher) load<Types>(teacher_side, column, count, t);
+      if (job_.grad.data != nullptr) {
+        float g[kVector] = {};
+        if (kTeacher && n.soft != 0) soft_gradient(n, s, t, g);
+        if (kKind == kNone && ids.any_in_row()) sparse_gradient(n, c.rest, ids, start, s, g);
+        if (plan_.numbers.hard) {
+#pragma unroll
+          for (int k = 0; k < kVector; ++k) g[k] += hard_term(s[k], n.m_s, c.at, c.pull) - c.spread;
+          subtract_at_label(c.onehot, at - column, g);
+        }
+        if (Types::kMapped) through_map(student_side.map, s, g);
+        store<Types>(to, column, count, g);
+      }
+      if (kTeacher && job_.teacher_grad.data != nullptr) {
+        float h[kVector];
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) h[k] = hard_term(t[k], n.m_t, c.teacher_at, c.teacher_pull);
+        subtract_at_label(c.teacher_onehot, at - column, h);
+        if (Types::kMapped) through_map(teacher_side.map, t, h);
+        store<Anything>(teacher_to, column, count, h);
+      }
+    });
+  }
+
+  KD_DEVICE static float hard_term(float logit, float m, float at, float pull) {
+    return pull * fast_exp2((logit - m) * kLog2e + at);
+  }
+
+  KD_DEVICE void soft_gradient(const Normal& n, const float (&s)[kVector], const float (&t)[kVector],
+                               float (&g)[kVector]) const {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const Pair v = pair(n, s[k], t[k]);
+      if constexpr (kKind == kForwardKL) {
+        g[k] = v.q - v.p;
+      } else if constexpr (kKind == kReverseKL) {
+        g[k] = v.q > 0 ? v.q * (-v.x - n.slope) : v.q;
+      } else if constexpr (kSecond) {
+        const Divergence divergence(job_.spec);
+        g[k] = divergence(v.p, v.q, v.x, v.log_p, v.log_q).q_psi - product(v.q, n.slope);
+      }
+      g[k] *= n.soft;
+    }
+  }
+
+  // The rest's softmax, and at the kept ids what was solved for them.
+  KD_DEVICE void sparse_gradient(const Normal& n, float rest, const Kept& ids, int start,
+                                 const float (&s)[kVector], float (&g)[kVector]) const {
+    const float factor = plan_.numbers.factor;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k)
+      g[k] = rest == 0 ? 0.0f : rest * fast_exp2((s[k] - n.m_s) * factor - n.log2_z_s);
+    const float* solved = (const float*)job_.sparse.kept_grad.row(row_);
+    ids.each(start, [&](int64_t slot, int place, bool mine) {
+      const float value = (float)(weight() * solved[slot]);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k)
+        if (mine && k == place) g[k] = value;
+    });
+  }
+
+  KD_DEVICE static void subtract_at_label(float onehot, int place, float (&g)[kVector]) {
+    if (place < 0 || place >= kVector) return;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k)
+      if (k == place) g[k] -= onehot;
+  }
+
+  KD_DEVICE static void through_map(const LogitMap& map, const float (&logits)[kVector], float (&g)[kVector]) {
+    if (map.identity()) return;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) g[k] *= map.slope(logits[k]);
+  }
+
+  KD_DEVICE void zero() {
+    const float zeros[kVector] = {};
+    const Target to = target(job_.grad), teacher_to = target(job_.teacher_grad);
+    for (int column = slice_.begin() + lane_ * kVector; column < slice_.end(); column += kStep) {
+      if (job_.grad.data != nullptr) store<Types>(to, column, slice_.end() - column, zeros);
+      if (job_.teacher_grad.data != nullptr) store<Anything>(teacher_to, column, slice_.end() - column, zeros);
+    }
+  }
+
+  const Job& job_;
+  const Plan& plan_;
+  Slice& slice_;
+  SharedMemory& shared_;
+  int lane_, warp_;
+  int row_ = 0, next_ = 0, turn_ = 0, parity_ = 0;
+  bool reversed_ = false;
+};
+
+}  // namespace kd

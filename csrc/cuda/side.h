@@ -1,0 +1,155 @@
+// One side's row as a warp reads it, eight columns a lane at a time, and how gradients are written.
+//
+// A lane's columns are adjacent and begin at a multiple of eight, so that a row that begins at 16 bytes is
+// read and written in 16-byte pieces. Values are fp32 in registers whatever their type in memory.
+#pragma once
+
+#include "../job.h"
+#include "platform.h"
+
+namespace kd {
+
+constexpr int kVector = 8;
+constexpr int kStep = kWarp * kVector;  // columns that a warp takes at once
+
+KD_HD int bytes_of(DType dtype) { return dtype == kFloat ? 4 : 2; }
+
+// What a kernel knows of its call when it is compiled: the common case, or nothing.
+struct PlainBFloat16 {  // both sides and the gradient are bf16, logits as they are
+  static constexpr bool kMapped = false;
+  static constexpr int kTile = 2;  // vectors that a lane folds at once
+  KD_HD static constexpr DType of(DType) { return kBFloat16; }
+};
+struct Anything {
+  static constexpr bool kMapped = true;
+  static constexpr int kTile = 1;
+  KD_HD static DType of(DType dtype) { return dtype; }
+};
+
+// raw -> cap * tanh(scale * raw / cap); cap 0: no tanh.
+struct LogitMap {
+  float scale = 1, cap = 0;
+
+  KD_HD bool identity() const { return scale == 1 && cap == 0; }
+  KD_HD float operator()(float raw) const {
+    return cap == 0 ? raw * scale : cap * KD_ISA::vtanh(raw * (scale / cap));
+  }
+  // d raw / d logit, at the logit.
+  KD_HD float slope(float logit) const {
+    const float u = cap == 0 ? 0.0f : logit / cap;
+    return (1.0f - u * u) * scale;
+  }
+};
+
+struct Side {
+  const char* row = nullptr;  // column 0, in the caller's memory
+  int resident = -1;          // where column `first` is in shared memory; -1: read the row
+  int first = 0;
+  DType dtype = kFloat;
+  bool aligned = false;            // the row begins at 16 bytes
+  LogitMap map;
+};
+
+template <class Types>
+KD_DEVICE float value_at(const char* p, DType dtype, int i) {
+  const DType known = Types::of(dtype);
+  if (known == kFloat) return ((const float*)p)[i];
+  const uint16_t bits = ((const uint16_t*)p)[i];
+  return known == kHalf ? from_half(bits) : __builtin_bit_cast(float, (uint32_t)bits << 16);
+}
+
+// Two neighbours in one word.
+template <class Types>
+KD_DEVICE void unpack(uint32_t word, DType dtype, float* v) {
+  if (Types::of(dtype) == kHalf) {
+    v[0] = from_half((uint16_t)word);
+    v[1] = from_half((uint16_t)(word >> 16));
+  } else {
+    v[0] = __builtin_bit_cast(float, word << 16);
+    v[1] = __builtin_bit_cast(float, word & 0xffff0000u);
+  }
+}
+
+template <class Types>
+KD_DEVICE void load_whole(const char* p, DType dtype, float (&v)[kVector]) {
+  if (Types::of(dtype) == kFloat) {
+    const uint4 a = ((const uint4*)p)[0], b = ((const uint4*)p)[1];
+    const uint32_t words[kVector] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) v[k] = __builtin_bit_cast(float, words[k]);
+  } else {
+    const uint4 a = *(const uint4*)p;
+    const uint32_t words[kVector / 2] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) unpack<Types>(words[k], dtype, v + 2 * k);
+  }
+}
+
+template <class Types>
+KD_DEVICE void load_from(const char* p, bool aligned, DType dtype, int count, float (&v)[kVector]) {
+  if (aligned && count >= kVector) return load_whole<Types>(p, dtype, v);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) v[k] = k < count ? value_at<Types>(p, dtype, k) : -KD_ISA::kInf;
+}
+
+// Logits of the columns from `column` on, of which `count` are there: -inf stands for the others.
+template <class Types>
+KD_DEVICE void load(const Side& side, int column, int count, float (&v)[kVector]) {
+  const int size = bytes_of(Types::of(side.dtype));
+  if (side.resident >= 0)
+    load_from<Types>(shared_memory() + side.resident + (column - side.first) * size, true, side.dtype, count, v);
+  else
+    load_from<Types>(side.row + (int64_t)column * size, side.aligned, side.dtype, count, v);
+  if constexpr (Types::kMapped) {
+    if (side.map.identity()) return;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) v[k] = k < count ? side.map(v[k]) : -KD_ISA::kInf;
+  }
+}
+
+// One logit of the row.
+template <class Types>
+KD_DEVICE float logit(const Side& side, int column) {
+  const float raw = side.resident >= 0
+                        ? value_at<Types>(shared_memory() + side.resident, side.dtype, column - side.first)
+                        : value_at<Types>(side.row, side.dtype, column);
+  return Types::kMapped ? side.map(raw) : raw;
+}
+
+// A row of a gradient.
+struct Target {
+  char* row = nullptr;
+  DType dtype = kFloat;
+  bool aligned = false;
+};
+
+KD_DEVICE void store_value(char* row, DType dtype, int64_t i, float value) {
+  if (dtype == kFloat) ((float*)row)[i] = value;
+  else if (dtype == kBFloat16) ((uint16_t*)row)[i] = (uint16_t)pack_bfloat16(value, 0.0f);
+  else ((uint16_t*)row)[i] = (uint16_t)pack_half(value, 0.0f);
+}
+
+template <class Types>
+KD_DEVICE void store(const Target& to, int column, int count, const float (&v)[kVector]) {
+  const DType dtype = Types::of(to.dtype);
+  if (count < kVector || !to.aligned) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k)
+      if (k < count) store_value(to.row, dtype, (int64_t)column + k, v[k]);
+    return;
+  }
+  char* p = to.row + (int64_t)column * bytes_of(dtype);
+  uint32_t w[kVector];
+  if (dtype == kFloat) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) w[k] = __builtin_bit_cast(uint32_t, v[k]);
+    store_streaming(p + 16, {w[4], w[5], w[6], w[7]});
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k)
+      w[k] = dtype == kHalf ? pack_half(v[2 * k], v[2 * k + 1]) : pack_bfloat16(v[2 * k], v[2 * k + 1]);
+  }
+  store_streaming(p, {w[0], w[1], w[2], w[3]});
+}
+
+}  // namespace kd

@@ -1,0 +1,99 @@
+// A row's logits on the chip: each warp copies its own columns into its own part of shared memory.
+//
+// The slice of a warp is cut into chunks, each with a barrier. The first pass waits for a chunk, the last
+// one, having written the chunk's gradient, asks for the same columns of the warp's next row: copies
+// are under way while the rest of this row is computed, and warps never wait for each other. Rows that
+// do not begin at 16 bytes, and the few columns after the last 16, are copied by the lanes themselves.
+#pragma once
+
+#include "geometry.h"
+#include "coefficients.h"
+#include "side.h"
+
+namespace kd {
+
+// A block's memory before the slices.
+struct SharedMemory {
+  RowState warps[kMaxWarps];           // of this block
+  RowState parts[2][kMaxCluster + 1];  // of the cluster's blocks, and what was there before; two turns
+  RowState state, added;               // of the row, and of its second pass
+  Coefficients coefficients;
+  Barrier chunks[kMaxWarps][kMaxChunks];
+};
+static_assert(sizeof(SharedMemory) <= kReserved);
+static_assert(kSpanUnit == kStep);
+
+// The columns of a warp, and how far they are staged.
+class Slice {
+ public:
+  KD_DEVICE Slice(const Job& job, const Geometry& g) : job_(job), lane_(thread_index() % kWarp) {
+    const int warp = thread_index() / kWarp;
+    const int64_t begin = (int64_t)(cluster_rank() * g.warps + warp) * g.span;
+    begin_ = (int)(begin < job.width ? begin : job.width);
+    end_ = (int)(begin + g.span < job.width ? begin + g.span : job.width);
+    chunk_ = g.chunk;
+    const int slot = kReserved + warp * g.bytes_per_warp;
+    if (g.student_resident) student_ = slot;
+    if (g.teacher_resident) teacher_ = slot + (g.student_resident ? g.span * bytes_of(job.student.dtype) : 0);
+    if (kAsync && lane_ == 0) {
+      for (int i = 0; i < chunks(); ++i) init(barrier(i));
+      publish_barriers();
+    }
+    sync_warp();
+  }
+
+  KD_DEVICE int begin() const { return begin_; }
+  KD_DEVICE int end() const { return end_; }
+  KD_DEVICE bool resident() const { return student_ >= 0; }
+  KD_DEVICE int chunk_columns() const { return chunk_; }
+  KD_DEVICE int chunks() const { return resident() ? (end_ - begin_ + chunk_ - 1) / chunk_ : 0; }
+  KD_DEVICE int student() const { return student_; }
+  KD_DEVICE int teacher() const { return teacher_; }
+
+  // Ask for chunk `i` of `row`. The caller has done with what it held.
+  KD_DEVICE void fetch(int i, int row) {
+    const int first = begin_ + i * chunk_, left = end_ - first, n = left < chunk_ ? left : chunk_;
+    fence_before_copies();
+    sync_warp();
+    uint32_t bytes = whole(job_.student, row, student_, n) + whole(job_.teacher, row, teacher_, n);
+    if (lane_ == 0) arrive_expecting(barrier(i), bytes);
+    copy(job_.student, row, student_, first, n, i);
+    copy(job_.teacher, row, teacher_, first, n, i);
+  }
+
+  // Until chunk `i`, fetched for the `turn`-th time (0, 1, ...), is there.
+  KD_DEVICE void await(int i, int turn) {
+    wait(barrier(i), turn & 1);
+    sync_warp();
+  }
+
+ private:
+  KD_DEVICE static Barrier& barrier(int i) {
+    return ((SharedMemory*)shared_memory())->chunks[thread_index() / kWarp][i];
+  }
+
+  // Of n columns: the bytes that the copy engine can take.
+  KD_DEVICE static uint32_t whole(const Matrix& m, int row, int slot, int n) {
+    if (slot < 0 || ((uint64_t)m.row(row) & 15) != 0) return 0;
+    return (uint32_t)(n * bytes_of(m.dtype)) & ~15u;
+  }
+
+  KD_DEVICE void copy(const Matrix& m, int row, int slot, int first, int n, int i) {
+    if (slot < 0) return;
+    const int size = bytes_of(m.dtype);
+    const char* from = m.row(row) + (int64_t)first * size;
+    char* to = shared_memory() + slot + (first - begin_) * size;
+    const uint32_t bytes = whole(m, row, slot, n);
+    if (lane_ == 0 && bytes) bulk_copy(to, from, bytes, barrier(i));
+    for (int k = (int)bytes / size + lane_; k < n; k += kWarp) {
+      if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k];
+      else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];
+    }
+  }
+
+  const Job& job_;
+  int lane_, begin_, end_, chunk_;
+  int student_ = -1, teacher_ = -1;  // where the slots begin in shared memory
+};
+
+}  // namespace kd

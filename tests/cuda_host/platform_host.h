@@ -1,0 +1,152 @@
+// csrc/cuda/platform.h for a host: a CUDA thread is a fiber, and all blocks of a cluster run side by side.
+//
+// What a GPU leaves open is made as bad as it may be: shared memory starts as NaN, a bulk copy happens
+// either at once or only when it is waited for, turn about, and a wait that nothing completes is an error.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define KD_DEVICE inline __attribute__((always_inline))
+#define KD_KERNEL(threads) void
+#define KD_GRID_CONSTANT
+
+struct uint4 {
+  uint32_t x, y, z, w;
+} __attribute__((aligned(16)));
+
+namespace kd {
+
+constexpr bool kAsync = true;
+
+// The fibers' side (fibers.h). Every function here is called by a fiber, and acts on its thread.
+namespace host {
+int thread_index();
+int block_threads();
+int block_index();
+int grid_blocks();
+int cluster_blocks();
+char* shared_memory(int rank_in_cluster);
+void meet_warp();
+void meet_block();
+void meet_cluster();
+void yield(const char* waiting_for);
+// The warp's 32 values: each thread puts its own, and sees all after.
+uint64_t* exchange(uint64_t mine);
+}  // namespace host
+
+KD_DEVICE int thread_index() { return host::thread_index(); }
+KD_DEVICE int block_threads() { return host::block_threads(); }
+KD_DEVICE int block_index() { return host::block_index(); }
+KD_DEVICE int grid_blocks() { return host::grid_blocks(); }
+KD_DEVICE int cluster_blocks() { return host::cluster_blocks(); }
+KD_DEVICE int cluster_rank() { return host::block_index() % host::cluster_blocks(); }
+KD_DEVICE char* shared_memory() { return host::shared_memory(cluster_rank()); }
+KD_DEVICE void sync_warp() { host::meet_warp(); }
+KD_DEVICE void sync_block() { host::meet_block(); }
+KD_DEVICE void sync_cluster() { host::meet_cluster(); }
+
+template <class T>
+inline T from_lane(T value, int lane) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const uint64_t theirs = host::exchange(bits)[lane];
+  host::meet_warp();
+  std::memcpy(&value, &theirs, sizeof value);
+  return value;
+}
+template <class T>
+inline T from_lane_xor(T value, int bits) {
+  return from_lane(value, (thread_index() % kWarp) ^ bits);
+}
+inline unsigned lanes_where(bool condition) {
+  const uint64_t* all = host::exchange(condition);
+  unsigned mask = 0;
+  for (int i = 0; i < kWarp; ++i) mask |= (unsigned)all[i] << i;
+  host::meet_warp();
+  return mask;
+}
+inline int lowest_of_warp(int value) {
+  const uint64_t* all = host::exchange((uint64_t)(int64_t)value);
+  int least = value;
+  for (int i = 0; i < kWarp; ++i) least = (int)(int64_t)all[i] < least ? (int)(int64_t)all[i] : least;
+  host::meet_warp();
+  return least;
+}
+inline int lowest_bit(unsigned mask) { return __builtin_ffs((int)mask) - 1; }
+
+inline float fast_exp2(float x) {
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? (y != y ? y : 0.0f) : y;
+}
+inline float product(float a, float b) {
+  const volatile float rounded = a * b;
+  return rounded;
+}
+
+inline float from_half(uint16_t bits) {
+  _Float16 h;
+  std::memcpy(&h, &bits, 2);
+  return (float)h;
+}
+inline uint32_t half_bits(float x) {
+  const _Float16 h = (_Float16)x;
+  uint16_t bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+}
+inline uint32_t bfloat16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return x != x ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline uint32_t pack_bfloat16(float low, float high) { return bfloat16_bits(low) | bfloat16_bits(high) << 16; }
+inline uint32_t pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+
+inline void store_streaming(void* to, uint4 value) { *(uint4*)to = value; }
+
+// The same place in another block's memory.
+template <class T>
+inline T* in_block(T* mine, int rank) {
+  return (T*)(host::shared_memory(rank) + ((char*)mine - shared_memory()));
+}
+
+// A phase is complete when its one arrival has come and no bytes are outstanding.
+struct Barrier {
+  uint64_t word;
+};
+namespace host {
+struct Phase {
+  uint32_t parity = 0;
+  bool arrived = false;
+  int64_t bytes = 0;
+};
+Phase& phase(Barrier& barrier);
+void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier);
+void finish_copies(Barrier& barrier);
+void settle(Phase& phase);
+}  // namespace host
+
+inline void init(Barrier& barrier) { host::phase(barrier) = {}; }
+inline void publish_barriers() {}
+inline void fence_before_copies() {}
+inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
+  host::Phase& phase = host::phase(barrier);
+  phase.arrived = true;
+  phase.bytes += bytes;
+  host::settle(phase);
+}
+inline void wait(Barrier& barrier, uint32_t parity) {
+  host::finish_copies(barrier);
+  while (host::phase(barrier).parity == parity) {
+    host::yield("a bulk copy");
+    host::finish_copies(barrier);
+  }
+}
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+  host::start_copy(to, from, bytes, barrier);
+}
+
+}  // namespace kd
