@@ -11,13 +11,10 @@ the reader gives. Prints tables and writes JSON (``--out``).
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Iterator
 
@@ -27,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 import kdkernels as kd
+from benchmarks.machine import describe
 from kdkernels.records import distillkit_bytes
 from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, stack
 from kdkernels.teacher_cache.command import DISTILLKIT
@@ -143,15 +141,6 @@ def _batches(cache: TeacherCache, order, size: int) -> Iterator[list]:
             records = []
 
 
-def machine() -> dict:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return {"machine": f"{name}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-            "pyarrow": version("pyarrow"), "date": datetime.date.today().isoformat()}  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_cache", description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
@@ -161,7 +150,7 @@ def main() -> None:
     targets = {"skewed": target, "unstructured": unstructured(target, VOCAB)}
     published = {name: distillkit_bytes({"exact_dtype": "bfloat16", **config}) for name, config in DISTILLKIT.items()}
     result = {
-        "environment": machine(),
+        "environment": describe("cpu"),
         "case": {"k": K, "vocab": VOCAB, "length": LENGTH, "sequences": SEQUENCES},
         "sizes": [row for name, each in targets.items() for row in sizes(name, each)],
         "raw_bytes_per_token": 8 * K,
@@ -169,7 +158,7 @@ def main() -> None:
         "id_encodings": [row for name, each in targets.items() for row in id_encodings(name, each)],
         "demo": {**DEMO, **speed(options.steps)},
     }
-    print(f"{result['environment']['machine']}; K={K}, V={VOCAB}; raw {8 * K} bytes per token, DistillKit's formula "
+    print(f"{result['environment']['name']}; K={K}, V={VOCAB}; raw {8 * K} bytes per token, DistillKit's formula "
           + ", ".join(f"{b} ({name})" for name, b in result["distillkit_bytes_per_token"].items()))  # fmt: skip
     for row in result["sizes"]:
         print(f"  {row['ids']:<13} {row['values']:<9} {row['bytes_per_token']:6.1f} bytes per token, "

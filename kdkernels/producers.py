@@ -25,7 +25,7 @@ GEMMA_SAMPLES = 256
 _TEMPORARIES = 6
 
 Logits = Union[Tensor, LinearHead]
-_Select = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_Select = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -61,19 +61,34 @@ def _tiles(teacher: Logits, tensors: list[Tensor], vocab: int, step: int) -> Ite
             yield teacher[torch.unravel_index(at, leading)][:, :vocab]
 
 
-def _normalizer(logits: Tensor) -> Tensor:
-    """logsumexp of each row, ``[rows, 1]`` fp64: an fp32 one would show in a kept mass near 1."""
+def _normalizer(logits: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+    """logsumexp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
     state = rs.new_state(logits.shape[0], logits.device)
     backend = serving(chosen_backend(), logits.device, [logits.dtype])
-    backend.accumulate(logits, None, None, offset=0, spec=Spec(NoDivergence()), state=state)
+    backend.accumulate(logits, None, None, offset=0, spec=Spec(NoDivergence()), state=state, skipped=skipped)
     return rs.student_lse(state)[:, None]
+
+
+def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(ids, log-probabilities in fp64) of the ``k`` largest entries of each row.
+
+    They enter the normaliser in fp64 and only the rest in a backend's fp32: so the mass they leave
+    keeps its digits, however small, and is the rest's as the loss takes it from a student's logits.
+    """
+    values, ids = logits.topk(k, -1)
+    values = values.double()
+    top, values = values[:, :1], values - values[:, :1]
+    normalizer = values.logsumexp(-1, keepdim=True)
+    if k < logits.shape[1]:
+        normalizer = torch.logaddexp(normalizer, _normalizer(logits, ids.sort(-1).values) - top)
+    return ids, values - normalizer
 
 
 @torch.no_grad()
 def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: float,
              select: _Select) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``select(logits [rows, vocab], normalizer [rows, 1])`` gives (ids, values) ``[rows, K']``; here for
-    all tokens, padded to one K."""
+    """``select(logits [rows, vocab])`` gives (ids, values) ``[rows, K']``; here for all tokens, padded to
+    one K."""
     leading = teacher.leading_shape if isinstance(teacher, LinearHead) else teacher.shape[:-1]
     budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     step = max(budget // (vocab * 8 * _TEMPORARIES), 1)
@@ -84,7 +99,7 @@ def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: f
     all_values = torch.empty(tokens, 0, device=device)
     with torch.autocast(device.type, enabled=False):
         for tile in _tiles(teacher, tensors, vocab, step):
-            ids, values = select(tile, _normalizer(tile))
+            ids, values = select(tile)
             rows, slots = slice(start, start + ids.shape[0]), ids.shape[1]
             more = max(slots - all_ids.shape[1], 0)
             all_ids = F.pad(all_ids, (0, more), value=-1) if more else all_ids
@@ -118,9 +133,9 @@ def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: O
     if not 1 <= k <= vocab:
         raise ValueError(f"k={k} must be in 1..{vocab}, the vocabulary")
 
-    def select(logits: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        values, ids = logits.topk(k, -1)
-        return ids, (values - normalizer).to(_wide(logits.dtype))
+    def select(logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids, logprobs = _top(logits, k)
+        return ids, logprobs.to(_wide(logits.dtype))
 
     ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
     return SparseTarget(ids, logprobs, tail=tail)
@@ -145,9 +160,8 @@ def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail
         raise ValueError(f"max_k={max_k} must be >= 1")
     most = vocab if max_k is None else min(max_k, vocab)
 
-    def select(logits: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        values, ids = logits.topk(most, -1)
-        values = values - normalizer
+    def select(logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids, values = _top(logits, most)
         mass = values.exp()
         kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
         slots = max(int(kept.sum(-1).max()), 1)
@@ -185,8 +199,8 @@ def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
     if not proposal_temperature > 0:
         raise ValueError(f"proposal_temperature={proposal_temperature} must be > 0")
 
-    def select(logits: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = logits - normalizer
+    def select(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = logits - _normalizer(logits)
         proposal = (logprobs / proposal_temperature).log_softmax(-1)
         drawn = _draw(proposal.exp(), n, generator)
         each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / n

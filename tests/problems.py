@@ -1,5 +1,14 @@
 """Losses to compare, and how: the rule lives in the package, where users find it too."""
 
+import pytest
+
 from kdkernels.testing import Problem, assert_exact, relative
 
-__all__ = ["Problem", "assert_exact", "relative"]
+__all__ = ["Problem", "assert_exact", "assert_refused", "relative"]
+
+
+def assert_refused(call, message):
+    """``call`` raises a ValueError of one line that matches ``message``."""
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -3,26 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peak import peak_of
 
 import kdkernels as kd
 from benchmarks.inputs import handed
-from benchmarks.memory import resident_peak
 from benchmarks.variants import eager_kl
 
 N, V, H = 256, 65536, 128
 UNIT = N * V * 4
 SLACK = 24 * 2**20  # allocator and huge-page rounding
-
-
-def peak_of(run):
-    run()  # whatever is loaded and cached once
-    try:
-        with resident_peak() as peak:
-            kept = run()
-    except OSError as error:
-        pytest.skip(f"resident memory cannot be measured here: {error}")
-    del kept
-    return peak.bytes
 
 
 def gradient_of(loss, s, t):

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from test_memory import SLACK, UNIT, H, N, V, peak_of
+from conftest import BACKENDS
+from peak import peak_of
+from test_memory import SLACK, UNIT, H, N, V
 
 import kdkernels as kd
 from benchmarks import sparse_bias
@@ -48,6 +50,18 @@ def test_top_p_is_the_smallest_set(form, p):
     assert (target.ids >= 0).flatten(0, -2).any(0).all(), "the target is no wider than its widest token"
     few = kd.top_p_target(teacher, p, max_k=2)
     assert few.slots <= 2 and torch.allclose(few.logprobs[..., 0], target.logprobs[..., 0])
+
+
+@pytest.mark.parametrize("gap", [8.0, 15.0, 30.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mass_left_keeps_its_digits(backend, gap):
+    """However near 1 the kept mass is: its distance from 1 is what the bucket's outcome is made of."""
+    teacher = torch.randn(4, 500)
+    teacher[:, 123] = gap
+    rest = logprobs_of(teacher).scatter(-1, torch.full((4, 1), 123), -torch.inf).exp().sum(-1)
+    with kd.use_backend(backend):
+        for target in (kd.top_k_target(teacher, 1), kd.top_p_target(teacher, 0.1, max_k=1)):
+            assert torch.allclose(-target.logprobs[:, 0].double().expm1(), rest, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("proposal_temperature", [1.0, 2.0, 0.8])

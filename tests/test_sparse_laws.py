@@ -8,7 +8,7 @@ import torch
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_exact, relative
+from problems import assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
@@ -83,7 +83,7 @@ def test_equal_models_have_no_gradient(backend, divergence, tail, temperature):
     teacher = torch.randn(4, 500) * 3
     target = kd.top_k_target(teacher, 20, tail=tail)
     value, grad = evaluate(backend, teacher, target, divergence, temperature=temperature)
-    assert value.abs().max() < 1e-5 and grad.abs().max() < 1e-5
+    assert value.abs().max() < 1e-5 and grad.abs().max() < 4e-6
 
 
 @pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.5), kd.AlphaBeta(0.5, 0.0)], ids=str)
@@ -197,9 +197,7 @@ BAD = [
 
 @pytest.mark.parametrize("call,message", BAD, ids=[m for _, m in BAD])
 def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        call()
-    assert "\n" not in str(caught.value)
+    assert_refused(call, message)
 
 
 def test_wrong_place_for_a_target():

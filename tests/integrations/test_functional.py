@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from compare import assert_same, outcome, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import peak_of
 
-from benchmarks.memory import resident_peak
 from kdkernels.integrations import functional
 
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]
@@ -143,13 +143,7 @@ def test_memory_is_the_gradient():
             leaf = x.detach().requires_grad_()
             function(leaf, t, reduction="batchmean", log_target=True).backward()
 
-        step()
-        try:
-            with resident_peak() as measured:
-                step()
-        except OSError as error:
-            pytest.skip(f"resident memory cannot be measured here: {error}")
-        return measured.bytes / (x.numel() * 4)
+        return peak_of(step) / (x.numel() * 4)
 
     # The gradient, and what the allocator makes of pieces of 4 MiB.
     ours, theirs = peak(functional.kl_div), peak(F.kl_div)

@@ -13,12 +13,12 @@ pytest.importorskip("trl")
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from compare import assert_same, outcome  # noqa: E402
+from peak import peak_of  # noqa: E402
 from trl.experimental.server_distillation import (  # noqa: E402
     ServerDistillationConfig,
     ServerDistillationTrainer,
 )
 
-from benchmarks.memory import resident_peak  # noqa: E402
 from kdkernels.integrations import trl as dropin  # noqa: E402
 
 their_compute_loss = ServerDistillationTrainer.compute_loss
@@ -178,13 +178,7 @@ def test_memory_falls():
             model = lambda input_ids, attention_mask: SimpleNamespace(logits=leaf)  # noqa: E731
             function(trainer, model, inputs).backward()
 
-        step()
-        try:
-            with resident_peak() as measured:
-                step()
-        except OSError as error:
-            pytest.skip(f"resident memory cannot be measured here: {error}")
-        return measured.bytes / (logits.numel() * 4)
+        return peak_of(step) / (logits.numel() * 4)
 
     ours, theirs = peak(dropin.server_compute_loss), peak(their_compute_loss)
     assert theirs >= 2.8 and ours <= 1.2, (ours, theirs)

@@ -10,12 +10,12 @@ pytest.importorskip("trl")
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from peak import peak_of  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 from trl.experimental.gold import GOLDConfig, GOLDTrainer  # noqa: E402
 from trl.trainer import distillation_trainer  # noqa: E402
 
-from benchmarks.memory import resident_peak  # noqa: E402
 from kdkernels.integrations import trl as dropin  # noqa: E402
 
 STEPS = 20
@@ -98,16 +98,6 @@ def test_lora(kind, tmp_path):
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-5, atol=1e-6)
 
 
-def peak(run):
-    run()
-    try:
-        with resident_peak() as measured:
-            run()
-    except OSError as error:
-        pytest.skip(f"resident memory cannot be measured here: {error}")
-    return measured.bytes
-
-
 def test_memory_of_logit_losses_falls():
     student, teacher = (torch.randn(1, 256, 32768) for _ in range(2))
     labels = torch.zeros(1, 256, dtype=torch.int64)
@@ -116,9 +106,9 @@ def test_memory_of_logit_losses_falls():
         leaf = student.detach().requires_grad_()
         GKDTrainer.generalized_jsd_loss(leaf, teacher, labels).backward()
 
-    theirs = peak(step)
+    theirs = peak_of(step)
     with dropin.patch():
-        ours = peak(step)
+        ours = peak_of(step)
     unit = student.numel() * 4
     assert theirs >= 6 * unit and ours <= 1.5 * unit
 
@@ -131,9 +121,9 @@ def test_memory_of_the_chunked_loss_falls():
     def step():
         distillation_trainer._chunked_divergence_loss(hidden, t_hidden, weight, t_weight, mask, 0.5)[0].backward()
 
-    theirs = peak(step)
+    theirs = peak_of(step)
     with dropin.patch():
-        ours = peak(step)
+        ours = peak_of(step)
     assert ours <= 0.6 * theirs
 
 

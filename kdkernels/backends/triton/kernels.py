@@ -60,6 +60,21 @@ def _weight(weights, row, live):
 
 
 @triton.jit
+def _rows(F: tl.constexpr, student, student_stride, teacher, teacher_stride, grad, grad_stride, teacher_grad,
+          teacher_grad_stride, row):  # fmt: skip
+    """The row in each matrix; one that F says is not there has the student's pointer, which nobody uses."""
+    s_row = row_pointer(F, student, student_stride, row)
+    t_row, g_row, h_row = s_row, s_row, s_row
+    if F.kind:
+        t_row = row_pointer(F, teacher, teacher_stride, row)
+    if F.grad:
+        g_row = row_pointer(F, grad, grad_stride, row)
+    if F.teacher_grad:
+        h_row = row_pointer(F, teacher_grad, teacher_grad_stride, row)
+    return s_row, t_row, g_row, h_row
+
+
+@triton.jit
 def _store_results(pointer, results, mask):
     for i in tl.static_range(RESULTS):
         tl.store(pointer + i, results[i], mask)
@@ -103,14 +118,8 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         label, live = _label(F, labels, row, 0)
         weight = _weight(weights, row, live)
-        s_row, t_row, g_row, h_row = student, student, student, student
-        s_row = row_pointer(F, student, student_stride, row)
-        if F.kind:
-            t_row = row_pointer(F, teacher, teacher_stride, row)
-        if F.grad:
-            g_row = row_pointer(F, grad, grad_stride, row)
-        if F.teacher_grad:
-            h_row = row_pointer(F, teacher_grad, teacher_grad_stride, row)
+        s_row, t_row, g_row, h_row = _rows(F, student, student_stride, teacher, teacher_stride, grad, grad_stride,
+                                           teacher_grad, teacher_grad_stride, row)  # fmt: skip
         results_row = results + row * RESULTS
         if live:
             r = fold_row(F, s_row, t_row, labels, 0, label, 0, columns, 0, temperature, numbers, LANES, K)
@@ -244,14 +253,8 @@ def gradient(student, student_stride, teacher, teacher_stride, labels, weights, 
     label, live = _label(F, labels, row, offset)
     weight = _weight(weights, row, live)
     begin, end = _part(columns, part, LANES * K)
-    s_row = row_pointer(F, student, student_stride, row)
-    t_row, g_row, h_row = s_row, s_row, s_row
-    if F.kind:
-        t_row = row_pointer(F, teacher, teacher_stride, row)
-    if F.grad:
-        g_row = row_pointer(F, grad, grad_stride, row)
-    if F.teacher_grad:
-        h_row = row_pointer(F, teacher_grad, teacher_grad_stride, row)
+    s_row, t_row, g_row, h_row = _rows(F, student, student_stride, teacher, teacher_stride, grad, grad_stride,
+                                       teacher_grad, teacher_grad_stride, row)  # fmt: skip
     if weight != 0.0:
         r = load_state(state + row.to(tl.int64) * COLUMNS, None)
         emission = Emission(ids, 0, kept, 0.0, 0.0)

@@ -1,0 +1,17 @@
+"""Peak resident memory of a step, where the system can tell."""
+
+import pytest
+
+from benchmarks.memory import resident_peak
+
+
+def peak_of(run):
+    """Bytes above what is there before, what ``run`` returns included; its second run counts."""
+    run()  # whatever is loaded and cached once
+    try:
+        with resident_peak() as peak:
+            kept = run()
+    except OSError as error:
+        pytest.skip(f"resident memory cannot be measured here: {error}")
+    del kept
+    return peak.bytes
