@@ -1,12 +1,17 @@
 """Builds kdkernels._C where torch and a C++20 compiler are at hand; else installs pure Python.
 
 One set of sources is compiled once per instruction set (csrc/cpu/rows_*.cpp) and linked together;
-which one runs is decided on the machine that runs it. The extension uses torch's stable ABI and
-Python's limited API, so one build serves torch 2.10 and later and Python 3.10 and later.
+which one runs is decided on the machine that runs it. Where nvcc is there and torch is a CUDA build,
+kdkernels._cuda is built as well, for the GPU at hand, else for those in ARCHITECTURES, else for what
+TORCH_CUDA_ARCH_LIST says. The extensions use torch's stable ABI and Python's limited API, so one build
+serves torch 2.10 and later and Python 3.10 and later.
 """
 
+import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,13 +28,63 @@ def torch_is_here() -> bool:
         return False
 
 
-def extension():
-    """(ext_modules, cmdclass), empty where the extension cannot be built."""
+ARCHITECTURES = "8.0 9.0a 10.0"
+
+
+def nvcc():
+    """Its path where the CUDA kernels can be built, else None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return None
+    return shutil.which("nvcc") or (CUDA_HOME and shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")))
+
+
+def architectures():
+    """nvcc's flags for the GPUs that are built for."""
+    import torch
+
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted is None and torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wanted = " ".join(f"{major}.{minor}{'a' * (major == 9)}" for major, minor in sorted(found))
+    flags = []
+    for one in re.split("[ ;,]+", (wanted or ARCHITECTURES).strip()):
+        number, ptx = re.fullmatch(r"(\d+\.\d+[af]?)(\+PTX)?", one).groups()
+        name = number.replace(".", "")
+        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+    return flags
+
+
+def toolkit_libraries(compiler):
+    """Where the toolkit keeps libcudart_static; nvcc may be a script far from it, and says so itself."""
+    told = subprocess.run([compiler, "--dryrun", "-c", "csrc/cuda/launch.cu"], capture_output=True, text=True).stderr
+    top = Path(re.search(r"TOP=(\S+)", told)[1]).resolve()
+    found = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
+    return [str(path) for path in found if (path / "libcudart_static.a").exists()]
+
+
+def build_kernels(compiler, folder):
+    """The object of csrc/cuda/launch.cu; all cores help."""
+    made = os.path.join(folder, "cuda_launch.o")
+    os.makedirs(folder, exist_ok=True)
+    command = [compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0",
+               "--split-compile=0", *architectures(), "-Icsrc", "-c", "csrc/cuda/launch.cu", "-o", made]  # fmt: skip
+    print(" ".join(command))
+    subprocess.run(command, check=True)
+    return made
+
+
+def extensions():
+    """(ext_modules, cmdclass), empty where nothing can be built."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not torch_is_here():
         print("kdkernels: installing without the native backend", file=sys.stderr)
         return [], {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, library_paths
 
     class PerFileFlags(BuildExtension):
         """Gives each rows_<isa>.cpp its own -m flags, and goes on without the extension if it fails."""
@@ -41,7 +96,18 @@ def extension():
                 original(obj, src, ext, cc_args, list(extra_postargs) + isa_flags(src), pp_opts)
 
             self.compiler._compile = compile_one
+            for one in list(self.extensions):
+                if one.name == "kdkernels._cuda":
+                    self.add_kernels(one)
             super().build_extensions()
+
+        def add_kernels(self, one):
+            """Without the kernels the rest is still built."""
+            try:
+                one.extra_objects = [build_kernels(nvcc(), self.build_temp)]
+            except Exception as error:
+                print(f"kdkernels: no CUDA kernels, their build failed: {error}", file=sys.stderr)
+                self.extensions.remove(one)
 
         def run(self):
             try:
@@ -57,11 +123,11 @@ def extension():
     sources = ["csrc/bindings.cpp", "csrc/cpu/rows_baseline.cpp"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         sources += ["csrc/cpu/rows_avx2.cpp", "csrc/cpu/rows_avx512.cpp"]
-    module = CppExtension(
-        "kdkernels._C",
-        sources,
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+    common = dict(
+        depends=[str(path) for path in Path("csrc").rglob("*.*")],
         include_dirs=["csrc"],
+        py_limited_api=True,
+        optional=True,
         extra_compile_args=[
             "-std=c++20",
             "-O3",
@@ -74,11 +140,15 @@ def extension():
             "-fvisibility=hidden",
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
         ],  # fmt: skip
-        py_limited_api=True,
-        optional=True,
     )
+    modules = [CppExtension("kdkernels._C", sources, **common)]
+    if cuda := nvcc():
+        # The CUDA runtime is linked in: whatever version torch brings, both use the same driver's context.
+        modules.append(CppExtension(
+            "kdkernels._cuda", ["csrc/cuda/bindings.cpp"], **common, libraries=["torch_cuda", "cudart_static", "rt", "dl"],
+            library_dirs=[*library_paths(), *toolkit_libraries(cuda)]))  # fmt: skip
     commands = PerFileFlags.with_options(use_ninja=False, no_python_abi_suffix=False)
-    return [module], {"build_ext": commands}
+    return modules, {"build_ext": commands}
 
 
 def isa_flags(source: str) -> list:
@@ -88,7 +158,7 @@ def isa_flags(source: str) -> list:
     return ["-mavx2", "-mfma", "-mf16c"] if source.endswith("rows_avx2.cpp") else []
 
 
-modules, commands = extension()
+modules, commands = extensions()
 setup(
     ext_modules=modules,
     cmdclass=commands,

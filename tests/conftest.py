@@ -1,6 +1,7 @@
 """Shared by all tests: seeds, the backends that are usable here, the divergences."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ BACKENDS = [name for name, problem in kd.backends().items() if problem is None a
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
     parser.addoption("--chip", help="let native be the CUDA kernels, built for the host, on such a chip (cuda_host)")
+    parser.addoption("--cuda-host", type=Path, help="their library, where it is built already")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def cuda_on_the_host(request):
     if chip := request.config.getoption("--chip"):
         import cuda_host
 
-        native._ops = cuda_host.load(cuda_host.build())
+        native._ops = cuda_host.load(request.config.getoption("--cuda-host") or cuda_host.build())
         cuda_host.set_chip(chip)
 
 

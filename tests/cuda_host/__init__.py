@@ -23,6 +23,28 @@ CHIPS = {
     "no clusters": (2, 163 * KIB, 1, 3),  # sm_80
 }
 
+#: What is broken -> file, a statement of it, and what stands there instead.
+MUTATIONS = {
+    "the cluster's states are not combined": (
+        "row.h",
+        "if (warp_ == 0) combine(parts, blocks + onto, temperature, out);",
+        "if (warp_ == 0) combine(parts + rank, 1, temperature, out);",
+    ),
+    "the columns after the last sixteen bytes are not copied": (
+        "staging.h",
+        "if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k];\n"
+        "      else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];",
+        "",
+    ),
+    "a chunk is not waited for": ("row.h", "if (first) slice_.await(i, turn_);", ""),
+    "the exchange has no second buffer": ("row.h", "parity_ ^= 1;", ""),
+    "the gradient is zero": ("row.h", "store<Types>(to, column, count, g);", "store<Types>(to, column, count, t);"),
+    "the label is not subtracted": ("row.h", "if (k == place) g[k] -= onehot;", ""),
+    "the lanes' maxima are not shared": ("lanes.h", "r.z_s = lane.z_s * by_s;", "r.z_s = lane.z_s;"),
+    "sums are not moved to a new maximum": ("lanes.h", "r.z_s *= by_s;", ""),
+    "the second pass is not added": ("row.h", "r.slope += added.slope;", ""),
+}  # fmt: skip
+
 
 def compiler():
     return shutil.which("c++") or shutil.which("g++")
@@ -53,6 +75,19 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build/cuda_host") -
     link = [compiler(), "-shared", *objects, f"-L{packages}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-o", made]
     subprocess.run(link, check=True)
     return made
+
+
+def mutated(folder: Path) -> Path:
+    """A copy of csrc with all mutations in it, each asleep until ``set_mutation`` names its number."""
+    shutil.copytree(ROOT / "csrc", folder)
+    texts: dict[str, str] = {}
+    for number, (file, there, instead) in enumerate(MUTATIONS.values()):
+        text = texts.get(file) or (folder / "cuda" / file).read_text()
+        assert text.count(there) >= 1, f"{there!r} is not in {file}"
+        texts[file] = text.replace(there, f"if (host::mutation == {number}) {{ {instead} }} else {{ {there} }}", 1)
+    for file, text in texts.items():
+        (folder / "cuda" / file).write_text(text)
+    return folder
 
 
 def load(path: Path):

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "cuda/launch.h"
+#include "cuda/platform.h"
 #include "cuda/runtime.h"
 #include "operators.h"
 
@@ -17,6 +18,8 @@ void set_chip(int64_t multiprocessors, int64_t shared_bytes, int64_t largest_clu
   runtime::host_chip = {(int)multiprocessors, shared_bytes, (int)largest_cluster};
   runtime::host_clusters = (int)clusters;
 }
+
+void set_mutation(int64_t number) { host::mutation = (int)number; }
 
 // cluster, warps, span, chunk, student resident, teacher resident, bytes of shared memory.
 void geometry_of(int64_t width, int64_t rows, int64_t student_bytes, int64_t teacher_bytes, const Tensor& out) {
@@ -33,6 +36,7 @@ void geometry_of(int64_t width, int64_t rows, int64_t student_bytes, int64_t tea
 STABLE_TORCH_LIBRARY(kdkernels_cuda_host, m) {
   kd::define_operators(m);
   m.def("set_chip(int multiprocessors, int shared_bytes, int largest_cluster, int clusters) -> ()");
+  m.def("set_mutation(int number) -> ()");
   m.def("geometry(int width, int rows, int student_bytes, int teacher_bytes, Tensor(a!) out) -> ()");
 }
 
@@ -40,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda_host, CPU, m) { kd::implement_operators
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda_host, CompositeExplicitAutograd, m) {
   m.impl("set_chip", TORCH_BOX(&kd::set_chip));
+  m.impl("set_mutation", TORCH_BOX(&kd::set_mutation));
   m.impl("geometry", TORCH_BOX(&kd::geometry_of));
 }
 

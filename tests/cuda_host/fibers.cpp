@@ -1,7 +1,8 @@
-// CUDA threads as fibers of one host thread, cluster by cluster, round robin.
+// CUDA threads as fibers of one host thread, cluster by cluster.
 //
-// A fiber runs until it meets others; then the next one does. Whoever comes last to a meeting opens it.
-// When a whole round moves nobody, the kernel has a deadlock, and the program says what it waits for.
+// A fiber runs until it meets others; then one does that has nothing to wait for, of the same block as long
+// as there is any: a block gets as far ahead of the others as the barriers let it. Whoever comes last to a
+// meeting opens it. When nobody can run, the kernel has a deadlock, and the program says so.
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -93,6 +94,10 @@ struct Fiber {
   Context context;
   int thread = 0, rank = 0;
   bool done = false;
+  const unsigned* waits_for = nullptr;  // a meeting's round or a barrier's parity, to change
+  unsigned known = 0;
+
+  bool can_run() const { return !done && (waits_for == nullptr || *waits_for != known); }
 };
 
 struct Cluster {
@@ -111,28 +116,37 @@ std::vector<char> stacks;
 Fiber* current = nullptr;
 Context outside;
 const std::function<void()>* body = nullptr;
-size_t idle = 0;  // switches since something last moved
+size_t running = 0;
 
-void next_fiber(const char* waiting_for) {
-  Fiber *before = current, *end = fibers.data() + fibers.size();
-  do {
-    if (++current == end) current = fibers.data();
-    if (++idle > 2 * fibers.size()) {
-      std::fprintf(stderr, "deadlock: every thread of the cluster waits, this one for %s\n", waiting_for);
-      std::abort();
-    }
-  } while (current->done);
+// The next that can run: of this block, else of another.
+Fiber* next_fiber() {
+  const size_t threads = cluster->threads, mine = current - fibers.data(), block = mine / threads * threads;
+  for (size_t i = 1; i <= threads; ++i)
+    if (Fiber& f = fibers[block + (mine - block + i) % threads]; f.can_run()) return &f;
+  for (size_t i = 0; i < fibers.size(); ++i)
+    if (Fiber& f = fibers[(block + threads + i) % fibers.size()]; f.can_run()) return &f;
+  std::fprintf(stderr, "deadlock: every thread of the cluster waits for others\n");
+  std::abort();
+}
+
+void let_others_run() {
+  Fiber* before = current;
+  current = next_fiber();
   if (current != before) go(before->context, current->context);
 }
 
-size_t running = 0;
+void wait_for_change(const unsigned& what, unsigned known) {
+  current->waits_for = &what;
+  current->known = known;
+  if (what == known) let_others_run();
+  current->waits_for = nullptr;
+}
 
 void entry() {
   (*body)();
   current->done = true;
-  idle = 0;
   if (--running == 0) go(current->context, outside);
-  next_fiber("nothing: it has ended");
+  let_others_run();
 }
 
 void meet(Meeting& m) {
@@ -140,16 +154,16 @@ void meet(Meeting& m) {
   if (++m.here == m.expected) {
     m.here = 0;
     ++m.round;
-    idle = 0;
-    return;
+  } else {
+    wait_for_change(m.round, round);
   }
-  while (m.round == round) host::yield("the others of its warp, block or cluster");
 }
 
 }  // namespace
 
 namespace host {
 
+int mutation = -1;
 int thread_index() { return current->thread; }
 int block_threads() { return cluster->threads; }
 int block_index() { return cluster->first_block + current->rank; }
@@ -157,7 +171,6 @@ int grid_blocks() { return cluster->grid; }
 int cluster_blocks() { return cluster->blocks; }
 char* shared_memory(int rank) { return cluster->members[rank].aligned; }
 
-void yield(const char* waiting_for) { next_fiber(waiting_for); }
 
 static Warp& my_warp() { return cluster->members[current->rank].warps[current->thread / kWarp]; }
 void meet_warp() { meet(my_warp().meeting); }
@@ -176,7 +189,6 @@ void settle(Phase& p) {
   if (!p.arrived || p.bytes != 0) return;
   p.parity ^= 1;
   p.arrived = false;
-  idle = 0;
 }
 
 void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
@@ -195,6 +207,11 @@ void finish_copies(Barrier& barrier) {
     settle(phase(barrier));
   }
   cluster->copies[&barrier].clear();
+}
+
+void wait_for_phase(Barrier& barrier, uint32_t parity) {
+  finish_copies(barrier);
+  wait_for_change(phase(barrier).parity, parity);
 }
 
 }  // namespace host
@@ -242,7 +259,6 @@ void run(int blocks, int threads, int cluster_blocks, int64_t shared_bytes, cons
     prepare(c, shared_bytes);
     current = fibers.data();
     running = fibers.size();
-    idle = 0;
     go(outside, current->context);
   }
 }

@@ -1,7 +1,7 @@
 // csrc/cuda/platform.h for a host: a CUDA thread is a fiber, and all blocks of a cluster run side by side.
 //
 // What a GPU leaves open is made as bad as it may be: shared memory starts as NaN, a bulk copy happens
-// either at once or only when it is waited for, turn about, and a wait that nothing completes is an error.
+// either at once or only when it is waited for, turn about, and what waits in vain ends the program.
 #pragma once
 
 #include <cmath>
@@ -22,6 +22,7 @@ constexpr bool kAsync = true;
 
 // The fibers' side (fibers.h). Every function here is called by a fiber, and acts on its thread.
 namespace host {
+extern int mutation;  // which of the tests' mutations is awake
 int thread_index();
 int block_threads();
 int block_index();
@@ -31,7 +32,6 @@ char* shared_memory(int rank_in_cluster);
 void meet_warp();
 void meet_block();
 void meet_cluster();
-void yield(const char* waiting_for);
 // The warp's 32 values: each thread puts its own, and sees all after.
 uint64_t* exchange(uint64_t mine);
 }  // namespace host
@@ -126,6 +126,7 @@ struct Phase {
 Phase& phase(Barrier& barrier);
 void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier);
 void finish_copies(Barrier& barrier);
+void wait_for_phase(Barrier& barrier, uint32_t parity);
 void settle(Phase& phase);
 }  // namespace host
 
@@ -138,13 +139,7 @@ inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
   phase.bytes += bytes;
   host::settle(phase);
 }
-inline void wait(Barrier& barrier, uint32_t parity) {
-  host::finish_copies(barrier);
-  while (host::phase(barrier).parity == parity) {
-    host::yield("a bulk copy");
-    host::finish_copies(barrier);
-  }
-}
+inline void wait(Barrier& barrier, uint32_t parity) { host::wait_for_phase(barrier, parity); }
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
   host::start_copy(to, from, bytes, barrier);
 }

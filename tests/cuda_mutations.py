@@ -1,0 +1,26 @@
+"""Each of cuda_host.MUTATIONS turns a check red; run by tests/test_cuda.py on a library that has them all."""
+
+import cuda_host
+import pytest
+import torch
+from problems import Problem, assert_exact
+
+import kdkernels as kd
+
+
+def check():
+    """Rows over clusters with tails, several turns of the buffers, labels, masks, and a second pass."""
+    for options in (dict(divergence=kd.ForwardKL(), hard_weight=0.5), dict(divergence=kd.JSD(0.5))):
+        for vocab in (37, 20001):
+            problem = Problem(vocab=vocab, shape=(8,))
+            assert_exact(problem.run("native", **options), problem.oracle(**options), problem.plain(**options),
+                         dtype=torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(cuda_host.MUTATIONS)), ids=list(cuda_host.MUTATIONS))
+def test_mutation_is_seen(number):
+    torch.ops.kdkernels_cuda_host.set_mutation(-1)
+    check()
+    torch.ops.kdkernels_cuda_host.set_mutation(number)
+    with pytest.raises(AssertionError):
+        check()

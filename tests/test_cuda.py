@@ -1,0 +1,120 @@
+"""The CUDA C++ backend without a GPU: its source run on the host, compiled for GPUs, and broken on purpose.
+
+On the host a CUDA thread is a fiber (tests/cuda_host); the conformance suite itself runs there, in
+processes of their own, on chips of several sizes, so that rows are laid out in every way there is.
+"""
+
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+
+from benchmarks import compile_cuda
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
+
+#: Chip -> what of the suite runs on it: everything once, and elsewhere what depends on how a row lies.
+LAYOUTS = "widths or adversarial or leading or equal_models or bits"
+SUITES = {
+    "small": ("tests/test_conformance.py", "native and not float64 and not head-logits and not logits-head"),
+    "large": ("tests/test_sparse.py", "native and not float64"),
+    "tiny": ("tests/test_conformance.py", f"native and ({LAYOUTS})"),
+    "no clusters": ("tests/test_conformance.py", f"native and ({LAYOUTS} or codistillation)"),
+}
+
+
+def suite(chip, file, which, library=None):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", which, "--chip", chip]
+    if library is not None:
+        command += ["--cuda-host", library]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Compilers and suites beside each other: each is one process on one core."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def suites(pool):
+    library = cuda_host.build()
+    return {chip: pool.submit(suite, chip, *rest, library) for chip, rest in SUITES.items()}
+
+
+REPRESENTATIVES = [
+    ("kForwardKL", "void", "PlainBFloat16"),
+    ("kJSD", "JSD", "PlainBFloat16"),
+    ("kAlphaBeta", "AlphaBeta", "Anything"),
+    ("kNone", "void", "Anything"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(pool, suites):
+    source = compile_cuda.instances(*REPRESENTATIVES)
+    return {a: pool.submit(compile_cuda.usages, a, source) for a in compile_cuda.ARCHITECTURES}
+
+
+@pytest.mark.parametrize("chip", SUITES)
+def test_conformance_on_the_host(suites, compiled, chip):
+    done = suites[chip].result()
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", compile_cuda.ARCHITECTURES)
+def test_compiles_without_spills(compiled, architecture):
+    found = compiled[architecture].result()
+    assert len(found) == len(REPRESENTATIVES)
+    assert all(usage.fits for usage in found), found
+
+
+def geometry(chip, width, student_bytes, teacher_bytes, rows=8192):
+    cuda_host.load(cuda_host.build())
+    torch.ops.kdkernels_cuda_host.set_chip(*chip, 1)
+    out = torch.zeros(7, dtype=torch.int64)
+    torch.ops.kdkernels_cuda_host.geometry(width, rows, student_bytes, teacher_bytes, out)
+    return dict(zip(("cluster", "warps", "span", "chunk", "student", "teacher", "bytes"), out.tolist()))
+
+
+HOPPER = (132, 227 * 1024, 16)
+A100 = (108, 163 * 1024, 1)
+
+
+@pytest.mark.parametrize("width, size, cluster", [(32000, 2, 2), (128256, 2, 8), (151936, 2, 8), (256000, 2, 8),
+                                                  (128256, 4, 8), (151936, 4, 8), (262144, 4, 16)])  # fmt: skip
+def test_rows_are_on_the_chip(width, size, cluster):
+    found = geometry(HOPPER, width, size, size)
+    assert found["student"] and found["teacher"] and found["cluster"] == cluster
+
+
+@pytest.mark.parametrize("chip", [HOPPER, (132, 227 * 1024, 8), (46, 99 * 1024, 8), A100], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 4), (4, 2), (2, 0), (4, 0)], ids=str)
+def test_every_layout_covers_the_row_and_fits(chip, sizes):
+    kept = []
+    for width in (1, 7, 256, 257, 5000, 32000, 50257, 151936, 262144, 400_000, 700_000, 1_000_000, 2**30):
+        for rows in (1, 100, 8192):
+            found = geometry(chip, width, *sizes, rows=rows)
+            covered = found["cluster"] * found["warps"] * found["span"]
+            assert covered >= width and found["span"] % 256 == 0 and found["warps"] <= 16
+            assert found["bytes"] <= chip[1] and found["cluster"] <= chip[2]
+            assert not found["student"] or 16 * found["chunk"] >= found["span"]
+            kept.append((found["student"], found["teacher"]))
+    if chip == A100:
+        assert set(kept) == {(0, 0)}
+    elif sizes[1]:
+        assert {(1, 1), (1, 0), (0, 0)} == set(kept)
+
+
+def test_mutations_are_seen(pool, suites, compiled, tmp_path):
+    library = cuda_host.build(cuda_host.mutated(tmp_path / "csrc"), tmp_path / "built")
+    done = pool.submit(suite, "small", "tests/cuda_mutations.py", "", library).result()
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
