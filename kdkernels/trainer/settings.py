@@ -163,7 +163,7 @@ def _default(each: dataclasses.Field) -> Any:
     return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Long options once, without their metavar in capitals twice."""
 
     def __init__(self, prog: str) -> None:
@@ -184,7 +184,7 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     for title, part in _PARTS.items():
         part._argument_group_name = title  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
+        parts, prog=f"python -m kdkernels train {mode}", formatter_class=HelpFormatter,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )  # fmt: skip

@@ -39,8 +39,8 @@ class Ingredients:
                                  max_length=settings.data.max_length)  # fmt: skip
 
     def student(self) -> Any:
-        settings = self.settings
-        return models.add_lora(self.model(settings.model.student, settings.run.seed), settings.model)
+        settings, seed = self.settings, self.settings.run.seed
+        return models.add_lora(self.model(settings.model.student, seed), settings.model, seed)
 
     def teacher(self) -> Any:
         name = self.settings.model.teacher
