@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import data, models
 from .codistill import CodistillationTrainer, Pair, SoftWeight
@@ -85,6 +86,9 @@ def from_cache(given: Ingredients, targets: str) -> Trainer:
 def hard(given: Ingredients) -> Trainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
     if given.settings.model.teacher is not None:
+        if is_deepspeed_zero3_enabled():
+            raise Problem("hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
+                          "then give that run's completions.jsonl as --data and no --teacher")  # fmt: skip
         with given.settings.run.main_process_first(desc="completions"):
             path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
         written = data.read(data.DataSettings(data=[str(path)]))
