@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import assert_same_weights, flags, options, process, weights  # noqa: E402
+from trainer_runs import PACKAGE, assert_same_weights, flags, options, process, weights  # noqa: E402
 
 from kdkernels.trainer import models, train  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
@@ -124,21 +124,32 @@ MODES = ("soft", "co")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def uneven(tmp_path_factory):
+    """Completions of 1 to 20 words: a mean of the micro-batches' means is then not the mean over tokens."""
+    words = " ".join(path.read_text() for path in sorted(PACKAGE.glob("*.py"))).split()
+    lines = [{"prompt": words[7 * i], "completion": " ".join(words[7 * i + 1 : 7 * i + 2 + i * 13 % 20])}
+             for i in range(120)]  # fmt: skip
+    path = tmp_path_factory.mktemp("uneven") / "completions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"data": [str(path)], "max_length": 128}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, uneven):
     """One process, batches of 8."""
     folder = tmp_path_factory.mktemp("alone")
     for mode in MODES:
-        train.run(resolve(mode, options(folder / mode, per_device_train_batch_size=8)))
+        train.run(resolve(mode, options(folder / mode, per_device_train_batch_size=8, **uneven)))
     return folder
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
+def test_two_processes_do_what_one_does(sharded, alone, uneven, tmp_path):
     """2 processes x 2 micro-batches of 2 against 1 x 1 of 8; 5 sequences are evaluated, which 2 does not divide."""
     script = tmp_path / "main.py"
     script.write_text(FSDP_ON_CPU)
     values = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None, **uneven
     )
     commands = [["train", mode, *flags(options(tmp_path / mode, **values))] for mode in MODES]
     run = process(json.dumps(commands), torchrun=True, script=script)
@@ -149,6 +160,7 @@ def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
         for name in (
             "loss",
             "soft",
+            "kl",
             "grad_norm",
             "eval_loss",
             "eval_kl",
