@@ -248,7 +248,8 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
     config.write_text(json.dumps({
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
+                              "stage3_max_reuse_distance": 0,  # a weight is let go as soon as its module is done
                               "stage3_gather_16bit_weights_on_model_save": True},
     }))  # fmt: skip
     student, teacher = micro_models

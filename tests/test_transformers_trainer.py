@@ -133,6 +133,18 @@ def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_the_teachers_weights_may_go_when_its_forward_is_done(tmp_path):
+    """As ZeRO-3 lets them go: the parameter is there, and empty."""
+    teacher, inputs = llama(seed=7, width=32), batch()
+    trainer = DistillationTrainer(llama(), arguments(tmp_path), teacher=teacher)
+    expected = plain_loss(trainer.model, teacher, inputs)
+    head = trainer.teacher_target(inputs)
+    for parameter in teacher.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    trainer.teacher_target = lambda inputs: head
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), expected, rtol=1e-6, atol=0)
+
+
 def test_without_a_teacher_it_is_cross_entropy(tmp_path):
     student, inputs = llama(), batch()
     trainer = DistillationTrainer(

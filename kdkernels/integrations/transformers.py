@@ -184,7 +184,7 @@ class DistillationTrainer(Trainer):
             self._kl_sum.add({"kl": stats.soft * tokens}, tokens)
         elif self._step_is_logged():
             with torch.no_grad():
-                kl = kd.distillation_loss(student, target, labels, reduction="sum", **self.cut)
+                kl: Any = kd.distillation_loss(student, target, labels, reduction="sum", **self.cut)
             self._kl_sum.add({"kl": kl}, tokens)
 
     def _step_is_logged(self) -> bool:
@@ -256,7 +256,7 @@ class DistillationTrainer(Trainer):
 
             return fsdp2_prepare_model(self.accelerator, teacher)
         if _is_partitioned(teacher):
-            return _inference_engine(teacher)
+            return _inference_engine(teacher, self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
             teacher.to(self.args.device)
         return teacher
@@ -353,7 +353,10 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def outliving(head: kd.LinearHead) -> kd.LinearHead:
-    """The head for use after its module's forward, when ZeRO-3 empties the parameters, but not what shares their storage."""
+    """The head for use after its module's forward, when ZeRO-3 empties parameters, but not what shares their storage.
+
+    (A parameter that a forward returns is one that DeepSpeed keeps gathered from then on.)
+    """
     bias = None if head.bias is None else head.bias.detach()
     return kd.LinearHead(head.hidden, head.weight.detach(), bias, head.logit_scale, head.softcap)
 
@@ -424,11 +427,13 @@ def _is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
-def _inference_engine(teacher: PreTrainedModel) -> nn.Module:
-    """ZeRO-3 for a frozen model: an engine without an optimizer, whose hooks gather each layer as it runs."""
+def _inference_engine(teacher: PreTrainedModel, student_config: dict[str, Any]) -> nn.Module:
+    """The student's ZeRO-3 for a frozen model: an engine without an optimizer, whose hooks gather each layer as it runs."""
     import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+    zero = {name: value for name, value in student_config["zero_optimization"].items()
+            if value != "auto" and name != "offload_optimizer"}  # fmt: skip
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
               "bf16": {"enabled": teacher.dtype == torch.bfloat16},
               "fp16": {"enabled": teacher.dtype == torch.float16}}  # fmt: skip
     return deepspeed.initialize(model=teacher, config=config)[0]
