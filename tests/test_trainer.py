@@ -384,6 +384,16 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert weights(tmp_path / "run" / "model").keys() == before.keys()
 
 
+@pytest.mark.parametrize("mode", ["soft", "co"])
+def test_a_run_that_has_all_its_steps_takes_no_more(mode, tmp_path):
+    """Killed after its last checkpoint, while it evaluates or writes the model, a run resumes with no step left."""
+    run(mode, tmp_path)
+    before = weights(tmp_path / "model")
+    result = run(mode, tmp_path, resume=True)
+    assert_same_weights(weights(tmp_path / "model"), before)
+    assert result["steps"] == 4 and [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_every_token_masked(tmp_path, monkeypatch):
     collate = data.Collator.__call__
 

@@ -40,6 +40,12 @@ class ReliableTrainer(DistillationTrainer):
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint: Trainer adds a step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
