@@ -30,6 +30,9 @@ $(VENV)/.peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -e ".[bench,integrations]" --no-build-isolation
 	# Only their loss modules are loaded, file by file: these need none of the packages' dependencies.
 	$(BIN)/pip install -q --no-deps torchtune==0.6.1 axolotl==0.19.0 nvidia-modelopt==0.47.0
+	# What the trainer's tests run it with: reports, and shards. DeepSpeed looks for torch when it is installed.
+	$(BIN)/pip install -q tensorboard wandb
+	$(BIN)/pip install -q --no-build-isolation "$(TORCH)" deepspeed==0.19.8
 	touch $@
 
 bench: $(VENV)/.peers

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import yaml  # noqa: E402
-from trainer_runs import ROOT, options, weights  # noqa: E402
+from trainer_runs import ROOT, assert_same_weights, options, weights  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
@@ -116,6 +116,67 @@ def test_co_is_two_trainings_when_nothing_is_shared(tmp_path):
     assert co["eval_hard"] > 0
 
 
+def test_co_logs_kl_at_temperature_1(tmp_path):
+    """Before the first update both runs have the same models."""
+    kl = []
+    for name, soft in (("plain", {}), ("other", {"divergence": "jsd:0.5", "temperature": 2.0})):
+        run("co", tmp_path / name, max_steps=1, eval_strategy="no", save_strategy="no", **soft)
+        first = read_metrics(tmp_path / name / "metrics.jsonl")[0]
+        kl.append(first["kl"])
+        assert (first["kl"] == first["soft"]) == (name == "plain")
+    assert kl[0] > 1e-3 and kl[1] == pytest.approx(kl[0], rel=1e-5)
+
+
+def test_co_takes_trainers_options_for_one_model(tmp_path, capsys):
+    """Recomputed activations change no bit; the best checkpoint (here: the highest loss) is of both models."""
+    run("co", tmp_path / "plain", eval_steps=2)
+    run("co", tmp_path / "other", eval_steps=2, gradient_checkpointing=True, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True)  # fmt: skip
+    losses = [line["eval_loss"] for line in read_metrics(tmp_path / "other" / "metrics.jsonl") if "eval_loss" in line]
+    assert losses[0] > losses[1] and losses[2] == losses[0]
+    for part in ("student", "teacher"):
+        best = weights(tmp_path / "plain" / "checkpoint-2" / part)
+        assert_same_weights(weights(tmp_path / "other" / "model" / part), best)
+    assert "co has no neftune_noise_alpha" in error_of(capsys, "co", tmp_path, neftune_noise_alpha=5.0)
+
+
+def test_lora_begins_with_the_seed_alone(tmp_path, saved):
+    """A run that is killed before its first checkpoint begins anew, and must come to the same."""
+    pytest.importorskip("peft")
+    given = train.ingredients(resolve("soft", options(tmp_path, student=str(saved), teacher=str(saved), lora_rank=2)))
+    torch.manual_seed(1)
+    ours = given.student().state_dict()
+    torch.manual_seed(2)
+    theirs = given.student().state_dict()
+    assert any("lora_A" in name and tensor.any() for name, tensor in ours.items())
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("report_to", ["tensorboard", "wandb"])
+def test_metrics_reach_transformers_reports(report_to, tmp_path, monkeypatch):
+    package = pytest.importorskip(report_to)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged = set()
+    if report_to == "wandb":
+        original = package.sdk.wandb_run.Run.log
+        monkeypatch.setattr(package.sdk.wandb_run.Run, "log",
+                            lambda self, data, *a, **k: (logged.update(data), original(self, data, *a, **k))[1])  # fmt: skip
+    run("co", tmp_path / "run", report_to=[report_to])
+    if report_to == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (folder,) = (tmp_path / "run" / "runs").iterdir()
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        logged = set(events.Tags()["scalars"])
+    else:
+        package.finish()
+    ours = {"loss", "soft", "hard", "kl", "student_entropy", "teacher_entropy", "agreement", "teacher_hard",
+            "soft_weight", "tokens_per_second", "peak_memory_gib"}  # fmt: skip
+    assert {f"train/{name}" for name in ours} | {"eval/kl", "eval/hard", "eval/agreement"} <= logged
+
+
 def test_lora_student(tmp_path, saved):
     pytest.importorskip("peft")
     run(
@@ -190,6 +251,13 @@ def test_validation_is_spread_over_the_held_out_text():
     assert data.limited(data.Sequences(rows), 10).rows == rows
 
 
+def test_of_a_single_text_the_end_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    settings = DataSettings(data=[str(tmp_path / "a.txt")], validation_share=0.05)
+    training, validation = data.split(data.read(settings), settings)
+    assert training == [{"text": "0123456789" * 9 + "01234"}] and validation == [{"text": "56789"}]
+
+
 def test_messages_through_the_chat_template(tokenizer):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}" \
@@ -235,6 +303,8 @@ def error_of(capsys, mode, folder, **values):
     ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither 'text'"),
     ({"data": ["{tmp}/torn.jsonl"]}, "cannot read"),
     ({"max_length": 1}, "needs 2 tokens or more"),
+    ({"temperature": 0.0}, "temperature=0 must be above 0"),
+    ({"validation_share": 1.0}, "a share is from 0 to below 1"),
     ({"divergence": "kl"}, "unknown divergence 'kl'"),
     ({"divergence": "jsd:7"}, "divergence 'jsd:7'"),
     ({"no_such_option": 1}, "unknown options no_such_option"),
@@ -273,6 +343,28 @@ def test_completion_errors(record, message, tmp_path, capsys):
         train.run(resolve("hard", options(tmp_path / "run", **values)))
 
 
+def test_half_a_tokenizer_is_never_used(tmp_path, capsys, monkeypatch):
+    def save_pretrained(self, folder, **options):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_pretrained)
+        message = error_of(capsys, "soft", tmp_path)
+        assert "cannot write" in message and "No space left on device" in message
+    run("soft", tmp_path / "run", max_steps=1)
+
+
+def test_a_teacher_in_shards_does_not_write(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
+    assert "give that run's completions.jsonl as --data" in error_of(capsys, "hard", tmp_path)
+
+
+def test_compare_needs_text_to_validate_on(tmp_path, capsys):
+    assert "--validation_share above 0" in error_of(capsys, "compare", tmp_path, validation_share=0.0)
+
+
 def test_tokenizer_mismatch(tmp_path, saved, capsys):
     other = models.train_tokenizer(["something else entirely " * 20], 280)
     models.load_model("micro", other, dtype="float32", seed=0, max_length=32).save_pretrained(
@@ -290,6 +382,16 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     message = error_of(capsys, "soft", tmp_path, max_steps=2, resume=True, temperature=2.0)
     assert "temperature 1.0, now 2.0" in message
     assert weights(tmp_path / "run" / "model").keys() == before.keys()
+
+
+@pytest.mark.parametrize("mode", ["soft", "co"])
+def test_a_run_that_has_all_its_steps_takes_no_more(mode, tmp_path):
+    """Killed after its last checkpoint, while it evaluates or writes the model, a run resumes with no step left."""
+    run(mode, tmp_path)
+    before = weights(tmp_path / "model")
+    result = run(mode, tmp_path, resume=True)
+    assert_same_weights(weights(tmp_path / "model"), before)
+    assert result["steps"] == 4 and [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_every_token_masked(tmp_path, monkeypatch):

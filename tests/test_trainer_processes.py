@@ -1,6 +1,7 @@
 """Real processes: killed and resumed, out of disk, two of them under torchrun."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import assert_same_weights, flags, options, process, weights  # noqa: E402
+from trainer_runs import PACKAGE, assert_same_weights, flags, options, process, weights  # noqa: E402
 
 from kdkernels.trainer import models, train  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
@@ -124,21 +125,45 @@ MODES = ("soft", "co")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def micro_models(tmp_path_factory):
+    """Folders of a student and of a teacher."""
+    tokenizer = models.train_tokenizer((path.read_text() for path in sorted(PACKAGE.glob("*.py"))), 300)
+    folders = []
+    for seed in (3, 4):
+        folders.append(str(tmp_path_factory.mktemp(f"micro{seed}")))
+        model = models.load_model("micro", tokenizer, dtype="float32", seed=seed, max_length=128)
+        model.save_pretrained(folders[-1])
+        tokenizer.save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Completions of 1 to 20 words: a mean of the micro-batches' means is then not the mean over tokens."""
+    words = " ".join(path.read_text() for path in sorted(PACKAGE.glob("*.py"))).split()
+    lines = [{"prompt": words[7 * i], "completion": " ".join(words[7 * i + 1 : 7 * i + 2 + i * 13 % 20])}
+             for i in range(120)]  # fmt: skip
+    path = tmp_path_factory.mktemp("uneven") / "completions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"data": [str(path)], "max_length": 128}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, uneven):
     """One process, batches of 8."""
     folder = tmp_path_factory.mktemp("alone")
     for mode in MODES:
-        train.run(resolve(mode, options(folder / mode, per_device_train_batch_size=8)))
+        train.run(resolve(mode, options(folder / mode, per_device_train_batch_size=8, **uneven)))
     return folder
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
+def test_two_processes_do_what_one_does(sharded, alone, uneven, tmp_path):
     """2 processes x 2 micro-batches of 2 against 1 x 1 of 8; 5 sequences are evaluated, which 2 does not divide."""
     script = tmp_path / "main.py"
     script.write_text(FSDP_ON_CPU)
     values = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None, **uneven
     )
     commands = [["train", mode, *flags(options(tmp_path / mode, **values))] for mode in MODES]
     run = process(json.dumps(commands), torchrun=True, script=script)
@@ -149,6 +174,7 @@ def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
         for name in (
             "loss",
             "soft",
+            "kl",
             "grad_norm",
             "eval_loss",
             "eval_kl",
@@ -162,6 +188,91 @@ def test_two_processes_do_what_one_does(sharded, alone, tmp_path):
         ours = weights(tmp_path / mode / "model")
         for name, tensor in weights(alone / mode / "model").items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)
+
+
+SHARDED = {  # name -> mode and options; LoRA on the lm_head is what shards could break first
+    "soft": ("soft", {}),
+    "co-lora": ("co", {"lora_rank": 2, "lora_modules": ["q_proj", "lm_head"]}),
+}
+
+
+def test_a_sharded_run_resumes_in_the_same_bits(tmp_path, uneven, micro_models):
+    """FSDP, with and without LoRA: what one process computes, and the same bits from checkpoint 2 on."""
+    script = tmp_path / "main.py"
+    script.write_text(FSDP_ON_CPU)
+
+    def values(folder, name, **more):
+        return options(tmp_path / folder / name, student=micro_models[0], **uneven, **SHARDED[name][1], **more)
+
+    def run_sharded(**more):
+        more = dict(per_device_train_batch_size=4, fsdp=True, **more)
+        commands = [["train", mode, *flags(values("sharded", name, **more))] for name, (mode, _) in SHARDED.items()]
+        result = process(json.dumps(commands), torchrun=True, script=script)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.count("{'loss'")
+
+    assert run_sharded() == 4 * len(SHARDED)
+    for name in SHARDED:
+        shutil.copytree(tmp_path / "sharded" / name, tmp_path / "whole" / name)
+        for path in ("checkpoint-4", "model"):
+            shutil.rmtree(tmp_path / "sharded" / name / path)
+    assert run_sharded(resume=True) == 2 * len(SHARDED)  # steps 3 and 4
+    for name, (mode, _) in SHARDED.items():
+        train.run(resolve(mode, values("alone", name, per_device_train_batch_size=8)))
+        resumed, whole, alone = (weights(tmp_path / each / name / "model") for each in ("sharded", "whole", "alone"))
+        assert_same_weights(resumed, whole)
+        for key, tensor in alone.items():
+            torch.testing.assert_close(whole[key], tensor, rtol=0, atol=2e-5)
+        assert "lora" not in name or any("lora_B" in key for key in whole)
+
+
+#: DeepSpeed's own shared-memory collectives would be compiled first; gloo's do. Its world is set up before models are
+#: loaded, as transformers does it where there is a GPU.
+ZERO3_ON_CPU = """
+import json, os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed, deepspeed.comm.torch
+deepspeed.comm.torch.build_shm_op = lambda: None
+deepspeed.init_distributed("gloo", verbose=False)
+from kdkernels.__main__ import main
+for command in json.loads(sys.argv[1]):
+    main(command)
+"""
+
+
+def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
+    """from_pretrained leaves an empty lm_head.weight of both models here; the numbers are those of one process."""
+    pytest.importorskip("deepspeed")
+    script, config = tmp_path / "main.py", tmp_path / "zero3.json"
+    script.write_text(ZERO3_ON_CPU)
+    config.write_text(json.dumps({
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
+                              "stage3_max_reuse_distance": 0,  # a weight is let go as soon as its module is done
+                              "stage3_gather_16bit_weights_on_model_save": True},
+    }))  # fmt: skip
+    student, teacher = micro_models
+
+    def values(folder, **more):
+        return options(tmp_path / folder, student=student, teacher=teacher, **uneven, **more)
+
+    cases = {"whole": {}, "lora": {"lora_rank": 2, "lora_modules": ["q_proj", "lm_head"]}}
+    commands = [["train", "soft", *flags(values(f"zero3-{name}", deepspeed=config, **case))]
+                for name, case in cases.items()]  # fmt: skip
+    run = process(json.dumps(commands), torchrun=True, script=script)
+    assert run.returncode == 0, run.stderr
+    for name, case in cases.items():
+        train.run(resolve("soft", values(f"alone-{name}", per_device_train_batch_size=8, **case)))
+        ours, theirs = (read_metrics(tmp_path / f"{run}-{name}" / "metrics.jsonl") for run in ("zero3", "alone"))
+        for key in ("loss", "kl", "grad_norm", "eval_kl"):
+            expected = [line[key] for line in theirs if key in line]
+            assert expected and [line[key] for line in ours if key in line] == pytest.approx(expected, rel=2e-5), key
+        ours = weights(tmp_path / f"zero3-{name}" / "model")
+        assert ours and any("lora_B" in key for key in ours) == (name == "lora")
+        theirs = weights(tmp_path / f"alone-{name}" / "model")
+        for key, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[key.replace("zero3", "alone")], rtol=0, atol=2e-5)
 
 
 def test_compare_reuses_what_is_there(tmp_path):

@@ -133,6 +133,18 @@ def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_the_teachers_weights_may_go_when_its_forward_is_done(tmp_path):
+    """As ZeRO-3 lets them go: the parameter is there, and empty."""
+    teacher, inputs = llama(seed=7, width=32), batch()
+    trainer = DistillationTrainer(llama(), arguments(tmp_path), teacher=teacher)
+    expected = plain_loss(trainer.model, teacher, inputs)
+    head = trainer.teacher_target(inputs)
+    for parameter in teacher.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    trainer.teacher_target = lambda inputs: head
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), expected, rtol=1e-6, atol=0)
+
+
 def test_without_a_teacher_it_is_cross_entropy(tmp_path):
     student, inputs = llama(), batch()
     trainer = DistillationTrainer(
@@ -224,6 +236,28 @@ def test_logs_hold_the_terms(tmp_path):
     assert 0 < log["student_entropy"] < math.log(VOCAB)
 
 
+@pytest.mark.parametrize("soft", [{}, {"divergence": kd.JSD(0.5), "temperature": 2.0}], ids=["is the soft term", "beside it"])
+def test_kl_at_temperature_1_is_logged(soft, tmp_path, monkeypatch):
+    """Beside another soft term it is of the logged step alone: both its micro-batches, by tokens."""
+    student, teacher = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32)
+    calls, seen = [], []
+    original, training_step = kd.distillation_loss, DistillationTrainer.training_step
+    monkeypatch.setattr(kd, "distillation_loss", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
+    monkeypatch.setattr(DistillationTrainer, "training_step",
+                        lambda self, model, inputs, n=None: (seen.append(inputs), training_step(self, model, inputs, n))[1])  # fmt: skip
+    args = arguments(tmp_path, max_steps=4, logging_steps=2, learning_rate=0.0, per_device_train_batch_size=1,
+                     gradient_accumulation_steps=2)  # fmt: skip
+    trainer = DistillationTrainer(student, args, teacher=teacher, train_dataset=rows_of(batch(rows=8)), **soft)
+    trainer.train()
+    log = trainer.state.log_history[1]
+    counted = seen[6:] if soft else seen[4:]
+    tokens = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in counted)
+    expected = sum(plain_loss(student, teacher, inputs, num_items=tokens) for inputs in counted).item()
+    assert log["kl"] == pytest.approx(expected, rel=1e-5)
+    assert len(seen) == 8 and len(calls) == (8 + 4 if soft else 8)  # the second pass is of steps 2 and 4
+    assert (log["kl"] == log["soft"]) != bool(soft)
+
+
 def test_bf16_autocast_stays_near(tmp_path):
     student, teacher, inputs = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32), batch()
     trainer = DistillationTrainer(student, arguments(tmp_path, bf16=True), teacher=teacher)
@@ -242,6 +276,8 @@ def test_errors_name_the_way_out(tmp_path):
     trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
     with pytest.raises(ValueError, match="needs labels"):
         trainer.compute_loss(student, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    with pytest.raises(ValueError, match="nothing to learn; give teacher="):
+        DistillationTrainer(student, arguments(tmp_path), teacher=None).compute_loss(student, batch())
     with pytest.raises(ValueError, match="never held"):
         trainer.compute_loss(student, batch(), return_outputs=True)
 

@@ -46,7 +46,7 @@ def weights(folder):
     from safetensors.torch import load_file
 
     return {f"{path.parent.name}/{name}": tensor
-            for path in sorted(Path(folder).rglob("model.safetensors")) for name, tensor in load_file(path).items()}  # fmt: skip
+            for path in sorted(Path(folder).rglob("*model.safetensors")) for name, tensor in load_file(path).items()}  # fmt: skip
 
 
 def assert_same_weights(ours, theirs):

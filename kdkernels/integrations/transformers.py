@@ -30,9 +30,11 @@ class DistillationTrainer(Trainer):
     shifted by one here (``shift_labels`` is taken as it is); -100 masks a token from both terms.
     The loss is the sum over tokens divided by ``num_items_in_batch``, the tokens of the whole
     accumulated batch over all processes, so it does not depend on how that batch is cut. Logs gain
-    the soft and hard terms, entropies and top-1 agreement; ``evaluate`` gives, exact over the tokens of
-    the set, ``eval_loss`` (the training loss), ``eval_hard`` (cross entropy), ``eval_kl`` (forward
-    KL at temperature 1), entropies and agreement.
+    the soft and hard terms, entropies and top-1 agreement, means over the tokens since the last log, and ``kl``,
+    the forward KL at temperature 1. Where that is the soft term it costs nothing; else it is a second
+    loss without a gradient, on the steps that logging_steps logs only, and the mean over that step's tokens.
+    ``evaluate`` gives, exact over the tokens of the set, ``eval_loss`` (the training loss), ``eval_hard``
+    (cross entropy), ``eval_kl``, entropies and agreement.
 
     Instead of a teacher, batches may hold what it said: ``target_ids [B, L, K]`` with ``target_logprobs`` or
     ``target_weights``, of which row i is about what the model says at i (see :class:`kdkernels.SparseTarget`).
@@ -109,6 +111,7 @@ class DistillationTrainer(Trainer):
             if isinstance(each, PreTrainedModel):
                 check_head(each)
         self._sums = _Sums()
+        self._kl_sum = _Sums()  #: over tokens of its own: not every step has it
 
     # -- the loss -------------------------------------------------------------------------------
 
@@ -118,8 +121,9 @@ class DistillationTrainer(Trainer):
             return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
         if self.teacher is None:
             return None
+        own = self.accelerator.unwrap_model(self.teacher)
         with torch.no_grad():
-            return call_through_head(self.teacher, self.teacher, model_inputs(inputs), lambda head: head)
+            return call_through_head(self.teacher, own, model_inputs(inputs), outliving)
 
     def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:
         """``function(student's LinearHead, teacher's target)``, run inside the wrapped model's forward."""
@@ -131,6 +135,9 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
         shared = {"num_items": num_items, **self.hard_options, **self.cut}
         if target is None:
+            if not self.hard_weight:
+                raise ValueError("no teacher and no target_ids in the batch, and hard_weight=0: nothing to learn; "
+                                 "give teacher=, batches with targets, or hard_weight=1.0")  # fmt: skip
             hard = kd.cross_entropy(student, labels, **shared)
             tokens = (labels >= 0).sum()
             self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
@@ -140,7 +147,7 @@ class DistillationTrainer(Trainer):
             hard_weight=self.hard_weight, return_stats=True, **self.soft_options, **shared,
         )  # fmt: skip
         loss, stats = result
-        self.log_stats(stats)
+        self.log_stats(stats, student, target, labels)
         return loss
 
     def compute_loss(
@@ -166,17 +173,30 @@ class DistillationTrainer(Trainer):
 
     # -- logs and evaluation --------------------------------------------------------------------
 
-    def log_stats(self, stats: kd.Stats) -> None:
+    def log_stats(self, stats: kd.Stats, student: kd.LinearHead, target: Any, labels: Tensor) -> None:
         """Adds a micro-batch's statistics to what the next log reports."""
         means = stats._asdict()
         tokens = means.pop("tokens")
         if not self.hard_weight:
             del means["hard"]  # not computed
         self._sums.add({name: mean * tokens for name, mean in means.items()}, tokens)
+        if self.divergence == kd.ForwardKL() and self.soft_options["temperature"] == 1:
+            self._kl_sum.add({"kl": stats.soft * tokens}, tokens)
+        elif self._step_is_logged():
+            with torch.no_grad():
+                kl: Any = kd.distillation_loss(student, target, labels, reduction="sum", **self.cut)
+            self._kl_sum.add({"kl": kl}, tokens)
+
+    def _step_is_logged(self) -> bool:
+        step, args = self.state.global_step + 1, self.args
+        return (args.logging_strategy == "steps" and step % self.state.logging_steps == 0) or (
+            args.logging_first_step and step == 1
+        )
 
     def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
         if "loss" in logs:
             logs.update(self._sums.means(self.accelerator))
+            logs.update(self._kl_sum.means(self.accelerator))
         super().log(logs, start_time)
 
     def row_statistics(self, student: kd.LinearHead, target: Any, labels: Tensor) -> dict[str, Tensor]:
@@ -235,6 +255,8 @@ class DistillationTrainer(Trainer):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
             return fsdp2_prepare_model(self.accelerator, teacher)
+        if _is_partitioned(teacher):
+            return _inference_engine(teacher, self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
             teacher.to(self.args.device)
         return teacher
@@ -330,6 +352,15 @@ def check_head(model: PreTrainedModel) -> None:
                          "and softcap; distil it from its logits with kd.distillation_loss")  # fmt: skip
 
 
+def outliving(head: kd.LinearHead) -> kd.LinearHead:
+    """The head for use after its module's forward, when ZeRO-3 empties parameters, but not what shares their storage.
+
+    (A parameter that a forward returns is one that DeepSpeed keeps gathered from then on.)
+    """
+    bias = None if head.bias is None else head.bias.detach()
+    return kd.LinearHead(head.hidden, head.weight.detach(), bias, head.logit_scale, head.softcap)
+
+
 def row_of(head: Any, row: int) -> Any:
     if isinstance(head, kd.SparseTarget):
         return head[row]
@@ -389,6 +420,23 @@ def shifted_labels(inputs: dict[str, Any]) -> Tensor:
     if inputs.get("labels") is None:
         raise ValueError(f"a batch needs labels (-100 masks a token), got {sorted(inputs)}")
     return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    """Whether deepspeed.zero.Init, as from_pretrained runs it under ZeRO-3, left only shards of the weights here."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def _inference_engine(teacher: PreTrainedModel, student_config: dict[str, Any]) -> nn.Module:
+    """The student's ZeRO-3 for a frozen model: an engine without an optimizer, whose hooks gather each layer as it runs."""
+    import deepspeed
+
+    zero = {name: value for name, value in student_config["zero_optimization"].items()
+            if value != "auto" and name != "offload_optimizer"}  # fmt: skip
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
+              "bf16": {"enabled": teacher.dtype == torch.bfloat16},
+              "fp16": {"enabled": teacher.dtype == torch.float16}}  # fmt: skip
+    return deepspeed.initialize(model=teacher, config=config)[0]
 
 
 def _is_peft(model: nn.Module) -> bool:

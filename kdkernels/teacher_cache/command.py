@@ -17,7 +17,7 @@ import kdkernels as kd
 from ..integrations.transformers import check_head, model_inputs, row_of, shifted_labels, through_head
 from ..records import distillkit_bytes
 from ..trainer import data, models
-from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, Problem, _Help, option
+from ..trainer.settings import SCRATCH, DataSettings, HelpFormatter, ModelSettings, Problem, option
 from . import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
 
 #: What DistillKit's README recommends and calls its budget pick, with the vocabulary that gives its figures.
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     for part, title in zip(parts, ("cache", "data, as train reads it")):
         part._argument_group_name = title
     parser = HfArgumentParser(
-        parts, prog="python -m kdkernels cache", formatter_class=_Help, allow_abbrev=False,
+        parts, prog="python -m kdkernels cache", formatter_class=HelpFormatter, allow_abbrev=False,
         usage="%(prog)s --teacher MODEL --data ... --top_k 64 | --top_p P | --samples N --out DIR",
         description="Targets for `train soft --targets DIR`. torchrun shares the work; a killed run goes on.",
     )  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
+
+import torch.distributed
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +31,17 @@ def main(arguments: list[str]) -> None:
             from .train import run
 
             run(settings)
+            atexit.register(leave_group)
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
         sys.exit(f"error: {error}")
+
+
+def leave_group() -> None:
+    """At the end of a process whose runs went well: no thread of the group's then meets a connection that its peer closed.
+
+    Not after an error: the other processes may be waiting in a collective, and this one would wait for them.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

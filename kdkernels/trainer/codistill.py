@@ -39,6 +39,10 @@ class Pair(nn.Module):
             lambda student: through_head(self.teacher, inputs, lambda teacher: function(student, teacher)),
         )
 
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        for model in (self.student, self.teacher):
+            model.activation_checkpointing_enable(**options)
+
 
 @dataclass(frozen=True)
 class SoftWeight:
@@ -93,6 +97,8 @@ class CodistillationTrainer(ReliableTrainer):
         super().__init__(pair, args, teacher=None, **options)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise Problem("co trains two models at once: use DDP, or FSDP with fsdp_version 2")
+        if self.args.neftune_noise_alpha is not None:
+            raise Problem("co has no neftune_noise_alpha: there are two embeddings; leave it out")
         for model in (pair.student, pair.teacher):
             check_head(model)
         self.soft_schedule, self.teacher_learning_rate = soft_schedule, teacher_learning_rate
@@ -117,7 +123,7 @@ class CodistillationTrainer(ReliableTrainer):
             hard_weight=self.hard_weight, num_items=num_items, return_stats=True, **self.soft_options, **self.cut,
         )  # fmt: skip
         losses, stats = result
-        self.log_stats(stats)
+        self.log_stats(stats, student, target, labels)
         self._sums.add({"teacher_hard": losses.teacher.detach() * num_items})
         self._teacher_sum = self._teacher_sum + losses.teacher.detach()
         return losses.student + losses.teacher
@@ -186,6 +192,9 @@ class CodistillationTrainer(ReliableTrainer):
                 super()._load_from_checkpoint(str(Path(resume_from_checkpoint, name)))
         finally:
             self.model = pair
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model_wrapped)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

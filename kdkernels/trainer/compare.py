@@ -35,6 +35,8 @@ def compare(settings: Settings) -> None:
         raise Problem("compare needs --max_steps: the budget that every student gets")
     if settings.model.teacher is None:
         raise Problem("compare needs a --teacher")
+    if not settings.data.validation_share > 0:
+        raise Problem("compare needs text that no student has seen: --validation_share above 0")
     start = time.perf_counter()
     stages = plan(settings)
     reused = [run_stage(i, len(stages), name, stage) for i, (name, stage) in enumerate(stages.items(), 1)]

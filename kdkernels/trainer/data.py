@@ -83,7 +83,11 @@ def _record(row: Any, text_field: str, where: str) -> Record:
 
 def split(records: list[Record], settings: DataSettings) -> tuple[list[Record], list[Record]]:
     """(training, validation) documents: the same for every mode and seed, so that no teacher has seen what
-    its student is validated on."""
+    its student is validated on. Of a single text it is the end that is held out."""
+    if len(records) == 1 and kind_of(records[0]) == "text":
+        text = records[0]["text"]
+        end = round(len(text) * (1 - settings.validation_share))
+        return [{"text": text[:end]}], [{"text": text[end:]}] if settings.validation_share else []
     order = list(records)
     random.Random(0).shuffle(order)
     held_out = round(len(order) * settings.validation_share)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +35,10 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
         tokenizer = AutoTokenizer.from_pretrained(keep_in)
     else:
         tokenizer = train_tokenizer(texts, settings.tokenizer_size)
-        tokenizer.save_pretrained(keep_in)
+        part = keep_in.with_name(keep_in.name + ".part")
+        with one_line(f"cannot write {keep_in}"):
+            tokenizer.save_pretrained(part)
+        part.rename(keep_in)  # whole or not there, whenever the process is killed
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None:
@@ -69,9 +71,11 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
             pad_token_id=tokenizer.pad_token_id,
         )).to(getattr(torch, dtype))  # fmt: skip
     model = _pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype))
-    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
-        raise Problem(f"model {name} has a vocabulary of {model.get_output_embeddings().weight.shape[0]}, "
-                      f"the tokenizer {len(tokenizer)}: they do not belong together")  # fmt: skip
+    weight = model.get_output_embeddings().weight
+    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 the weight itself is an empty shard
+    if vocabulary < len(tokenizer):
+        raise Problem(f"model {name} has a vocabulary of {vocabulary}, the tokenizer {len(tokenizer)}: "
+                      "they do not belong together")  # fmt: skip
     return model
 
 
@@ -86,7 +90,8 @@ def load_trained(folder: str, tokenizer: Any, settings: Settings) -> Any:
     return PeftModel.from_pretrained(base, folder)
 
 
-def add_lora(model: Any, settings: ModelSettings) -> Any:
+def add_lora(model: Any, settings: ModelSettings, seed: int) -> Any:
+    """The model with adapters whose first weights depend on ``seed`` alone."""
     if not settings.lora_rank:
         return model
     try:
@@ -95,6 +100,7 @@ def add_lora(model: Any, settings: ModelSettings) -> Any:
         raise Problem("--lora_rank needs peft: pip install peft") from error
     modules: Any = settings.lora_modules
     modules = modules[0] if modules == ["all-linear"] else modules
+    set_seed(seed)
     return get_peft_model(
         model, LoraConfig(r=settings.lora_rank, target_modules=modules, task_type="CAUSAL_LM")
     )
@@ -116,7 +122,9 @@ def one_line(what: str) -> Iterator[None]:
     """Errors that libraries raise over files become one :class:`Problem` of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Problem:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower when the disk is full
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise Problem(f"{what}: {first}") from error
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,6 +40,12 @@ class ReliableTrainer(DistillationTrainer):
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint: Trainer adds a step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -64,7 +69,7 @@ class ReliableTrainer(DistillationTrainer):
                 shutil.rmtree(staging)
             elif self.args.should_save:
                 self._publish(staging / name, final)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # tokenizers raises nothing narrower when the disk is full
             shutil.rmtree(staging, ignore_errors=True)
             raise Problem(
                 f"step {self.state.global_step}: the checkpoint could not be written to {self._folder}: "

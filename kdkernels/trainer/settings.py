@@ -72,7 +72,7 @@ class DataSettings:
     )
     text_field: str = option("text", "column of .jsonl and .parquet that holds text")
     max_length: int = option(512, "tokens per sequence; text is packed into sequences of this length")
-    validation_share: float = option(0.05, "share of the documents that is held out")
+    validation_share: float = option(0.05, "share of the documents (of a single text: of its end) that is held out")
     validation_sequences: int = option(256, "at most this many sequences are evaluated")
 
 
@@ -163,7 +163,7 @@ def _default(each: dataclasses.Field) -> Any:
     return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Long options once, without their metavar in capitals twice."""
 
     def __init__(self, prog: str) -> None:
@@ -184,7 +184,7 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     for title, part in _PARTS.items():
         part._argument_group_name = title  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        parts, prog=f"python -m kdkernels train {mode}", formatter_class=_Help,
+        parts, prog=f"python -m kdkernels train {mode}", formatter_class=HelpFormatter,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )  # fmt: skip
@@ -230,6 +230,10 @@ def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
         raise Problem(
             f"max_length={settings.data.max_length}: a sequence needs 2 tokens or more to predict one"
         )
+    if not 0 <= settings.data.validation_share < 1:
+        raise Problem(f"validation_share={settings.data.validation_share:g}: a share is from 0 to below 1")
+    if not settings.loss.temperature > 0:
+        raise Problem(f"temperature={settings.loss.temperature:g} must be above 0")
     if settings.model.dtype not in ("float32", "bfloat16"):
         raise Problem(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
     return settings

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import data, models
 from .codistill import CodistillationTrainer, Pair, SoftWeight
@@ -39,8 +40,8 @@ class Ingredients:
                                  max_length=settings.data.max_length)  # fmt: skip
 
     def student(self) -> Any:
-        settings = self.settings
-        return models.add_lora(self.model(settings.model.student, settings.run.seed), settings.model)
+        settings, seed = self.settings, self.settings.run.seed
+        return models.add_lora(self.model(settings.model.student, seed), settings.model, seed)
 
     def teacher(self) -> Any:
         name = self.settings.model.teacher
@@ -85,6 +86,9 @@ def from_cache(given: Ingredients, targets: str) -> Trainer:
 def hard(given: Ingredients) -> Trainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
     if given.settings.model.teacher is not None:
+        if is_deepspeed_zero3_enabled():
+            raise Problem("hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
+                          "then give that run's completions.jsonl as --data and no --teacher")  # fmt: skip
         with given.settings.run.main_process_first(desc="completions"):
             path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
         written = data.read(data.DataSettings(data=[str(path)]))
