@@ -28,7 +28,7 @@ struct Cuda {
 
 int64_t instruction_set(const Tensor& any) {
   const torch::stable::accelerator::DeviceGuard guard(any.get_device_index());
-  return architecture(any.get_device_index());
+  return architecture();
 }
 
 }  // namespace

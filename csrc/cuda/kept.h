@@ -13,8 +13,14 @@ class Kept {
   Kept() = default;
   // The ids of the row that lie in columns [begin, end) of a chunk that starts at `offset`.
   KD_DEVICE Kept(const int64_t* ids, int64_t slots, int64_t offset, int begin, int end)
-      : ids_(ids), offset_(offset), first_(lower_slot(ids, slots, offset + begin)),
-        last_(lower_slot(ids, slots, offset + end)) {}
+      : ids_(ids), offset_(offset), first_((int)slots), last_((int)slots) {
+    for (int64_t slot = thread_index() % kWarp; slot < slots; slot += kWarp) {
+      if (ids[slot] >= offset + begin && slot < first_) first_ = (int)slot;
+      if (ids[slot] >= offset + end && slot < last_) last_ = (int)slot;
+    }
+    first_ = lowest_of_warp(first_);
+    last_ = lowest_of_warp(last_);
+  }
 
   KD_DEVICE bool any_in_row() const { return ids_ != nullptr; }
   KD_DEVICE bool any() const { return first_ < last_; }
@@ -50,19 +56,9 @@ class Kept {
   }
 
  private:
-  // The first slot with an id of at least `least`, by a warp.
-  KD_DEVICE static int64_t lower_slot(const int64_t* ids, int64_t slots, int64_t least) {
-    const int lane = thread_index() % kWarp;
-    for (int64_t base = 0; base < slots; base += kWarp) {
-      const bool here = base + lane < slots && ids[base + lane] >= least;
-      const unsigned found = lanes_where(here);
-      if (found) return base + lowest_bit(found);
-    }
-    return slots;
-  }
-
   const int64_t* ids_ = nullptr;
-  int64_t offset_ = 0, first_ = 0, last_ = 0;
+  int64_t offset_ = 0;
+  int first_ = 0, last_ = 0;
 };
 
 }  // namespace kd

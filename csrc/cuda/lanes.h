@@ -10,11 +10,10 @@
 #include <cstddef>
 
 #include "../row_state.h"
+#include "coefficients.h"
 #include "side.h"
 
 namespace kd {
-
-constexpr float kLog2e = 1.44269504088896341f;
 
 // Sums over a lane's columns. d = logit - m, e = 2^(d * factor), before the temperature.
 struct LaneState {
@@ -95,10 +94,15 @@ KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const f
         if constexpr (kKind == kReverseKL)
           if (e_s > 0) r.x += e_s * (d_t - d_s);
       }
-      if (n.tempered) {
-        r.z1_s += fast_exp2(d_s * kLog2e);
-        if (kTeacher && n.teacher_hard) r.z1_t += fast_exp2((t[i][k] - r.m_t) * kLog2e);
-      }
+    }
+  }
+  if (!n.tempered) return;
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      r.z1_s += fast_exp2((s[i][k] - r.m_s) * kLog2e);
+      if (kTeacher && n.teacher_hard) r.z1_t += fast_exp2((t[i][k] - r.m_t) * kLog2e);
     }
   }
 }

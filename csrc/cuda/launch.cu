@@ -50,15 +50,17 @@ int resident(Kernel kernel, const Geometry& g, int device) {
   return found != known.end() ? found->second : known[key] = runtime::resident_clusters((const void*)kernel, g);
 }
 
+const void* any_kernel() { return (const void*)&rows_kernel<kForwardKL, void, PlainBFloat16>; }
+
 }  // namespace
 
-int architecture(int device) {
-  (void)device;
-  return runtime::architecture((const void*)&rows_kernel<kForwardKL, void, PlainBFloat16>);
-}
+int architecture() { return runtime::architecture(any_kernel()); }
 
 void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream) {
-  if (rows == 0 || job.width == 0) return;
+  const bool closed = job.spec.kind == kForwardKL || job.spec.kind == kReverseKL || job.teacher.data == nullptr;
+  const bool nothing = (entry == Entry::kGradient && job.grad.data == nullptr && job.teacher_grad.data == nullptr) ||
+                       (entry == Entry::kAccumulateValue && closed);
+  if (rows == 0 || job.width == 0 || nothing) return;
   if (rows > INT32_MAX / 2 || job.width > INT32_MAX / 2)
     throw std::runtime_error("kdkernels: at most 2^30 rows and columns in one call");
   Plan plan;
@@ -66,7 +68,7 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
   plan.numbers = numbers(job);
   plan.rows = (int)rows;
   const Kernel kernel = kernel_of(job);
-  Chip chip = runtime::chip(device);
+  Chip chip = runtime::chip(any_kernel(), device);
   const int teacher_bytes = job.teacher.data == nullptr ? 0 : bytes_of(job.teacher.dtype);
   const int64_t outcome_bytes = entry == Entry::kFusedSparse ? OutcomeMemory::bytes(job.sparse.slots) : 0;
   if (kReserved + outcome_bytes > chip.shared_bytes)

@@ -7,8 +7,8 @@
 
 namespace kd {
 
-// The architecture that the kernels were built for and this device runs (90: sm_90), 0: none.
-int architecture(int device);
+// What the kernels were compiled for that run on the current device (90: sm_90), 0: none do.
+int architecture();
 
 // Enqueues `rows` rows on `stream`, of the device that is current. Throws std::runtime_error where CUDA refuses.
 void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream);

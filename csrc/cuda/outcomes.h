@@ -73,7 +73,7 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec
   }
   write_state(state, across_lanes<kKind>(sums, numbers, spec.temperature));
   sync_warp();
-  Normal normal = coefficients(*state, spec, kKind, scale, false, 0, 0, 1).normal;
+  Normal normal = coefficients(*state, logs_of(*state), spec, kKind, scale, false, 0, 0, 1).normal;
   const Formula<kKind, Divergence> formula(spec, numbers.factor);
   if constexpr (!std::is_void_v<Divergence>) {
     double value = 0, slope = 0;
@@ -87,8 +87,10 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec
       value += from_lane_xor(value, bit);
       slope += from_lane_xor(slope, bit);
     }
-    normal.slope = (float)slope;
-    if (lane == 0) state->value = value + 0 * (state->z_s + state->z_t);
+    value += 0 * (state->z_s + state->z_t);  // NaN stays visible whatever the formula does with it
+    normal.slope = (float)(value == value ? slope : value);
+    sync_warp();
+    if (lane == 0) state->value = value;
   }
   for (int k = lane; grad != nullptr && k < n; k += kWarp) grad[k] = formula.gradient(normal, s[k], t[k]);
   sync_warp();
@@ -109,7 +111,7 @@ KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const 
   bool agrees = false;
   if (slots > 0) {
     const int mine = first_highest(u, slots);
-    const double best = u[mine] / spec.temperature;
+    const double best = u[mine] * (1 / spec.temperature);  // rounded as the state's maximum is
     const bool ahead = best > r.m_s || (best == r.m_s && ids[mine] < (int64_t)r.arg_s);
     agrees = ids[0] >= 0 && first_highest(teacher, slots) == mine && ((int)spec.tail == kConditional || ahead);
   }

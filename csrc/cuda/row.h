@@ -242,22 +242,27 @@ class Row {
   }
 
   KD_DEVICE void share_coefficients() {
-    if (thread_index() == 0) {
+    if (warp_ == 0) {
+      sync_warp();
       const RowState& r = shared_.state;
+      const Logs logs = logs_of(r);
       const SparseJob& sparse = job_.sparse;
       const bool solved = plan_.entry == Entry::kFusedSparse;
       const double lse1 = solved                    ? shared_.solved.lse1
                           : sparse.lse1 != nullptr ? sparse.lse1[row_]
-                                                   : r.lse1_s(job_.spec.temperature);
+                                                   : r.m_s * job_.spec.temperature + logs.z1_s;
       const double rest = solved ? shared_.solved.rest : sparse.rest != nullptr ? sparse.rest[row_] : 0;
-      shared_.coefficients =
-          coefficients(r, job_.spec, kKind, weight(), job_.labels != nullptr, lse1, rest, job_.vocab);
+      const Coefficients c =
+          coefficients(r, logs, job_.spec, kKind, weight(), job_.labels != nullptr, lse1, rest, job_.vocab);
+      if (lane_ == 0) shared_.coefficients = c;
     }
     sync_block();
   }
 
   KD_DEVICE void write_results() {
-    if (!plan_.whole_rows() || cluster_rank() != 0 || thread_index() != 0) return;
+    // The warp that is last in the row has the fewest columns of it, if any.
+    const bool last = cluster_rank() == plan_.geometry.cluster - 1 && thread_index() == block_threads() - 1;
+    if (!plan_.whole_rows() || !last) return;
     double* results = job_.results + (int64_t)row_ * 6;
     if (plan_.entry == Entry::kFused)
       kd::finish(shared_.state, job_.spec, kTeacher, job_.labels != nullptr, job_.vocab, results);
@@ -297,6 +302,7 @@ class Row {
   KD_DEVICE void add_value(RowState& r, const RowState& added) {
     r.value += added.value + 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
     r.slope += added.slope;
+    if (r.value != r.value) r.slope = r.value;
     if (plan_.entry != Entry::kAccumulateValue || cluster_rank() != 0) return;
     memory_state()->value = r.value;
     memory_state()->slope = r.slope;
@@ -333,8 +339,8 @@ class Row {
         }
         if (plan_.numbers.hard) {
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) g[k] += hard_term(s[k], n.m_s, c.at, c.pull) - c.spread;
-          subtract_at_label(c.onehot, at - column, g);
+          for (int k = 0; k < kVector; ++k) g[k] += c.hard(s[k]) - c.spread;
+          subtract_at_label(c.hard.onehot, at - column, g);
         }
         if (Types::kMapped) through_map(student_side.map, s, g);
         store<Types>(to, column, count, g);
@@ -342,16 +348,12 @@ class Row {
       if (kTeacher && job_.teacher_grad.data != nullptr) {
         float h[kVector];
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) h[k] = hard_term(t[k], n.m_t, c.teacher_at, c.teacher_pull);
-        subtract_at_label(c.teacher_onehot, at - column, h);
+        for (int k = 0; k < kVector; ++k) h[k] = c.teacher_hard(t[k]);
+        subtract_at_label(c.teacher_hard.onehot, at - column, h);
         if (Types::kMapped) through_map(teacher_side.map, t, h);
         store<Anything>(teacher_to, column, count, h);
       }
     });
-  }
-
-  KD_DEVICE static float hard_term(float logit, float m, float at, float pull) {
-    return pull * fast_exp2((logit - m) * kLog2e + at);
   }
 
   // The rest's softmax, and at the kept ids what was solved for them.

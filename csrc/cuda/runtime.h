@@ -28,20 +28,21 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-inline Chip chip(int device) {
+// What the kernel was compiled for, 0 where none of its code runs on the current device. It decides, and
+// not the device: PTX for sm_80 on a newer one has no clusters.
+inline int architecture(const void* kernel) {
+  cudaFuncAttributes found{};
+  if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion;
+  cudaGetLastError();
+  return 0;
+}
+
+inline Chip chip(const void* kernel, int device) {
   Chip c;
   c.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   c.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  c.largest_cluster = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? kMaxCluster : 1;
+  c.largest_cluster = architecture(kernel) >= 90 ? kMaxCluster : 1;
   return c;
-}
-
-// Of the machine code that this device would run, 0 where there is none for it.
-inline int architecture(const void* kernel) {
-  cudaFuncAttributes found{};
-  if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.binaryVersion;
-  cudaGetLastError();
-  return 0;
 }
 
 // A launch of `blocks` blocks; `attributes` is the memory for its one attribute.
@@ -59,19 +60,26 @@ inline cudaLaunchConfig_t config(int blocks, const Geometry& g, void* stream, cu
   return c;
 }
 
-// How many clusters the current device holds at once; 0: not one. Allows the kernel its shared memory.
+// How many clusters the current device holds at once; 0: not one. Allows the kernel all shared memory that
+// a block can have: the limit is the kernel's on the device, whatever geometry a launch has.
 inline int resident_clusters(const void* kernel, const Geometry& g) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared_bytes()),
-        "shared memory of the kernel");
   int device = 0, found = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+        "shared memory of the kernel");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "shared memory of a multiprocessor");
   if (g.cluster == 1) {
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, g.threads(), (size_t)g.shared_bytes()),
           "occupancy of the kernel");
     return found * attribute(cudaDevAttrMultiProcessorCount, device);
   }
-  if (g.cluster > kPortableCluster)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of the kernel");
+  if (g.cluster > kPortableCluster &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
   cudaLaunchAttribute attributes;
   const cudaLaunchConfig_t c = config(g.cluster, g, nullptr, &attributes);
   if (cudaOccupancyMaxActiveClusters(&found, kernel, &c) == cudaSuccess) return found;

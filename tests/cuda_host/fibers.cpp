@@ -176,6 +176,16 @@ static Warp& my_warp() { return cluster->members[current->rank].warps[current->t
 void meet_warp() { meet(my_warp().meeting); }
 void meet_block() { meet(cluster->members[current->rank].meeting); }
 void meet_cluster() { meet(cluster->meeting); }
+// Another block's memory is there from the cluster's first meeting on, and until its first thread ends.
+void reach_block(int rank) {
+  if (rank == current->rank) return;
+  const size_t first = (size_t)rank * cluster->threads;
+  bool there = cluster->meeting.round > 0;
+  for (int i = 0; i < cluster->threads; ++i) there &= !fibers[first + i].done;
+  if (there) return;
+  std::fprintf(stderr, "a thread writes to a block that may not have begun, or has ended\n");
+  std::abort();
+}
 uint64_t* exchange(uint64_t mine) {
   Warp& warp = my_warp();
   warp.values[current->thread % kWarp] = mine;

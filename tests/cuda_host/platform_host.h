@@ -32,6 +32,7 @@ char* shared_memory(int rank_in_cluster);
 void meet_warp();
 void meet_block();
 void meet_cluster();
+void reach_block(int rank);
 // The warp's 32 values: each thread puts its own, and sees all after.
 uint64_t* exchange(uint64_t mine);
 }  // namespace host
@@ -110,6 +111,7 @@ inline void store_streaming(void* to, uint4 value) { *(uint4*)to = value; }
 // The same place in another block's memory.
 template <class T>
 inline T* in_block(T* mine, int rank) {
+  host::reach_block(rank);
   return (T*)(host::shared_memory(rank) + ((char*)mine - shared_memory()));
 }
 
