@@ -231,3 +231,15 @@ def test_leading_chunk_of_padding(backend, chunk_bytes, temperature):
     assert torch.isclose(losses.teacher, expected, rtol=1e-5)
     made = torch.autograd.grad(losses.student + losses.teacher, both[0] + both[1])
     assert all(g.isfinite().all() and g.any() for g in made)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_logits_are_seen(backend, divergence, side):
+    """In the row's loss and in its gradient, and nowhere else."""
+    student, teacher = torch.randn(3, 300), torch.randn(3, 300)
+    (student if side == "student" else teacher)[1, 5] = torch.nan
+    student.requires_grad_()
+    loss = kd.distillation_loss(student, teacher, divergence=divergence, reduction="none")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False]
+    assert student.grad.isnan().any(-1).tolist() == [False, True, False]

@@ -127,3 +127,26 @@ def test_stats(backend, tail, form):
     assert form == "head" or 0.3 < stats.agreement < 1
     for name, mine, true in zip(stats._fields, stats, expected):
         assert torch.isclose(mine.double(), true.double(), rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("tail", ["conditional", "truncate"])
+@pytest.mark.parametrize("others", [-torch.inf, -1e4])
+def test_hard_term_where_the_rest_is_nothing(backend, tail, others):
+    """The student's mass is all on the kept ids."""
+    problem = SparseProblem(tail=tail, vocab=40, slots=8, messy=False, ignored=0)
+    student = problem.student[0]
+    kept = torch.zeros_like(student).scatter_(-1, problem.target.ids, 1.0).bool()
+    problem.student[0] = torch.where(kept, student, others)
+    problem.labels = problem.target.ids[..., 0].clone()
+    conforms(problem, backend, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("temperature", [3.0, 6.0, 7.0])
+@pytest.mark.parametrize("tail", ["renormalize", "truncate"])
+def test_ties_at_a_temperature(backend, tail, temperature):
+    """The student's top logit is both a kept one and, earlier, one of the rest."""
+    student = torch.zeros(1, 40)
+    student[0, [1, 2]] = 5.0
+    target = kd.SparseTarget(torch.tensor([[2, 9]]), logprobs=torch.tensor([[0.7, 0.2]]).log(), tail=tail)
+    _, stats = kd.distillation_loss(student, target, temperature=temperature, return_stats=True)
+    assert stats.agreement == 0

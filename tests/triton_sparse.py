@@ -9,7 +9,11 @@ import torch
 import triton
 from problems import assert_exact, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
-from test_sparse import conforms
+from test_sparse import (  # noqa: F401
+    conforms,
+    test_hard_term_where_the_rest_is_nothing,
+    test_ties_at_a_temperature,
+)
 from test_sparse import test_logit_maps as logit_maps
 from test_sparse_laws import (  # noqa: F401
     test_impossible_kept_token_is_infinite,

@@ -167,7 +167,9 @@ def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Ten
     """The second pass of divergences without a closed form: value and slope."""
     p, q, log_p, log_q = _distributions(student, teacher, spec, state)
     state[:, rs.VALUE] += spec.divergence.phi(p, q, log_p, log_q).sum(-1).double()
-    state[:, rs.SLOPE] += spec.divergence.q_psi(p, q, log_p, log_q).sum(-1).double()
+    slope = spec.divergence.q_psi(p, q, log_p, log_q).sum(-1).double()
+    # NaN logits stay visible in the gradient, whatever the formula does with them.
+    state[:, rs.SLOPE] += torch.where(state[:, rs.VALUE].isnan(), torch.nan, slope)
 
 
 def _soft_gradient(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> Tensor:

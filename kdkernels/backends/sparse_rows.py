@@ -76,7 +76,9 @@ def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Ten
     if spec.tail != "conditional":
         best, top = best.double() / student_spec(spec).temperature, state[:, rs.M_S]
         first = target.ids.gather(1, mine[:, None])[:, 0] < state[:, rs.ARG_S]
-        agree &= (best > top) | ((best == top) & first)
+        # Equal logits are equal here too, however the backend rounded its division by the temperature.
+        tie = (best - top).abs() <= 4 * torch.finfo(kept.dtype).eps * top.abs()
+        agree &= torch.where(tie, first, best > top)
     return agree.double()
 
 
