@@ -102,7 +102,8 @@ def conformance(folder: Path, device: str, limit: float) -> int:
 
     Each in a process of its own, so that a crash there leaves the measurements their chance.
     """
-    if not list((ROOT / "kdkernels").glob("_C*.so")):
+    modules = ("_C", "_cuda") if device == "cuda" else ("_C",)
+    if not all(list((ROOT / "kdkernels").glob(f"{module}*.so")) for module in modules):
         _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder / "build.log", limit / 4)
     minutes = str(limit / 60 / 4)
     command = [sys.executable, "-m", "kdkernels", "verify", "--device", device, "--minutes", minutes]

@@ -1,4 +1,4 @@
-"""The ratios that the core is built to, read off a result of the CPU suite."""
+"""The ratios that the kernels are built to, read off a result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 LOGITS = "logits [512, 131072]"
 HIDDEN = "hidden [512, 512] -> 32768"
-OURS, INPLACE = "kdkernels", "kdkernels in place"
+GPU_LOGITS, GPU_HIDDEN = "logits [4096, 131072] bfloat16", "hidden [4096, 4096] -> 131072 bfloat16"
+OURS, INPLACE, TRITON_INPLACE = "kdkernels", "kdkernels in place", "kdkernels triton in place"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ def _goals(dtype: str) -> list[Goal]:
     return [*made, Goal(hidden, OURS, "kl", "4 GEMMs", "floor", 1.2)]
 
 
-GOALS = _goals("float32") + _goals("bfloat16")
+def _gpu_goals() -> list[Goal]:
+    made = [Goal(GPU_LOGITS, INPLACE, loss, "add(out=g)", "floor", 1.2) for loss in ("kl", "rkl", "jsd")]
+    made.append(Goal(GPU_LOGITS, TRITON_INPLACE, "kl", INPLACE, "kl", 1.5, at_least=True))
+    return [*made, Goal(GPU_HIDDEN, OURS, "kl", "4 GEMMs", "floor", 1.08)]
+
+
+GOALS = _goals("float32") + _goals("bfloat16") + _gpu_goals()
 
 
 def measured(result: dict[str, Any]) -> list[tuple[Goal, float]]:

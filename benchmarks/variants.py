@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import kdkernels as kd
 from benchmarks import peers
 from benchmarks.cases import LOSSES, SOFT, Case
 from benchmarks.inputs import Step
+from kdkernels.backends import native
 
 OURS = "kdkernels"
 
@@ -145,6 +147,21 @@ def _ours(case: Case) -> list[Variant]:
     return made
 
 
+def _by_triton(case: Case) -> list[Variant]:
+    """The other backend of a GPU, where the C++ kernels are built: the same calls."""
+
+    def forward(step: Step, loss: str, **options) -> Tensor:
+        with kd.use_backend("triton"):
+            return our_loss(step, loss, **options)
+
+    forms = [(f"{OURS} triton", False)] + ([] if case.width else [(f"{OURS} triton in place", True)])
+    return [
+        Variant(label, loss, partial(forward, loss=loss, **({"inplace": True} if inplace else {})), OURS, inplace=inplace)
+        for label, inplace in forms
+        for loss in case.losses
+    ]
+
+
 def _needs_teacher(case: Case, loss: str) -> bool:
     return loss in SOFT and not case.top_k
 
@@ -214,6 +231,8 @@ def variants_of(case: Case, device: str) -> tuple[list[Variant], dict[str, str]]
     """(floors first, then everyone who can compute the case's losses; who cannot, and why)."""
     floors = {f.label: f for loss in case.losses for f in _floors(case, loss)}
     made = _ours(case) + _plain(case)
+    if device == "cuda" and native.cannot(torch.device(device), [case.torch_dtype]) is None:
+        made += _by_triton(case)
     skipped = {}
     families = peers.SPARSE_FAMILIES if case.top_k else peers.FAMILIES
     for family in families if case.peers else ():

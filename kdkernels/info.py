@@ -18,4 +18,7 @@ def main(arguments: list[str]) -> None:
     for name, problem in backends().items():
         detail = f" ({native.instruction_set()})" if name == "native" and problem is None else ""
         print(f"  {name:<10} {'usable' + detail if problem is None else 'not usable: ' + problem}")
+    if torch.cuda.is_available():
+        problem = native.cannot(torch.device("cuda"), [])
+        print(f"  native's CUDA kernels: {'usable' if problem is None else problem}")
     print(f"  chosen     {chosen_backend()}")
