@@ -11,7 +11,7 @@ TRITON ?= triton>=3.7.1
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy "setuptools>=70" ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev,trainer,cache]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
