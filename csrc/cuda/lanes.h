@@ -123,43 +123,66 @@ KD_DEVICE T highest_of_warp(T value) {
   return value;
 }
 
-// Lane l's v[0] of sixteen is, afterwards, the warp's sum of v[l / 2]: each step halves what a lane carries on.
-template <int n = kWarp / 4>
+// The warp's sums of `count` numbers a lane, a power of two: lane l's v[0] is, afterwards, that of
+// v[l * count / 32]. Each step halves what a lane carries on, so that few numbers cross the warp.
+template <int count, int lanes = kWarp>
 KD_DEVICE void add_across_warp(double* v) {
-  if constexpr (n == 0) {
-    v[0] += from_lane_xor(v[0], 1);
-  } else {
-    const bool upper = (thread_index() & 2 * n) != 0;
+  if constexpr (lanes > 1) {
+    constexpr int half = count / 2, bit = lanes / 2;
+    const bool upper = (thread_index() & bit) != 0;
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const double keep = upper ? v[i + n] : v[i], give = upper ? v[i] : v[i + n];
-      v[i] = keep + from_lane_xor(give, 2 * n);
+    for (int i = 0; i < half; ++i) {
+      const double keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
+      v[i] = keep + from_lane_xor(give, bit);
     }
-    add_across_warp<n / 2>(v);
+    if constexpr (half == 0) v[0] += from_lane_xor(v[0], bit);
+    add_across_warp<half == 0 ? 1 : half, bit>(v);
   }
 }
 
-// The columns of RowState that are sums, the i-th of them.
+// RowState's sums, in the order of its columns: those of the first pass, and all.
+constexpr int kFoldSums = 8, kSums = 16;
+KD_DEVICE int fold_column(int i, int x_column) { return i < 2 ? 2 * i + 1 : i == 2 ? x_column : i + 3; }
 KD_DEVICE int sum_column(int i) { return i < 2 ? 2 * i + 1 : i < 11 ? i + 2 : i + 6; }
 static_assert(offsetof(RowState, z_s) == 8 && offsetof(RowState, z_t) == 3 * 8 && offsetof(RowState, x_s) == 4 * 8 &&
+              offsetof(RowState, e_s) == 6 * 8 && offsetof(RowState, sum_s) == 10 * 8 &&
               offsetof(RowState, label_t) == 12 * 8 && offsetof(RowState, value) == 17 * 8 &&
               offsetof(RowState, slope) == 18 * 8);
 
-// The warp's state from lanes' parts at common maxima: sums are added, the rest is the same in every lane.
+// What is no sum of the lanes: the same in all of them.
+KD_DEVICE void write_tops(RowState* out, const RowState& r) {
+  out->m_s = r.m_s;
+  out->m_t = r.m_t;
+  out->top_s = r.top_s;
+  out->arg_s = r.arg_s;
+  out->top_t = r.top_t;
+  out->arg_t = r.arg_t;
+}
+
+// The warp's state after the first pass, from lanes' parts at common maxima.
+template <int kKind>
+KD_DEVICE void write_fold(RowState* out, const RowState& r) {
+  constexpr bool kReverse = kKind == kReverseKL;
+  double sums[kFoldSums] = {r.z_s, r.z_t, kReverse ? r.x_s : r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t, r.sum_s};
+  add_across_warp<kFoldSums>(sums);
+  const int lane = thread_index() % kWarp;
+  if (lane % 4 == 0) ((double*)out)[fold_column(lane / 4, kReverse ? 4 : 5)] = sums[0];
+  if (lane != 1) return;
+  write_tops(out, r);
+  (kReverse ? out->x_t : out->x_s) = 0;
+  out->label_s = r.label_s;
+  out->label_t = r.label_t;
+  out->value = out->slope = 0;
+}
+
+// The warp's state from lanes' parts at common maxima.
 KD_DEVICE void write_state(RowState* out, const RowState& r) {
-  double sums[kWarp / 2] = {r.z_s, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t,
-                            r.sum_s, r.label_s, r.label_t, r.value, r.slope};
-  add_across_warp(sums);
+  double sums[kSums] = {r.z_s, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t,
+                        r.sum_s, r.label_s, r.label_t, r.value, r.slope};
+  add_across_warp<kSums>(sums);
   const int lane = thread_index() % kWarp, i = lane / 2;
   if (lane % 2 == 0 && i < 13) ((double*)out)[sum_column(i)] = sums[0];
-  if (lane == 1) {
-    out->m_s = r.m_s;
-    out->m_t = r.m_t;
-    out->top_s = r.top_s;
-    out->arg_s = r.arg_s;
-    out->top_t = r.top_t;
-    out->arg_t = r.arg_t;
-  }
+  if (lane == 1) write_tops(out, r);
 }
 
 // The lanes' sums at the warp's maxima, each lane's part of the warp's state. Tops, arguments and labels

@@ -71,7 +71,7 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec
     load_from<Anything>((const char*)(t + column[0]), false, kFloat, n - column[0], b[0]);
     fold_tile<kKind, 1>(sums, a, b, column, numbers);
   }
-  write_state(state, across_lanes<kKind>(sums, numbers, spec.temperature));
+  write_fold<kKind>(state, across_lanes<kKind>(sums, numbers, spec.temperature));
   sync_warp();
   Normal normal = coefficients(*state, logs_of(*state), spec, kKind, scale, false, 0, 0, 1).normal;
   const Formula<kKind, Divergence> formula(spec, numbers.factor);

@@ -27,9 +27,6 @@
 
 namespace kd {
 
-
-
-
 // The same for all rows.
 struct Plan {
   Entry entry = Entry::kFused;
@@ -130,6 +127,22 @@ class Row {
     for (int i = 0; next_ < plan_.rows && i < slice_.chunks(); ++i) slice_.fetch(i, next_);
   }
 
+  // Whether both sides are read from shared memory, as they are: what the hot loops ask once a step.
+  KD_DEVICE static bool on_chip(const Side& s, const Side& t) {
+    return s.resident >= 0 && (!kTeacher || t.resident >= 0) && !Types::kMapped;
+  }
+  template <bool kOnChip>
+  KD_DEVICE static void load_both(const Side& student, const Side& teacher, int column, int count, float (&s)[kVector],
+                                  float (&t)[kVector]) {
+    if constexpr (kOnChip) {
+      load_resident<Types>(student, column, s);
+      if (kTeacher) load_resident<Types>(teacher, column, t);
+    } else {
+      load<Types>(student, column, count, s);
+      if (kTeacher) load<Types>(teacher, column, count, t);
+    }
+  }
+
   // First pass: the row's state.
   KD_DEVICE void fold() {
     LaneState r;
@@ -141,8 +154,17 @@ class Row {
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
         columns[i] = start + i * kStep + lane_ * kVector;
-        load<Types>(student_side, columns[i], end - columns[i], s[i]);
-        if (kTeacher) load<Types>(teacher_side, columns[i], end - columns[i], t[i]);
+      }
+      if (start + kTile * kStep <= end && on_chip(student_side, teacher_side)) {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) load_both<true>(student_side, teacher_side, columns[i], kVector, s[i], t[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i)
+          load_both<false>(student_side, teacher_side, columns[i], end - columns[i], s[i], t[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
         if (plan_.numbers.smooth) add_logits(r, s[i], end - columns[i]);
         if constexpr (kKind == kNone) drop(ids, start + i * kStep, s[i]);
       }
@@ -175,11 +197,11 @@ class Row {
     r.arg_s = top_column(student(), ids, lane.m_s, lane.at_s, m_s);
     if (kTeacher) r.arg_t = top_column(teacher(), ids, lane.m_t, lane.at_t, m_t);
     const int at = label();
-    if (lane_ == 0 && at >= slice_.begin() && at < slice_.end()) {
+    if (at >= slice_.begin() && at < slice_.end()) {
       if (plan_.numbers.hard) r.label_s = logit<Types>(student(), at);
       if (kTeacher && plan_.numbers.teacher_hard) r.label_t = logit<Types>(teacher(), at);
     }
-    write_state(&shared_.warps[warp_], r);
+    write_fold<kKind>(&shared_.warps[warp_], r);
   }
 
   KD_DEVICE OutcomeMemory outcomes() const {
@@ -280,8 +302,10 @@ class Row {
       each_step(plan_.entry == Entry::kAccumulateValue, !plan_.emits(job_), kStep, [&](int start, int end) {
         const int column = start + lane_ * kVector;
         float s[kVector], t[kVector];
-        load<Types>(student_side, column, end - column, s);
-        load<Types>(teacher_side, column, end - column, t);
+        if (start + kStep <= end && on_chip(student_side, teacher_side))
+          load_both<true>(student_side, teacher_side, column, kVector, s, t);
+        else
+          load_both<false>(student_side, teacher_side, column, end - column, s, t);
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
           const Terms terms = formula.terms(n, s[k], t[k]);
@@ -325,8 +349,10 @@ class Row {
     each_step(plan_.entry == Entry::kGradient, true, kStep, [&](int start, int end) {
       const int column = start + lane_ * kVector, count = end - column;
       float s[kVector], t[kVector];
-      load<Types>(student_side, column, count, s);
-      if (kTeacher) load<Types>(teacher_side, column, count, t);
+      if (start + kStep <= end && on_chip(student_side, teacher_side))
+        load_both<true>(student_side, teacher_side, column, count, s, t);
+      else
+        load_both<false>(student_side, teacher_side, column, count, s, t);
       if (job_.grad.data != nullptr) {
         float g[kVector] = {};
         if constexpr (kTeacher) {

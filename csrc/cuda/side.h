@@ -107,6 +107,13 @@ KD_DEVICE void load(const Side& side, int column, int count, float (&v)[kVector]
   }
 }
 
+// The same of a whole vector that is in shared memory, without a map.
+template <class Types>
+KD_DEVICE void load_resident(const Side& side, int column, float (&v)[kVector]) {
+  const int at = side.resident + (column - side.first) * bytes_of(Types::of(side.dtype));
+  load_whole<Types>(shared_memory() + at, side.dtype, v);
+}
+
 // One logit of the row.
 template <class Types>
 KD_DEVICE float logit(const Side& side, int column) {
