@@ -44,23 +44,22 @@ def instances(*kernels: tuple[str, str, str]) -> str:
     return "\n".join(['#include "cuda/rows.cuh"', "namespace kd {", *lines, "}"])
 
 
-def usages(architecture: str, source: str) -> list[Usage]:
-    """What ptxas says of every kernel of the source; RuntimeError with nvcc's words where it refuses."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "source.cu").write_text(source)
-        command = ["nvcc", "-std=c++20", f"-arch={architecture}", "-cubin", "-O3", "-Xptxas", "-v", f"-I{CSRC}",
-                   "-o", "out.cubin", "source.cu"]  # fmt: skip
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+def command(architecture: str, source: Path) -> list[str]:
+    """nvcc's, which says on stderr what :func:`parsed` reads."""
+    return ["nvcc", "-std=c++20", f"-arch={architecture}", "-cubin", "-O3", "-Xptxas", "-v", f"-I{CSRC}",
+            "-o", str(source.with_suffix(f".{architecture}.cubin")), str(source)]  # fmt: skip
+
+
+def parsed(said: str) -> list[Usage]:
+    """What ptxas said of every kernel."""
     return [
         Usage(
-            kernel=_KERNEL.search(part)[0].split("'")[1],  # type: ignore[index]
+            kernel=_KERNEL.search(part)[1],  # type: ignore[index]
             registers=int(_USED.search(part)[1]),  # type: ignore[index]
             stack=int(_SPILLS.search(part)[1]),  # type: ignore[index]
             spilled=int(_SPILLS.search(part)[2]) + int(_SPILLS.search(part)[3]),  # type: ignore[index]
         )
-        for part in re.split(r"(?=ptxas info\s+: Compiling entry)", done.stderr)[1:]
+        for part in re.split(r"(?=ptxas info\s+: Compiling entry)", said)[1:]
     ]
 
 
@@ -69,7 +68,13 @@ def main() -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
     bad = 0
     for architecture in parser.parse_args().arch or ARCHITECTURES:
-        found = usages(architecture, '#include "cuda/launch.cu"')
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "all.cu"
+            source.write_text('#include "cuda/launch.cu"')
+            done = subprocess.run(command(architecture, source), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found = parsed(done.stderr)
         for usage in found:
             print(f"{architecture}  {usage.registers:3} registers  {usage.spilled} spilled  {usage.kernel}")
         bad += sum(not usage.fits for usage in found)

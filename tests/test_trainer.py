@@ -96,9 +96,10 @@ def test_co_trains_and_keeps_both_models(tmp_path):
             start = start_weights("micro", folder, seed)
             assert all((p - start[n]).abs().max() > 1e-4 for n, p in model.named_parameters() if p.dim() > 1)
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
-    assert lines[0]["soft_weight"] == 0.0 < lines[-1]["soft_weight"]
-    expected = 1 - lines[-2]["teacher_hard"] / math.log(300)
-    assert lines[-1]["soft_weight"] == pytest.approx(expected, rel=1e-4)
+    # Four steps are too few for the teacher's loss to be below log(vocab) after each of them.
+    weights = [line["soft_weight"] for line in lines]
+    expected = [max(0.0, 1 - line["teacher_hard"] / math.log(300)) for line in lines[:-1]]
+    assert weights == pytest.approx([0.0, *expected], rel=1e-4) and max(weights) > 0
     last = lines[-1]
     assert last["loss"] == pytest.approx(
         last["hard"] + last["soft_weight"] * last["soft"] + last["teacher_hard"], rel=1e-4

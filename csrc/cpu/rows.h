@@ -118,6 +118,7 @@ class Row {
       r.value += sum(phi);
       r.slope += sum(slope);
     }
+    if (r.value != r.value) r.slope = r.value;  // in the gradient too
   }
 
   // Last pass: weight * d(loss)/d(raw logits) of the chunk, from finished state and the scratch.
