@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kdkernels as kd
+from kdkernels import ops
 from kdkernels.backends import native
 from kdkernels.verify import DIVERGENCES
 
@@ -51,6 +52,15 @@ def cuda_on_the_host(request):
 
         native._ops = cuda_host.load(request.config.getoption("--cuda-host") or cuda_host.build())
         cuda_host.set_chip(chip)
+        # What a kernel leaves unwritten shows.
+        new_gradient = ops._new_gradient
+
+        def poisoned(logits, vocab):
+            grad = new_gradient(logits, vocab)
+            grad[..., :vocab] = torch.nan
+            return grad
+
+        ops._new_gradient = poisoned
 
 
 @pytest.fixture(params=BACKENDS)

@@ -243,3 +243,21 @@ def test_nan_logits_are_seen(backend, divergence, side):
     loss.sum().backward()
     assert loss.isnan().tolist() == [False, True, False]
     assert student.grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_that_begin_anywhere(backend, dtype, inplace):
+    """Views into wider tensors: no row begins at 16 bytes, and what lies beside it stays as it was."""
+    wide, teacher = torch.randn(5, 1103).to(dtype), torch.randn(5, 1111).to(dtype)[:, 5:1105]
+    leaf = wide[:, 1:1101].double().requires_grad_()
+    with kd.use_backend("reference"):
+        truth = kd.js_divergence(leaf, teacher.double())
+    (true,) = torch.autograd.grad(truth, leaf)
+    given = wide.clone().requires_grad_()
+    before = given.detach().clone()
+    loss = kd.js_divergence((given * 1)[:, 1:1101] if inplace else given[:, 1:1101], teacher, inplace=inplace)
+    (grad,) = torch.autograd.grad(loss, given)
+    assert torch.isclose(loss.double(), truth, rtol=1e-5)
+    assert true.norm() > 1e-6 and relative(grad[:, 1:1101], true) < 4 * torch.finfo(dtype).eps
+    assert not grad[:, 0].any() and not grad[:, 1101:].any() and torch.equal(given, before)

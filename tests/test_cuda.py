@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
 
 #: Chip -> what of the suite runs on it: everything once, and elsewhere what depends on how a row lies.
-LAYOUTS = "widths or adversarial or leading or equal_models or bits"
+LAYOUTS = "widths or adversarial or leading or equal_models or bits or begin_anywhere"
 SUITES = {
     "small": ("tests/test_conformance.py", "native and not float64 and not float16 and not head-logits and not logits-head"),
     "large": ("tests/test_sparse.py", "native and not float64 and not float16"),
