@@ -76,11 +76,6 @@ class Case:
         return self.tokens - round(self.masked * self.tokens)
 
     @property
-    def work(self) -> int:
-        """How long the case takes, roughly, in a unit of its own: operations on logits, all losses."""
-        return self.tokens * self.vocab * len(self.losses) * (100 + 4 * self.width)
-
-    @property
     def teacher_trains(self) -> bool:
         return "codistill" in self.losses
 
@@ -130,8 +125,8 @@ SUITES: dict[str, list[Case]] = {
         replace(_HIDDEN, tokens=512, dtype="bfloat16", losses=("kl", "jsd")),
         Case(128, 131072, losses=_ALL),
         replace(_HIDDEN, teacher_width=768),
-        replace(_HIDDEN, frozen_head=True),
-        replace(_HIDDEN, masked=0.5),
+        replace(_HIDDEN, frozen_head=True, peers=False),
+        replace(_HIDDEN, masked=0.5, peers=False),
         replace(_HIDDEN, losses=("codistill",), peers=False),
         *_over_top_k(Case(512, 32768)),
         *_over_top_k(_HIDDEN),
