@@ -34,7 +34,7 @@ class Formula {
     if constexpr (kKind == kForwardKL) return (v.q - v.p) * n.soft;
     if constexpr (kKind == kReverseKL) return v.q > 0 ? v.q * (-v.x - n.slope) * n.soft : v.q;
     if constexpr (!kClosed)
-      return (functor_(v.p, v.q, v.x, v.log_p, v.log_q).q_psi - product(v.q, n.slope)) * n.soft;
+      return (functor_(v.p, v.q, v.x, v.log_p, v.log_q).q_psi - rounded_product(v.q, n.slope)) * n.soft;
     return 0;
   }
 

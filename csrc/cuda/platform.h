@@ -62,8 +62,6 @@ KD_DEVICE float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// a * b rounded by itself, whatever is added to it.
-KD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 
 KD_DEVICE float from_half(uint16_t bits) {
   float x;
@@ -85,15 +83,6 @@ KD_DEVICE uint32_t pack_half(float low, float high) {
 // Written once and not read again here: leave L2 to the logits.
 KD_DEVICE void store_streaming(void* to, uint4 value) { __stcs((uint4*)to, value); }
 
-KD_DEVICE int cluster_blocks() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  int blocks;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
-  return blocks;
-#else
-  return 1;
-#endif
-}
 KD_DEVICE int cluster_rank() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   int rank;

@@ -9,6 +9,8 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -37,12 +39,18 @@ inline int architecture(const void* kernel) {
   return 0;
 }
 
+// Asked once: every launch needs it.
 inline Chip chip(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::map<int, Chip> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
   Chip c;
   c.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   c.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   c.largest_cluster = architecture(kernel) >= 90 ? kMaxCluster : 1;
-  return c;
+  return known[device] = c;
 }
 
 // A launch of `blocks` blocks; `attributes` is the memory for its one attribute.

@@ -35,7 +35,7 @@ class Slice {
     chunk_ = g.chunk;
     const int slot = g.slices_at + warp * g.bytes_per_warp;
     if (g.student_resident) student_ = slot;
-    if (g.teacher_resident) teacher_ = slot + (g.student_resident ? g.span * bytes_of(job.student.dtype) : 0);
+    if (g.teacher_resident) teacher_ = slot + g.span * bytes_of(job.student.dtype);  // beside the student, never alone
     if (kAsync && lane_ == 0) {
       for (int i = 0; i < chunks(); ++i) init(barrier(i));
       publish_barriers();

@@ -41,7 +41,6 @@ KD_DEVICE int thread_index() { return host::thread_index(); }
 KD_DEVICE int block_threads() { return host::block_threads(); }
 KD_DEVICE int block_index() { return host::block_index(); }
 KD_DEVICE int grid_blocks() { return host::grid_blocks(); }
-KD_DEVICE int cluster_blocks() { return host::cluster_blocks(); }
 KD_DEVICE int cluster_rank() { return host::block_index() % host::cluster_blocks(); }
 KD_DEVICE char* shared_memory() { return host::shared_memory(cluster_rank()); }
 KD_DEVICE void sync_warp() { host::meet_warp(); }
@@ -81,10 +80,6 @@ inline int lowest_bit(unsigned mask) { return __builtin_ffs((int)mask) - 1; }
 inline float fast_exp2(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? (y != y ? y : 0.0f) : y;
-}
-inline float product(float a, float b) {
-  const volatile float rounded = a * b;
-  return rounded;
 }
 
 inline float from_half(uint16_t bits) {
