@@ -24,7 +24,7 @@ from benchmarks.variants import Variant
 
 #: (forward, backward, both) in seconds; a floor has no backward.
 Times = tuple[float, float, float]
-ROUNDS = 11
+ROUNDS = 7
 #: A variant that has taken this long leaves after MIN_ROUNDS, so that the slow do not eat the time.
 PATIENCE_S = 1.5
 MIN_ROUNDS = 3

@@ -9,6 +9,8 @@ from benchmarks import goals
 from benchmarks.accuracy import ANOTHER_LOSS
 
 Row = dict[str, Any]
+#: Quartiles further apart than this share of the median are told with it.
+UNSTEADY = 0.5
 #: A load average above this at the start of a run is told with its figures.
 BUSY = 0.5
 
@@ -104,7 +106,7 @@ def figures(result: Row) -> str:
     cases = [case for case in result["cases"] if case["headline"]]
     sections = (
         ("Milliseconds, forward and backward, and the ratio to the floor of the same run (of logits: "
-         "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs).", _time),
+         "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs). Medians; IQR where it is more than half of that.", _time),
         ("Peak memory above inputs and gradients, in `[N, V]` fp32 tensors.", _units),
         ("Relative error of the gradient against the fp64 oracle.", _error),
     )  # fmt: skip
@@ -116,8 +118,10 @@ def figures(result: Row) -> str:
 
 
 def _time(row: Row) -> str:
+    both = row["both_ms"]
+    spread = f", IQR {_ms(both['iqr'])}" if both["iqr"] > UNSTEADY * both["median"] else ""
     ratio = f" ({row['to_floor']:.2f}x)" if "to_floor" in row else ""
-    return f"{_ms(row['both_ms']['median'])}{ratio}"
+    return f"{_ms(both['median'])}{spread}{ratio}"
 
 
 def _pivot(case: Row, cell: Callable[[Row], str]) -> list[str]:
