@@ -247,9 +247,12 @@ def test_nan_logits_are_seen(backend, divergence, side):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_rows_that_begin_anywhere(backend, dtype, inplace):
-    """Views into wider tensors: no row begins at 16 bytes, and what lies beside it stays as it was."""
-    wide, teacher = torch.randn(5, 1103).to(dtype), torch.randn(5, 1111).to(dtype)[:, 5:1105]
+@pytest.mark.parametrize("teacher_begins", [1, 6])
+def test_rows_that_begin_anywhere(backend, dtype, inplace, teacher_begins):
+    """Views into wider tensors: hardly a row begins at 16 bytes, the teacher's where the student's does or
+    elsewhere, and what lies beside it stays as it was."""
+    wide, teacher = torch.randn(5, 1103).to(dtype), torch.randn(5, 1103 + 8 * (teacher_begins > 1)).to(dtype)
+    teacher = teacher[:, teacher_begins : teacher_begins + 1100]
     leaf = wide[:, 1:1101].double().requires_grad_()
     with kd.use_backend("reference"):
         truth = kd.js_divergence(leaf, teacher.double())

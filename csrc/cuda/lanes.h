@@ -108,9 +108,9 @@ KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const f
 }
 
 // Added column by column and not in the tile: only what is there counts, -inf where it stands for nothing not.
-KD_DEVICE void add_logits(LaneState& r, const float (&s)[kVector], int count) {
+KD_DEVICE void add_logits(LaneState& r, const float (&s)[kVector], Present present) {
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) r.sum_s += k < count ? s[k] : 0.0f;
+  for (int k = 0; k < kVector; ++k) r.sum_s += present(k) ? s[k] : 0.0f;
 }
 
 template <class T>

@@ -40,6 +40,18 @@ Numbers numbers(const Job& job) {
   return n;
 }
 
+// Whether all rows begin at 16 bytes.
+bool rows_are_aligned(const Matrix& m, int64_t rows) {
+  return m.data == nullptr || (is_aligned(m.data) && (rows == 1 || m.stride * bytes_of(m.dtype) % 16 == 0));
+}
+
+// The places that a row can take.
+int64_t places(const Job& job, int64_t rows) {
+  const bool aligned = rows_are_aligned(job.student, rows) && rows_are_aligned(job.teacher, rows) &&
+                       rows_are_aligned(job.grad, rows) && rows_are_aligned(job.teacher_grad, rows);
+  return aligned ? job.width : job.width + kVector - 1;
+}
+
 // How many clusters the device holds at once; asking takes longer than a launch.
 int resident(Kernel kernel, const Geometry& g, int device) {
   static std::mutex mutex;
@@ -76,7 +88,7 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
   int clusters = 0;
   // A cluster of sixteen is the device's to grant.
   for (; clusters == 0 && chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
-    plan.geometry = geometry(job.width, rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);
+    plan.geometry = geometry(places(job, rows), rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);
     clusters = resident(kernel, plan.geometry, device);
   }
   if (clusters == 0) throw std::runtime_error("kdkernels: no block of the CUDA kernel fits on this device");

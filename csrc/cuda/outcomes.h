@@ -67,8 +67,8 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec
   for (int start = 0; start < n; start += kStep) {
     float a[1][kVector], b[1][kVector];
     const int column[1] = {start + lane * kVector};
-    load_from<Anything>((const char*)(s + column[0]), false, kFloat, n - column[0], a[0]);
-    load_from<Anything>((const char*)(t + column[0]), false, kFloat, n - column[0], b[0]);
+    load_from<Anything>((const char*)(s + column[0]), false, kFloat, {0, n - column[0]}, a[0]);
+    load_from<Anything>((const char*)(t + column[0]), false, kFloat, {0, n - column[0]}, b[0]);
     fold_tile<kKind, 1>(sums, a, b, column, numbers);
   }
   write_fold<kKind>(state, across_lanes<kKind>(sums, numbers, spec.temperature));

@@ -55,8 +55,9 @@ class Row {
 
   // The `turn`-th row that is computed; `next` (plan.rows: none) is fetched as this one is done with.
   KD_DEVICE void compute(int row, int next, int turn) {
-    row_ = row;
+    begin(row);
     next_ = next;
+    next_lead_ = next < plan_.rows ? lead_of(job_, next) : 0;
     turn_ = turn;
     reversed_ = false;
     if (plan_.folds()) fold();
@@ -69,11 +70,16 @@ class Row {
 
   // Zeros for a row that does not count.
   KD_DEVICE void skip(int row) {
-    row_ = row;
+    begin(row);
     zero();
   }
 
  private:
+  KD_DEVICE void begin(int row) {
+    row_ = row;
+    lead_ = lead_of(job_, row);
+  }
+
   // What follows is made anew by each pass: between them registers are for the states.
   KD_DEVICE Side student() const {
     return side(job_.student, slice_.student(), job_.spec.student_scale, job_.spec.student_softcap);
@@ -83,23 +89,28 @@ class Row {
   }
   KD_DEVICE Side side(const Matrix& m, int resident, double scale, double cap) const {
     if (!kTeacher && &m == &job_.teacher) return {};
-    const char* at = m.row(row_);
-    return {at, resident, slice_.begin(), m.dtype, ((uint64_t)at & 15) == 0, {(float)scale, (float)cap}};
+    const char* at = start_of(m, row_, lead_);
+    return {at, lead_, resident, slice_.begin(), m.dtype, is_aligned(at), {(float)scale, (float)cap}};
   }
   KD_DEVICE Target target(const Matrix& m) const {
     if (m.data == nullptr) return {};
-    char* at = m.row(row_);
-    return {at, m.dtype, ((uint64_t)at & 15) == 0};
+    char* at = start_of(m, row_, lead_);
+    return {at, lead_, m.dtype, is_aligned(at)};
   }
   KD_DEVICE Kept kept() const {
     const SparseJob& sparse = job_.sparse;
     if (kKind != kNone || sparse.ids == nullptr) return {};
-    return {sparse.ids + row_ * sparse.slots, sparse.slots, job_.offset, slice_.begin(), slice_.end()};
+    return {sparse.ids + row_ * sparse.slots, sparse.slots, offset(), first(), end()};
   }
-  // Its column, or one that no warp has.
+  // The warp's places that are the row's, and what place 0 is in the vocabulary.
+  KD_DEVICE int first() const { return slice_.begin() > lead_ ? slice_.begin() : lead_; }
+  KD_DEVICE int end() const { return slice_.end(lead_); }
+  KD_DEVICE int64_t offset() const { return job_.offset - lead_; }
+
+  // Its place, or one that no warp has.
   KD_DEVICE int label() const {
     const int64_t at = job_.labels == nullptr ? -1 : job_.labels[row_] - job_.offset;
-    return at >= 0 && at < job_.width ? (int)at : -1;
+    return at >= 0 && at < job_.width ? (int)at + lead_ : -1;
   }
   KD_DEVICE double weight() const { return job_.weights == nullptr ? 0 : job_.weights[row_]; }
 
@@ -108,33 +119,33 @@ class Row {
   template <class F>
   KD_DEVICE void each_step(bool first, bool last, int step, F&& f) {
     if (!slice_.resident()) {
-      const int steps = (slice_.end() - slice_.begin() + step - 1) / step;
+      const int steps = (end() - slice_.begin() + step - 1) / step;
       for (int i = 0; i < steps; ++i)
-        f(slice_.begin() + (reversed_ ? steps - 1 - i : i) * step, slice_.end());
+        f(slice_.begin() + (reversed_ ? steps - 1 - i : i) * step, end());
       reversed_ = !reversed_;
       return;
     }
     for (int i = 0; i < slice_.chunks(); ++i) {
       if (first) slice_.await(i, turn_);
       const int begin = slice_.begin() + i * slice_.chunk_columns();
-      const int limit = begin + slice_.chunk_columns(), end = limit < slice_.end() ? limit : slice_.end();
+      const int limit = begin + slice_.chunk_columns(), end = limit < this->end() ? limit : this->end();
       for (int start = begin; start < end; start += step) f(start, end);
-      if (last && next_ < plan_.rows) slice_.fetch(i, next_);
+      if (last && next_ < plan_.rows) slice_.fetch(i, next_, next_lead_);
     }
   }
 
   KD_DEVICE void fetch_next() {
-    for (int i = 0; next_ < plan_.rows && i < slice_.chunks(); ++i) slice_.fetch(i, next_);
+    for (int i = 0; next_ < plan_.rows && i < slice_.chunks(); ++i) slice_.fetch(i, next_, next_lead_);
   }
 
-  // Whether both sides are read from shared memory, as they are: what the hot loops ask once a step.
-  KD_DEVICE static bool on_chip(const Side& s, const Side& t) {
-    return s.resident >= 0 && (!kTeacher || t.resident >= 0) && !Types::kMapped;
+  // Whether a step is all the row's and is read from shared memory as it is: what the hot loops ask.
+  KD_DEVICE static bool is_plain(const Side& s, const Side& t, int start, int step, int end) {
+    return start >= s.lead && start + step <= end && s.resident >= 0 && (!kTeacher || t.resident >= 0) && !Types::kMapped;
   }
-  template <bool kOnChip>
+  template <bool kPlain>
   KD_DEVICE static void load_both(const Side& student, const Side& teacher, int column, int count, float (&s)[kVector],
                                   float (&t)[kVector]) {
-    if constexpr (kOnChip) {
+    if constexpr (kPlain) {
       load_resident<Types>(student, column, s);
       if (kTeacher) load_resident<Types>(teacher, column, t);
     } else {
@@ -155,7 +166,7 @@ class Row {
       for (int i = 0; i < kTile; ++i) {
         columns[i] = start + i * kStep + lane_ * kVector;
       }
-      if (start + kTile * kStep <= end && on_chip(student_side, teacher_side)) {
+      if (is_plain(student_side, teacher_side, start, kTile * kStep, end)) {
 #pragma unroll
         for (int i = 0; i < kTile; ++i) load_both<true>(student_side, teacher_side, columns[i], kVector, s[i], t[i]);
       } else {
@@ -165,7 +176,7 @@ class Row {
       }
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        if (plan_.numbers.smooth) add_logits(r, s[i], end - columns[i]);
+        if (plan_.numbers.smooth) add_logits(r, s[i], {lead_ - columns[i], end - columns[i]});
         if constexpr (kKind == kNone) drop(ids, start + i * kStep, s[i]);
       }
       fold_tile<kKind, kTile>(r, s, t, columns, plan_.numbers);
@@ -197,7 +208,7 @@ class Row {
     r.arg_s = top_column(student(), ids, lane.m_s, lane.at_s, m_s);
     if (kTeacher) r.arg_t = top_column(teacher(), ids, lane.m_t, lane.at_t, m_t);
     const int at = label();
-    if (at >= slice_.begin() && at < slice_.end()) {
+    if (at >= first() && at < end()) {
       if (plan_.numbers.hard) r.label_s = logit<Types>(student(), at);
       if (kTeacher && plan_.numbers.teacher_hard) r.label_t = logit<Types>(teacher(), at);
     }
@@ -224,10 +235,10 @@ class Row {
   // The first column, counted from the vocabulary's, that holds the warp's maximum `top`.
   KD_DEVICE double top_column(const Side& side, const Kept& ids, float mine, int at, float top) const {
     const int vector = lowest_of_warp(mine == top ? at : INT32_MAX), column = vector + lane_;
-    const bool is_top = lane_ < kVector && vector >= slice_.begin() && column < slice_.end() &&
+    const bool is_top = lane_ < kVector && column >= first() && column < end() &&
                         logit<Types>(side, column) == top && !(kKind == kNone && ids.contains(column));
     const unsigned found = lanes_where(is_top);
-    return (double)(job_.offset + (found ? vector + lowest_bit(found) : 0));
+    return (double)(found ? offset() + vector + lowest_bit(found) : job_.offset);
   }
 
   // All warps' states into one, in every block; `onto`: and the one in memory.
@@ -302,7 +313,7 @@ class Row {
       each_step(plan_.entry == Entry::kAccumulateValue, !plan_.emits(job_), kStep, [&](int start, int end) {
         const int column = start + lane_ * kVector;
         float s[kVector], t[kVector];
-        if (start + kStep <= end && on_chip(student_side, teacher_side))
+        if (is_plain(student_side, teacher_side, start, kStep, end))
           load_both<true>(student_side, teacher_side, column, kVector, s, t);
         else
           load_both<false>(student_side, teacher_side, column, end - column, s, t);
@@ -349,7 +360,7 @@ class Row {
     each_step(plan_.entry == Entry::kGradient, true, kStep, [&](int start, int end) {
       const int column = start + lane_ * kVector, count = end - column;
       float s[kVector], t[kVector];
-      if (start + kStep <= end && on_chip(student_side, teacher_side))
+      if (is_plain(student_side, teacher_side, start, kStep, end))
         load_both<true>(student_side, teacher_side, column, count, s, t);
       else
         load_both<false>(student_side, teacher_side, column, count, s, t);
@@ -415,9 +426,9 @@ class Row {
   KD_DEVICE void zero() {
     const float zeros[kVector] = {};
     const Target to = target(job_.grad), teacher_to = target(job_.teacher_grad);
-    for (int column = slice_.begin() + lane_ * kVector; column < slice_.end(); column += kStep) {
-      if (job_.grad.data != nullptr) store<Types>(to, column, slice_.end() - column, zeros);
-      if (job_.teacher_grad.data != nullptr) store<Anything>(teacher_to, column, slice_.end() - column, zeros);
+    for (int column = slice_.begin() + lane_ * kVector; column < end(); column += kStep) {
+      if (job_.grad.data != nullptr) store<Types>(to, column, end() - column, zeros);
+      if (job_.teacher_grad.data != nullptr) store<Anything>(teacher_to, column, end() - column, zeros);
     }
   }
 
@@ -426,7 +437,7 @@ class Row {
   Slice& slice_;
   SharedMemory& shared_;
   int lane_, warp_;
-  int row_ = 0, next_ = 0, turn_ = 0, parity_ = 0;
+  int row_ = 0, lead_ = 0, next_ = 0, next_lead_ = 0, turn_ = 0, parity_ = 0;
   bool reversed_ = false;
 };
 

@@ -1,7 +1,9 @@
 // One side's row as a warp reads it, eight columns a lane at a time, and how gradients are written.
 //
-// A lane's columns are adjacent and begin at a multiple of eight, so that a row that begins at 16 bytes is
-// read and written in 16-byte pieces. Values are fp32 in registers whatever their type in memory.
+// A row need not begin at 16 bytes. Its columns are numbered from the 16 bytes that it begins in: the first
+// `lead` of these places are not its own, and pointers to a row are to place 0. A lane's places are adjacent
+// and begin at a multiple of eight, so that they are read and written in 16-byte pieces. Values are fp32 in
+// registers whatever their type in memory.
 #pragma once
 
 #include "../job.h"
@@ -41,12 +43,30 @@ struct LogitMap {
   }
 };
 
+// In columns, how far after 16 bytes a row begins.
+KD_HD int lead_of(const Matrix& m, int row) { return (int)((uint64_t)m.row(row) & 15) / bytes_of(m.dtype); }
+
+// The row's lead, where all that is read and written has the same: else 0, and what does not begin at
+// 16 bytes then goes column by column.
+KD_HD int lead_of(const Job& job, int row) {
+  const int lead = lead_of(job.student, row);
+  const bool agree = (job.teacher.data == nullptr || lead_of(job.teacher, row) == lead) &&
+                     (job.grad.data == nullptr || lead_of(job.grad, row) == lead) &&
+                     (job.teacher_grad.data == nullptr || lead_of(job.teacher_grad, row) == lead);
+  return agree ? lead : 0;
+}
+
+// Place 0 of a row.
+KD_HD char* start_of(const Matrix& m, int row, int lead) { return m.row(row) - lead * bytes_of(m.dtype); }
+KD_HD bool is_aligned(const void* p) { return ((uint64_t)p & 15) == 0; }
+
 struct Side {
-  const char* row = nullptr;  // column 0, in the caller's memory
-  int resident = -1;          // where column `first` is in shared memory; -1: read the row
+  const char* row = nullptr;  // place 0, in the caller's memory
+  int lead = 0;
+  int resident = -1;          // where place `first` is in shared memory; -1: read the row
   int first = 0;
   DType dtype = kFloat;
-  bool aligned = false;            // the row begins at 16 bytes
+  bool aligned = false;       // place 0 is at 16 bytes
   LogitMap map;
 };
 
@@ -85,25 +105,34 @@ KD_DEVICE void load_whole(const char* p, DType dtype, float (&v)[kVector]) {
   }
 }
 
+// Which of a vector's entries are the row's: all but the first `before`, and none from `count` on.
+struct Present {
+  int before, count;
+  KD_DEVICE bool all() const { return before <= 0 && count >= kVector; }
+  KD_DEVICE bool operator()(int k) const { return k >= before && k < count; }
+};
+
+// -inf stands for what is not there.
 template <class Types>
-KD_DEVICE void load_from(const char* p, bool aligned, DType dtype, int count, float (&v)[kVector]) {
-  if (aligned && count >= kVector) return load_whole<Types>(p, dtype, v);
+KD_DEVICE void load_from(const char* p, bool aligned, DType dtype, Present present, float (&v)[kVector]) {
+  if (aligned && present.all()) return load_whole<Types>(p, dtype, v);
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) v[k] = k < count ? value_at<Types>(p, dtype, k) : -KD_ISA::kInf;
+  for (int k = 0; k < kVector; ++k) v[k] = present(k) ? value_at<Types>(p, dtype, k) : -KD_ISA::kInf;
 }
 
-// Logits of the columns from `column` on, of which `count` are there: -inf stands for the others.
+// The logits from `column` on; the row ends `count` columns after it.
 template <class Types>
 KD_DEVICE void load(const Side& side, int column, int count, float (&v)[kVector]) {
   const int size = bytes_of(Types::of(side.dtype));
+  const Present present{side.lead - column, count};
   if (side.resident >= 0)
-    load_from<Types>(shared_memory() + side.resident + (column - side.first) * size, true, side.dtype, count, v);
+    load_from<Types>(shared_memory() + side.resident + (column - side.first) * size, true, side.dtype, present, v);
   else
-    load_from<Types>(side.row + (int64_t)column * size, side.aligned, side.dtype, count, v);
+    load_from<Types>(side.row + (int64_t)column * size, side.aligned, side.dtype, present, v);
   if constexpr (Types::kMapped) {
     if (side.map.identity()) return;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] = k < count ? side.map(v[k]) : -KD_ISA::kInf;
+    for (int k = 0; k < kVector; ++k) v[k] = present(k) ? side.map(v[k]) : -KD_ISA::kInf;
   }
 }
 
@@ -126,6 +155,7 @@ KD_DEVICE float logit(const Side& side, int column) {
 // A row of a gradient.
 struct Target {
   char* row = nullptr;
+  int lead = 0;
   DType dtype = kFloat;
   bool aligned = false;
 };
@@ -139,10 +169,11 @@ KD_DEVICE void store_value(char* row, DType dtype, int64_t i, float value) {
 template <class Types>
 KD_DEVICE void store(const Target& to, int column, int count, const float (&v)[kVector]) {
   const DType dtype = Types::of(to.dtype);
-  if (count < kVector || !to.aligned) {
+  const Present present{to.lead - column, count};
+  if (!present.all() || !to.aligned) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k)
-      if (k < count) store_value(to.row, dtype, (int64_t)column + k, v[k]);
+      if (present(k)) store_value(to.row, dtype, (int64_t)column + k, v[k]);
     return;
   }
   char* p = to.row + (int64_t)column * bytes_of(dtype);

@@ -2,8 +2,10 @@
 //
 // The slice of a warp is cut into chunks, each with a barrier. The first pass waits for a chunk, the last
 // one, having written the chunk's gradient, asks for the same columns of the warp's next row: copies
-// are under way while the rest of this row is computed, and warps never wait for each other. Rows that
-// do not begin at 16 bytes, and the few columns after the last 16, are copied by the lanes themselves.
+// are under way while the rest of this row is computed, and warps never wait for each other. The few
+// columns after the last 16 bytes are copied by the lanes themselves, and so are rows whose sides do not
+// begin equally far after 16 bytes. A copy from place 0 on reads what is before the row in those 16
+// bytes, another row's at worst; nobody looks at it.
 #pragma once
 
 #include "geometry.h"
@@ -29,9 +31,8 @@ class Slice {
  public:
   KD_DEVICE Slice(const Job& job, const Geometry& g) : job_(job), lane_(thread_index() % kWarp) {
     const int warp = thread_index() / kWarp;
-    const int64_t begin = (int64_t)(cluster_rank() * g.warps + warp) * g.span;
-    begin_ = (int)(begin < job.width ? begin : job.width);
-    end_ = (int)(begin + g.span < job.width ? begin + g.span : job.width);
+    begin_ = (cluster_rank() * g.warps + warp) * g.span;
+    last_ = begin_ + g.span;
     chunk_ = g.chunk;
     const int slot = g.slices_at + warp * g.bytes_per_warp;
     if (g.student_resident) student_ = slot;
@@ -44,22 +45,27 @@ class Slice {
   }
 
   KD_DEVICE int begin() const { return begin_; }
-  KD_DEVICE int end() const { return end_; }
+  KD_DEVICE int end(int lead) const { return at_most(width() + lead); }
   KD_DEVICE bool resident() const { return student_ >= 0; }
   KD_DEVICE int chunk_columns() const { return chunk_; }
-  KD_DEVICE int chunks() const { return resident() ? (end_ - begin_ + chunk_ - 1) / chunk_ : 0; }
+  // As many for all rows, since a barrier counts its turns.
+  KD_DEVICE int chunks() const {
+    return resident() ? (at_most(width() + kVector - 1) - begin_ + chunk_ - 1) / chunk_ : 0;
+  }
   KD_DEVICE int student() const { return student_; }
   KD_DEVICE int teacher() const { return teacher_; }
 
   // Ask for chunk `i` of `row`. The caller has done with what it held.
-  KD_DEVICE void fetch(int i, int row) {
-    const int first = begin_ + i * chunk_, left = end_ - first, n = left < chunk_ ? left : chunk_;
+  KD_DEVICE void fetch(int i, int row, int lead) {
+    const int first = begin_ + i * chunk_, left = end(lead) - first, n = left < chunk_ ? left > 0 ? left : 0 : chunk_;
+    const char* const student = start_of(job_.student, row, lead);
+    const char* const teacher = start_of(job_.teacher, row, lead);
     fence_before_copies();
     sync_warp();
-    uint32_t bytes = whole(job_.student, row, student_, n) + whole(job_.teacher, row, teacher_, n);
+    const uint32_t bytes = whole(job_.student, student, student_, n) + whole(job_.teacher, teacher, teacher_, n);
     if (lane_ == 0) arrive_expecting(barrier(i), bytes);
-    copy(job_.student, row, student_, first, n, i);
-    copy(job_.teacher, row, teacher_, first, n, i);
+    copy(job_.student, student, student_, first, n, i);
+    copy(job_.teacher, teacher, teacher_, first, n, i);
   }
 
   // Until chunk `i`, fetched for the `turn`-th time (0, 1, ...), is there.
@@ -74,15 +80,15 @@ class Slice {
   }
 
   // Of n columns: the bytes that the copy engine can take.
-  KD_DEVICE static uint32_t whole(const Matrix& m, int row, int slot, int n) {
-    if (slot < 0 || ((uint64_t)m.row(row) & 15) != 0) return 0;
+  KD_DEVICE static uint32_t whole(const Matrix& m, const char* row, int slot, int n) {
+    if (slot < 0 || !is_aligned(row)) return 0;
     return (uint32_t)(n * bytes_of(m.dtype)) & ~15u;
   }
 
-  KD_DEVICE void copy(const Matrix& m, int row, int slot, int first, int n, int i) {
+  KD_DEVICE void copy(const Matrix& m, const char* row, int slot, int first, int n, int i) {
     if (slot < 0) return;
     const int size = bytes_of(m.dtype);
-    const char* from = m.row(row) + (int64_t)first * size;
+    const char* from = row + (int64_t)first * size;
     char* to = shared_memory() + slot + (first - begin_) * size;
     const uint32_t bytes = whole(m, row, slot, n);
     if (lane_ == 0 && bytes) bulk_copy(to, from, bytes, barrier(i));
@@ -92,8 +98,12 @@ class Slice {
     }
   }
 
+  KD_DEVICE int width() const { return (int)job_.width; }
+  // Of this slice, at most up to place `end`.
+  KD_DEVICE int at_most(int end) const { return end < begin_ ? begin_ : end < last_ ? end : last_; }
+
   const Job& job_;
-  int lane_, begin_, end_, chunk_;
+  int lane_, begin_, last_, chunk_;
   int student_ = -1, teacher_ = -1;  // where the slots begin in shared memory
 };
 

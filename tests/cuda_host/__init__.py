@@ -36,6 +36,8 @@ MUTATIONS = {
         "      else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];",
         "",
     ),
+    "what is before the row in its first sixteen bytes counts": (
+        "side.h", "return k >= before && k < count;", "return k < count;"),
     "a chunk is not waited for": ("row.h", "if (first) slice_.await(i, turn_);", ""),
     "the exchange has no second buffer": ("row.h", "parity_ ^= 1;", ""),
     "the gradient is zero": ("row.h", "store<Types>(to, column, count, g);", "store<Types>(to, column, count, t);"),

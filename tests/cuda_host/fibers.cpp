@@ -207,7 +207,7 @@ void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
     std::abort();
   }
   cluster->copies[&barrier].push_back({to, from, bytes});
-  if (cluster->copies_started++ % 2) finish_copies(barrier);
+  if (cluster->copies_started++ / 2 % 2) finish_copies(barrier);  // two sides are fetched together
 }
 
 void finish_copies(Barrier& barrier) {
