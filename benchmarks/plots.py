@@ -38,6 +38,7 @@ def draw(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, ScalarFormatter
 
     made = []
     for name, (curve, x, label) in PLOTS.items():
@@ -48,14 +49,18 @@ def draw(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
         panels = {title: lines for title, lines in panels.items() if lines}
         if not panels:
             continue
+        colors = {variant: f"C{i}" for i, variant in enumerate(dict.fromkeys(v for p in panels.values() for v in p))}
         figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
         for axis, (title, lines) in zip(axes[0], panels.items()):
             for variant, points in lines.items():
                 ours = variant.startswith("kdkernels")
-                axis.plot(*zip(*points), marker="o", label=variant, linewidth=2.5 if ours else 1.2)
+                axis.plot(*zip(*points), marker="o", label=variant, color=colors[variant],
+                          linewidth=2.5 if ours else 1.2)  # fmt: skip
             axis.set(xscale="log", yscale="log", xlabel=curve, ylabel=label, title=f"forward KL from {title}")
             axis.set_xticks(sorted({p[0] for points in lines.values() for p in points}))
-            axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
             axis.minorticks_off()
             axis.grid(True, alpha=0.3)
             axis.legend(fontsize=7)
