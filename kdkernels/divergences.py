@@ -13,6 +13,7 @@ student's distribution. A class gives two pointwise functions of (p, q, log p, l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
@@ -241,7 +242,8 @@ class AlphaBeta(Divergence):
     """The alpha-beta divergence of Cichocki et al. (2011), used by ABKD (arXiv 2505.04560).
 
     ``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` with its limits at a = 0, b = 0
-    and a + b = 0; (1, 0) is the forward and (0, 1) the reverse KL.
+    and a + b = 0; (1, 0) is the forward and (0, 1) the reverse KL. Raises ValueError unless both are
+    finite.
 
     >>> AlphaBeta(alpha=0.2, beta=0.7)
     AlphaBeta(alpha=0.2, beta=0.7)
@@ -250,6 +252,10 @@ class AlphaBeta(Divergence):
     alpha: float = 0.2
     beta: float = 0.7
     code: ClassVar[int] = 7
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.alpha) and math.isfinite(self.beta)
+        _require(finite, f"AlphaBeta needs finite numbers, got alpha={self.alpha}, beta={self.beta}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -360,4 +366,5 @@ def from_code(code: int, first: float, second: float) -> Divergence:
     if code == Mixed.code:
         return Mixed(first)
     plain = {d.code: d for d in (NoDivergence(), ForwardKL(), ReverseKL(), TotalVariation())}
+    _require(code in plain, "the kernels know kdkernels' own divergences; kd.use_backend('reference') takes any")
     return plain[code]

@@ -162,6 +162,25 @@ def test_opcheck(form):
         torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5], "auto"))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_teacher_from_inference_mode(backend, reduction):
+    """As teachers usually are: hidden states and a head that autograd cannot save."""
+    problem = Problem(student="head", teacher="head")
+    with torch.inference_mode():
+        inference = problem.side([t.clone() for t in problem.teacher])
+    leaves = [t.clone().requires_grad_() for t in problem.student]
+    loss = kd.kl_div(problem.side(leaves), inference, problem.labels, reduction=reduction)
+    grads = torch.autograd.grad(loss.sum(), leaves)
+    value, same = problem.run(backend, reduction=reduction)
+    assert torch.equal(loss, value) and all(torch.equal(a, b) for a, b in zip(grads, same))
+
+
+def test_forward_mode_is_refused_not_zero(backend):
+    s, t = torch.randn(2, 4, 10)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: kd.kl_div(x, t), (s,), (s,))
+
+
 def test_autocast(backend):
     problem = Problem(student="head", teacher="head")
     leaves = [t.clone().requires_grad_() for t in problem.student]
