@@ -174,7 +174,7 @@ def _token_weights(token_weights: Optional[Tensor], student: _Side, dtype: torch
 
 
 def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: Optional[Tensor],
-           leading: torch.Size) -> Union[Tensor, float]:  # fmt: skip
+           weights: Tensor, leading: torch.Size) -> Union[Tensor, float]:  # fmt: skip
     """What a token's loss is multiplied by in the reduction."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(_REDUCTIONS)}")
@@ -184,7 +184,8 @@ def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: O
         if isinstance(num_items, Tensor):
             if num_items.numel() != 1:
                 raise ValueError(f"num_items must be one number, got a tensor {tuple(num_items.shape)}")
-            return 1.0 / num_items.reshape(()).double()
+            # A batch that is masked everywhere has 0 items: no token, so any divisor but 0 does.
+            return 1.0 / (num_items.reshape(()).double() + (weights == 0).all())
         _check_number("num_items", num_items)
         if not num_items > 0:
             raise ValueError(f"num_items must be > 0, got {num_items}")
@@ -252,9 +253,7 @@ def _prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tenso
     weights = _token_weights(token_weights, s, dtype)
     if labels is not None:
         weights = torch.where(labels >= 0, weights, 0.0)
-    scale = _scale(reduction, num_items, labels, s.leading)
-    if isinstance(num_items, Tensor):  # of a batch that is masked everywhere it is 0, and so is the loss
-        scale = torch.where((weights != 0).any(), scale, 0.0)
+    scale = _scale(reduction, num_items, labels, weights, s.leading)
     return _Call(s, t, labels, weights, scale, spec, vocab, chunk_bytes, reduction)
 
 
