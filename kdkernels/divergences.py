@@ -33,11 +33,6 @@ __all__ = [
 ]
 
 
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
 def _both_finite(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probabilities with 0 in the places where both are -inf."""
     padding = torch.isneginf(log_p) & torch.isneginf(log_q)
@@ -131,7 +126,8 @@ class JSD(Divergence):
     code: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.beta <= 1.0, f"JSD needs 0 <= beta <= 1, got beta={self.beta}")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"JSD needs 0 <= beta <= 1, got beta={self.beta}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -161,7 +157,8 @@ class SkewKL(Divergence):
     code: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.alpha < 1.0, f"SkewKL needs 0 <= alpha < 1, got alpha={self.alpha}")
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"SkewKL needs 0 <= alpha < 1, got alpha={self.alpha}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -194,8 +191,8 @@ class SkewReverseKL(Divergence):
     code: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        ok = 0.0 <= self.alpha < 1.0
-        _require(ok, f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -254,8 +251,8 @@ class AlphaBeta(Divergence):
     code: ClassVar[int] = 7
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.alpha) and math.isfinite(self.beta)
-        _require(finite, f"AlphaBeta needs finite numbers, got alpha={self.alpha}, beta={self.beta}")
+        if not (abs(self.alpha) < math.inf and abs(self.beta) < math.inf):
+            raise ValueError(f"AlphaBeta needs finite numbers, got alpha={self.alpha}, beta={self.beta}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -315,8 +312,8 @@ class Mixed(Divergence):
     code: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
-        ok = 0.0 <= self.weight <= 1.0
-        _require(ok, f"Mixed needs 0 <= weight <= 1, got weight={self.weight}")
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"Mixed needs 0 <= weight <= 1, got weight={self.weight}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -366,5 +363,6 @@ def from_code(code: int, first: float, second: float) -> Divergence:
     if code == Mixed.code:
         return Mixed(first)
     plain = {d.code: d for d in (NoDivergence(), ForwardKL(), ReverseKL(), TotalVariation())}
-    _require(code in plain, "the kernels know kdkernels' own divergences; kd.use_backend('reference') takes any")
+    if code not in plain:
+        raise ValueError("the kernels know kdkernels' own divergences; kd.use_backend('reference') takes any")
     return plain[code]

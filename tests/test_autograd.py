@@ -138,6 +138,20 @@ def test_compile_fullgraph(case):
         assert expected.norm() > 1e-6 and relative(mine, expected) < 1e-6
 
 
+@pytest.mark.parametrize("divergence", [kd.JSD, kd.Mixed, kd.AlphaBeta])
+def test_compile_a_divergence_that_changes(divergence):
+    """A second value makes a compiler take the number as unknown: its check must not stop it."""
+    torch._dynamo.reset()
+    s, t = torch.randn(2, 3, 20)
+
+    def loss(number):
+        return kd.distillation_loss(s, t, divergence=divergence(number))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for number in (0.25, 0.5):
+        assert torch.allclose(compiled(number), loss(number))
+
+
 def _arguments(student, teacher):
     labels = torch.tensor([1, -1, 2, 3])
     floats = Spec(ForwardKL(), hard_weight=0.5).to_floats()
