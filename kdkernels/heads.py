@@ -46,6 +46,9 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         hidden, weight = self.hidden, self.weight
+        for given in (hidden, weight) if self.bias is None else (hidden, weight, self.bias):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"LinearHead needs Tensors, got {type(given)}")
         if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"LinearHead needs hidden [..., H] and weight [V, H], got hidden "

@@ -55,6 +55,8 @@ BAD = [
 BAD_TYPES = [
     (lambda: kd.kl_div(S, None), "teacher.*None"),
     (lambda: kd.codistillation_loss(S, None, Y), "None"),
+    (lambda: kd.linear_cross_entropy(None, T, Y), "LinearHead.*NoneType"),
+    (lambda: kd.SparseTarget([[1, 2]], T[:1, :2]), "SparseTarget.*list"),
     (lambda: kd.kl_div(S, T, [1, 2, 3, 4]), "labels.*list"),
     (lambda: kd.kl_div(S, T, token_weights=[1, 2, 3, 4]), "token_weights.*list"),
     (lambda: kd.kl_div(S, T, soft_weight="2"), "soft_weight.*'2'"),
