@@ -13,6 +13,7 @@ student's distribution. A class gives two pointwise functions of (p, q, log p, l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
@@ -30,11 +31,6 @@ __all__ = [
     "AlphaBeta",
     "Mixed",
 ]
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 def _both_finite(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +126,8 @@ class JSD(Divergence):
     code: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.beta <= 1.0, f"JSD needs 0 <= beta <= 1, got beta={self.beta}")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"JSD needs 0 <= beta <= 1, got beta={self.beta}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -160,7 +157,8 @@ class SkewKL(Divergence):
     code: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.alpha < 1.0, f"SkewKL needs 0 <= alpha < 1, got alpha={self.alpha}")
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"SkewKL needs 0 <= alpha < 1, got alpha={self.alpha}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -193,8 +191,8 @@ class SkewReverseKL(Divergence):
     code: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        ok = 0.0 <= self.alpha < 1.0
-        _require(ok, f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -241,7 +239,8 @@ class AlphaBeta(Divergence):
     """The alpha-beta divergence of Cichocki et al. (2011), used by ABKD (arXiv 2505.04560).
 
     ``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` with its limits at a = 0, b = 0
-    and a + b = 0; (1, 0) is the forward and (0, 1) the reverse KL.
+    and a + b = 0; (1, 0) is the forward and (0, 1) the reverse KL. Raises ValueError unless both are
+    finite.
 
     >>> AlphaBeta(alpha=0.2, beta=0.7)
     AlphaBeta(alpha=0.2, beta=0.7)
@@ -250,6 +249,10 @@ class AlphaBeta(Divergence):
     alpha: float = 0.2
     beta: float = 0.7
     code: ClassVar[int] = 7
+
+    def __post_init__(self) -> None:
+        if not (abs(self.alpha) < math.inf and abs(self.beta) < math.inf):
+            raise ValueError(f"AlphaBeta needs finite numbers, got alpha={self.alpha}, beta={self.beta}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -309,8 +312,8 @@ class Mixed(Divergence):
     code: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
-        ok = 0.0 <= self.weight <= 1.0
-        _require(ok, f"Mixed needs 0 <= weight <= 1, got weight={self.weight}")
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"Mixed needs 0 <= weight <= 1, got weight={self.weight}")
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -360,4 +363,6 @@ def from_code(code: int, first: float, second: float) -> Divergence:
     if code == Mixed.code:
         return Mixed(first)
     plain = {d.code: d for d in (NoDivergence(), ForwardKL(), ReverseKL(), TotalVariation())}
+    if code not in plain:
+        raise ValueError("the kernels know kdkernels' own divergences; kd.use_backend('reference') takes any")
     return plain[code]

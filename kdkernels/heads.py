@@ -6,6 +6,7 @@ in :mod:`kdkernels.ops` read tiles from and give tile gradients back to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -45,6 +46,9 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         hidden, weight = self.hidden, self.weight
+        for given in (hidden, weight) if self.bias is None else (hidden, weight, self.bias):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"LinearHead needs Tensors, got {type(given)}")
         if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"LinearHead needs hidden [..., H] and weight [V, H], got hidden "
@@ -57,18 +61,11 @@ class LinearHead:
         tensors = [hidden, weight] + ([] if self.bias is None else [self.bias])
         if len({t.device for t in tensors}) > 1:
             raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        if not all(t.is_floating_point() for t in tensors) or (
-            not autocast and len({t.dtype for t in tensors}) > 1
-        ):
-            raise ValueError(
-                f"LinearHead needs one floating dtype, got {[str(t.dtype) for t in tensors]}; "
-                "cast hidden or weight, or use torch.autocast"
-            )
+        self._check_dtypes(tensors)
         if self.logit_scale == 0:
             raise ValueError("LinearHead needs logit_scale != 0, got 0")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"LinearHead needs softcap > 0 or None, got softcap={self.softcap}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"LinearHead needs a finite softcap > 0 or None, got softcap={self.softcap}")
 
     @property
     def vocab_size(self) -> int:
@@ -78,11 +75,26 @@ class LinearHead:
     def leading_shape(self) -> torch.Size:
         return self.hidden.shape[:-1]
 
+    @property
+    def _is_cast(self) -> bool:
+        """By autocast, which leaves fp64 alone."""
+        return torch.is_autocast_enabled(self.hidden.device.type) and self.hidden.dtype != torch.float64
+
+    def _check_dtypes(self, tensors: list[Tensor]) -> None:
+        if not all(t.is_floating_point() for t in tensors) or (
+            not self._is_cast and len({t.dtype for t in tensors}) > 1
+        ):
+            raise ValueError(
+                f"LinearHead needs one floating dtype, got {[str(t.dtype) for t in tensors]}; "
+                "cast hidden or weight, or use torch.autocast"
+            )
+
     def tensors(self) -> list[Tensor]:
         """[hidden, weight] or [hidden, weight, bias], cast as F.linear would under autocast."""
         given = [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
+        self._check_dtypes(given)  # again: autocast may have ended since
         kind = self.hidden.device.type
-        if torch.is_autocast_enabled(kind) and self.hidden.dtype != torch.float64:
+        if self._is_cast:
             given = [t.to(torch.get_autocast_dtype(kind)) for t in given]
         return given
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
 from .backends import candidates, chosen_backend
@@ -104,9 +106,15 @@ def _side(role: str, given: Logits) -> _Side:
     return _Side(tensors, logit_map, leading, vocab)
 
 
+def _check_tensor(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(given)}")
+
+
 def _vocab(student: _Side, teacher: Optional[_Side], vocab_size: Optional[int]) -> int:
     sizes = [student.vocab] + ([] if teacher is None else [teacher.vocab])
     if vocab_size is not None:
+        _check_integer("vocab_size", vocab_size)
         if not 0 < vocab_size <= min(sizes):
             raise ValueError(f"vocab_size={vocab_size} must be in 1..{min(sizes)} (vocabularies {sizes})")
         return vocab_size
@@ -137,6 +145,7 @@ def _target_side(target: SparseTarget, student: _Side, labels: Optional[Tensor],
 
 
 def _check_labels(labels: Tensor, student: _Side, vocab: int, ignore_index: int) -> Tensor:
+    _check_tensor("labels", labels)
     if labels.shape != student.leading:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, the student's tokens {tuple(student.leading)}"
@@ -151,6 +160,9 @@ def _check_labels(labels: Tensor, student: _Side, vocab: int, ignore_index: int)
 def _token_weights(token_weights: Optional[Tensor], student: _Side, dtype: torch.dtype) -> Tensor:
     if token_weights is None:
         return torch.ones(student.leading.numel(), dtype=dtype, device=student.device)
+    _check_tensor("token_weights", token_weights)
+    if token_weights.is_complex():
+        raise ValueError(f"token_weights must be real numbers, got {token_weights.dtype}")
     if token_weights.shape != student.leading:
         raise ValueError(
             f"token_weights have shape {tuple(token_weights.shape)}, the student's tokens "
@@ -162,16 +174,22 @@ def _token_weights(token_weights: Optional[Tensor], student: _Side, dtype: torch
 
 
 def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: Optional[Tensor],
-           leading: torch.Size) -> Union[Tensor, float]:  # fmt: skip
+           weights: Tensor, leading: torch.Size) -> Union[Tensor, float]:  # fmt: skip
     """What a token's loss is multiplied by in the reduction."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(_REDUCTIONS)}")
     if num_items is not None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"num_items divides the sum; it contradicts reduction={reduction!r}")
-        if not isinstance(num_items, Tensor) and not num_items > 0:
+        if isinstance(num_items, Tensor):
+            if num_items.numel() != 1:
+                raise ValueError(f"num_items must be one number, got a tensor {tuple(num_items.shape)}")
+            # A batch that is masked everywhere has 0 items: no token, so any divisor but 0 does.
+            return 1.0 / (num_items.reshape(()).double() + (weights == 0).all())
+        _check_number("num_items", num_items)
+        if not num_items > 0:
             raise ValueError(f"num_items must be > 0, got {num_items}")
-        return 1.0 / (num_items.double() if isinstance(num_items, Tensor) else num_items)
+        return 1.0 / num_items
     if reduction == "mean":
         if labels is None:
             return 1.0 / max(leading.numel(), 1)
@@ -181,9 +199,24 @@ def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: O
     return 1.0
 
 
+def _check_number(name: str, given: Any) -> None:
+    if given is None or isinstance(given, str):
+        raise TypeError(f"{name} must be a number, got {given!r}")
+    if isinstance(given, Tensor) and given.requires_grad:
+        raise ValueError(f"{name} requires grad, but it is a constant here and would get none; detach it")
+
+
+def _check_integer(name: str, given: Any) -> None:
+    if given is None or isinstance(given, (str, float)):
+        raise TypeError(f"{name} must be an int, got {given!r}")
+
+
 def _check_numbers(spec: Spec, labels: Optional[Tensor], chunk_bytes: int) -> None:
-    if not spec.temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {spec.temperature}")
+    for name in ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss"):
+        _check_number(name, getattr(spec, name))
+    _check_integer("chunk_bytes", chunk_bytes)
+    if not 0 < spec.temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {spec.temperature}")
     if not chunk_bytes > 0:
         raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
     if spec.hard_weight and labels is None:
@@ -202,6 +235,7 @@ def _prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tenso
              num_items: Union[int, float, Tensor, None], ignore_index: int,
              vocab_size: Optional[int], chunk_bytes: Optional[int]) -> _Call:  # fmt: skip
     chunk_bytes = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    _check_integer("ignore_index", ignore_index)
     _check_numbers(spec, labels, chunk_bytes)
     s = _side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else _side("teacher", teacher)
@@ -219,11 +253,13 @@ def _prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tenso
     weights = _token_weights(token_weights, s, dtype)
     if labels is not None:
         weights = torch.where(labels >= 0, weights, 0.0)
-    scale = _scale(reduction, num_items, labels, s.leading)
+    scale = _scale(reduction, num_items, labels, weights, s.leading)
     return _Call(s, t, labels, weights, scale, spec, vocab, chunk_bytes, reduction)
 
 
 def _wants(tensors: list[Tensor]) -> list[bool]:
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("kdkernels has no forward-mode derivative; kd.use_backend('reference') has")
     return [torch.is_grad_enabled() and t.requires_grad for t in tensors]
 
 
@@ -309,6 +345,7 @@ def _soft_spec(divergence: Divergence, temperature: float, temperature_squared: 
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be a kd.Divergence such as kd.ForwardKL(), got {divergence!r}")
     if temperature_squared:
+        _check_number("temperature", temperature)
         soft_weight = soft_weight * temperature * temperature
     return Spec(simplified(divergence), temperature, soft_weight, hard_weight, label_smoothing, z_loss)
 
@@ -351,7 +388,8 @@ def distillation_loss(
             (Hinton et al., 2015).
         soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels.
         label_smoothing, z_loss: of the hard term, as in :func:`cross_entropy`.
-        token_weights: ``[...]``, multiplies each token's loss; does not enter the mean's divisor.
+        token_weights: ``[...]``, multiplies each token's loss; does not enter the mean's divisor. A
+            constant, as the teacher is.
         reduction: "none" (``[...]``), "sum", "mean" (over unmasked tokens) or "batchmean"
             (F.kl_div's: sum / size(0)). All masked or empty gives 0 with a zero gradient.
         num_items: divide the sum by this instead: the tokens of a whole accumulated batch.
@@ -374,6 +412,8 @@ def distillation_loss(
     spec = _soft_spec(divergence, temperature, temperature_squared, soft_weight,
                       hard_weight=hard_weight, label_smoothing=label_smoothing,
                       z_loss=z_loss)  # fmt: skip
+    if teacher is None:
+        raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
     if isinstance(teacher, SparseTarget):
         check_divergence(teacher.tail, divergence)
     call = _prepare(student, teacher, labels, spec, token_weights=token_weights,
@@ -422,8 +462,11 @@ def codistillation_loss(
     shared: dict[str, Any] = dict(token_weights=token_weights, reduction=reduction, num_items=num_items,
                   ignore_index=ignore_index, vocab_size=vocab_size,
                   chunk_bytes=chunk_bytes)  # fmt: skip
-    if isinstance(teacher, SparseTarget):
-        raise TypeError("codistillation_loss trains its teacher, so it cannot be a kd.SparseTarget")
+    if teacher is None or isinstance(teacher, SparseTarget):
+        kind = "None" if teacher is None else "a kd.SparseTarget"
+        raise TypeError(f"codistillation_loss trains its teacher, so it cannot be {kind}")
+    if labels is None:
+        raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
     call = _prepare(student, teacher, labels, spec, **shared)
     if chosen_backend() == "reference":
         student_loss, results = reference.run(student, teacher, call, divergence)

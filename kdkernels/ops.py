@@ -219,7 +219,7 @@ def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, ba
     """Logits on both sides, or a sparse teacher. What does not fold into ``[N, V]`` as a view is
     walked in parts, so that a shifted ``logits[:, :-1]`` costs no copy."""
     logits = [student, grad, teacher_grad] + ([] if spec.tail else teacher)
-    if student.dim() > 2 and not all(_strides_flatten(t) for t in logits if t is not None):
+    if student.dim() > 2 and weights.numel() and not all(_strides_flatten(t) for t in logits if t is not None):
         per = weights.shape[0] // student.shape[0]
         for i in range(student.shape[0]):
             part = slice(i * per, (i + 1) * per)
@@ -350,12 +350,17 @@ def _deferred_setup(ctx, inputs, output) -> None:
     student, teacher, labels, weights, *ctx.rest = inputs
     ctx.sizes = len(student), len(teacher)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(labels, weights, *student, *teacher)
+    tensors = [labels, weights, *student, *teacher]
+    # A teacher's tensors often come from inference mode; autograd does not save those, and nobody can
+    # overwrite them outside of it.
+    ctx.constants = [t if t is not None and t.is_inference() else None for t in tensors]
+    ctx.save_for_backward(*(t if c is None else None for t, c in zip(tensors, ctx.constants)))
 
 
 def _deferred_backward(ctx, arriving, _):
     _refuse_double_backward(_tracing(arriving))
-    labels, weights, *tensors = ctx.saved_tensors
+    saved = zip(ctx.saved_tensors, ctx.constants)
+    labels, weights, *tensors = (t if c is None else c for t, c in saved)
     n, m = ctx.sizes
     wants = ctx.rest[3]
     made = iter(rows(tensors[:n], tensors[n:], labels, weights * arriving, *ctx.rest)[1:])

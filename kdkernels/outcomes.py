@@ -167,6 +167,11 @@ def check(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[
         _require(rest < -slack, 1 - rest,
                  "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
                  "rescale them, or take tail='conditional', 'renormalize' or 'truncate'")
+        if ids.shape[1] >= vocab:
+            distinct, _ = _distinct(ids, _log_weights(ids, values, linear))
+            _require(((distinct >= 0).sum(-1) == vocab) & (rest > slack), 1 - rest,
+                     f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
+                     "rescale them, or take tail='conditional' or 'renormalize'")
     return ids
 
 

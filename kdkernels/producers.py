@@ -164,6 +164,7 @@ def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail
         ids, values = _top(logits, most)
         mass = values.exp()
         kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
+        kept[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
         slots = max(int(kept.sum(-1).max()), 1)
         kept, ids, values = kept[:, :slots], ids[:, :slots], values[:, :slots]
         return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf).to(_wide(logits.dtype))
@@ -218,7 +219,7 @@ def _draw(probabilities: Tensor, n: int, generator: Optional[torch.Generator]) -
     u = torch.rand(mass.shape[0], n, dtype=mass.dtype, device=mass.device, generator=generator) * total
     # Rounded up to the total, u would lie beyond the last entry that has any mass.
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total))).sort(-1).values
-    return torch.searchsorted(mass, u, right=True)
+    return torch.searchsorted(mass, u, right=True).clamp(max=mass.shape[1] - 1)  # beyond: where the mass is NaN
 
 
 def _added_up(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import row_state as rs
-from .divergences import Divergence, NoDivergence
+from .divergences import Divergence, NoDivergence, simplified
 from .heads import LinearHead
 from .outcomes import LEAST_TAIL
 from .targets import SparseTarget
@@ -118,6 +118,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """(loss, per-row results) of a checked call of :mod:`kdkernels.losses`."""
+    divergence = simplified(divergence)  # at its ends JSD's own formula is 0, and not the KL that it stands for
     spec, labels = call.spec, call.labels
     s = logits_of(student, call.vocab)
     live: Optional[Tensor] = None if labels is None else labels >= 0

@@ -62,6 +62,9 @@ class SparseTarget:
             raise ValueError(f"SparseTarget needs exactly one of logprobs and weights, got {both}")
         if self.tail not in TAILS:
             raise ValueError(f"unknown tail {self.tail!r}; there are {', '.join(TAILS)}")
+        for given in (self.ids, self.values) if self.mask is None else (self.ids, self.values, self.mask):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"SparseTarget needs Tensors, got {type(given)}")
         if self.ids.dim() < 1 or self.ids.shape[-1] == 0:
             raise ValueError(f"SparseTarget needs ids [..., K] with K >= 1, got {tuple(self.ids.shape)}")
         if self.ids.dtype != torch.int64:

@@ -54,6 +54,9 @@ class Problem:
                  rows: str = "random", device: Union[str, torch.device] = "cpu", **head) -> None:  # fmt: skip
         if rows not in ROWS:
             raise ValueError(f"unknown rows {rows!r}; there are {', '.join(ROWS)}")
+        for form in (student, teacher):
+            if form not in ("logits", "head"):
+                raise ValueError(f"unknown form {form!r}; there are logits, head")
         self.head, self.rows, self.dtype = head, rows, dtype
         teacher_width = width if rows == "equal" else 2 * width
         self.student = _tensors(student, shape, vocab, width, scale)

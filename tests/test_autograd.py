@@ -138,6 +138,20 @@ def test_compile_fullgraph(case):
         assert expected.norm() > 1e-6 and relative(mine, expected) < 1e-6
 
 
+@pytest.mark.parametrize("divergence", [kd.JSD, kd.Mixed, kd.AlphaBeta])
+def test_compile_a_divergence_that_changes(divergence):
+    """A second value makes a compiler take the number as unknown: its check must not stop it."""
+    torch._dynamo.reset()
+    s, t = torch.randn(2, 3, 20)
+
+    def loss(number):
+        return kd.distillation_loss(s, t, divergence=divergence(number))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for number in (0.25, 0.5):
+        assert torch.allclose(compiled(number), loss(number))
+
+
 def _arguments(student, teacher):
     labels = torch.tensor([1, -1, 2, 3])
     floats = Spec(ForwardKL(), hard_weight=0.5).to_floats()
@@ -160,6 +174,25 @@ def test_opcheck(form):
     if form == "logits":
         student, teacher, *rest = _arguments(tensors(False), [torch.randn(4, 20)])
         torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5], "auto"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_teacher_from_inference_mode(backend, reduction):
+    """As teachers usually are: hidden states and a head that autograd cannot save."""
+    problem = Problem(student="head", teacher="head")
+    with torch.inference_mode():
+        inference = problem.side([t.clone() for t in problem.teacher])
+    leaves = [t.clone().requires_grad_() for t in problem.student]
+    loss = kd.kl_div(problem.side(leaves), inference, problem.labels, reduction=reduction)
+    grads = torch.autograd.grad(loss.sum(), leaves)
+    value, same = problem.run(backend, reduction=reduction)
+    assert torch.equal(loss, value) and all(torch.equal(a, b) for a, b in zip(grads, same))
+
+
+def test_forward_mode_is_refused_not_zero(backend):
+    s, t = torch.randn(2, 4, 10)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: kd.kl_div(x, t), (s,), (s,))
 
 
 def test_autocast(backend):

@@ -39,12 +39,51 @@ BAD = [
     (lambda: kd.kl_div(S.clone().requires_grad_(), T, inplace=True), "inplace.*leaf"),
     (lambda: kd.kl_div(kd.LinearHead(HEAD.hidden, HEAD.weight.clone().requires_grad_()), T, inplace=True),
      "inplace.*LinearHead"),
+    (lambda: kd.kl_div(S, T, temperature=float("inf")), "temperature.*inf"),
+    (lambda: kd.kl_div(S, T, temperature=torch.tensor(2.0, requires_grad=True)), "temperature requires grad"),
+    (lambda: kd.kl_div(S, T, num_items=torch.tensor([1, 2, 3, 4])), r"num_items.*\(4,\)"),
+    (lambda: kd.kl_div(S, T, token_weights=torch.ones(4, dtype=torch.complex64)), "token_weights.*complex64"),
+    (lambda: kd.codistillation_loss(S, T, None, hard_weight=0.0), "needs labels"),
+    (lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8), softcap=float("inf")), "finite softcap.*inf"),
+    (lambda: kd.AlphaBeta(0.5, float("nan")), "finite.*nan"),
+    (lambda: kd.distillation_loss(S, T, divergence=kd.Divergence()), "reference"),
+    (lambda: kd.testing.Problem(student="sparse"), "sparse.*head"),
+    (lambda: autocast_head(torch.float64), "float64.*float32"),
+    (lambda: kd.kl_div(autocast_head(torch.bfloat16), T), "bfloat16.*float32"),
 ]  # fmt: skip
+
+BAD_TYPES = [
+    (lambda: kd.kl_div(S, None), "teacher.*None"),
+    (lambda: kd.codistillation_loss(S, None, Y), "None"),
+    (lambda: kd.linear_cross_entropy(None, T, Y), "LinearHead.*NoneType"),
+    (lambda: kd.SparseTarget([[1, 2]], T[:1, :2]), "SparseTarget.*list"),
+    (lambda: kd.kl_div(S, T, [1, 2, 3, 4]), "labels.*list"),
+    (lambda: kd.kl_div(S, T, token_weights=[1, 2, 3, 4]), "token_weights.*list"),
+    (lambda: kd.kl_div(S, T, soft_weight="2"), "soft_weight.*'2'"),
+    (lambda: kd.kl_div(S, T, temperature=None, temperature_squared=True), "temperature.*None"),
+    (lambda: kd.kl_div(S, T, num_items="3"), "num_items.*'3'"),
+    (lambda: kd.kl_div(S, T, vocab_size=3.0), "vocab_size.*3.0"),
+    (lambda: kd.kl_div(S, T, chunk_bytes=1e6), "chunk_bytes.*1000000.0"),
+    (lambda: kd.kl_div(S, T, Y, ignore_index=None), "ignore_index.*None"),
+]
+
+
+def autocast_head(dtype):
+    """Mixed dtypes, which autocast allows: but not beside fp64, and not once it has ended."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return kd.LinearHead(torch.randn(4, 8, dtype=dtype), torch.randn(10, 8))
 
 
 @pytest.mark.parametrize("call,message", BAD, ids=[m for _, m in BAD])
 def test_bad_input(call, message):
     assert_refused(call, message)
+
+
+@pytest.mark.parametrize("call,message", BAD_TYPES, ids=[m for _, m in BAD_TYPES])
+def test_bad_type(call, message):
+    with pytest.raises(TypeError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])
@@ -57,6 +96,16 @@ def test_nothing_to_learn(backend, form, tokens):
         value, grads = problem.run(backend, reduction=reduction, hard_weight=1.0)
         assert value.sum() == 0
         assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, problem.student))
+
+
+def test_nothing_to_learn_in_a_view(backend):
+    """No sequences, in a layout that does not fold into rows; and a tensor that says there are 0 items."""
+    leaf = torch.randn(2, 6, 50).requires_grad_()
+    (grad,) = torch.autograd.grad(kd.kl_div(leaf[:0, :-1], torch.randn(0, 5, 50)), leaf)
+    assert not grad.any()
+    masked = torch.full((2, 6), -100)
+    loss = kd.cross_entropy(leaf, masked, num_items=torch.tensor(0))
+    assert loss == 0 and not torch.autograd.grad(loss, leaf)[0].any()
 
 
 def test_masked_garbage_stays_out(backend):

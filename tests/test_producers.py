@@ -132,3 +132,15 @@ def test_committed_result_fills_the_docs():
     page = sparse_bias.DOCS.read_text()
     committed = sparse_bias.DOCS.parent.parent / "benchmarks" / "results" / "sparse-bias.json"
     assert with_part(page, "bias", sparse_bias.table(json.loads(committed.read_text()))) == page
+
+
+@pytest.mark.parametrize("produce", [lambda t: kd.top_k_target(t, 3), lambda t: kd.top_p_target(t, 0.5),
+                                     lambda t: kd.sample_target(t, 4)])  # fmt: skip
+def test_a_teacher_of_nan_is_refused_where_it_counts(produce):
+    """Padding often is NaN: that token is masked or the loss is an error, but never quietly 0."""
+    teacher = torch.randn(2, 20)
+    teacher[0] = torch.nan
+    target, student = produce(teacher), torch.randn(2, 20)
+    assert kd.kl_div(student, target, torch.tensor([-100, 1])).isfinite()
+    with pytest.raises(ValueError, match="nan at token 0"):
+        kd.kl_div(student, target)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DIVERGENCES
-from problems import assert_exact, relative
+from problems import assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
@@ -150,3 +150,10 @@ def test_ties_at_a_temperature(backend, tail, temperature):
     target = kd.SparseTarget(torch.tensor([[2, 9]]), logprobs=torch.tensor([[0.7, 0.2]]).log(), tail=tail)
     _, stats = kd.distillation_loss(student, target, temperature=temperature, return_stats=True)
     assert stats.agreement == 0
+
+
+def test_bucket_without_a_rest_needs_all_mass():
+    """Every id of the vocabulary is stored, but a tenth is missing: no outcome is left that could have it."""
+    target = kd.SparseTarget(torch.tensor([[2, 0, 1, 1]]), weights=torch.tensor([[0.3, 0.3, 0.2, 0.1]]))
+    assert_refused(lambda: kd.kl_div(torch.randn(1, 3), target), "all 3 ids.*0.9.*token 0")
+    assert kd.kl_div(torch.randn(1, 4), target).isfinite()
