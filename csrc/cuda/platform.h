@@ -92,10 +92,13 @@ KD_DEVICE int cluster_rank() {
   return 0;
 #endif
 }
-// All threads of all blocks of the cluster; what was written before, to any of them, is seen after.
-KD_DEVICE void sync_cluster() {
+// All threads of all blocks of the cluster. What a warp `wrote` to other blocks is seen after; one that wrote
+// nothing there does not wait until the gradient that it wrote to memory has arrived.
+KD_DEVICE void sync_cluster(bool wrote) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (wrote) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  else asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
 #endif

@@ -254,7 +254,7 @@ class Row {
       if (onto) copy_state(&parts[blocks], memory_state());
       sync_warp();
     }
-    if (blocks > 1) sync_cluster();
+    if (blocks > 1) sync_cluster(warp_ == 0 || plan_.entry == Entry::kFusedSparse);  // share_kept is by all warps
     if (warp_ == 0) combine(parts, blocks + onto, temperature, out);
     // Nobody writes here again before all have passed the next exchange's barrier.
     parity_ ^= 1;

@@ -27,7 +27,7 @@ rows_kernel(const KD_GRID_CONSTANT Job job, const KD_GRID_CONSTANT Plan plan) {
   const int first = block_index() / cluster, step = grid_blocks() / cluster;
   int next = next_that_counts(job, plan, first, step);
   for (int i = 0; next < plan.rows && i < slice.chunks(); ++i) slice.fetch(i, next, lead_of(job, next));
-  if (cluster > 1) sync_cluster();  // all blocks have begun: their memory can be written to
+  if (cluster > 1) sync_cluster(false);  // all blocks have begun: their memory can be written to
   int turn = 0;
   for (int row = first; row < plan.rows; row += step) {
     if (row != next) {
@@ -37,7 +37,7 @@ rows_kernel(const KD_GRID_CONSTANT Job job, const KD_GRID_CONSTANT Plan plan) {
     next = next_that_counts(job, plan, row + step, step);
     worker.compute(row, next, turn++);
   }
-  if (cluster > 1) sync_cluster();  // a block's memory must outlive what others still write there
+  if (cluster > 1) sync_cluster(false);  // a block's memory must outlive what others still write there
 }
 
 }  // namespace kd

@@ -46,7 +46,7 @@ KD_DEVICE int cluster_rank() { return host::block_index() % host::cluster_blocks
 KD_DEVICE char* shared_memory() { return host::shared_memory(cluster_rank()); }
 KD_DEVICE void sync_warp() { host::meet_warp(); }
 KD_DEVICE void sync_block() { host::meet_block(); }
-KD_DEVICE void sync_cluster() { host::meet_cluster(); }
+KD_DEVICE void sync_cluster(bool) { host::meet_cluster(); }
 
 template <class T>
 inline T from_lane(T value, int lane) {
