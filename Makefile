@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/
 
 test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ lint: setup
 
 # The libraries that are measured beside ours, and the plots.
 $(VENV)/.peers: $(VENV)/.ready
-	$(BIN)/pip install -q "$(TORCH)" -e ".[bench,integrations]" --no-build-isolation
+	$(BIN)/pip install -q "$(TORCH)" "kdkernels[bench,integrations]"
 	# Only their loss modules are loaded, file by file: these need none of the packages' dependencies.
 	$(BIN)/pip install -q --no-deps torchtune==0.6.1 axolotl==0.19.0 nvidia-modelopt==0.47.0
 	# What the trainer's tests run it with: reports, and shards. DeepSpeed looks for torch when it is installed.

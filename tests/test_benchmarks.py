@@ -1,6 +1,7 @@
 """The harness measures what it says: right inputs, right floors, right errors, ratios that compare."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -245,6 +246,7 @@ def test_pytest_benchmarks(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-k", "distillation", f"--benchmark-json={out}"],
         cwd=command.ROOT, capture_output=True, text=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert {b["group"] for b in json.loads(out.read_text())["benchmarks"]} == {
