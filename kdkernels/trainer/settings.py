@@ -99,38 +99,22 @@ class DataSettings:
 
 @dataclass
 class LossSettings:
-    divergence: str = option(
-        "forward_kl", f"{', '.join(DIVERGENCES)}; parameters follow a colon: jsd:0.5"
-    )
+    divergence: str = option("forward_kl", f"{', '.join(DIVERGENCES)}; parameters follow a colon: jsd:0.5")
     temperature: float = option(1.0, "of the soft term")
     temperature_squared: bool = option(False, "multiply the soft term by temperature^2")
-    soft_weight: float = option(
-        1.0, "of the divergence; in co the value that --soft_schedule comes to"
-    )
-    hard_weight: Optional[float] = option(
-        None, "of the student's cross entropy; default 0 in soft, 1 in co"
-    )
-    soft_schedule: str = option(
-        "linear", "constant, linear, cosine, warmup_stable_decay or teacher_loss"
-    )
-    soft_weight_start: float = option(
-        0.0, "where linear, cosine and warmup_stable_decay begin"
-    )
-    soft_warmup: float = option(
-        0.1, "share of the steps that warmup_stable_decay rises (and falls) in"
-    )
+    soft_weight: float = option(1.0, "of the divergence; in co the value that --soft_schedule comes to")
+    hard_weight: Optional[float] = option(None, "of the student's cross entropy; default 0 in soft, 1 in co")
+    soft_schedule: str = option("linear", "constant, linear, cosine, warmup_stable_decay or teacher_loss")
+    soft_weight_start: float = option(0.0, "where linear, cosine and warmup_stable_decay begin")
+    soft_warmup: float = option(0.1, "share of the steps that warmup_stable_decay rises (and falls) in")
     teacher_learning_rate: float = option(0.0, "0: learning_rate")
 
 
 @dataclass
 class GenerationSettings:
-    completions: Optional[str] = option(
-        None, "the .jsonl to write; default OUTPUT_DIR/completions.jsonl"
-    )
+    completions: Optional[str] = option(None, "the .jsonl to write; default OUTPUT_DIR/completions.jsonl")
     prompts: int = option(1024, "how many prompts the teacher completes")
-    prompt_tokens: int = option(
-        16, "prompts are the first tokens of so many training sequences"
-    )
+    prompt_tokens: int = option(16, "prompts are the first tokens of so many training sequences")
     sampling_temperature: float = option(1.0, "0 is greedy")
     generation_batch_size: int = option(256, "prompts completed at a time")
 
@@ -142,9 +126,7 @@ class RunSettings(TrainingArguments):
     output_dir: Optional[str] = option(None, "where the run is kept [required]")
     resume: bool = option(False, "go on from the last whole checkpoint in OUTPUT_DIR")
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs if > 0")
-    teacher_steps: int = option(
-        0, "steps of a teacher made from scratch; 0: max_steps"
-    )
+    teacher_steps: int = option(0, "steps of a teacher made from scratch; 0: max_steps")
     learning_rate: float = option(5e-5, "of AdamW")
     lr_scheduler_type: str = option("cosine", "any of transformers' schedulers")
     warmup_steps: float = option(0.05, "steps, or a share of them if below 1")
@@ -352,9 +334,6 @@ _RANGES: dict[str, _Range] = {
 _REFUSED = {
     "resume_from_checkpoint": "--resume goes on from the last whole checkpoint in OUTPUT_DIR",
     "label_smoothing_factor": "it needs logits, which are never held; leave it out",
-    "torch_compile": "the loss runs inside the lm_head's forward, which torch.compile cannot follow; leave it out",
-    "remove_unused_columns": "the data have no unused columns; leave it out",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run; leave it out",
     "batch_eval_metrics": "it needs logits, which are never held; leave it out",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "every run trains, and evaluates by --eval_strategy; leave it out"),
 }  # fmt: skip
@@ -376,7 +355,8 @@ def check(settings: Settings) -> None:
         if what and value is not None and not holds(value):
             raise Problem(f"{name}={value} {what}")
     if run.torch_compile:  # its backend and mode turn it on
-        raise Problem(f"torch_compile: {_REFUSED['torch_compile']}")
+        raise Problem("torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
+                      "leave it out")  # fmt: skip
     if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
         where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"
         raise Problem(f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
