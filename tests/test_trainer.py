@@ -554,7 +554,7 @@ def test_help_is_short_and_names_the_options(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0 and len(text.splitlines()) < 130
     assert "--divergence" in text and "--learning_rate" in text and "--push_to_hub" not in text
-    assert "--soft_schedule" not in text and "--prompts" not in text  # of other modes
+    assert "--soft_warmup" not in text and "--prompts" not in text  # of other modes
 
 
 def test_yaml_then_command_line(tmp_path):
