@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import yaml  # noqa: E402
-from trainer_runs import ROOT, assert_same_weights, options, weights  # noqa: E402
+from trainer_runs import PACKAGE, ROOT, WRITES, assert_same_weights, options, weights  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
@@ -69,7 +69,7 @@ def test_hard_writes_completions_and_learns_only_them(tmp_path, monkeypatch):
     original = ReliableTrainer.training_step
     monkeypatch.setattr(ReliableTrainer, "training_step",
                         lambda self, model, inputs, n=None: (seen.append(inputs), original(self, model, inputs, n))[1])  # fmt: skip
-    run("hard", tmp_path, sampling_temperature=0.7)
+    run("hard", tmp_path, sampling_temperature=0.7, **WRITES)
     lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and all(
         line.keys() == {"prompt", "completion"} and line["prompt"] for line in lines
@@ -300,21 +300,29 @@ def error_of(capsys, mode, folder, **values):
     ({"tokenizer": "{tmp}", "student": "{tmp}"}, "cannot load tokenizer"),
     ({"data": ["{tmp}/nothing.txt"]}, "no data"),
     ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
-    ({"data": ["{tmp}/short.jsonl"], "validation_share": 0.0, "eval_strategy": "no"}, "no sequence of 2 or more tokens"),
-    ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither 'text'"),
+    ({"data": ["{tmp}/empty_texts.jsonl"]}, "no text in"),
+    ({"data": ["{tmp}/short.txt"], "validation_share": 0.9}, "no sequence of 2 or more tokens"),
+    ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither a text 'text'"),
     ({"data": ["{tmp}/torn.jsonl"]}, "cannot read"),
-    ({"max_length": 1}, "needs 2 tokens or more"),
-    ({"temperature": 0.0}, "temperature=0 must be above 0"),
-    ({"validation_share": 1.0}, "a share is from 0 to below 1"),
     ({"divergence": "kl"}, "unknown divergence 'kl'"),
     ({"divergence": "jsd:7"}, "divergence 'jsd:7'"),
     ({"no_such_option": 1}, "unknown options no_such_option"),
     ({"fsdp": True}, "fsdp only works in distributed"),
     ({"output_dir": None}, "no --output_dir"),
+    ({"output_dir": "{tmp}/short.txt"}, "cannot write to --output_dir"),
+    ({"targets": "{tmp}", "teacher": None}, "is no teacher cache"),
+    ({"lora_modules": ["nope"], "lora_rank": 2}, "Target modules {'nope'} not found"),
+    ({"dataloader_drop_last": True, "per_device_train_batch_size": 9999}, "a batch takes 9999"),
+    ({"seed": -1}, "Seed must be between 0"),
+    ({"report_to": ["x"]}, "x is not supported"),
+    ({"load_best_model_at_end": True, "eval_steps": 2, "validation_share": 0.0}, "the best checkpoint needs text to be judged by"),
+    ({"learning_rate": 1e-3, "optim": "galore_adamw"}, "optim=galore_adamw, optim_args=None: "),
+    ({"lr_scheduler_kwargs": {"nope": 1}}, "lr_scheduler_kwargs={'nope': 1}: "),
 ])  # fmt: skip
 def test_error(values, message, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "short.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "empty_texts.jsonl").write_text('{"text": ""}\n' * 3)
+    (tmp_path / "short.txt").write_text("a")
     (tmp_path / "keys.jsonl").write_text('{"words": "x"}\n')
     (tmp_path / "torn.jsonl").write_text('{"text": "x\n')
     fill = lambda value: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value  # noqa: E731
@@ -342,6 +350,125 @@ def test_completion_errors(record, message, tmp_path, capsys):
         assert message in error_of(capsys, "hard", tmp_path, **values)
     else:
         train.run(resolve("hard", options(tmp_path / "run", **values)))
+
+
+@pytest.mark.parametrize("mode, values, message", [
+    *(("soft", {name: 0}, f"{name}=0 must be 1 or more") for name in (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "eval_accumulation_steps", "validation_sequences")),
+    *(("hard", {name: 0}, f"{name}=0 must be 1 or more")
+      for name in ("prompts", "prompt_tokens", "generation_batch_size")),
+    *(("co", {name: value}, f"{name}={value} must be 0 or more") for value in (-1.0, math.nan, math.inf) for name in (
+        "learning_rate", "teacher_learning_rate", "soft_weight", "hard_weight", "soft_weight_start", "weight_decay",
+        "max_grad_norm", "neftune_noise_alpha")),
+    *(("soft", {"temperature": value}, f"temperature={value} must be above 0") for value in (0.0, -1.0, math.inf)),
+    *(("soft", {f"{what}_steps": -1.0}, f"{what}_steps=-1.0 must be above 0; --{what}_strategy no for never")
+      for what in ("logging", "eval", "save")),
+    ("soft", {"logging_steps": 0}, "requires non-zero --logging_steps"),
+    ("soft", {"max_steps": 0}, "max_steps=0 must be 1 or more, or -1"),
+    ("soft", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0.0 must be above 0"),
+    ("soft", {"max_length": 1}, "needs 2 tokens or more"),
+    ("soft", {"tokenizer_size": 10}, "256 bytes and the end of text"),
+    ("soft", {"validation_share": 1.0}, "is no share from 0 to below 1"),
+    ("co", {"soft_warmup": 0.6}, "is no share from 0 to 0.5"),
+    ("soft", {"save_total_limit": -1}, "save_total_limit=-1 must be 0 or more"),
+    ("soft", {"lora_rank": -1}, "lora_rank=-1 must be 0 or more"),
+    ("soft", {"lora_modules": ["q_proj"]}, "give --lora_rank too"),
+    ("soft", {"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be 0 or more"),
+    ("hard", {"sampling_temperature": -1.0}, "sampling_temperature=-1.0 must be 0 or more"),
+    ("soft", {"soft_weight": 0}, "the student would learn nothing"),
+    ("co", {"soft_weight": 0, "hard_weight": 0}, "the student would learn nothing"),
+    ("soft", {"use_liger_kernel": True}, "use_liger_kernel=True: Liger's kernels need a GPU"),
+    ("soft", {"torch_compile_backend": "eager"}, "torch_compile: the loss runs inside"),
+    ("soft", {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: it needs logits"),
+    ("soft", {"resume_from_checkpoint": "x"}, "resume_from_checkpoint=x: --resume goes on from"),
+    ("soft", {"do_eval": True}, "evaluates by --eval_strategy"),
+    ("soft", {"dtype": "float16"}, "dtype=float16: there are"),
+    ("soft", {"divergence": "jsd:x"}, "divergence 'jsd:x'"),
+    ("soft", {"lr_scheduler_type": "x"}, "x is not a valid SchedulerType"),
+    ("soft", {"deepspeed": "/no/such.json"}, "/no/such.json"),
+    ("soft", {"accelerator_config": "/no/such.json"}, "/no/such.json"),
+    # what another mode has
+    ("soft", {"soft_schedule": "cosine"}, "soft_schedule=cosine: soft has none, it is of co, compare; leave it out"),
+    ("hard", {"temperature": 2.0}, "temperature=2.0: hard has none, it is of soft, co, compare"),
+    ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
+    ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
+    ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
+    ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
+    ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),
+    # YAML of other types
+    ("soft", {"temperature": [1, 2]}, "temperature=[1, 2]: one value, not a list"),
+    ("soft", {"max_length": None}, "max_length is null; leave it out for its default, 512"),
+    ("soft", {"data": None}, "data is null"),
+    ("soft", {"divergence": {"jsd": 0.5}}, "unknown divergence"),
+    ("soft", {"config": "x", "help": True, "nope": 1}, "unknown options config, help, nope"),
+    ("soft", {"mode": "co"}, "is of another mode than soft"),
+])  # fmt: skip
+def test_settings_that_cannot_be(mode, values, message, tmp_path):
+    """Refused before anything is read or written."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(options(tmp_path / "run", **values)))
+    with pytest.raises(Problem) as caught:
+        parse(mode, ["--config", str(path)])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_steps", 2.5), ("max_length", 32.0), ("max_steps", "many"), ("seed", True), ("temperature", True),
+    ("temperature_squared", "perhaps"), ("learning_rate", "fast"), ("optim", "nope"),
+])  # fmt: skip
+def test_a_value_of_another_type(name, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        resolve("soft", options(tmp_path, **{name: value}))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and f"--{name}" in error and str(value) in error
+
+
+@pytest.mark.parametrize("text", [b"a: [1", b"just text", b"5: 3", b"\x00", b"student: \xe9", None])
+def test_a_config_that_cannot_be_read(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(Problem, match="--config .*config.yaml"):
+        parse("soft", ["--config", str(path)])
+
+
+def test_yaml_may_name_one_of_a_list(tmp_path):
+    values = options(tmp_path, data=str(PACKAGE), lora_modules="q_proj", lora_rank=2, report_to="none", eval_steps=None)
+    settings = resolve("soft", values)
+    assert settings.data.data == [str(PACKAGE)] and settings.model.lora_modules == ["q_proj"]
+    assert settings.run.report_to == [] and settings.asked["eval_steps"] is None
+
+
+def test_what_the_command_line_does_not_know():
+    with pytest.raises(Problem, match="unknown options --nope 1; see --help_all"):
+        parse("soft", ["--output_dir", "x", "--nope", "1"])
+
+
+@pytest.mark.parametrize("record", [
+    "null", "[]", '{"prompt": null, "completion": "x"}', '{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}',
+    '{"messages": ["hi"]}', '{"messages": [{"role": "user"}]}', '{"text": 5}',
+])  # fmt: skip
+def test_records_of_another_shape(record, tmp_path):
+    (tmp_path / "a.jsonl").write_text(record + "\n")
+    with pytest.raises(Problem, match="a.jsonl line 1 has neither a text 'text' nor messages nor a prompt"):
+        data.read(DataSettings(data=[str(tmp_path / "a.jsonl")]))
+
+
+def test_an_unknown_metric_names_those_there_are(tmp_path):
+    with pytest.raises(Problem, match="metric_for_best_model=nope: evaluation gives .*eval_hard.*no checkpoint yet"):
+        run("soft", tmp_path, load_best_model_at_end=True, metric_for_best_model="nope", save_steps=1, eval_steps=1)
+
+
+def test_a_report_that_cannot_begin(tmp_path, capsys, monkeypatch):
+    def on_train_begin(self, *arguments, **options):
+        raise RuntimeError("No API key configured.\nLong advice")
+
+    monkeypatch.setattr(train.MetricsFile, "on_train_begin", on_train_begin)
+    assert "cannot begin: No API key configured." in error_of(capsys, "soft", tmp_path)
+    monkeypatch.undo()
+    run("soft", tmp_path / "run", max_steps=1)  # what could not begin does not stand in the way
 
 
 def test_half_a_tokenizer_is_never_used(tmp_path, capsys, monkeypatch):
@@ -427,6 +554,7 @@ def test_help_is_short_and_names_the_options(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0 and len(text.splitlines()) < 130
     assert "--divergence" in text and "--learning_rate" in text and "--push_to_hub" not in text
+    assert "--soft_warmup" not in text and "--prompts" not in text  # of other modes
 
 
 def test_yaml_then_command_line(tmp_path):

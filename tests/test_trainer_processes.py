@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import PACKAGE, assert_same_weights, flags, options, process, weights  # noqa: E402
+from trainer_runs import PACKAGE, WRITES, assert_same_weights, flags, options, process, weights  # noqa: E402
 
 from kdkernels.trainer import models, train  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
@@ -276,7 +276,7 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
 
 
 def test_compare_reuses_what_is_there(tmp_path):
-    command = ["train", "compare", *flags(options(tmp_path / "all", max_steps=2, teacher_steps=3, eval_steps=2))]
+    command = ["train", "compare", *flags(options(tmp_path / "all", max_steps=2, teacher_steps=3, eval_steps=2, **WRITES))]
     first = process(*command)
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "all"
@@ -291,7 +291,7 @@ def test_compare_reuses_what_is_there(tmp_path):
     again = process(*command)
     assert again.returncode == 0 and again.stdout.count("reusing") == 5
     assert (folder / "comparison.json").read_text() == before
-    stages = plan(resolve("compare", options(folder, max_steps=2, teacher_steps=3, eval_steps=2)))
+    stages = plan(resolve("compare", options(folder, max_steps=2, teacher_steps=3, eval_steps=2, **WRITES)))
     held_out = [train.ingredients(stage).validation.rows for stage in stages.values()]
     assert all(rows == held_out[0] for rows in held_out)  # no teacher is trained on what students are judged by
     other = process(*command, "--temperature", "2.0")

@@ -17,8 +17,12 @@ def options(folder, **values):
         "output_dir": str(folder), "student": "micro", "teacher": "micro", "tokenizer_size": 300,
         "data": [str(PACKAGE)], "max_length": 32, "max_steps": 4, "logging_steps": 1, "eval_steps": 4, "save_steps": 2,
         "per_device_train_batch_size": 4, "validation_sequences": 5, "learning_rate": 1e-3, "use_cpu": True,
-        "disable_tqdm": True, "prompts": 12, "prompt_tokens": 4, **values,
+        "disable_tqdm": True, **values,
     }  # fmt: skip
+
+
+#: What a micro teacher writes, in hard and compare.
+WRITES = {"prompts": 12, "prompt_tokens": 4}
 
 
 def flags(values):

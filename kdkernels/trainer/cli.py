@@ -32,9 +32,7 @@ def main(arguments: list[str]) -> None:
 
             run(settings)
             atexit.register(leave_group)
-    except Problem as problem:
-        sys.exit(f"error: {problem}")
-    except OSError as error:
+    except (Problem, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -23,7 +23,7 @@ import kdkernels as kd
 
 from . import data, models, report, train
 from .reliable import ReliableTrainer, read_metrics, write_whole
-from .settings import SCRATCH, Problem, Settings, resolve
+from .settings import SCRATCH, Problem, Settings, for_mode, resolve
 
 COMPARISON = "comparison.json"
 
@@ -62,24 +62,25 @@ def compare(settings: Settings) -> None:
 def plan(settings: Settings) -> dict[str, Settings]:
     """Stage -> its settings: a teacher, if it must be made first, and the students."""
     folder, shared = settings.output_dir, settings.to_dict()
-    for name in ("mode", "teacher_steps", "resume"):
-        shared.pop(name, None)
+    del shared["mode"]
     scratch = settings.model.teacher in SCRATCH
     shared["tokenizer"] = tokenizer(settings)
     teacher = str(folder / "teacher" / "model") if scratch else settings.model.teacher
 
     def stage(mode: str, name: str, **values: Any) -> Settings:
         resume = (folder / name / train.CONFIG).exists()
-        return resolve(mode, {**shared, "output_dir": str(folder / name), "resume": resume, **values})
+        own = {**shared, "output_dir": str(folder / name), "resume": resume, **values}
+        return resolve(mode, for_mode(mode, own))
 
     stages = {}
     if scratch:
         stages["teacher"] = stage(
-            "hard", "teacher", student=settings.model.teacher, teacher=None, lora_rank=0, seed=settings.run.seed + 1,
+            "hard", "teacher", student=settings.model.teacher, teacher=None, completions=None, lora_rank=0,
+            lora_modules=["all-linear"], seed=settings.run.seed + 1,
             max_steps=settings.run.teacher_steps or settings.run.max_steps,
             learning_rate=settings.loss.teacher_learning_rate,
         )  # fmt: skip
-    stages["plain"] = stage("hard", "plain", teacher=None)
+    stages["plain"] = stage("hard", "plain", teacher=None, completions=None)
     stages["soft"] = stage("soft", "soft", teacher=teacher)
     stages["hard"] = stage("hard", "hard", teacher=teacher)
     stages["co"] = stage("co", "co", hard_weight=1.0)
@@ -128,8 +129,8 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
     logging.disable_progress_bar()
     try:
         train.run(resolve(mode, asked))
-    except Problem as problem:
-        sys.exit(f"error: {problem}")
+    except (Problem, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 # -- what came of it --------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from typing import Any, Iterator
 import torch
 from torch.utils.data import Dataset
 
-from .models import one_line
-from .settings import DataSettings, Problem
+from .settings import DataSettings, Problem, one_line
 
 IGNORE = -100
 Record = dict[str, Any]
@@ -21,7 +20,7 @@ Record = dict[str, Any]
 def read(settings: DataSettings) -> list[Record]:
     """Documents ``{"text"}``, or ``{"prompt", "completion"}`` or ``{"messages"}`` as TRL reads them."""
     records = [record for name in settings.data for record in _read_one(name, settings.text_field)]
-    if not records:
+    if not any(record.get("text", True) for record in records):
         raise Problem(f"no text in {', '.join(settings.data)}")
     kinds = {kind_of(record) for record in records}
     if len(kinds) > 1:
@@ -72,13 +71,22 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
 
 def _record(row: Any, text_field: str, where: str) -> Record:
     if isinstance(row, dict):
-        if isinstance(row.get("messages"), list):
+        if _is_chat(row.get("messages")):
             return {"messages": row["messages"]}
-        if "prompt" in row and "completion" in row:
-            return {"prompt": row["prompt"], "completion": row["completion"]}
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if all(isinstance(part, str) for part in (prompt, completion)) or _is_chat(prompt) and _is_chat(completion):
+            return {"prompt": prompt, "completion": completion}
         if isinstance(row.get(text_field), str):
             return {"text": row[text_field]}
-    raise Problem(f"{where} has neither {text_field!r} nor messages nor prompt and completion")
+    raise Problem(f"{where} has neither a text {text_field!r} nor messages nor a prompt and a completion, which are "
+                  "texts or lists of messages, {role, content}")  # fmt: skip
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in messages
+    )
 
 
 def split(records: list[Record], settings: DataSettings) -> tuple[list[Record], list[Record]]:
@@ -151,7 +159,7 @@ def _completion(
 
 def _prompt_and_completion(record: Record, tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
     if kind_of(record) == "completions":
-        if not isinstance(record["prompt"], str) or not isinstance(record["completion"], str):
+        if not isinstance(record["prompt"], str):
             return _chat(record["prompt"] + record["completion"], tokenizer, index)
         encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
         return encode(record["prompt"]), [*encode(record["completion"]), tokenizer.eos_token_id]
@@ -199,7 +207,7 @@ def texts_of(records: list[Record]) -> Iterator[str]:
         if kind == "text":
             yield record["text"]
         elif kind == "messages":
-            yield from (message["content"] for message in record["messages"])
+            yield from (str(message["content"] or "") for message in record["messages"])
         else:
             yield from (str(record["prompt"]), str(record["completion"]))
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from .data import Record, Sequences, kind_of
-from .settings import Problem, Settings
+from .settings import Problem, Settings, one_line
 
 
 def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records: list[Record],
@@ -25,11 +25,12 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
     if path.exists():
         print(f"reusing the completions in {path}")
         return path
-    part.parent.mkdir(parents=True, exist_ok=True)
-    done = sum(line.endswith("\n") for line in part.open()) if part.exists() else 0
     size = options.generation_batch_size
-    done -= done % size  # batches are whole, so that each has the seed of its number
-    _keep_lines(part, done)
+    with one_line(f"cannot write completions to {path}"):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        done = sum(line.endswith("\n") for line in part.open()) if part.exists() else 0
+        done -= done % size  # batches are whole, so that each has the seed of its number
+        _keep_lines(part, done)
     teacher = teacher.to(settings.run.device).eval()
     with part.open("a") as file:
         for start in tqdm(range(done, len(prompts), size), desc="teacher writes", initial=done // size,

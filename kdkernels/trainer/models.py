@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from .settings import SCRATCH, ModelSettings, Problem, Settings
+from .settings import SCRATCH, ModelSettings, Problem, Settings, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -115,18 +114,6 @@ def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
             raise Problem(f"no {what} {name}: not a folder here, and not found under this name "
                           f"(scratch models are {', '.join(SCRATCH)})") from problem  # fmt: skip
         raise
-
-
-@contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Errors that libraries raise over files become one :class:`Problem` of one line."""
-    try:
-        yield
-    except Problem:
-        raise
-    except Exception as error:  # tokenizers raises nothing narrower when the disk is full
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise Problem(f"{what}: {first}") from error
 
 
 def _check_same(ours: Any, theirs: Any, our_name: str, their_name: str) -> None:

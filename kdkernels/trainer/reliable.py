@@ -18,7 +18,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.transformers import DistillationTrainer
-from .settings import Problem
+from .settings import Problem, first_line, one_line
 
 #: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
 STAGING = "checkpoint-being-written"
@@ -35,6 +35,13 @@ class ReliableTrainer(DistillationTrainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
+        begin = self.callback_handler.on_train_begin
+
+        def on_train_begin(*arguments: Any) -> Any:
+            with one_line(f"report_to={self.args.report_to} cannot begin"):
+                return begin(*arguments)
+
+        self.callback_handler.on_train_begin = on_train_begin  # type: ignore[method-assign, assignment]
 
     @property
     def _folder(self) -> Path:
@@ -73,7 +80,7 @@ class ReliableTrainer(DistillationTrainer):
             shutil.rmtree(staging, ignore_errors=True)
             raise Problem(
                 f"step {self.state.global_step}: the checkpoint could not be written to {self._folder}: "
-                f"{_first_line(error)}; {self._last_good()}"
+                f"{first_line(error)}; {self._last_good()}"
             ) from error
         finally:
             self._staging = False
@@ -96,7 +103,26 @@ class ReliableTrainer(DistillationTrainer):
 
     def _last_good(self) -> str:
         last = get_last_checkpoint(self._folder)
-        return f"the last good one is {last}" if last else "there is none yet"
+        return f"the last good one is {last}" if last else "there is no checkpoint yet"
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise Problem(f"metric_for_best_model={self.args.metric_for_best_model}: evaluation gives "
+                          f"{', '.join(sorted(metrics))}; {self._last_good()}") from error  # fmt: skip
+
+    # -- what options ask of libraries ----------------------------------------------------------
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> Any:
+        with one_line(f"optim={_name(self.args.optim)}, optim_args={self.args.optim_args}"):
+            return super().create_optimizer(*arguments, **options)
+
+    def create_scheduler(self, *arguments: Any, **options: Any) -> Any:
+        args = self.args
+        name = _name(args.lr_scheduler_type)
+        with one_line(f"lr_scheduler_type={name}, lr_scheduler_kwargs={args.lr_scheduler_kwargs}"):
+            return super().create_scheduler(*arguments, **options)
 
     # -- numbers -------------------------------------------------------------------------------
 
@@ -192,6 +218,10 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(self.last)
 
 
+def _name(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off is not one."""
     lines = path.read_text().splitlines() if path.exists() else []
@@ -223,7 +253,3 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

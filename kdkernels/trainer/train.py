@@ -19,7 +19,7 @@ from . import data, models
 from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .generate import write_completions
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
-from .settings import Problem, Settings, divergence_of
+from .settings import Problem, Settings, divergence_of, for_mode
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
 
@@ -118,18 +118,15 @@ def run(settings: Settings) -> dict[str, Any]:
     settings.run.remove_unused_columns = False
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
+    trainer = None
     try:
-        trainer = BUILD[settings.mode](ingredients(settings))
-    except (Problem, ValueError) as error:  # ValueError: what Trainer or DistillationTrainer refuses
-        if fresh:
+        trainer = build(settings)
+        start, found = time.perf_counter(), checkpoints(folder)
+        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    except Problem:
+        if fresh and (trainer is None or not trainer.state.global_step):
             (folder / CONFIG).unlink(missing_ok=True)  # what could not begin is not a run
-        raise Problem(" ".join(str(error).split())) from error
-    if settings.run.fsdp and not trainer.is_fsdp_enabled:
-        raise Problem(
-            "fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU"
-        )
-    start, found = time.perf_counter(), checkpoints(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        raise
     seconds = time.perf_counter() - start
     result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds,
               "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
@@ -143,6 +140,26 @@ def run(settings: Settings) -> dict[str, Any]:
     return result
 
 
+def build(settings: Settings) -> Trainer:
+    """The mode's trainer, if what was asked for can be done."""
+    args = settings.run
+    try:
+        trainer = BUILD[settings.mode](ingredients(settings))
+    except (ValueError, ImportError) as error:  # what Trainer or DistillationTrainer refuses, or a missing extra
+        raise Problem(" ".join(str(error).split())) from error
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise Problem(
+            "fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU"
+        )
+    rows, batch = len(trainer.train_dataset), args.train_batch_size * args.world_size  # type: ignore[arg-type]
+    if args.dataloader_drop_last and rows < batch:
+        raise Problem(f"dataloader_drop_last drops the only batch: {rows} sequences, and a batch takes {batch}")
+    judged = args.load_best_model_at_end or args.save_strategy == "best"
+    if judged and not trainer.eval_dataset:
+        raise Problem("the best checkpoint needs text to be judged by: --validation_share above 0")
+    return trainer
+
+
 def claim_folder(settings: Settings) -> bool:
     """Writes the run's config.yaml; True if there was none."""
     path = settings.output_dir / CONFIG
@@ -151,8 +168,9 @@ def claim_folder(settings: Settings) -> bool:
     if path.exists():
         check_same_settings(settings)
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    with models.one_line(f"cannot write to --output_dir {settings.output_dir}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
     return True
 
 
@@ -163,7 +181,7 @@ def check_same_settings(settings: Settings) -> None:
         raise Problem(
             f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
         )
-    before, now = yaml.safe_load((folder / CONFIG).read_text()), settings.to_dict()
+    before, now = for_mode(settings.mode, yaml.safe_load((folder / CONFIG).read_text())), settings.to_dict()
     changed = sorted(
         n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
     )
