@@ -19,7 +19,7 @@ from . import data, models
 from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .generate import write_completions
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
-from .settings import Problem, Settings, divergence_of, for_mode
+from .settings import Problem, Settings, divergence_of, for_mode, one_line
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
 
@@ -168,7 +168,7 @@ def claim_folder(settings: Settings) -> bool:
     if path.exists():
         check_same_settings(settings)
         return False
-    with models.one_line(f"cannot write to --output_dir {settings.output_dir}"):
+    with one_line(f"cannot write to --output_dir {settings.output_dir}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
     return True
