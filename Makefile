@@ -17,9 +17,10 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev,trainer,cache]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
 	touch $@
 
+# Two processes on two cores: a thread that waits must not keep a core from the other's.
 test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
