@@ -106,7 +106,8 @@ def figures(result: Row) -> str:
     cases = [case for case in result["cases"] if case["headline"]]
     sections = (
         ("Milliseconds, forward and backward, and the ratio to the floor of the same run (of logits: "
-         "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs). Medians; IQR where it is more than half of that.", _time),
+         "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs). "
+         "Medians; IQR where it is more than half of that.", _time),
         ("Peak memory above inputs and gradients, in `[N, V]` fp32 tensors.", _units),
         ("Relative error of the gradient against the fp64 oracle.", _error),
     )  # fmt: skip

@@ -57,7 +57,8 @@ class Slice {
 
   // Ask for chunk `i` of `row`. The caller has done with what it held.
   KD_DEVICE void fetch(int i, int row, int lead) {
-    const int first = begin_ + i * chunk_, left = end(lead) - first, n = left < chunk_ ? left > 0 ? left : 0 : chunk_;
+    const int first = begin_ + i * chunk_, left = end(lead) - first;
+    const int n = left <= 0 ? 0 : left < chunk_ ? left : chunk_;
     const char* const student = start_of(job_.student, row, lead);
     const char* const teacher = start_of(job_.teacher, row, lead);
     fence_before_copies();
