@@ -53,7 +53,8 @@ def _log_one_plus(u):
 
 
 # The logarithms of a mixture come from one ratio, not from the logits: between models that agree the
-# terms cancel to second order, and only what is computed from the same numbers does so.
+# terms cancel to second order, and only what is computed from the same numbers does so. The skewed ones add
+# keep (q - p) or its opposite, which sums to 0 over a row and leaves of every term its second order.
 
 
 @triton.jit
@@ -68,17 +69,18 @@ def _jsd(p, q, beta):
 def _skew_kl(p, q, alpha):
     keep = 1.0 - alpha
     u = keep * _ratio_minus_one(q, p)  # m / p - 1
-    return -p * _log_one_plus(u), keep * q * (u / (1.0 + u))
+    return keep * (q - p) - p * _log_one_plus(u), keep * q * (u / (1.0 + u))
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, alpha, DETACHED: tl.constexpr):
-    u = (1.0 - alpha) * _ratio_minus_one(p, q)  # m / q - 1
-    phi = -q * _log_one_plus(u)
-    q_psi = phi
+    keep = 1.0 - alpha
+    u = keep * _ratio_minus_one(p, q)  # m / q - 1
+    log_q_over_m = -_log_one_plus(u)
+    q_psi = q * log_q_over_m
     if not DETACHED:
-        q_psi = phi + alpha * q * (u / (1.0 + u))
-    return phi, q_psi
+        q_psi += alpha * q * (u / (1.0 + u))
+    return keep * (p - q) + q * log_q_over_m, q_psi
 
 
 @triton.jit
