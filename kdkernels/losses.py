@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -48,7 +49,8 @@ class CodistillationLoss(NamedTuple):
     teacher: Tensor
 
 
-class _Side(NamedTuple):
+@dataclass(frozen=True)
+class _Side:
     tensors: list[Tensor]
     logit_map: LogitMap
     leading: torch.Size
@@ -63,7 +65,8 @@ class _Side(NamedTuple):
         return self.tensors[0].device
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Call:
     """A checked call: what goes to the operators."""
 
     student: _Side
@@ -141,7 +144,7 @@ def _target_side(target: SparseTarget, student: _Side, labels: Optional[Tensor],
     side = _Side([target.ids, values], LogitMap(), target.leading_shape, vocab)
     _check_sides(student, side)
     ids = ops.checked_target(target.ids, values, target.mask, labels, vocab, spec.to_floats())
-    return side._replace(tensors=[ids, values])
+    return replace(side, tensors=[ids, values])
 
 
 def _check_labels(labels: Tensor, student: _Side, vocab: int, ignore_index: int) -> Tensor:
@@ -482,7 +485,7 @@ def codistillation_loss(
 
 def _run_both(call: _Call) -> tuple[CodistillationLoss, Tensor]:
     """Both losses from one pass, each attached to its model, and the per-row results."""
-    call = call._replace(spec=call.spec._replace(teacher_hard_weight=1.0))
+    call = replace(call, spec=call.spec._replace(teacher_hard_weight=1.0))
     assert call.teacher is not None
     own, teachers = call.student.tensors, call.teacher.tensors
     wants, teacher_wants = _wants(own), _wants(teachers)
