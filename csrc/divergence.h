@@ -19,31 +19,31 @@ struct Terms {
 // weight * v with 0 * inf = 0 * NaN = 0.
 KD_HD Vec times(Vec weight, Vec v) { return select(weight > 0.0f, weight * v, weight - weight); }
 
-// What a logarithm of a ratio may divide by.
-KD_HD Vec divisor(Vec p) { return vmax(p, splat(kTiny)); }
+// What a logarithm of a ratio is taken of.
+KD_HD Vec counted(Vec p) { return vmax(p, splat(kTiny)); }
 
-// Both logarithms come from p and q, not from the logits: between models that agree the terms cancel to
+// The logarithms come from p and q, not from the logits: between models that agree the terms cancel to
 // second order, and only what is computed from the same numbers does so.
 struct JSD {
   static constexpr bool kFromProbabilities = true;
-  float beta;
-  KD_HD explicit JSD(const Spec& s) : beta((float)s.first) {}
+  float beta, keep;
+  KD_HD explicit JSD(const Spec& s) : beta((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec base = divisor(q), d = p - q;
-    const Vec log_m_over_q = log_ratio(base, beta * d);
-    const Vec q_psi = q * log_m_over_q * (beta - 1.0f);
-    return {beta * p * (log_ratio(base, d) - log_m_over_q) + q_psi, q_psi};
+    const Vec base = counted(q), d = p - q;
+    const Vec log_m_over_q = log_ratio(keep * base + beta * p, base, beta * d);
+    const Vec q_psi = -keep * q * log_m_over_q;
+    return {beta * p * (log_ratio(counted(p), base, d) - log_m_over_q) + q_psi, q_psi};
   }
 };
 
 // The skewed divergences add d to phi, which sums to 0 over a row and leaves of every term its second order.
 struct SkewKL {
   static constexpr bool kFromProbabilities = true;
-  float keep;  // 1 - alpha
-  KD_HD explicit SkewKL(const Spec& s) : keep((float)(1.0 - s.first)) {}
+  float alpha, keep;
+  KD_HD explicit SkewKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec base = divisor(p), d = keep * (q - p);
-    return {d - p * log_ratio(base, d), keep * q * quotient(d, base + d)};
+    const Vec base = counted(p), d = keep * (q - p), m = alpha * base + keep * q;
+    return {d - p * log_ratio(m, base, d), keep * q * quotient(d, counted(m))};
   }
 };
 
@@ -53,9 +53,9 @@ struct SkewReverseKL {
   float alpha, keep;
   KD_HD explicit SkewReverseKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec base = divisor(q), d = keep * (p - q);
-    const Vec q_log = q * log_ratio(base, d);
-    return {d - q_log, kDetached ? -q_log : alpha * q * quotient(d, base + d) - q_log};
+    const Vec base = counted(q), d = keep * (p - q), m = alpha * base + keep * p;
+    const Vec q_log = q * log_ratio(m, base, d);
+    return {d - q_log, kDetached ? -q_log : alpha * q * quotient(d, counted(m)) - q_log};
   }
 };
 

@@ -6,7 +6,8 @@
 // namespace, which keeps the linker from mixing them.
 //
 // exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above.
-// log_ratio: a few ulp of log((q + d) / q), exactly 0 at d = 0; q and q + d at least kTiny, at most 1e30 apart.
+// log_ratio: log(m / q) to a few ulp, given d = m - q as exactly as m and q themselves: 0 where d is. m and q
+// at least kTiny, or the result is finite and no more.
 #pragma once
 
 #include <math.h>
@@ -49,7 +50,8 @@ KD_HD Vec vmax(Vec a, Vec b) { return fmaxf(a, b); }
 KD_HD Vec vabs(Vec a) { return fabsf(a); }
 KD_HD Ints as_ints(Vec v) { return __builtin_bit_cast(Ints, v); }
 KD_HD Vec as_vec(Ints v) { return __builtin_bit_cast(Vec, v); }
-KD_HD Vec to_vec(Ints v) { return as_vec(v + 0x4b400000) - 12582912.0f; }  // |v| < 2^22; a conversion is slow
+// k times `each`, of 2^k's bits without the bias; no conversion, which is a slow instruction.
+KD_HD Vec exponent_times(float each, Ints bits) { return (as_vec((bits >> 23) + 0x4b400000) - 12582912.0f) * each; }
 #if defined(__CUDA_ARCH__)
 KD_HD Vec inverse(Vec b) {
   float y;
@@ -92,7 +94,8 @@ KD_HD Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
 #endif
 KD_HD Ints as_ints(Vec v) { return (Ints)v; }
 KD_HD Vec as_vec(Ints v) { return (Vec)v; }
-KD_HD Vec to_vec(Ints v) { return __builtin_convertvector(v, Vec); }
+// k times `each`, of 2^k's bits without the bias.
+KD_HD Vec exponent_times(float each, Ints bits) { return __builtin_convertvector(bits, Vec) * (each / 8388608.0f); }
 KD_HD Vec vabs(Vec a) { return as_vec(as_ints(a) & 0x7fffffff); }
 
 // a * b rounded: not to be fused into the subtraction after it, where two equal products must cancel.
@@ -175,46 +178,18 @@ KD_HD float max_lane(Vec v) {
 
 #endif
 
-#if defined(__AVX512F__) && !defined(__CUDACC__) && !defined(KD_CUDA_HOST)
-// 1 + u, u = d / q, is 2^k * m with m in [1, 2), c the middle of m's sixteenth, then a polynomial in
-// r = m / c - 1, |r| <= 1/32. Tables: 1 / c, and -log of that. Where u is small it is r itself.
-KD_HD Vec log_ratio(Vec q, Vec d) {
-  constexpr Vec kInverse = {
-      0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
-      0.711111128f, 0.680851042f, 0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f,
-      0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
-  constexpr Vec kLog = {
-      0.0307716289f, 0.0896121531f, 0.145181986f, 0.19782573f, 0.247836201f, 0.295464217f,
-      0.340926563f, 0.384411731f, 0.426084416f, 0.466089695f, 0.504555996f, 0.541597314f,
-      0.577315358f, 0.611801539f, 0.645138017f, 0.677398766f};
-  const Vec u = quotient(d, q), w = vmax(1.0f + u, splat(kTiny));
-  const Vec m = (Vec)_mm512_getmant_ps((__m512)w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const Vec k = (Vec)_mm512_getexp_ps((__m512)w);
-  const __m512i sixteenth = _mm512_srli_epi32((__m512i)w, 19);  // its low four bits
-  const Vec far = m * (Vec)_mm512_permutexvar_ps(sixteenth, (__m512)kInverse) - 1.0f;
-  const Vec log_c = k * 0.693147181f + (Vec)_mm512_permutexvar_ps(sixteenth, (__m512)kLog);
-  const auto near = vabs(u) < 0.03125f;
-  const Vec r = near ? u : far;
-  Vec y = splat(-0.250153183f);
-  y = y * r + 0.333471196f;
-  y = y * r - 0.499999982f;
-  return (y * (r * r) + r) + (near ? Vec{} : log_c);
-}
-#else
-// (q + d) / q = 2^k r. k is from the difference of their bits, which is nearly that of their logarithms, and
-// leaves r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), both of which times q: one quotient, and where
-// k is 0 its numerator is d itself. A minimax polynomial, to 3e-9.
-KD_HD Vec log_ratio(Vec q, Vec d) {
-  const Ints k = (as_ints(q + d) - as_ints(q) + 0x400000) & (int32_t)0xff800000;  // in an exponent's place
-  const Vec scale = as_vec(0x3f800000 - k);                                        // 2^-k
-  const Vec over = d * scale + (scale - 1.0f) * q;
+// m / q = 2^k r. k is from the difference of their bits, which is nearly that of their logarithms, and leaves
+// r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), both of which times q: one quotient, whose numerator
+// is d where k is 0. A minimax polynomial, to 3e-9.
+KD_HD Vec log_ratio(Vec m, Vec q, Vec d) {
+  const Ints k = (as_ints(m) - as_ints(q) + 0x400000) & (int32_t)0xff800000;  // its bits
+  const Vec over = select(k == 0, d, m * as_vec(0x3f800000 - k) - q);
   const Vec h = quotient(over + over, 2.0f * q + over), z = h * h;
   Vec y = splat(2.37301759e-3f);
   y = y * z + 1.24866157e-2f;
   y = y * z + 8.33336923e-2f;
-  return y * (z * h) + h + to_vec(k >> 23) * 0.693147181f;
+  return y * (z * h) + h + exponent_times(0.693147181f, k);
 }
-#endif
 
 // tanh: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would lose its digits.
 KD_HD Vec vtanh(Vec x) {

@@ -180,6 +180,16 @@ def test_models_that_agree(backend, divergence):
         assert_exact(ours, oracle, problem.plain(divergence), dtype=torch.float32)
 
 
+@pytest.mark.parametrize("divergence", [kd.JSD(0.99), kd.JSD(0.01), kd.SkewKL(1e-3), kd.SkewReverseKL(1e-3)], ids=str)
+@pytest.mark.parametrize("sharp", ["student", "teacher"])
+def test_mixtures_of_little_of_one_side(backend, divergence, sharp):
+    """Where the other side has next to nothing, the little counts: m must not be a difference of large numbers."""
+    problem = Problem(vocab=3001, shape=(32,), ignored=0, scale=1.0)
+    getattr(problem, sharp)[0].mul_(8)
+    assert_exact(problem.run(backend, divergence=divergence), problem.oracle(divergence=divergence),
+                 problem.plain(divergence), dtype=torch.float32)  # fmt: skip
+
+
 def test_same_inputs_same_bits(backend):
     problem = Problem(student="head", teacher="head")
     first, second = (problem.run(backend, divergence=kd.JSD(0.5)) for _ in range(2))

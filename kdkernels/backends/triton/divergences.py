@@ -31,15 +31,17 @@ GENERAL, BETA_ZERO, ALPHA_ZERO, BOTH_ZERO, SUM_ZERO = (tl.constexpr(i) for i in 
 
 
 @triton.jit
-def _ratio_minus_one(a, b):
-    """a / b - 1, exactly 0 where a == b; finite where b has underflowed."""
-    return (a - b) / tl.maximum(b, TINY)
+def _counted(p):
+    """What a logarithm of a ratio is taken of."""
+    return tl.maximum(p, TINY)
 
 
 @triton.jit
-def _log_one_plus(u):
-    """log(1 + u) to a few ulp of itself, exactly 0 at 0; 1 + u counts as at least TINY. A polynomial
-    (cephes' logf) near 0, where 1 + u loses digits; beyond, the hardware's logarithm."""
+def _log_ratio(m, q, d):
+    """log(m / q) to a few ulp of itself, given d = m - q as exactly as m and q: 0 where d is. A polynomial
+    (cephes' logf) where m / q is near 1; beyond, the hardware's logarithm."""
+    inverse = 1.0 / q
+    u = d * inverse
     y = tl.fma(u, 7.0376836292e-2, -1.1514610310e-1)
     y = tl.fma(y, u, 1.1676998740e-1)
     y = tl.fma(y, u, -1.2420140846e-1)
@@ -49,38 +51,43 @@ def _log_one_plus(u):
     y = tl.fma(y, u, -2.4999993993e-1)
     y = tl.fma(y, u, 3.3333331174e-1)
     near = u + u * u * tl.fma(y, u, -0.5)
-    return tl.where((u > -0.29) & (u < 0.41), near, tl.log(tl.maximum(1.0 + u, TINY)))
+    return tl.where((u > -0.29) & (u < 0.41), near, tl.log(tl.maximum(m * inverse, TINY)))
 
 
-# The logarithms of a mixture come from one ratio, not from the logits: between models that agree the
-# terms cancel to second order, and only what is computed from the same numbers does so. The skewed ones add
-# keep (q - p) or its opposite, which sums to 0 over a row and leaves of every term its second order.
+# The logarithms of a mixture m come from p and q, not from the logits: between models that agree the terms
+# cancel to second order, and only what is computed from the same numbers does so. The skewed ones add d to
+# phi, which sums to 0 over a row and leaves of every term its second order.
 
 
 @triton.jit
 def _jsd(p, q, beta):
-    v = _ratio_minus_one(p, q)
-    log_m_over_q = _log_one_plus(beta * v)
+    base = _counted(q)
+    d = p - q
+    log_m_over_q = _log_ratio((1.0 - beta) * base + beta * p, base, beta * d)
     q_psi = (beta - 1.0) * q * log_m_over_q
-    return beta * p * (_log_one_plus(v) - log_m_over_q) + q_psi, q_psi
+    return beta * p * (_log_ratio(_counted(p), base, d) - log_m_over_q) + q_psi, q_psi
 
 
 @triton.jit
 def _skew_kl(p, q, alpha):
     keep = 1.0 - alpha
-    u = keep * _ratio_minus_one(q, p)  # m / p - 1
-    return keep * (q - p) - p * _log_one_plus(u), keep * q * (u / (1.0 + u))
+    base = _counted(p)
+    d = keep * (q - p)
+    m = alpha * base + keep * q
+    return d - p * _log_ratio(m, base, d), keep * q * (d / _counted(m))
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, alpha, DETACHED: tl.constexpr):
     keep = 1.0 - alpha
-    u = keep * _ratio_minus_one(p, q)  # m / q - 1
-    log_q_over_m = -_log_one_plus(u)
-    q_psi = q * log_q_over_m
+    base = _counted(q)
+    d = keep * (p - q)
+    m = alpha * base + keep * p
+    q_log = q * _log_ratio(m, base, d)
+    q_psi = -q_log
     if not DETACHED:
-        q_psi += alpha * q * (u / (1.0 + u))
-    return keep * (p - q) + q * log_q_over_m, q_psi
+        q_psi += alpha * q * (d / _counted(m))
+    return d - q_log, q_psi
 
 
 @triton.jit
