@@ -19,8 +19,8 @@ struct Terms {
 // weight * v with 0 * inf = 0 * NaN = 0.
 KD_HD Vec times(Vec weight, Vec v) { return select(weight > 0.0f, weight * v, weight - weight); }
 
-// What a logarithm of a ratio is taken of.
-KD_HD Vec counted(Vec p) { return vmax(p, splat(kTiny)); }
+// A mixture, which is divided by.
+KD_HD Vec mixture(Vec a, Vec b) { return vmax(a + b, splat(kTiny)); }
 
 // The logarithms come from p and q, not from the logits: between models that agree the terms cancel to
 // second order, and only what is computed from the same numbers does so.
@@ -29,10 +29,9 @@ struct JSD {
   float beta, keep;
   KD_HD explicit JSD(const Spec& s) : beta((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec base = counted(q), d = p - q;
-    const Vec log_m_over_q = log_ratio(keep * base + beta * p, base, beta * d);
-    const Vec q_psi = -keep * q * log_m_over_q;
-    return {beta * p * (log_ratio(counted(p), base, d) - log_m_over_q) + q_psi, q_psi};
+    const Vec bp = beta * p, kq = keep * q, m = mixture(bp, kq), d = p - q;
+    const Vec q_psi = kq * log_ratio(q, m, -beta * d);
+    return {bp * log_ratio(p, m, keep * d) + q_psi, q_psi};
   }
 };
 
@@ -42,8 +41,8 @@ struct SkewKL {
   float alpha, keep;
   KD_HD explicit SkewKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec base = counted(p), d = keep * (q - p), m = alpha * base + keep * q;
-    return {d - p * log_ratio(m, base, d), keep * q * quotient(d, counted(m))};
+    const Vec kq = keep * q, m = mixture(alpha * p, kq), d = keep * (q - p);
+    return {d + p * log_ratio(p, m, -d), kq * quotient(d, m)};
   }
 };
 
@@ -53,9 +52,9 @@ struct SkewReverseKL {
   float alpha, keep;
   KD_HD explicit SkewReverseKL(const Spec& s) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec base = counted(q), d = keep * (p - q), m = alpha * base + keep * p;
-    const Vec q_log = q * log_ratio(m, base, d);
-    return {d - q_log, kDetached ? -q_log : alpha * q * quotient(d, counted(m)) - q_log};
+    const Vec aq = alpha * q, m = mixture(aq, keep * p), d = keep * (p - q);
+    const Vec q_log = q * log_ratio(q, m, -d);
+    return {d + q_log, kDetached ? q_log : q_log + aq * quotient(d, m)};
   }
 };
 

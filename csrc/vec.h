@@ -6,8 +6,8 @@
 // namespace, which keeps the linker from mixing them.
 //
 // exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above.
-// log_ratio: log(m / q) to a few ulp, given d = m - q as exactly as m and q themselves: 0 where d is. m and q
-// at least kTiny, or the result is finite and no more.
+// log_ratio: log(p / m) to a few ulp, given d = p - m as exactly as p and m themselves: 0 where d is. m at
+// least kTiny; of a p below it the result is finite, and no more.
 #pragma once
 
 #include <math.h>
@@ -178,13 +178,13 @@ KD_HD float max_lane(Vec v) {
 
 #endif
 
-// m / q = 2^k r. k is from the difference of their bits, which is nearly that of their logarithms, and leaves
-// r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), both of which times q: one quotient, whose numerator
+// p / m = 2^k r. k is from the difference of their bits, which is nearly that of their logarithms, and leaves
+// r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), both of which times m: one quotient, whose numerator
 // is d where k is 0. A minimax polynomial, to 3e-9.
-KD_HD Vec log_ratio(Vec m, Vec q, Vec d) {
-  const Ints k = (as_ints(m) - as_ints(q) + 0x400000) & (int32_t)0xff800000;  // its bits
-  const Vec over = select(k == 0, d, m * as_vec(0x3f800000 - k) - q);
-  const Vec h = quotient(over + over, 2.0f * q + over), z = h * h;
+KD_HD Vec log_ratio(Vec p, Vec m, Vec d) {
+  const Ints k = (as_ints(p) - as_ints(m) + 0x400000) & (int32_t)0xff800000;  // its bits
+  const Vec over = select(k == 0, d, p * as_vec(0x3f800000 - k) - m);
+  const Vec h = quotient(over + over, 2.0f * m + over), z = h * h;
   Vec y = splat(2.37301759e-3f);
   y = y * z + 1.24866157e-2f;
   y = y * z + 8.33336923e-2f;

@@ -31,16 +31,10 @@ GENERAL, BETA_ZERO, ALPHA_ZERO, BOTH_ZERO, SUM_ZERO = (tl.constexpr(i) for i in 
 
 
 @triton.jit
-def _counted(p):
-    """What a logarithm of a ratio is taken of."""
-    return tl.maximum(p, TINY)
-
-
-@triton.jit
-def _log_ratio(m, q, d):
-    """log(m / q) to a few ulp of itself, given d = m - q as exactly as m and q: 0 where d is. A polynomial
-    (cephes' logf) where m / q is near 1; beyond, the hardware's logarithm."""
-    inverse = 1.0 / q
+def _log_ratio(p, m, d):
+    """log(p / m) to a few ulp of itself, given d = p - m as exactly as p and m: 0 where d is. A polynomial
+    (cephes' logf) where p / m is near 1; beyond, the hardware's logarithm."""
+    inverse = 1.0 / m
     u = d * inverse
     y = tl.fma(u, 7.0376836292e-2, -1.1514610310e-1)
     y = tl.fma(y, u, 1.1676998740e-1)
@@ -51,43 +45,51 @@ def _log_ratio(m, q, d):
     y = tl.fma(y, u, -2.4999993993e-1)
     y = tl.fma(y, u, 3.3333331174e-1)
     near = u + u * u * tl.fma(y, u, -0.5)
-    return tl.where((u > -0.29) & (u < 0.41), near, tl.log(tl.maximum(m * inverse, TINY)))
+    return tl.where((u > -0.29) & (u < 0.41), near, tl.log(tl.maximum(p * inverse, TINY)))
 
 
-# The logarithms of a mixture m come from p and q, not from the logits: between models that agree the terms
-# cancel to second order, and only what is computed from the same numbers does so. The skewed ones add d to
-# phi, which sums to 0 over a row and leaves of every term its second order.
+@triton.jit
+def _mixture(a, b):
+    """A mixture, which is divided by."""
+    return tl.maximum(a + b, TINY)
+
+
+# The logarithms come from p and q, not from the logits: between models that agree the terms cancel to second
+# order, and only what is computed from the same numbers does so. The skewed divergences add d to phi, which
+# sums to 0 over a row and leaves of every term its second order.
 
 
 @triton.jit
 def _jsd(p, q, beta):
-    base = _counted(q)
+    keep = 1.0 - beta
+    bp = beta * p
+    kq = keep * q
+    m = _mixture(bp, kq)
     d = p - q
-    log_m_over_q = _log_ratio((1.0 - beta) * base + beta * p, base, beta * d)
-    q_psi = (beta - 1.0) * q * log_m_over_q
-    return beta * p * (_log_ratio(_counted(p), base, d) - log_m_over_q) + q_psi, q_psi
+    q_psi = kq * _log_ratio(q, m, -beta * d)
+    return bp * _log_ratio(p, m, keep * d) + q_psi, q_psi
 
 
 @triton.jit
 def _skew_kl(p, q, alpha):
     keep = 1.0 - alpha
-    base = _counted(p)
+    kq = keep * q
+    m = _mixture(alpha * p, kq)
     d = keep * (q - p)
-    m = alpha * base + keep * q
-    return d - p * _log_ratio(m, base, d), keep * q * (d / _counted(m))
+    return d + p * _log_ratio(p, m, -d), kq * (d / m)
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, alpha, DETACHED: tl.constexpr):
     keep = 1.0 - alpha
-    base = _counted(q)
+    aq = alpha * q
+    m = _mixture(aq, keep * p)
     d = keep * (p - q)
-    m = alpha * base + keep * p
-    q_log = q * _log_ratio(m, base, d)
-    q_psi = -q_log
+    q_log = q * _log_ratio(q, m, -d)
+    q_psi = q_log
     if not DETACHED:
-        q_psi += alpha * q * (d / _counted(m))
-    return d - q_log, q_psi
+        q_psi += aq * (d / m)
+    return d + q_log, q_psi
 
 
 @triton.jit
