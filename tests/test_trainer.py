@@ -99,7 +99,8 @@ def test_co_trains_and_keeps_both_models(tmp_path):
     # Four steps are too few for the teacher's loss to be below log(vocab) after each of them.
     weights = [line["soft_weight"] for line in lines]
     expected = [max(0.0, 1 - line["teacher_hard"] / math.log(300)) for line in lines[:-1]]
-    assert weights == pytest.approx([0.0, *expected], rel=1e-4) and max(weights) > 0
+    # abs: 1 less a quotient near 1, of a loss in fp32.
+    assert weights == pytest.approx([0.0, *expected], rel=1e-4, abs=1e-7) and max(weights) > 1e-4
     last = lines[-1]
     assert last["loss"] == pytest.approx(
         last["hard"] + last["soft_weight"] * last["soft"] + last["teacher_hard"], rel=1e-4
