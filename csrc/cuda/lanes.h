@@ -4,10 +4,10 @@
 // lanes, warps and blocks the sums are fp64 (row_state.h), each moved to the common maximum first.
 //
 // Arithmetic: a pair costs two exponentials here and two when the gradient is written, in all a quarter of a
-// multiprocessor's clock of its special-function unit (16 a clock). ForwardKL's 31 instructions (sm_90a) take as
-// much of its issue slots (128 a clock): a polynomial of FMAs in the place of an exponential would cost what it
-// frees, and exponentials kept in fp32 would double the shared memory that a bf16 row takes. Distances to the
-// maximum are taken before they are scaled to powers of two: logits of 1e4 keep their digits.
+// multiprocessor's clock of its special-function unit (16 a clock). ForwardKL's instructions, counted for sm_90a,
+// take about as much of its issue slots (128 a clock): a polynomial of FMAs in the place of an exponential would
+// cost what it frees, and fp32 exponentials that are kept need twice a bf16 pair's shared memory beside it.
+// Distances to the maximum are taken before they are scaled to powers of two: logits of 1e4 keep their digits.
 #pragma once
 
 #include <cstddef>
