@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch brings no Triton. Before 3.7.1 its interpreter does not know numpy 2.4.
 TRITON ?= triton>=3.7.1
 
-.PHONY: setup test lint bench figures demo clean
+.PHONY: setup test test-all lint bench figures demo clean
 
 setup: $(VENV)/.ready
 
@@ -18,9 +18,15 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/
 	touch $@
 
 # Two processes on two cores: a thread that waits must not keep a core from the other's.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# The same and the slow ones.
+test-all: setup $(VENV)/.peers lint
+	$(PYTEST) -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .
