@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
-from .backends import candidates, chosen_backend
+from .backends import candidates, chosen_backend, reference_asked
 from .backends import row_state as rs
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence, simplified
 from .heads import LinearHead
@@ -305,19 +305,20 @@ def _rows(call: _Call, weights: Tensor, wants: list[bool], inplace: bool,
     student, teacher = [t.detach() for t in call.student.tensors], call.teacher_tensors
     arguments = (teacher, call.labels, weights, call.spec.to_floats(), call.vocab, call.chunk_bytes)
     if inplace and any(wants):
-        return ops.rows_(student[0], *arguments, chosen_backend()), student
+        return ops.rows_(student[0], *arguments), student
     wants = wants + (teacher_wants or [False] * len(teacher))
-    results, *gradients = ops.rows(student, *arguments, wants, chosen_backend())
+    results, *gradients = ops.rows(student, *arguments, wants)
     return results, gradients
 
 
 def _rows_with_grad(call: _Call, wants: list[bool], inplace: bool) -> tuple[Tensor, Tensor]:
     if any(wants) and call.student.is_head:
         all_wants = wants + [False] * len(call.teacher_tensors)
-        return ops.deferred(
+        value, results, _ = ops.deferred(
             call.student.tensors, call.teacher_tensors, call.labels, call.weights,
-            call.spec.to_floats(), call.vocab, call.chunk_bytes, all_wants, chosen_backend(),
+            call.spec.to_floats(), call.vocab, call.chunk_bytes, all_wants,
         )  # fmt: skip
+        return value, results
     results, gradients = _rows(call, call.weights, wants, inplace)
     value = ops.row_loss(results, call.weights, call.spec)
     if any(wants):
@@ -422,7 +423,7 @@ def distillation_loss(
     call = _prepare(student, teacher, labels, spec, token_weights=token_weights,
                     reduction=reduction, num_items=num_items, ignore_index=ignore_index,
                     vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
-    if chosen_backend() == "reference":
+    if reference_asked():
         loss, results = reference.run(student, teacher, call, divergence)
     else:
         loss, results = _run(call, inplace)
@@ -471,7 +472,7 @@ def codistillation_loss(
     if labels is None:
         raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
     call = _prepare(student, teacher, labels, spec, **shared)
-    if chosen_backend() == "reference":
+    if reference_asked():
         student_loss, results = reference.run(student, teacher, call, divergence)
         losses = CodistillationLoss(student_loss, cross_entropy(teacher, labels, **shared))
     elif call.per_row or call.teacher_tensors[0].dtype == torch.float16:
@@ -533,7 +534,7 @@ def cross_entropy(
     call = _prepare(student, None, labels, spec, token_weights=token_weights,
                     reduction=reduction, num_items=num_items, ignore_index=ignore_index,
                     vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
-    if chosen_backend() == "reference":
+    if reference_asked():
         return reference.run(student, None, call, NoDivergence())[0]
     return _run(call, inplace)[0]
 
@@ -579,7 +580,7 @@ def explain(student: Logits, teacher: Optional[Teacher] = None) -> str:
     >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
     'eager: serves this call'
     """
-    if chosen_backend() == "reference":
+    if reference_asked():
         return "reference: serves this call"
     sides = [_side("student", student)]
     entry = "fused_sparse" if isinstance(teacher, SparseTarget) else "fused"

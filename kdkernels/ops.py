@@ -17,9 +17,9 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from . import outcomes, sparse
+from . import outcomes, reference, sparse
+from .backends import CHOICES, chosen_backend, serving, triton
 from .backends import row_state as rs
-from .backends import serving, triton
 from .heads import HeadRows, LogitRows
 from .schedule import Plan, plan
 from .sparse import SparseRows
@@ -140,10 +140,16 @@ def _compute(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tens
              weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
              backend: str, inplace: bool) -> list[Tensor]:  # fmt: skip
     """[results, *student gradients, *teacher gradients] for the inputs that ``wants`` marks."""
+    told = Spec.from_floats(spec)
+    if backend == "reference":
+        made = reference.operator(student, teacher, labels, weights, told, vocab, wants)
+        if inplace:
+            student[0].copy_(made.pop())
+        return made
     kind = weights.device.type
     with torch.autocast(kind, enabled=False):
-        return _compute_plain(student, teacher, labels, weights, Spec.from_floats(spec), vocab,
-                              chunk_bytes, wants, backend, inplace)  # fmt: skip
+        return _compute_plain(student, teacher, labels, weights, told, vocab, chunk_bytes, wants,
+                              backend, inplace)  # fmt: skip
 
 
 def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend,
@@ -237,15 +243,20 @@ def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, ba
     results.copy_(_walk(s, t, labels, weights, spec, chunk_bytes, backend))
 
 
+def _named(choice: Optional[Tensor]) -> str:
+    return chosen_backend() if choice is None else CHOICES[int(choice)]
+
+
 @torch.library.custom_op("kdkernels::rows", mutates_args=())
 def rows(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
          spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
-         backend: str) -> list[Tensor]:  # fmt: skip
-    return _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend, False)
+         choice: Optional[Tensor] = None) -> list[Tensor]:  # fmt: skip
+    """``choice``: what :func:`deferred` gave of it; None is what is chosen in this thread now."""
+    return _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, _named(choice), False)
 
 
 @rows.register_fake
-def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend):
+def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, choice=None):
     results = weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     return [results] + [
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted(student + teacher, wants)
@@ -254,14 +265,15 @@ def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backen
 
 @torch.library.custom_op("kdkernels::rows_", mutates_args=("student",))
 def rows_(student: Tensor, teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
-          spec: list[float], vocab: int, chunk_bytes: int, backend: str) -> Tensor:  # fmt: skip
+          spec: list[float], vocab: int, chunk_bytes: int) -> Tensor:  # fmt: skip
     _refuse_overlap(student, teacher)
     wants = [True] + [False] * len(teacher)
-    return _compute([student], teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend, True)[0]
+    chosen = chosen_backend()
+    return _compute([student], teacher, labels, weights, spec, vocab, chunk_bytes, wants, chosen, True)[0]
 
 
 @rows_.register_fake
-def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, backend):
+def _(student, teacher, labels, weights, spec, vocab, chunk_bytes):
     return weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
 
 
@@ -324,18 +336,23 @@ attach.register_autograd(_attach_backward, setup_context=_attach_setup)
 
 @torch.library.custom_op("kdkernels::deferred", mutates_args=())
 def deferred(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
-             weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
-             backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(per-row loss times weights, results): the student's gradient is made in the backward."""
-    none = [False] * len(wants)
-    results = _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, none, backend, False)[0]
-    return row_loss(results, weights, Spec.from_floats(spec)), results
+             weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int,
+             wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(per-row loss times weights, results, choice): the student's gradient is made in the backward.
+
+    ``choice`` is the backend that served, as its place in CHOICES: a thread of autograd's has not chosen one.
+    A tensor, since compiled code hands nothing else from its forward to its backward.
+    """
+    none, chosen = [False] * len(wants), chosen_backend()
+    results = _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, none, chosen, False)[0]
+    choice = torch.tensor(CHOICES.index(chosen), dtype=torch.uint8, device="cpu")
+    return row_loss(results, weights, Spec.from_floats(spec)), results, choice
 
 
 @deferred.register_fake
-def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend):
+def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants):
     results = weights.new_empty(weights.shape[0], rs.RESULTS, dtype=torch.float64)
-    return torch.empty_like(weights), results
+    return torch.empty_like(weights), results, torch.empty((), dtype=torch.uint8, device="cpu")
 
 
 def row_loss(results: Tensor, weights: Tensor, spec: Spec) -> Tensor:
@@ -349,23 +366,24 @@ def row_loss(results: Tensor, weights: Tensor, spec: Spec) -> Tensor:
 def _deferred_setup(ctx, inputs, output) -> None:
     student, teacher, labels, weights, *ctx.rest = inputs
     ctx.sizes = len(student), len(teacher)
-    ctx.mark_non_differentiable(output[1])
-    tensors = [labels, weights, *student, *teacher]
+    _, results, choice = output
+    ctx.mark_non_differentiable(results, choice)
+    tensors = [choice, labels, weights, *student, *teacher]
     # A teacher's tensors often come from inference mode; autograd does not save those, and nobody can
     # overwrite them outside of it.
     ctx.constants = [t if t is not None and t.is_inference() else None for t in tensors]
     ctx.save_for_backward(*(t if c is None else None for t, c in zip(tensors, ctx.constants)))
 
 
-def _deferred_backward(ctx, arriving, _):
+def _deferred_backward(ctx, arriving, *_):
     _refuse_double_backward(_tracing(arriving))
     saved = zip(ctx.saved_tensors, ctx.constants)
-    labels, weights, *tensors = (t if c is None else c for t, c in saved)
+    choice, labels, weights, *tensors = (t if c is None else c for t, c in saved)
     n, m = ctx.sizes
     wants = ctx.rest[3]
-    made = iter(rows(tensors[:n], tensors[n:], labels, weights * arriving, *ctx.rest)[1:])
+    made = iter(rows(tensors[:n], tensors[n:], labels, weights * arriving, *ctx.rest, choice)[1:])
     grads = [next(made) if want else None for want in wants]
-    return (grads[:n], [None] * m) + (None,) * 7
+    return (grads[:n], [None] * m) + (None,) * 6
 
 
 deferred.register_autograd(_deferred_backward, setup_context=_deferred_setup)

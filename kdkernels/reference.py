@@ -5,6 +5,7 @@ Slow, large, and twice differentiable. Everything else in the package is compare
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Optional, Union
 
 import torch
@@ -14,6 +15,7 @@ from .backends import row_state as rs
 from .divergences import Divergence, NoDivergence, simplified
 from .heads import LinearHead
 from .outcomes import LEAST_TAIL
+from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
 
@@ -116,19 +118,17 @@ def _entropy(logits: Tensor) -> Tensor:
     return -torch.where(log_q.exp() > 0, log_q.exp() * log_q, 0.0).sum(-1)
 
 
-def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """(loss, per-row results) of a checked call of :mod:`kdkernels.losses`."""
-    divergence = simplified(divergence)  # at its ends JSD's own formula is 0, and not the KL that it stands for
-    spec, labels = call.spec, call.labels
-    s = logits_of(student, call.vocab)
+def rows(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int) -> tuple[Tensor, Tensor]:
+    """(each row's loss before its weight, per-row results) of checked inputs, ``[N]`` and ``[N, RESULTS]``."""
+    s = logits_of(student, vocab)
     live: Optional[Tensor] = None if labels is None else labels >= 0
     results = s.new_zeros(s.shape[0], rs.RESULTS)
     total = s.new_zeros(s.shape[0])
     with torch.no_grad():
         results[:, rs.STUDENT_ENTROPY] = _entropy(s / spec.temperature)
     if isinstance(teacher, SparseTarget):
-        oracle = SparseOracle(teacher, call.vocab, live)
-        soft = oracle.rows(s, divergence, spec.temperature)
+        oracle = SparseOracle(teacher, vocab, live)
+        soft = oracle.rows(s, spec.divergence, spec.temperature)
         total = total + spec.soft_weight * soft
         results[:, rs.SOFT] = soft.detach()
         with torch.no_grad():
@@ -137,23 +137,72 @@ def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]
             ):
                 results[:, at] = torch.where(oracle.some, _entropy(z), 0.0)
             results[:, rs.AGREEMENT] = oracle.agreement(s)
-    elif not isinstance(divergence, NoDivergence):
-        t = logits_of(teacher, call.vocab)
-        soft = divergence_rows(s, t, divergence, spec.temperature)
+    elif not isinstance(spec.divergence, NoDivergence):
+        t = logits_of(teacher, vocab)
+        soft = divergence_rows(s, t, spec.divergence, spec.temperature)
         total = total + spec.soft_weight * soft
         with torch.no_grad():
             results[:, rs.SOFT] = soft
             results[:, rs.TEACHER_ENTROPY] = _entropy(t / spec.temperature)
             results[:, rs.AGREEMENT] = (s.argmax(-1) == t.argmax(-1)).double()
     if spec.hard_weight:
+        assert labels is not None
         hard = cross_entropy_rows(s, labels, label_smoothing=spec.label_smoothing, z_loss=spec.z_loss)
         total = total + spec.hard_weight * hard
         results[:, rs.HARD] = hard.detach()
     if live is not None:
         total = torch.where(live, total, 0.0)
         results = torch.where(live[:, None], results, 0.0)
-    rows = total * call.weights.double()
+    return total, results
+
+
+def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """(loss, per-row results) of a checked call of :mod:`kdkernels.losses`."""
+    # At its ends JSD's own formula is 0, and not the KL that it stands for.
+    spec = call.spec._replace(divergence=simplified(divergence))
+    total, results = rows(student, teacher, call.labels, spec, call.vocab)
+    total = total * call.weights.double()
     dtype = call.weights.dtype
     if call.reduction == "none":
-        return rows.reshape(call.student.leading).to(dtype), results
-    return (rows * call.scale).sum().to(dtype), results
+        return total.reshape(call.student.leading).to(dtype), results
+    return (total * call.scale).sum().to(dtype), results
+
+
+def operator(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor, spec: Spec,
+             vocab: int, wants: list[bool]) -> list[Tensor]:  # fmt: skip
+    """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators.
+
+    An operator runs below autograd, which the oracle takes its gradients from. A thread of its own has it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_operator, student, teacher, labels, weights, spec, vocab, wants).result()
+
+
+def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Tensor]:
+    tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in student + teacher]
+    leaves = [t.requires_grad_(want) for t, want in zip(tensors, wants)]
+    s = _side(leaves[: len(student)], spec.student_map)
+    t: Union[Tensor, LinearHead, SparseTarget, None] = None
+    if spec.tail:
+        kind = "weights" if spec.linear else "logprobs"
+        t = SparseTarget(leaves[-2], tail=spec.tail, **{kind: leaves[-1]})
+    elif teacher:
+        t = _side(leaves[len(student) :], spec.teacher_map)
+    total, results = rows(s, t, labels, spec, vocab)
+    if spec.teacher_hard_weight:
+        assert labels is not None and isinstance(t, (Tensor, LinearHead))
+        hard = cross_entropy_rows(logits_of(t, vocab), labels, label_smoothing=0.0, z_loss=0.0)
+        total = total + spec.teacher_hard_weight * hard
+        results[:, rs.TEACHER_HARD] = hard.detach()
+    wanted = [leaf for leaf, want in zip(leaves, wants) if want]
+    if not wanted:
+        return [results]
+    gradients = torch.autograd.grad((total * weights.double()).sum(), wanted)
+    return [results, *(g.contiguous() for g in gradients)]
+
+
+def _side(tensors: list[Tensor], logit_map: LogitMap) -> Union[Tensor, LinearHead]:
+    if len(tensors) == 1:
+        return tensors[0]
+    bias = tensors[2] if len(tensors) > 2 else None
+    return LinearHead(tensors[0], tensors[1], bias, logit_map.scale, logit_map.softcap or None)

@@ -156,7 +156,7 @@ def _arguments(student, teacher):
     labels = torch.tensor([1, -1, 2, 3])
     floats = Spec(ForwardKL(), hard_weight=0.5).to_floats()
     wants = [True] * len(student) + [False] * len(teacher)
-    return student, teacher, labels, torch.rand(4), floats, 20, 2**20, wants, "auto"
+    return student, teacher, labels, torch.rand(4), floats, 20, 2**20, wants
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])
@@ -173,7 +173,7 @@ def test_opcheck(form):
     torch.library.opcheck(ops.checked_labels, (torch.tensor([1, -100, 2]), 20, -100))
     if form == "logits":
         student, teacher, *rest = _arguments(tensors(False), [torch.randn(4, 20)])
-        torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5], "auto"))
+        torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

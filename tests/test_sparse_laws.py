@@ -282,10 +282,10 @@ def test_opcheck(tail):
     ids, values = torch.randint(0, 20, (4, 3)), -torch.rand(4, 3) - 2
     torch.library.opcheck(ops.checked_target, (ids, values, ids > 3, labels, 20, spec))
     for student in ([torch.randn(4, 20)], [torch.randn(4, 6), torch.randn(20, 6)]):
-        rest = ([ids, values], labels, weights, spec, 20, 2**20, [True] * len(student) + [False] * 2, "auto")
+        rest = ([ids, values], labels, weights, spec, 20, 2**20, [True] * len(student) + [False] * 2)
         torch.library.opcheck(ops.rows, (student, *rest))
         torch.library.opcheck(ops.deferred, ([t.requires_grad_() for t in student], *rest))
-    torch.library.opcheck(ops.rows_, (torch.randn(4, 20), *rest[:6], "auto"))
+    torch.library.opcheck(ops.rows_, (torch.randn(4, 20), *rest[:6]))
 
 
 def test_gradcheck(divergence):

@@ -9,10 +9,11 @@ that has ``fused_sparse`` serves sparse targets too; its ``accumulate`` then tak
 
 from __future__ import annotations
 
-import contextlib
 import os
+import threading
+from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Iterator, Optional
+from typing import Optional
 
 import torch
 
@@ -21,42 +22,75 @@ from . import eager, native, triton
 #: Best first.
 _ORDER: tuple[ModuleType, ...] = (native, triton, eager)
 _NAMES = tuple(module.name for module in _ORDER)
-_CHOICES = ("auto", *_NAMES, "reference")
-_chosen: str = "auto"
+CHOICES = ("auto", *_NAMES, "reference")
+
+
+class _ThreadsChoice(threading.local):
+    """Not a ContextVar: a notebook runs each cell in a context of its own, and a bare call would end with it."""
+
+    name = "auto"
+
+
+_chosen = _ThreadsChoice()
 
 
 def _checked(name: str) -> str:
-    if name not in _CHOICES:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(_CHOICES)}")
+    if name not in CHOICES:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(CHOICES)}")
     return name
 
 
 def chosen_backend() -> str:
-    """What ``use_backend`` chose, else what KDKERNELS_BACKEND says, else "auto"."""
-    if _chosen != "auto":
-        return _chosen
+    """What ``use_backend`` chose in this thread, else what KDKERNELS_BACKEND says, else "auto"."""
+    if _chosen.name != "auto":
+        return _chosen.name
     return _checked(os.environ.get("KDKERNELS_BACKEND", "auto"))
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Prefer the backend ``name`` inside a ``with`` block; "auto" takes the best for each call.
+def reference_asked() -> bool:
+    """Whether a call goes to the oracle. Not in code that is compiled: its operators look when they run."""
+    return not torch.compiler.is_compiling() and chosen_backend() == "reference"
 
-    Raises ValueError for an unknown name and RuntimeError for one that is not usable here.
+
+class _Choice(AbstractContextManager):
+    """Ends a choice at the end of a ``with`` block. Without one, nothing ends it."""
+
+    def __init__(self, before: str) -> None:
+        self._before = before
+
+    def __exit__(self, *_: object) -> None:
+        _chosen.name = self._before
+
+
+def use_backend(name: str) -> AbstractContextManager:
+    """Prefer the backend ``name`` in this thread, from now on or for a ``with`` block.
+
+    Args:
+        name: one of :func:`backends`. "auto" leaves the choice to KDKERNELS_BACKEND; where that is not
+            set, the best backend serves each call. "reference" is the fp64 oracle.
+
+    The choice holds at once and until the next one. As a context manager it ends with the block, and what
+    was chosen before holds again. Each thread chooses for itself; a new thread starts with "auto". A backward
+    uses what its forward used, whichever thread runs it. Compiled code asks when it runs, not when it is
+    compiled, so call this outside of it.
+
+    Raises ValueError for an unknown name and RuntimeError for one that is not usable here, or inside
+    ``torch.compile(fullgraph=True)``.
 
     >>> import kdkernels as kd
     >>> with kd.use_backend("eager"):
-    ...     pass
+    ...     pass  # eager here, what was chosen before afterwards
+    >>> _ = kd.use_backend("eager")  # eager from here on
+    >>> _ = kd.use_backend("auto")
     """
-    global _chosen
+    if torch.compiler.is_compiling():
+        raise RuntimeError("kd.use_backend cannot be compiled; call it around the compiled function")
     _checked(name)
     if name in _NAMES and (reason := by_name(name).why_not()):
         raise RuntimeError(f"backend {name!r} is not usable here: {reason}")
-    before, _chosen = _chosen, name
-    try:
-        yield
-    finally:
-        _chosen = before
+    choice = _Choice(before=_chosen.name)
+    _chosen.name = name
+    return choice
 
 
 def backends() -> dict[str, Optional[str]]:
