@@ -1,5 +1,9 @@
 """``F.kl_div`` for code that already holds log-probabilities: its signature, a fraction of its memory.
 
+Everything else of ``torch.nn.functional`` is here too, so that one import changes::
+
+    from kdkernels.integrations import functional as F
+
 Where the logits are at hand, ``kd.kl_div`` is better: it needs no log-probabilities at all.
 """
 
@@ -10,13 +14,22 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .. import ops
 
 #: Elements that are worked on at a time: on a CPU what stays in its cache, elsewhere what
 #: hides the launches.
 _PIECE = {"cpu": 2**20}
 _PIECE_ELSEWHERE = 2**24
 
-Slopes = tuple[Optional[Tensor], Optional[Tensor]]
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn.functional, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn.functional)})
 
 
 class KLTerms(NamedTuple):
@@ -32,14 +45,14 @@ class KLTerms(NamedTuple):
         p, log_p = (t.exp(), t) if self.log_target else (t, t.log())
         return torch.where(p == 0, p, (log_p - x).mul_(p))
 
-    def slopes(self, x: Tensor, t: Tensor, wants: list[bool]) -> Slopes:
+    def slopes(self, x: Tensor, t: Tensor, wants: list[bool]) -> Iterator[Tensor]:
         p = t.exp() if self.log_target else t
-        to_x = -p if wants[0] else None
-        if not wants[1]:
-            return to_x, None
-        if self.log_target:
-            return to_x, torch.where(p == 0, p, (t - x).add_(1).mul_(p))
-        return to_x, t.log().sub_(x).add_(1)
+        if wants[0]:
+            yield -p
+        if wants[1] and self.log_target:
+            yield torch.where(p == 0, p, (t - x).add_(1).mul_(p))
+        elif wants[1]:
+            yield t.log().sub_(x).add_(1)
 
 
 class TVTerms(NamedTuple):
@@ -48,49 +61,79 @@ class TVTerms(NamedTuple):
     def terms(self, x: Tensor, t: Tensor) -> Tensor:
         return (x - t).abs_().mul_(0.5)
 
-    def slopes(self, x: Tensor, t: Tensor, wants: list[bool]) -> Slopes:
-        return (x - t).sign_().mul_(0.5), None
+    def slopes(self, x: Tensor, t: Tensor, wants: list[bool]) -> Iterator[Tensor]:
+        yield (x - t).sign_().mul_(0.5)
 
 
-Terms = Union[KLTerms, TVTerms]
+#: By the name that crosses the operators' boundary.
+_TERMS: dict[str, Union[KLTerms, TVTerms]] = {
+    "kl": KLTerms(log_target=False),
+    "kl of log target": KLTerms(log_target=True),
+    "tv": TVTerms(),
+}
 
 
-class _Walk(torch.autograd.Function):
-    """Terms of two tensors of one shape, piece by piece; their sum, or each.
+@torch.library.custom_op("kdkernels::terms", mutates_args=())
+def _terms(x: Tensor, t: Tensor, mask: Optional[Tensor], name: str, summed: bool) -> Tensor:
+    """Terms of two tensors of one shape, piece by piece; their sum, or each. Where ``mask`` (of that
+    shape) is False a term is 0, whatever stands there.
 
-    Kept for the backward: the two tensors, nothing else. The backward walks them again and allocates
-    the gradients only.
+    An operator, since a compiler would unroll the walk. Kept for the backward: the tensors, nothing
+    else. The backward walks them again and allocates the gradients only.
     """
+    dtype, terms = torch.promote_types(x.dtype, t.dtype), _TERMS[name]
+    if not summed:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        for o, a, b, m in _pieces(out, x, t, mask):
+            _masked(o.copy_(terms.terms(_wide(a), _wide(b))), m)
+        return out
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for a, b, m in _pieces(x, t, mask):
+        total += _masked(terms.terms(_wide(a), _wide(b)), m).sum()
+    return total.to(torch.promote_types(dtype, torch.float32))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, terms: Terms, summed: bool) -> Tensor:
-        ctx.save_for_backward(x, t)
-        ctx.terms, ctx.summed = terms, summed
-        dtype = torch.promote_types(x.dtype, t.dtype)
-        if not summed:
-            out = torch.empty(x.shape, dtype=dtype, device=x.device)
-            for a, b, o in _pieces(x, t, out):
-                o.copy_(terms.terms(_wide(a), _wide(b)))
-            return out
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for a, b in _pieces(x, t):
-            total += terms.terms(_wide(a), _wide(b)).sum()
-        return total.to(torch.promote_types(dtype, torch.float32))
 
-    @staticmethod
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
-        tensors, wants = ctx.saved_tensors, list(ctx.needs_input_grad[:2])
-        arriving = arriving.expand(tensors[0].shape)
-        # A gradient that nobody wants is an expanded scalar: it takes part in the walk and no memory.
-        made = [torch.empty(s.shape if want else (), dtype=s.dtype, device=s.device).expand(s.shape)
-                for s, want in zip(tensors, wants)]  # fmt: skip
-        for a, b, g, *outs in _pieces(*tensors, arriving, *made):
-            for out, slope in zip(outs, ctx.terms.slopes(_wide(a), _wide(b), wants)):
-                if slope is not None:
-                    torch.mul(slope, g, out=out) if out.dtype == slope.dtype else out.copy_(slope * g)
-        return (*(grad if want else None for grad, want in zip(made, wants)), None, None)
+@_terms.register_fake
+def _(x, t, mask, name, summed):
+    dtype = torch.promote_types(x.dtype, t.dtype)
+    if summed:
+        return torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("kdkernels::slopes", mutates_args=())
+def _slopes(x: Tensor, t: Tensor, mask: Optional[Tensor], arriving: Tensor, name: str,
+            wants: list[bool]) -> list[Tensor]:  # fmt: skip
+    """The terms' derivatives for x and for t, where they are wanted, times ``arriving``."""
+    made = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
+    for a, b, g, m, *outs in _pieces(x, t, arriving, mask, *made):
+        for out, slope in zip(outs, _TERMS[name].slopes(_wide(a), _wide(b), wants)):
+            torch.mul(slope, g, out=out) if out.dtype == slope.dtype else out.copy_(slope * g)
+            _masked(out, m)
+    return made
+
+
+@_slopes.register_fake
+def _(x, t, mask, arriving, name, wants):
+    return [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, t, mask, ctx.name, _ = inputs
+    ctx.save_for_backward(x, t, mask)
+
+
+def _backward(ctx: Any, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
+    if torch.is_grad_enabled() and not ops._tracing(arriving):
+        raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
+    x, t, mask = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:2])
+    made = iter(_slopes(x, t, mask, arriving.expand(x.shape), ctx.name, wants))
+    to_x, to_t = (next(made) if want else None for want in wants)
+    return to_x, to_t, None, None, None
+
+
+_terms.register_autograd(_backward, setup_context=_setup)
 
 
 def kl_div(
@@ -125,22 +168,29 @@ def kl_div(
     """
     if size_average is not None or reduce is not None:
         reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-    return reduced(KLTerms(log_target), input, target, reduction)
+    return reduced("kl of log target" if log_target else "kl", input, target, reduction)
 
 
-def reduced(terms: Terms, x: Tensor, t: Tensor, reduction: str) -> Tensor:
-    """``terms`` of two tensors that broadcast, under torch's four reductions."""
+def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Optional[Tensor] = None) -> Tensor:
+    """The terms ``name`` of two tensors that broadcast, under torch's four reductions.
+
+    With ``rows``, a bool tensor, only those rows' terms count: the others are 0. "mean" and
+    "batchmean" divide by all of them nevertheless.
+    """
     if reduction not in ("none", "sum", "mean", "batchmean"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not (x.is_floating_point() and t.is_floating_point()):
         raise ValueError(f"input and target must be floating, got {x.dtype} and {t.dtype}")
-    rows = x.shape[0] if x.dim() else 1
+    if not torch.compiler.is_compiling() and any(unpack_dual(z).tangent is not None for z in (x, t)):
+        raise RuntimeError("this loss has no forward-mode derivative; F.kl_div has")
+    batch = x.shape[0] if x.dim() else 1
     x, t = torch.broadcast_tensors(x, t)
-    value = _Walk.apply(x, t, terms, reduction != "none")
+    mask = None if rows is None else rows[..., None].expand(x.shape)
+    value = _terms(x, t, mask, name, reduction != "none")
     if reduction == "mean":
         value = value / x.numel()
-    elif reduction == "batchmean" and rows:
-        value = value / rows
+    elif reduction == "batchmean" and batch:
+        value = value / batch
     return value.to(torch.promote_types(x.dtype, t.dtype))
 
 
@@ -148,16 +198,22 @@ def _wide(piece: Tensor) -> Tensor:
     return piece.float() if piece.dtype in (torch.bfloat16, torch.float16) else piece
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same places of tensors of one shape and any strides, small ones at a time."""
-    first = tensors[0]
+def _masked(terms: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """``terms``, overwritten with 0 where ``mask`` is False."""
+    return terms if mask is None else terms.masked_fill_(~mask, 0.0)
+
+
+def _pieces(first: Tensor, *others: Optional[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """Views of the same places of tensors of one shape and any strides, small ones at a time; None
+    where a tensor is None."""
     shape, size = first.shape, _PIECE.get(first.device.type, _PIECE_ELSEWHERE)
     if first.numel() <= size:
-        yield tensors
+        yield first, *others
         return
     if shape[0] == 1:
-        yield from _pieces(*(t[0] for t in tensors))
+        yield from _pieces(first[0], *(None if t is None else t[0] for t in others))
         return
     rows = max(size // (first.numel() // shape[0]), 1)
     for start in range(0, shape[0], rows):
-        yield from _pieces(*(t[start : start + rows] for t in tensors))
+        part = slice(start, start + rows)
+        yield from _pieces(first[part], *(None if t is None else t[part] for t in others))

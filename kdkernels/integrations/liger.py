@@ -33,7 +33,7 @@ from ..divergences import JSD, TotalVariation
 from ..losses import cross_entropy, distillation_loss, js_divergence
 from ..losses import kl_div as kl_of_logits
 from .common import head, mask_labels
-from .functional import TVTerms, kl_div, reduced
+from .functional import kl_div, reduced
 
 
 def _kept(shift_labels: Optional[Tensor], ignore_index: int) -> Optional[Tensor]:
@@ -75,18 +75,12 @@ def liger_tvd(input: Tensor, target: Tensor, shift_labels: Optional[Tensor] = No
     torch.Size([])
     """
     kept = None if shift_labels is None else shift_labels != ignore_index
-    target = target.detach()
-    if reduction == "none":
-        each = reduced(TVTerms(), input, target, reduction)
-        return each if kept is None else each.masked_fill(~kept[:, None], 0.0)
-    if kept is not None:
-        input, target = input[kept], target[kept]
-    total = reduced(TVTerms(), input, target, "sum")
-    tokens = max(input.shape[0], 1)
-    divisors = {"sum": 1, "batchmean": tokens, "mean": tokens * input.shape[-1]}
+    tokens = max(input.shape[0], 1) if kept is None else kept.sum().clamp(min=1)
+    divisors = {"none": 1, "sum": 1, "batchmean": tokens, "mean": tokens * input.shape[-1]}
     if reduction not in divisors:
-        raise ValueError(f"unknown reduction {reduction!r}; there are none, {', '.join(divisors)}")
-    return total / divisors[reduction]
+        raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(divisors)}")
+    terms = reduced("tv", input, target.detach(), "none" if reduction == "none" else "sum", kept)
+    return terms if reduction in ("none", "sum") else terms / divisors[reduction]
 
 
 def liger_fused_linear_jsd(

@@ -10,6 +10,7 @@ from compare import assert_same, outcome, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak import peak_of
+from torch.autograd import forward_ad
 
 from kdkernels.integrations import functional
 
@@ -74,6 +75,21 @@ def test_signature():
     assert ours == theirs
 
 
+def test_the_rest_is_torchs():
+    """One import changes: every other name is torch's own object."""
+    for name in dir(F):
+        if not name.startswith("__") and name != "kl_div" and name not in vars(functional):
+            assert getattr(functional, name) is getattr(F, name)
+    assert set(dir(F)) <= set(dir(functional))
+    for name in {n for n, x in vars(functional).items() if callable(x)} & {n for n, x in vars(F).items() if callable(x)}:
+        assert name == "kl_div" or getattr(functional, name) is getattr(F, name), f"{name} hides torch's"
+    from kdkernels.integrations.functional import log_softmax
+
+    assert log_softmax is F.log_softmax
+    with pytest.raises(AttributeError, match="no attribute 'log_softmin'"):
+        functional.log_softmin  # noqa: B018
+
+
 @pytest.mark.parametrize("shapes", [((3, 5), (5,)), ((1, 5), (4, 5)), ((3, 1), (3, 4))])
 def test_broadcasting(shapes):
     x, t = torch.randn(shapes[0], dtype=torch.float64), torch.rand(shapes[1], dtype=torch.float64)
@@ -100,6 +116,8 @@ def test_refusals():
     value = functional.kl_div(x.requires_grad_(), t)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="forward-mode"), forward_ad.dual_level():
+        functional.kl_div(forward_ad.make_dual(x.detach(), x.detach()), t)
 
 
 @pytest.mark.parametrize("log_target", [False, True])
