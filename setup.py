@@ -1,4 +1,5 @@
-"""Builds kdkernels._C where torch and a C++20 compiler are at hand; else installs pure Python.
+"""Builds kdkernels._C where torch and a C++20 compiler are at hand; else installs pure Python, and leaves
+the reason in kdkernels/_C.txt, for `python -m kdkernels info`: pip shows what a build prints only with -v.
 
 One set of sources is compiled once per instruction set (csrc/cpu/rows_*.cpp) and linked together;
 which one runs is decided on the machine that runs it. Where nvcc is there and torch is a CUDA build,
@@ -16,16 +17,40 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+AGAIN = "then reinstall kdkernels with `pip install --force-reinstall --no-deps --no-build-isolation`"
 
 
-def torch_is_here() -> bool:
+def what_is_missing():
+    """One line that says it, and what to type; None where the extension can be built."""
     try:
         import torch
 
-        return tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 10)
+        found = torch.__version__
     except Exception as error:  # a broken torch must not stop a pure Python install
-        print(f"kdkernels: no torch at build time ({error})", file=sys.stderr)
-        return False
+        return f"it was built without torch ({error}): install torch, {AGAIN}"
+    if tuple(int(x) for x in found.split("+")[0].split(".")[:2]) < (2, 10):
+        return f"it was built with torch {found}: install torch 2.10 or later, {AGAIN}"
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return f"it was built without a C++ compiler: install g++ or clang++, {AGAIN}"
+    return None
+
+
+def tell(problem, package):
+    """Prints why there is no native backend, and leaves it in the package's folder; None: there is one."""
+    note = Path(package, "_C.txt")
+    if problem is None:
+        note.unlink(missing_ok=True)
+        return
+    print(f"kdkernels: no native backend: {problem}", file=sys.stderr)
+    note.write_text(problem + "\n")
+
+
+class PurePython(build_py):
+    def run(self):
+        super().run()
+        tell(MISSING, "kdkernels" if self.editable_mode else os.path.join(self.build_lib, "kdkernels"))
 
 
 ARCHITECTURES = "8.0 9.0a 10.0"
@@ -79,11 +104,9 @@ def build_kernels(compiler, folder):
 
 
 def extensions():
-    """(ext_modules, cmdclass), empty where nothing can be built."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or not torch_is_here():
-        print("kdkernels: installing without the native backend", file=sys.stderr)
-        return [], {}
+    """(ext_modules, cmdclass); no modules where nothing can be built."""
+    if MISSING:
+        return [], {"build_py": PurePython}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, library_paths
 
     class PerFileFlags(BuildExtension):
@@ -113,8 +136,11 @@ def extensions():
             try:
                 super().run()
             except Exception as error:
-                print(f"kdkernels: no native backend, the build failed: {error}", file=sys.stderr)
+                print(f"kdkernels: {error}", file=sys.stderr)
                 self.extensions = []
+            package = "kdkernels" if self.inplace else os.path.join(self.build_lib, "kdkernels")
+            built = os.path.exists(self.get_ext_fullpath("kdkernels._C"))
+            tell(None if built else f"its build failed: `pip install -v` shows how; {AGAIN}", package)
 
         def copy_extensions_to_source(self):
             if self.extensions:
@@ -158,6 +184,7 @@ def isa_flags(source: str) -> list:
     return ["-mavx2", "-mfma", "-mf16c"] if source.endswith("rows_avx2.cpp") else []
 
 
+MISSING = what_is_missing()
 modules, commands = extensions()
 setup(
     ext_modules=modules,

@@ -60,23 +60,3 @@ def test_shared_headers_compile_for_a_gpu(tmp_path, arch):
     command = ["nvcc", "-std=c++20", f"-arch={arch}", "-cubin", "-I", ROOT / "csrc", "headers.cu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-# An editable install would lend its own extension to the copy.
-ONLY_THE_COPY = """
-import runpy, sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-sys.argv = ["kdkernels", "info"]
-runpy.run_module("kdkernels", run_name="__main__")
-"""
-
-
-def test_no_compiler_means_pure_python(tmp_path):
-    """Without the extension everything works, and `info` says why native does not."""
-    without = shutil.ignore_patterns("_C*", "__pycache__")
-    shutil.copytree(ROOT / "kdkernels", tmp_path / "kdkernels", ignore=without)
-    info = subprocess.run([sys.executable, "-c", ONLY_THE_COPY], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})  # fmt: skip
-    assert info.returncode == 0, info.stderr
-    assert "native     not usable: kdkernels._C is not built" in info.stdout, info.stdout
-    assert "eager      usable" in info.stdout

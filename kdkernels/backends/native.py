@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -22,12 +23,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.kdkernels_native
 #: Of a sparse target, beside a row in a GPU's shared memory; beyond it the row is read twice.
 _MOST_SLOTS = 4096
+#: Written by setup.py where it leaves the extension out.
+_WHY_NOT_BUILT = Path(__file__).parent.parent / "_C.txt"
 
 
 def _load(module: str) -> Optional[str]:
     try:
         importlib.import_module(f"kdkernels.{module}")
     except ImportError as error:
+        if _WHY_NOT_BUILT.exists():
+            return f"kdkernels.{module} is not built: {_WHY_NOT_BUILT.read_text().strip()}"
         return f"kdkernels.{module} is not built or does not load ({error})"
     return None
 
