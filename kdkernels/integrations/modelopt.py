@@ -2,7 +2,8 @@
 
 ``LogitsDistillationLoss`` is what its Hugging Face trainer uses; ``LogitsKLLoss`` and
 ``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank. Values and gradients
-are ModelOpt's; only the rows of half-precision logits are computed in fp32 here.
+are ModelOpt's; only the rows of half-precision logits are computed in fp32 here. Each is a torch ``_Loss``,
+which ``mtd.convert`` asks of a criterion.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
 from ..divergences import ForwardKL, ReverseKL
 from ..losses import distillation_loss, kl_div
 from ..targets import SparseTarget
 
 
-class LogitsDistillationLoss(nn.Module):
+class LogitsDistillationLoss(_Loss):
     """T^2 KL(teacher || student) of logits ``[..., V]`` (Hinton et al., 2015).
 
     ``reduction`` is F.kl_div's: "mean" divides by every entry, vocabulary included, "batchmean" by the
@@ -39,7 +41,7 @@ class LogitsDistillationLoss(nn.Module):
         return loss / logits_s.shape[-1] if self._reduction == "mean" else loss
 
 
-class LogitsKLLoss(nn.Module):
+class LogitsKLLoss(_Loss):
     """KL(teacher || student) at a temperature, without T^2; the student's KL to the teacher if ``reverse``.
 
     Takes ``[s, b, V]`` logits, or the tuples that ColumnParallelLinear returns, and gives what

@@ -1,6 +1,10 @@
 """ModelOpt's logit losses: the Hugging Face one beside its own, the Megatron ones beside their formula."""
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +15,7 @@ from source import load
 
 from kdkernels.integrations import modelopt as dropin
 
+HERE = Path(__file__).parent
 original = load("nvidia-modelopt", "modelopt/torch/distill/losses.py")
 
 
@@ -27,6 +32,17 @@ def test_logits_distillation_loss(reduction, temperature, shape):
         outcome(m.LogitsDistillationLoss(temperature, reduction), [student], teacher) for m in (dropin, original)
     )
     assert_same(ours, theirs, 1e-11)
+
+
+def test_their_conversion_takes_it(tmp_path):
+    """A model that ``mtd.convert`` wraps, distilled whole and at a layer: the loss and the gradient are theirs."""
+    subprocess.run(
+        [sys.executable, HERE / "modelopt_conversion.py", tmp_path / "outcomes.pt"],
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])}, check=True, timeout=300,
+    )  # fmt: skip
+    for ours, theirs in torch.load(tmp_path / "outcomes.pt"):
+        assert theirs[1].norm() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def formula(student, teacher, temperature, reverse):
