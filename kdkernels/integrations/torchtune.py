@@ -8,6 +8,10 @@ What differs from torchtune 0.6 (tests in ``tests/integrations/test_torchtune.py
 * ForwardKL is the divergence. torchtune's leaves out the teacher's entropy: its value is the cross
   entropy of teacher and student, higher by the mean entropy (all of it where the two agree), with
   the same gradient. SymmetricKL differs by ``sym_kd_ratio`` of that.
+* A token that one side alone rules out (a logit of -inf): where the side that the divergence averages over
+  gives it mass, the loss is infinite. torchtune leaves the term out. -inf on both sides is no term in both.
+* Chunked logits may be pieces of any lengths, ``tensor_split``'s too, and the labels are cut as they are.
+  torchtune cuts labels by ``chunk``, whatever the pieces: it fails at others, or ends with the shorter list.
 * With every token masked the loss is 0 with a zero gradient; torchtune's forward and reverse losses
   are then cut off from the graph, and its chunked reverse and symmetric losses NaN.
 """
@@ -44,20 +48,23 @@ class _WholeLoss(_Loss):
 
 
 class _ChunkedLoss(_Loss):
-    """The logits come as lists of ``num_output_chunks`` pieces along the token dimension."""
+    """The logits come as lists of pieces along the token dimension, as many as the recipe asks of the models."""
 
     def __init__(self, divergence: Divergence, num_output_chunks: int, ignore_index: int) -> None:
         super().__init__(divergence, ignore_index)
         self.num_output_chunks = num_output_chunks
 
     def forward(self, student_logits: list[Tensor], teacher_logits: list[Tensor], labels: Tensor) -> Tensor:
-        pieces = labels.chunk(self.num_output_chunks, dim=1)
-        if not len(pieces) == len(student_logits) == len(teacher_logits):
+        batch, items = max(labels.shape[0], 1), self._items(labels)
+        lengths, teachers = (
+            [piece.shape[:-1].numel() // batch for piece in pieces] for pieces in (student_logits, teacher_logits)
+        )
+        if lengths != teachers or sum(lengths) != labels.shape[1]:
             raise ValueError(
-                f"labels {tuple(labels.shape)} make {len(pieces)} chunks, but there are "
-                f"{len(student_logits)} of the student's logits and {len(teacher_logits)} of the teacher's"
+                f"labels {tuple(labels.shape)} cannot be cut into pieces of {lengths} tokens for the student's "
+                f"logits and {teachers} for the teacher's"
             )
-        items = self._items(labels)
+        pieces = labels.split(lengths, dim=1)
         losses = [self._sum(*chunk, items) for chunk in zip(student_logits, teacher_logits, pieces)]
         return sum(losses[1:], losses[0])
 

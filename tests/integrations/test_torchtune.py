@@ -60,6 +60,40 @@ def test_chunked_losses(name):
     assert_same(ours, theirs, 2e-5)
 
 
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("tokens, cut", [(50, lambda x: x.tensor_split(8, 1)), (7, lambda x: x.split([1, 4, 2], 1)),
+                                         (9, lambda x: [y.flatten(0, 1) for y in x.chunk(2, 1)]), (3, lambda x: [x]),
+                                         (3, lambda x: x.tensor_split(8, 1))])  # fmt: skip
+def test_pieces_of_any_lengths(name, tokens, cut):
+    student, teacher = 3 * torch.randn(2, B, tokens, V)
+    labels = torch.randint(0, V, (B, tokens))
+    labels[torch.rand(B, tokens) < 0.3] = -100
+    loss = getattr(dropin, name)(num_output_chunks=8)
+    ours = outcome(lambda s: loss(cut(s), cut(teacher), labels), [student])
+    assert_same(ours, whole(dropin, name.replace("WithChunkedOutput", ""), student, teacher, labels), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ForwardKLLoss", "ReverseKLLoss"])
+@pytest.mark.parametrize("run", [whole, chunked])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_difference_minus_infinity_on_one_side(name, run, side):
+    """Infinite where the other side gives the token mass; torchtune's loss is that without the token's term."""
+    student, teacher, labels = batch()
+    (student if side == "student" else teacher)[..., 3] = -torch.inf
+    full = name.replace("Loss", "WithChunkedOutputLoss") if run is chunked else name
+    (ours,), _ = run(dropin, full, student, teacher, labels)
+    (theirs,), _ = run(original, full, student, teacher, labels)
+    if (name[0], side) in (("F", "student"), ("R", "teacher")):
+        p, q = (z.double().log_softmax(-1) for z in (teacher, student))
+        terms = -p.exp() * q if name[0] == "F" else q.exp() * (q - p)
+        rest = terms.masked_fill(terms.isinf(), 0.0).sum(-1)[labels != -100].mean()
+        assert ours == torch.inf
+        torch.testing.assert_close(theirs.double(), rest, rtol=1e-5, atol=1e-6)
+    else:
+        extra = missing(name, teacher.clamp(min=-1e4), labels)
+        torch.testing.assert_close(ours, theirs - extra, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["ForwardKLLoss", "SymmetricKLLoss"])
 def test_difference_the_teachers_entropy(name):
     """A student that equals its teacher: 0 here, the whole entropy there."""
@@ -110,5 +144,8 @@ def test_refusals():
     student, teacher, labels = batch()
     with pytest.raises(ValueError, match="sym_kd_ratio"):
         dropin.SymmetricKLLoss(sym_kd_ratio=1.5)
-    with pytest.raises(ValueError, match="make 4 chunks, but there are 2"):
-        dropin.ForwardKLWithChunkedOutputLoss(4)(student.chunk(2, 1), teacher.chunk(2, 1), labels)
+    loss = dropin.ForwardKLWithChunkedOutputLoss(4)
+    with pytest.raises(ValueError, match=r"pieces of \[4, 4\] tokens .* and \[2, 2, 2, 2\]"):
+        loss(student.chunk(2, 1), teacher.chunk(4, 1), labels)
+    with pytest.raises(ValueError, match=r"labels \(3, 8\) cannot be cut into pieces of \[4\]"):
+        loss(student.chunk(2, 1)[:1], teacher.chunk(2, 1)[:1], labels)
