@@ -2,19 +2,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# torch's version is pinned and installed first, so that nothing picks another build of it.
+# Versions of everything else are in the lock; `make lock` refreshes it, `make test-newest` goes without.
+LOCK ?= lock/constraints.txt
 TORCH ?= torch==2.13.0
-# The CPU build of torch brings no Triton. Before 3.7.1 its interpreter does not know numpy 2.4.
-TRITON ?= triton>=3.7.1
+# A CUDA build of torch brings its Triton, the CPU build none: this is the one that torch's version goes with.
+TRITON ?= triton==3.7.1
+# What has to be built (this package, DeepSpeed) is built with the torch and the setuptools that are here.
+PIP = PIP_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --no-build-isolation
 
-.PHONY: setup test test-all lint bench figures demo clean
+.PHONY: setup test test-all test-newest lock lint bench figures demo clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" numpy "setuptools>=77" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev,trainer,cache]" $(if $(filter Linux,$(shell uname)),"$(TRITON)")
+$(VENV)/.ready: pyproject.toml setup.py $(LOCK) $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	$(PIP) pip
+	$(PIP) "$(TORCH)" numpy setuptools ninja
+	[ "$$(uname)" != Linux ] || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
+	$(PIP) -e ".[dev,trainer,cache]"
+	touch $@
+
+# The libraries that are tested and measured beside ours.
+$(VENV)/.peers: $(VENV)/.ready
+	$(PIP) "kdkernels[bench,integrations]" --group peers
+	$(PIP) --no-deps --no-warn-conflicts --group alone
 	touch $@
 
 # Two processes on two cores: a thread that waits must not keep a core from the other's.
@@ -28,19 +39,18 @@ test: setup $(VENV)/.peers lint
 test-all: setup $(VENV)/.peers lint
 	$(PYTEST) -m "slow or not slow"
 
+# All that, in an environment of its own, with the newest of everything that pip finds, torch included.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest LOCK=/dev/null TORCH=torch TRITON=triton
+
+lock: setup
+	$(PIP) uv
+	$(BIN)/python lock/refresh.py "$(TORCH)"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-
-# The libraries that are measured beside ours, and the plots.
-$(VENV)/.peers: $(VENV)/.ready
-	$(BIN)/pip install -q "$(TORCH)" "kdkernels[bench,integrations]"
-	# Only their loss modules are loaded, file by file: these need none of the packages' dependencies.
-	$(BIN)/pip install -q --no-deps torchtune==0.6.1 axolotl==0.19.0 nvidia-modelopt==0.47.0
-	# What the trainer's tests run it with: reports, and shards. DeepSpeed looks for torch when it is installed.
-	$(BIN)/pip install -q tensorboard wandb
-	$(BIN)/pip install -q --no-build-isolation "$(TORCH)" deepspeed==0.19.8
-	touch $@
 
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks --suite cpu
@@ -55,4 +65,4 @@ demo: setup
 	$(BIN)/python -m kdkernels train compare --config kdkernels/trainer/demo.yaml --output_dir runs/demo
 
 clean:
-	rm -rf build *.egg-info kdkernels/_C*.so $(VENV)
+	rm -rf build *.egg-info kdkernels/_C* $(VENV)
