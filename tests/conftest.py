@@ -1,6 +1,5 @@
-"""Shared by all tests: seeds, the backends that are usable here, the divergences."""
+"""Shared by the tests here: the backends that are usable here, the divergences."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,6 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
     parser.addoption("--chip", help="let native be the CUDA kernels, built for the host, on such a chip (cuda_host)")
     parser.addoption("--cuda-host", type=Path, help="their library, where it is built already")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """Libraries write to os.environ (transformers does when FSDP is asked for): no test inherits that."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
