@@ -5,7 +5,8 @@ BIN = $(VENV)/bin
 # Versions of everything else are in the lock; `make lock` refreshes it, `make test-newest` goes without.
 LOCK ?= lock/constraints.txt
 TORCH ?= torch==2.13.0
-# A CUDA build of torch brings its Triton, the CPU build none: this is the one that torch's version goes with.
+# A CUDA build of torch brings its Triton, the CPU build none: this is the one that goes with torch's version,
+# and the first whose interpreter knows numpy 2.4.
 TRITON ?= triton==3.7.1
 # What has to be built (this package, DeepSpeed) is built with the torch and the setuptools that are here.
 PIP = PIP_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --no-build-isolation
