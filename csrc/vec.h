@@ -5,7 +5,8 @@
 // Every translation unit that is compiled with its own instruction set defines KD_ISA to its own
 // namespace, which keeps the linker from mixing them.
 //
-// exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above.
+// exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above. exp_scaled is
+// exp(x * scale), for the price of exp: what a temperature divides is then a distance, not a logit.
 // log_ratio: log(p / m) to a few ulp, given d = p - m as exactly as p and m themselves: 0 where d is. m at
 // least kTiny; of a p below it the result is finite, and no more.
 #pragma once
@@ -120,23 +121,34 @@ KD_HD Vec load(const float* p) {
 }
 KD_HD void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// 2^(x log2 e) = 2^n * 2^f: f comes from one fused multiply-add, so its error is that of the constant
-// (2e-8 |x|, less than the rounding of the logits that x is a difference of); then a minimax
+// scale, and the bounds of x outside of which exp(x * scale) is 0 or infinite.
+struct Scale {
+  float scale = 1, log2 = 1.44269504088896341f;  // log2: times log2 e
+  float least = -200, low = -87, high = 88.72f;
+
+  Scale() = default;
+  KD_HD explicit Scale(double s)
+      : scale((float)s), log2((float)(s * 1.44269504088896341)), least(bound(-200 / s)), low(bound(-87 / s)),
+        high(bound(88.72 / s)) {}
+  KD_HD static float bound(double x) { return x < -3e38 ? -3e38f : x > 3e38 ? 3e38f : (float)x; }
+};
+
+// 2^(x scale log2 e) = 2^n * 2^f: f comes from one fused multiply-add, so its error is that of the constant
+// (3e-8 |x scale|, less than the rounding of the logits that x is a difference of); then a minimax
 // polynomial of degree 5 with the constant term 1, so that exp(0) is exactly 1.
-KD_HD Vec vexp(Vec x) {
-  constexpr float kLog2e = 1.44269504088896341f;
+KD_HD Vec exp_scaled(Vec x, const Scale& s) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
 #if defined(__AVX512F__)
-  x = vmax(x, splat(-200.0f));
-  const Vec n = (x * kLog2e + magic) - magic;
+  x = vmax(x, splat(s.least));
+  const Vec n = (x * s.log2 + magic) - magic;
 #else
-  const Vec above = x < -87.0f ? splat(-87.0f) : x;
-  const Vec n = (above * kLog2e + magic) - magic;
+  const Vec above = x < s.low ? splat(s.low) : x;
+  const Vec n = (above * s.log2 + magic) - magic;
 #endif
 #if defined(__FMA__) || defined(__aarch64__)
-  const Vec f = x * kLog2e - n;
+  const Vec f = x * s.log2 - n;
 #else  // without a fused product, subtract ln 2 in two parts first
-  const Vec f = ((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e;
+  const Vec f = ((x * s.scale - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504088896341f;
 #endif
   Vec y = splat(1.326472731e-03f);
   y = y * f + 9.671512991e-03f;
@@ -149,11 +161,12 @@ KD_HD Vec vexp(Vec x) {
 #else
   const Ints bits = (Ints)(n + magic) << 23;
   y = (Vec)((Ints)y + bits);
-  y = x < -87.0f ? Vec{} : y;
-  y = x > 88.72f ? splat(kInf) : y;
+  y = x < s.low ? Vec{} : y;
+  y = x > s.high ? splat(kInf) : y;
   return x == x ? y : x;
 #endif
 }
+KD_HD Vec vexp(Vec x) { return exp_scaled(x, Scale()); }
 
 // a / b to two ulp, for b that neither b nor 1 / b is subnormal.
 KD_HD Vec quotient(Vec a, Vec b) {

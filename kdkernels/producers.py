@@ -65,8 +65,9 @@ def _normalizer(logits: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
     """logsumexp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
     state = rs.new_state(logits.shape[0], logits.device)
     backend = serving(chosen_backend(), logits.device, [logits.dtype])
-    backend.accumulate(logits, None, None, offset=0, spec=Spec(NoDivergence()), state=state, skipped=skipped)
-    return rs.student_lse(state)[:, None]
+    spec = Spec(NoDivergence())
+    backend.accumulate(logits, None, None, offset=0, spec=spec, state=state, skipped=skipped)
+    return rs.student_lse(state, spec)[:, None]
 
 
 def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

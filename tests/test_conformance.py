@@ -100,6 +100,48 @@ def test_cross_entropy(backend, form, options, chunk_bytes):
         assert relative(mine, truth) < 2e-6
 
 
+HARD_TERMS = [dict(soft_weight=0.0), dict(label_smoothing=0.1, z_loss=1e-6)]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4, -1e4])
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 0.5])
+@pytest.mark.parametrize("options", HARD_TERMS, ids=str)
+@pytest.mark.parametrize("chunk_bytes", [None, 3_000])
+def test_terms_under_an_offset(backend, offset, temperature, options, chunk_bytes):
+    """A number added to all logits means nothing: no digits are lost to it, in loss or gradient, in one tile
+    or in chunks of the vocabulary."""
+    problem = Problem(shape=(1, 5), vocab=300, ignored=1)
+    problem.student, problem.teacher = [problem.student[0] + offset], [problem.teacher[0] - offset]
+    options = dict(options, hard_weight=1.0, temperature=temperature, reduction="none")
+    oracle, plain = problem.oracle(**options), problem.plain(**options)
+
+    def loss(student, teacher, labels, **options):
+        if chunk_bytes:  # these very logits, made a chunk at a time
+            student = kd.LinearHead(student, torch.eye(300), logit_scale=1.0)
+        return kd.distillation_loss(student, teacher, labels, chunk_bytes=chunk_bytes, **options)
+
+    ours = problem.run(backend, loss=loss, **options)
+    assert_exact(ours, oracle, plain, dtype=torch.float32)
+    assert relative(ours[0], oracle[0]) <= 2 * relative(plain[0], oracle[0]) + 2e-7
+
+
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_codistillation_under_an_offset(backend, offset, temperature):
+    """The teacher's own cross entropy, as the student's."""
+    problem = Problem(shape=(1, 5), vocab=300, ignored=1)
+    teacher = problem.teacher[0] + offset
+    leaf, wide, other = teacher.clone().requires_grad_(), teacher.double().requires_grad_(), teacher.clone().requires_grad_()
+    loss = kd.codistillation_loss(problem.student[0], leaf, problem.labels, temperature=temperature).teacher
+    with kd.use_backend("reference"):
+        truth = kd.cross_entropy(wide, problem.labels)
+    plain = torch.nn.functional.cross_entropy(other.flatten(0, 1), problem.labels.flatten())
+    ours, oracle, theirs = ((value, torch.autograd.grad(value, x)) for value, x in
+                            ((loss, leaf), (truth, wide), (plain, other)))  # fmt: skip
+    assert_exact(ours, oracle, theirs, dtype=torch.float32)
+    assert relative(ours[0], oracle[0]) <= 2 * relative(theirs[0], oracle[0]) + 2e-7
+
+
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("chunk_bytes", [None, 20_000])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -9,7 +9,8 @@
 // the gradient without another exponential. Divergences without a closed form pass over the blocks
 // in between, while the row is still in cache.
 //
-// Numerics: a block's exponentials are relative to the running maximum at that block; its
+// Numerics: the maximum is subtracted before anything is divided by the temperature, which costs nothing
+// (vec.h's exp_scaled). A block's exponentials are relative to the running maximum at that block; its
 // coefficients exp(m_block - lse) are computed in fp64, once per block. The gradient is formed as
 // (e * alpha - a * beta) * gamma with alpha or beta exactly 1, so p == q gives an exact zero.
 #pragma once
@@ -33,7 +34,7 @@ constexpr int kAhead = 512;  // entries that the second pass fetches ahead: its 
 struct Kept {
   const int64_t* ids = nullptr;  // ascending, -1 anywhere in between: none
   int64_t count = 0;
-  double* logits = nullptr;      // of the ids in this chunk, mapped, untempered; see skip()
+  double* logits = nullptr;      // of the ids in this chunk, mapped; see skip()
   const float* grad = nullptr;   // of the soft term, before the row's weight
   double rest = 0, lse1 = 0;     // the same for the rest as a whole; the row's normaliser at temperature 1
 };
@@ -46,7 +47,7 @@ class Row {
 
  public:
   Row(const Job& job, const Spec& spec, Source s, Source t, Scratch& scratch, int64_t label)
-      : job_(job), spec_(spec), s_(s), t_(t), scratch_(scratch), label_(label),
+      : job_(job), spec_(spec), s_(s), t_(t), scratch_(scratch), label_(label), temper_(1 / spec.temperature),
         tempered_hard_(label >= 0 && spec.hard_weight != 0 && spec.temperature != 1) {}
 
   // Take `kept` out of the row; its logits are read now, before a gradient can overwrite them.
@@ -82,9 +83,8 @@ class Row {
   template <class Divergence>
   void value(RowState& r) {
     const Divergence divergence(spec_);
-    const double lse_s = r.lse_s(), lse_t = r.lse_t();
     // Relative to the maximum first, to log Z second: lse itself would lose the digits of a shift.
-    const float m_s = (float)r.m_s, m_t = (float)r.m_t;
+    const float m_s = (float)r.m_s, m_t = (float)r.m_t, per_temperature = temper_.scale;
     const float log_z_s = (float)std::log(r.z_s), log_z_t = (float)std::log(r.z_t);
     const float gap = log_z_s - log_z_t;
     r.value += 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
@@ -95,8 +95,8 @@ class Row {
         s = s_.block(start, n, scratch_.s_block());
         t = t_.block(start, n, scratch_.t_block());
       }
-      const float c_s = (float)std::exp(scratch_.m_s[b] - lse_s);
-      const float c_t = (float)std::exp(scratch_.m_t[b] - lse_t);
+      const float c_s = (float)std::exp(log_share(scratch_.m_s[b], r.m_s, r.z_s));
+      const float c_t = (float)std::exp(log_share(scratch_.m_t[b], r.m_t, r.z_t));
       float *e = scratch_.e() + start, *a = scratch_.a() + start;
       Vec phi{}, slope{};
       for (int i = 0; i < end; i += kLanes) {
@@ -110,7 +110,8 @@ class Row {
           sv = load(s + i) - m_s;
           tv = load(t + i) - m_t;
         }
-        const Terms terms = divergence(p, q, (tv - sv) + gap, tv - log_z_t, sv - log_z_s);
+        const Terms terms = divergence(p, q, (tv - sv) * per_temperature + gap, tv * per_temperature - log_z_t,
+                                       sv * per_temperature - log_z_s);
         phi += terms.phi;
         slope += terms.q_psi;
         store(a + i, terms.q_psi);
@@ -125,7 +126,7 @@ class Row {
   void emit(const RowState& r, double weight, const Matrix& grad, int64_t i) {
     if (weight == 0) return zero(grad, i);
     const double hard = label_ >= 0 ? weight * spec_.hard_weight : 0;
-    const double lse1 = hard == 0 ? 0 : kept_ != nullptr ? kept_->lse1 : r.lse1_s(spec_.temperature);
+    const double lse1 = hard == 0 ? 0 : kept_ != nullptr ? kept_->lse1 : r.lse1_s();
     const double pull = hard * (1 + 2 * spec_.z_loss * lse1);
     const bool through_map = s_.cap != 0 || s_.scale != 1;
     int64_t next = 0;
@@ -158,6 +159,11 @@ class Row {
   struct Ahead {
     const char *s, *t;
   };
+
+  // log of what exp((m_block - m) / T) / z is of a row: of a block's exponentials, to make them q.
+  double log_share(double m_block, double m, double z) const {
+    return (m_block - m) / spec_.temperature - std::log(z);
+  }
 
   void raise_maxima(RowState& r, const float* s, const float* t, int64_t start, int n) {
     const double best_s = block_max(s, padded(n));
@@ -224,7 +230,8 @@ class Row {
     const int step_s = kLanes * s_.bytes(), step_t = kLanes * t_.bytes();
     const float m_s = (float)r.m_s, m_t = (float)r.m_t;
     float *keep_e = scratch_.e() + start, *keep_a = scratch_.a() + start;
-    const Vec least = splat(-200.0f);  // there e is 0, and 0 * least is 0 where 0 * -inf is not
+    const Scale temper = temper_;
+    const Vec least = splat(temper.least);  // there e is 0, and 0 * least is 0 where 0 * -inf is not
     Vec z_s{}, z_t{}, x_s{}, x_t{}, h_s{}, h_t{};
     for (int i = 0; i < end; i += kLanes) {
       __builtin_prefetch(ahead.s);
@@ -234,13 +241,13 @@ class Row {
         ahead.t += step_t;
       }
       const Vec sv = load(s + i) - m_s;
-      const Vec e = vexp(sv);
+      const Vec e = exp_scaled(sv, temper);
       z_s += e;
       h_s += e * vmax(sv, least);
       if (kKeep) store(keep_e + i, e);
       if constexpr (kTeacher) {
         const Vec tv = load(t + i) - m_t;
-        const Vec et = vexp(tv);
+        const Vec et = exp_scaled(tv, temper);
         const Vec x = tv - sv;
         z_t += et;
         h_t += et * vmax(tv, least);
@@ -255,20 +262,20 @@ class Row {
       }
     }
     r.z_s += sum(z_s);
-    r.e_s += sum(h_s);
     r.z_t += sum(z_t);
-    r.e_t += sum(h_t);
-    r.x_s += sum(x_s);
-    r.x_t += sum(x_t);
+    r.e_s += sum(h_s) / spec_.temperature;
+    r.e_t += sum(h_t) / spec_.temperature;
+    r.x_s += sum(x_s) / spec_.temperature;
+    r.x_t += sum(x_t) / spec_.temperature;
   }
 
-  // The student's second normaliser, at temperature 1: the block holds logits / temperature.
+  // The student's second normaliser, at temperature 1.
   void tempered_sums(RowState& r, const float* s, int64_t start, int end) {
-    const float m = (float)r.m_s, temperature = (float)spec_.temperature;
+    const float m = (float)r.m_s;
     float* keep = scratch_.e1() + start;
     Vec z{};
     for (int i = 0; i < end; i += kLanes) {
-      const Vec e = vexp((load(s + i) - m) * temperature);
+      const Vec e = vexp(load(s + i) - m);
       store(keep + i, e);
       z += e;
     }
@@ -277,27 +284,27 @@ class Row {
 
   void label_sums(RowState& r, const float* s, int64_t start, int n) {
     const int64_t at = label_ - job_.offset - start;
-    if (at >= 0 && at < n) r.label_s = s[at] * spec_.temperature;
+    if (at >= 0 && at < n) r.label_s = s[at];
     if (spec_.label_smoothing == 0) return;
     double total = 0;
     for (int i = 0; i < n; ++i) total += s[i];
-    r.sum_s += total * spec_.temperature;
+    r.sum_s += total;
   }
 
   Coefficients coefficients(const RowState& r, int64_t b, double weight, double hard, double pull,
                             double lse1) const {
     Coefficients c;
-    const double log_s = scratch_.m_s[b] - r.lse_s(), c_s = std::exp(log_s);
+    const double log_s = log_share(scratch_.m_s[b], r.m_s, r.z_s), c_s = std::exp(log_s);
     const double soft = weight * spec_.soft_weight / spec_.temperature;
     if constexpr (kKind == kForwardKL) {
-      const double log_t = scratch_.m_t[b] - r.lse_t(), most = std::max(log_s, log_t);
+      const double log_t = log_share(scratch_.m_t[b], r.m_t, r.z_t), most = std::max(log_s, log_t);
       c.alpha = (float)std::exp(log_s - most);
       c.beta = (float)std::exp(log_t - most);
       c.gamma = (float)(soft * std::exp(most));
     } else if constexpr (kKind == kReverseKL) {
-      const double shift = (scratch_.m_t[b] - r.lse_t()) - log_s;
+      const double shift = log_share(scratch_.m_t[b], r.m_t, r.z_t) - log_s;
       c.alpha = (float)-(shift + divergence_value(r, kKind));
-      c.beta = 1;
+      c.beta = (float)(1 / spec_.temperature);
       c.gamma = (float)(soft * c_s);
     } else if constexpr (kTeacher) {
       c.alpha = (float)(r.slope * c_s);
@@ -308,7 +315,7 @@ class Row {
     if (hard != 0 && !tempered_hard_) eta += pull * std::exp(scratch_.m_s[b] - lse1);
     c.eta = (float)eta;
     if (hard == 0) return c;
-    if (tempered_hard_) c.eta1 = (float)(pull * std::exp(scratch_.m_s[b] * spec_.temperature - lse1));
+    if (tempered_hard_) c.eta1 = (float)(pull * std::exp(scratch_.m_s[b] - lse1));
     c.constant = (float)(-hard * spec_.label_smoothing / (double)job_.vocab);
     return c;
   }
@@ -328,11 +335,9 @@ class Row {
     }
   }
 
-  // d raw: times scale * (1 - (y / cap)^2), from the logits before the temperature.
+  // d raw: times scale * (1 - (y / cap)^2).
   void backward_map(int64_t start, int n, float* g) {
-    Source raw = s_;
-    raw.factor = 1;
-    const float* y = raw.block(start, n, scratch_.s_block());
+    const float* y = s_.block(start, n, scratch_.s_block());
     const float per_cap = s_.cap != 0 ? 1 / s_.cap : 0;
     for (int i = 0; i < padded(n); i += kLanes) {
       const Vec u = load(y + i) * per_cap;
@@ -346,6 +351,7 @@ class Row {
   Source s_, t_;
   Scratch& scratch_;
   int64_t label_;
+  Scale temper_;  // by 1 / temperature
   bool tempered_hard_;
   const Kept* kept_ = nullptr;
 };
@@ -373,10 +379,9 @@ class Range {
   template <int kKind>
   Row<kKind> row(int64_t i) {
     const Spec& s = job.spec;
-    const double factor = 1 / s.temperature;
     Source teacher;
-    if (kKind != kNone) teacher = source(job.teacher, i, s.teacher_scale, s.teacher_softcap, factor);
-    const Source student = source(job.student, i, s.student_scale, s.student_softcap, factor);
+    if (kKind != kNone) teacher = source(job.teacher, i, s.teacher_scale, s.teacher_softcap);
+    const Source student = source(job.student, i, s.student_scale, s.student_softcap);
     return {job, s, student, teacher, scratch, label(i)};
   }
 
@@ -389,8 +394,7 @@ class Range {
   }
   Row<kNone> teacher_row(int64_t i, const Spec& own) {
     const Spec& s = job.spec;
-    return {job, own, source(job.teacher, i, s.teacher_scale, s.teacher_softcap, 1), Source{},
-            scratch, label(i)};
+    return {job, own, source(job.teacher, i, s.teacher_scale, s.teacher_softcap), Source{}, scratch, label(i)};
   }
 
   // The row's sparse target, or one without ids.
@@ -443,7 +447,7 @@ inline void fused(const Job& job, int64_t begin, int64_t end) {
       auto teacher = range.teacher_row(i, own);
       RowState t = empty_state();
       teacher.template fold<true>(t);
-      job.results[i * 6 + 5] = t.lse_s() - t.label_s;
+      job.results[i * 6 + 5] = (t.m_s - t.label_s) + std::log(t.z_s);
       if (job.teacher_grad.data) teacher.emit(t, job.weights[i], job.teacher_grad, i);
     });
   }
@@ -464,7 +468,7 @@ inline void accumulate(const Job& job, int64_t begin, int64_t end) {
     if (job.spec.teacher_hard_weight == 0) continue;
     RowState t = empty_state();
     range.teacher_row(i, own).template fold<false>(t);
-    if (t.z_s > 0) r.z1_t += t.z_s * std::exp(t.m_s - r.m_t * job.spec.temperature);
+    if (t.z_s > 0) r.z1_t += t.z_s * std::exp(t.m_s - r.m_t);
     const int64_t at = range.label(i) - job.offset;
     if (at >= 0 && at < job.width) r.label_t = t.label_s;
   }
@@ -508,7 +512,7 @@ inline void gradient(const Job& job, int64_t begin, int64_t end) {
     auto teacher = range.teacher_row(i, own);
     RowState chunk = empty_state(), t = empty_state();
     teacher.template fold<true>(chunk);
-    t.m_s = r.m_t * job.spec.temperature;
+    t.m_s = r.m_t;
     t.z_s = t.z1_s = r.z1_t;
     teacher.emit(t, weight, job.teacher_grad, i);
   }

@@ -20,18 +20,18 @@ constexpr int kBlock = kLanes >= 16 ? 2048 : 32 * kLanes;
 
 inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
 
-// Rows of one side as fp32 logits: raw -> cap * tanh(scale * raw / cap), times factor.
+// Rows of one side as fp32 logits: raw -> cap * tanh(scale * raw / cap).
 struct Source {
   const char* row = nullptr;
   DType dtype = kFloat;
-  float scale = 1, cap = 0, factor = 1;
+  float scale = 1, cap = 0;
 
-  bool plain() const { return dtype == kFloat && scale == 1 && cap == 0 && factor == 1; }
+  bool plain() const { return dtype == kFloat && scale == 1 && cap == 0; }
 
   int bytes() const { return dtype == kFloat ? 4 : 2; }
   const char* ahead(int64_t start) const { return row + start * bytes(); }
 
-  // One logit, without the factor.
+  // One logit.
   double at(int64_t i) const {
     float raw[kLanes];
     load_floats(row, dtype, i, 1, raw);
@@ -47,17 +47,17 @@ struct Source {
     for (int i = n; i < end; ++i) buffer[i] = -kInf;
     if (cap != 0) {
       for (int i = 0; i < end; i += kLanes)
-        store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * (cap * factor));
-    } else if (scale * factor != 1) {
-      for (int i = 0; i < end; i += kLanes) store(buffer + i, load(buffer + i) * (scale * factor));
+        store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * cap);
+    } else if (scale != 1) {
+      for (int i = 0; i < end; i += kLanes) store(buffer + i, load(buffer + i) * scale);
     }
     for (int i = n; i < end; ++i) buffer[i] = -kInf;
     return buffer;
   }
 };
 
-inline Source source(const Matrix& m, int64_t i, double scale, double cap, double factor) {
-  return {m.row(i), m.dtype, (float)scale, (float)cap, (float)factor};
+inline Source source(const Matrix& m, int64_t i, double scale, double cap) {
+  return {m.row(i), m.dtype, (float)scale, (float)cap};
 }
 
 // A thread's working memory: e and a for a whole row, what each block is relative to, L1 buffers.

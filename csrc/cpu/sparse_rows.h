@@ -35,9 +35,8 @@ class OutcomeRow {
     scale_ = scale;
     std::fill(results_, results_ + 6, 0.0);
     with_kind(small_.spec, true, [&]<int kKind, class Divergence>() {
-      const double factor = 1 / small_.spec.temperature;
-      Row<kKind> row(small_, small_.spec, source(small_.student, 0, 1, 0, factor),
-                     source(small_.teacher, 0, 1, 0, factor), scratch_, -1);
+      Row<kKind> row(small_, small_.spec, source(small_.student, 0, 1, 0), source(small_.teacher, 0, 1, 0), scratch_,
+                     -1);
       KD_ISA::solve<Divergence>(row, small_, small_.spec, 0);
     });
   }
@@ -67,7 +66,7 @@ inline bool agrees(const Kept& kept, const float* teacher, const RowState& r, co
   if (kept.ids[0] < 0) return false;
   const int64_t mine = std::max_element(kept.logits, kept.logits + kept.count) - kept.logits;
   if (std::max_element(teacher, teacher + kept.count) - teacher != mine) return false;
-  const double best = kept.logits[mine] / spec.temperature;
+  const double best = kept.logits[mine];
   return (int)spec.tail == kConditional || best > r.m_s ||
          (best == r.m_s && kept.ids[mine] < (int64_t)r.arg_s);
 }
@@ -88,7 +87,7 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
     if (job.grad.data) row.fold<true>(r);
     else row.fold<false>(r);
     const float* teacher = (const float*)job.sparse.teacher.row(i);
-    const double lse = r.z_s == 0 ? -(double)kInf : r.lse_s();
+    const double lse = r.z_s == 0 ? -(double)kInf : r.lse_s(spec.temperature);
     const double rest = (int)spec.tail == kConditional ? (double)teacher[kept.count] : lse;
     outcomes.solve(kept.logits, rest, (const char*)teacher, job.sparse.scale[i]);
     kept.grad = outcomes.grad();
@@ -96,8 +95,8 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
 
     double* results = job.results + i * 6;
     if (job.labels != nullptr && spec.hard_weight != 0) {
-      kept.lse1 = log_add(r.lse1_s(spec.temperature), kept.logits, kept.count);
-      results[1] = hard_term(r, kept.lse1, spec, job.vocab);
+      kept.lse1 = log_add(r.lse1_s(), kept.logits, kept.count);
+      results[1] = hard_term(r, kept.lse1, kept.lse1 - r.label_s, spec, job.vocab);
     }
     results[0] = job.sparse.scale[i] * outcomes.results()[0] + job.sparse.constant[i];
     results[2] = outcomes.results()[2];

@@ -12,7 +12,7 @@ constexpr double kLog2eExact = 1.4426950408889634074;
 
 // What turns a pair of logits into p, q and their logarithms, and the weight of the soft term.
 struct Normal {
-  float m_s, m_t;                // maxima, of logits before the temperature
+  float m_s, m_t;                // maxima
   float log2_z_s, log2_z_t;      // q = 2^((s - m_s) factor - log2_z_s)
   float gap;                     // log z_s - log z_t
   float slope;                   // subtracted from what multiplies q
@@ -61,8 +61,8 @@ KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, const S
   Normal& n = c.normal;
   // Of a sparse target's rest nothing may be left; then `rest` is 0 as well.
   const double log_z_s = kind == kNone && r.z_s == 0 ? 0 : logs.z_s, log_z_t = kind == kNone ? 0 : logs.z_t;
-  n.m_s = (float)(r.m_s * spec.temperature);
-  n.m_t = (float)(r.m_t * spec.temperature);
+  n.m_s = (float)r.m_s;
+  n.m_t = (float)r.m_t;
   n.log2_z_s = (float)(log_z_s * kLog2eExact);
   n.log2_z_t = (float)(log_z_t * kLog2eExact);
   n.gap = (float)(log_z_s - log_z_t);
@@ -76,7 +76,7 @@ KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, const S
   const double hard = labelled ? weight * spec.hard_weight : 0;
   const double teacher = labelled ? weight * spec.teacher_hard_weight : 0;
   c.hard = pull(hard * (1 + 2 * spec.z_loss * lse1), hard * (1 - spec.label_smoothing), lse1);
-  c.teacher_hard = pull(teacher, teacher, r.m_t * spec.temperature + logs.z1_t);
+  c.teacher_hard = pull(teacher, teacher, r.m_t + logs.z1_t);
   c.spread = (float)(hard * spec.label_smoothing / (double)vocab);
   return c;
 }

@@ -24,7 +24,7 @@ struct LaneState {
   float m_t = (float)kNothing, z_t = 0, d_t = 0;
   float x = 0;               // sum e (d_t - d_s), with the e of the side that the divergence weighs by
   float z1_s = 0, z1_t = 0;  // sum e at temperature 1, where it is another
-  float sum_s = 0;           // sum of the logits, for label smoothing
+  float sum_s = 0;           // sum of the logits less a base, for label smoothing
   int at_s = 0, at_t = 0;    // first column of the vector that holds the maximum
 };
 
@@ -111,9 +111,9 @@ KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const f
 }
 
 // Added column by column and not in the tile: only what is there counts, -inf where it stands for nothing not.
-KD_DEVICE void add_logits(LaneState& r, const float (&s)[kVector], Present present) {
+KD_DEVICE void add_logits(LaneState& r, const float (&s)[kVector], float base, Present present) {
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) r.sum_s += present(k) ? s[k] : 0.0f;
+  for (int k = 0; k < kVector; ++k) r.sum_s += present(k) ? s[k] - base : 0.0f;
 }
 
 template <class T>
@@ -198,8 +198,8 @@ KD_DEVICE RowState across_lanes(const LaneState& lane, const Numbers& n, double 
   const float up_s = m_s - lane.m_s, by_s = fast_exp2(-up_s * n.factor);
   const float up_t = m_t - lane.m_t, by_t = fast_exp2(-up_t * n.factor);
   RowState r = empty_state();
-  r.m_s = r.top_s = m_s * per_temperature;
-  r.m_t = r.top_t = kTeacher ? m_t * per_temperature : kNothing;
+  r.m_s = r.top_s = m_s;
+  r.m_t = r.top_t = m_t;
   r.z_s = lane.z_s * by_s;
   r.z_t = lane.z_t * by_t;
   r.e_s = moved(lane.d_s, lane.z_s, by_s, -up_s) * per_temperature;

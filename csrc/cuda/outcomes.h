@@ -105,13 +105,13 @@ KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const 
   const float* teacher = (const float*)sparse.teacher.row(row);
   const int lane = thread_index() % kWarp;
   float* u = memory.logits(turn);
-  const double lse = r.z_s == 0 ? -INFINITY : r.lse_s();
+  const double lse = r.z_s == 0 ? -INFINITY : r.lse_s(spec.temperature);
   const double rest = (int)spec.tail == kConditional ? (double)teacher[slots] : lse;
-  const double lse1 = spec.hard_weight == 0 ? 0 : log_add(r.z1_s == 0 ? -INFINITY : r.lse1_s(spec.temperature), u, slots);
+  const double lse1 = spec.hard_weight == 0 ? 0 : log_add(r.z1_s == 0 ? -INFINITY : r.lse1_s(), u, slots);
   bool agrees = false;
   if (slots > 0) {
     const int mine = first_highest(u, slots);
-    const double best = u[mine] * (1 / spec.temperature);  // rounded as the state's maximum is
+    const double best = u[mine];
     const bool ahead = best > r.m_s || (best == r.m_s && ids[mine] < (int64_t)r.arg_s);
     agrees = ids[0] >= 0 && first_highest(teacher, slots) == mine && ((int)spec.tail == kConditional || ahead);
   }
@@ -131,7 +131,7 @@ KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const 
     finish(*scratch, sparse.outcome_spec, true, false, slots + 1, solved->results);
     solved->results[0] = sparse.scale[row] * solved->results[0] + sparse.constant[row];
     solved->results[4] = agrees;
-    if (job.labels != nullptr && spec.hard_weight != 0) solved->results[1] = hard_term(r, lse1, spec, job.vocab);
+    if (job.labels != nullptr && spec.hard_weight != 0) solved->results[1] = hard_term(r, lse1, lse1 - r.label_s, spec, job.vocab);
     solved->lse1 = lse1;
     solved->rest = job.grad.data == nullptr ? 0 : memory.grad()[slots];
   }

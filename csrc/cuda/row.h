@@ -159,6 +159,7 @@ class Row {
     LaneState r;
     const Side student_side = student(), teacher_side = teacher();
     const Kept ids = kept();
+    const float base = plan_.numbers.smooth ? sum_base() : 0;
     each_step(true, false, kTile * kStep, [&](int start, int end) {
       float s[kTile][kVector], t[kTile][kVector];
       int columns[kTile];
@@ -176,12 +177,12 @@ class Row {
       }
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        if (plan_.numbers.smooth) add_logits(r, s[i], {lead_ - columns[i], end - columns[i]});
+        if (plan_.numbers.smooth) add_logits(r, s[i], base, {lead_ - columns[i], end - columns[i]});
         if constexpr (kKind == kNone) drop(ids, start + i * kStep, s[i]);
       }
       fold_tile<kKind, kTile>(r, s, t, columns, plan_.numbers);
     });
-    publish(r, ids);  // which looks at single logits again, as does what follows
+    publish(r, ids, base);  // which looks at single logits again, as does what follows
     if (kKind == kNone && plan_.entry == Entry::kFusedSparse) share_kept(ids);
     if (!plan_.emits(job_) && !(kSecond && plan_.entry == Entry::kFused)) fetch_next();
     const bool onto = plan_.entry == Entry::kAccumulate;
@@ -201,9 +202,22 @@ class Row {
     });
   }
 
+  // What label smoothing's sum of the logits is relative to, so that it keeps its digits where all of them are
+  // far from 0: the label's logit, to which the loss compares them, or one of this chunk.
+  KD_DEVICE float sum_base() const {
+    const int64_t at = job_.labels[row_] - job_.offset;
+    const int64_t inside = at < 0 ? 0 : at < job_.width ? at : job_.width - 1;
+    Side memory = student();
+    memory.resident = -1;
+    const float found = logit<Types>(memory, (int)inside + lead_);
+    return found - found == 0 ? found : 0;
+  }
+
   // The lanes' sums as this warp's state.
-  KD_DEVICE void publish(const LaneState& lane, const Kept& ids) {
+  KD_DEVICE void publish(const LaneState& lane, const Kept& ids, float base) {
     RowState r = across_lanes<kKind>(lane, plan_.numbers, job_.spec.temperature);
+    const int columns = end() - first();
+    if (lane_ == 0 && columns > 0) r.sum_s += (double)base * columns;
     const float m_s = highest_of_warp(lane.m_s), m_t = kTeacher ? highest_of_warp(lane.m_t) : (float)kNothing;
     r.arg_s = top_column(student(), ids, lane.m_s, lane.at_s, m_s);
     if (kTeacher) r.arg_t = top_column(teacher(), ids, lane.m_t, lane.at_t, m_t);
@@ -283,7 +297,7 @@ class Row {
       const bool solved = plan_.entry == Entry::kFusedSparse;
       const double lse1 = solved                    ? shared_.solved.lse1
                           : sparse.lse1 != nullptr ? sparse.lse1[row_]
-                                                   : r.m_s * job_.spec.temperature + logs.z1_s;
+                                                   : r.m_s + logs.z1_s;
       const double rest = solved ? shared_.solved.rest : sparse.rest != nullptr ? sparse.rest[row_] : 0;
       const Coefficients c =
           coefficients(r, logs, job_.spec, kKind, weight(), job_.labels != nullptr, lse1, rest, job_.vocab);

@@ -62,15 +62,21 @@ def _in_chunk(labels: Tensor, offset: int, width: int) -> tuple[Tensor, Tensor]:
     return inside, local.clamp(0, width - 1)
 
 
-def _fold_normalizer(state: Tensor, z: Tensor, m_at: int, z_at: int) -> tuple[Tensor, Tensor]:
-    """Fold z into (m, sum e); returns exp(z - m) and how far m rose."""
+def _below_maximum(raw: Tensor, m: Tensor) -> Tensor:
+    """raw - m: before a temperature divides it and log Z is subtracted, which keeps the digits of both."""
+    return raw - m[:, None].to(raw.dtype)
+
+
+def _fold_normalizer(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z_at: int) -> tuple[Tensor, ...]:
+    """Fold the logits into (m, sum e); returns (raw - m) / T, e, and how far m / T rose."""
     old = state[:, m_at].clone()
-    new = torch.maximum(old, z.amax(-1).double().clamp(min=rs.NOTHING))
-    risen = new - old
-    e = (z - new[:, None].to(z.dtype)).exp()
+    new = torch.maximum(old, raw.amax(-1).double().clamp(min=rs.NOTHING))
+    risen = (new - old) / spec.temperature
+    z = _below_maximum(raw, new) / spec.temperature
+    e = z.exp()
     state[:, m_at] = new
     state[:, z_at] = state[:, z_at] * (-risen).exp() + e.sum(-1).double()
-    return e, risen
+    return z, e, risen
 
 
 def _fold_moment(state: Tensor, at: int, *, old_mass: Tensor, decay: Tensor, shift: Tensor,
@@ -113,26 +119,22 @@ def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tens
     given = raw = spec.student_map.logits(student, dtype)
     if skipped is not None:
         raw = _written(raw, skipped, offset, raw.new_full((), -torch.inf).expand(skipped.shape))
-    s = raw / spec.temperature
     old_s, old_t = state[:, rs.Z_S].clone(), state[:, rs.Z_T].clone()
     old_m = state[:, rs.M_S].clone()
-    e_s, up_s = _fold_normalizer(state, s, rs.M_S, rs.Z_S)
-    s = s - state[:, rs.M_S, None].to(dtype)
+    s, e_s, up_s = _fold_normalizer(state, raw, spec, rs.M_S, rs.Z_S)
     _fold_top(state, raw, offset, rs.TOP_S, rs.ARG_S)
     _fold_moment(state, rs.E_S, old_mass=old_s, decay=(-up_s).exp(), shift=-up_s,
                  fresh=_masked(e_s, s))  # fmt: skip
     if labels is not None and spec.hard_weight:
-        _fold_z1(state, raw, spec, rs.M_S, rs.Z1_S, old_m)
+        _fold_z1(state, raw, rs.M_S, rs.Z1_S, old_m)
         _fold_label(state, given, labels, offset, rs.LABEL_S)
         if spec.label_smoothing:
-            state[:, rs.SUM_S] += given.sum(-1).double()
+            _fold_sum(state, given, labels, offset)
     if teacher is None:
         return
     raw = spec.teacher_map.logits(teacher, dtype)
-    t = raw / spec.temperature
     old_m = state[:, rs.M_T].clone()
-    e_t, up_t = _fold_normalizer(state, t, rs.M_T, rs.Z_T)
-    t = t - state[:, rs.M_T, None].to(dtype)
+    t, e_t, up_t = _fold_normalizer(state, raw, spec, rs.M_T, rs.Z_T)
     _fold_top(state, raw, offset, rs.TOP_T, rs.ARG_T)
     _fold_moment(state, rs.E_T, old_mass=old_t, decay=(-up_t).exp(), shift=-up_t,
                  fresh=_masked(e_t, t))  # fmt: skip
@@ -142,24 +144,31 @@ def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tens
     _fold_moment(state, rs.X_T, old_mass=old_t, decay=(-up_t).exp(), shift=up_s - up_t,
                  fresh=_masked(e_t, x))  # fmt: skip
     if labels is not None and spec.teacher_hard_weight:
-        _fold_z1(state, raw, spec, rs.M_T, rs.Z1_T, old_m)
+        _fold_z1(state, raw, rs.M_T, rs.Z1_T, old_m)
         _fold_label(state, raw, labels, offset, rs.LABEL_T)
 
 
-def _fold_z1(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z1_at: int, old_m: Tensor) -> None:
-    m = (state[:, m_at] * spec.temperature).clamp(min=rs.NOTHING)
-    fresh = (raw - m[:, None].to(raw.dtype)).exp().sum(-1).double()
-    state[:, z1_at] = state[:, z1_at] * ((old_m * spec.temperature).clamp(min=rs.NOTHING) - m).exp() + fresh
+def _fold_z1(state: Tensor, raw: Tensor, m_at: int, z1_at: int, old_m: Tensor) -> None:
+    fresh = _below_maximum(raw, state[:, m_at]).exp().sum(-1).double()
+    state[:, z1_at] = state[:, z1_at] * (old_m - state[:, m_at]).exp() + fresh
+
+
+def _fold_sum(state: Tensor, raw: Tensor, labels: Tensor, offset: int) -> None:
+    """The sum of the logits, relative to one of them, so that it keeps its digits where all are far from
+    0: the label's, to which the loss compares them, or another of this chunk."""
+    _, column = _in_chunk(labels, offset, raw.shape[1])
+    base = raw.gather(1, column[:, None])
+    base = torch.where(base.isfinite(), base, 0.0)
+    state[:, rs.SUM_S] += (raw - base).sum(-1).double() + base[:, 0].double() * raw.shape[1]
 
 
 def _distributions(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> tuple[Tensor, ...]:
     """p, q, log p, log q of a chunk, from finished normalisers."""
     dtype = _dtype(student, teacher)
-    s = spec.student_map.logits(student, dtype) / spec.temperature
-    t = spec.teacher_map.logits(teacher, dtype) / spec.temperature
-    # Subtract the maximum first and log Z second: each step keeps the digits that lse would lose.
-    log_q = (s - state[:, rs.M_S, None].to(dtype)) - state[:, rs.Z_S, None].log().to(dtype)
-    log_p = (t - state[:, rs.M_T, None].to(dtype)) - state[:, rs.Z_T, None].log().to(dtype)
+    s = _below_maximum(spec.student_map.logits(student, dtype), state[:, rs.M_S])
+    t = _below_maximum(spec.teacher_map.logits(teacher, dtype), state[:, rs.M_T])
+    log_q = s / spec.temperature - state[:, rs.Z_S, None].log().to(dtype)
+    log_p = t / spec.temperature - state[:, rs.Z_T, None].log().to(dtype)
     return log_p.exp(), log_q.exp(), log_p, log_q
 
 
@@ -182,16 +191,17 @@ def _soft_gradient(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) 
     return q_psi - q * slope[:, None].to(q.dtype)
 
 
-def _emitted(s: Tensor, emission: Emission, offset: int, state: Tensor) -> Tensor:
+def _emitted(raw: Tensor, emission: Emission, offset: int, spec: Spec, state: Tensor) -> Tensor:
     nothing = state[:, rs.Z_S] == 0
     log_z = torch.where(nothing, torch.inf, state[:, rs.Z_S].log())
-    rest = ((s - state[:, rs.M_S, None].to(s.dtype)) - log_z[:, None].to(s.dtype)).exp()
-    return _written(rest * emission.rest[:, None].to(s.dtype), emission.ids, offset, emission.kept)
+    rest = (_below_maximum(raw, state[:, rs.M_S]) / spec.temperature - log_z[:, None].to(raw.dtype)).exp()
+    return _written(rest * emission.rest[:, None].to(raw.dtype), emission.ids, offset, emission.kept)
 
 
 def _hard_gradient(raw: Tensor, lse: Tensor, labels: Tensor, offset: int, vocab: int, *,
                    smoothing: float, z_loss: float) -> Tensor:  # fmt: skip
-    grad = (raw - lse[:, None].to(raw.dtype)).exp()
+    near = lse.to(raw.dtype)  # its distance to the logits counts: what near leaves out is subtracted after it
+    grad = (_below_maximum(raw, near) - (lse - near)[:, None].to(raw.dtype)).exp()
     if z_loss:
         grad = grad * (1 + 2 * z_loss * lse[:, None].to(raw.dtype))
     if smoothing:
@@ -219,9 +229,9 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
             soft = _soft_gradient(student, teacher, spec, state)
             total = soft * (spec.soft_weight / spec.temperature)
         if emission is not None:
-            total = _emitted(raw / spec.temperature, emission, offset, state)
+            total = _emitted(raw, emission, offset, spec, state)
         if labels is not None and spec.hard_weight:
-            lse1 = rs.student_lse1(state, spec) if emission is None else emission.lse1
+            lse1 = rs.student_lse1(state) if emission is None else emission.lse1
             hard = _hard_gradient(raw, lse1, labels, offset, vocab,
                                   smoothing=spec.label_smoothing, z_loss=spec.z_loss)  # fmt: skip
             total = total + hard * spec.hard_weight
@@ -230,7 +240,7 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
     if teacher_grad is not None:
         assert teacher is not None and labels is not None
         raw = spec.teacher_map.logits(teacher, dtype)
-        hard = _hard_gradient(raw, rs.teacher_lse1(state, spec), labels, offset, vocab,
+        hard = _hard_gradient(raw, rs.teacher_lse1(state), labels, offset, vocab,
                               smoothing=0.0, z_loss=0.0)  # fmt: skip
         hard = spec.teacher_map.backward(hard * spec.teacher_hard_weight, raw)
         teacher_grad.copy_((hard * live[:, None]).masked_fill(skip[:, None], 0.0))

@@ -44,7 +44,7 @@ def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor
     ``state``: the student's, folded with the kept ids left out. ``fused``: the backend's own.
     """
     inner = student_spec(spec)
-    lse = torch.where(state[:, rs.Z_S] == 0, -torch.inf, rs.student_lse(state))
+    lse = torch.where(state[:, rs.Z_S] == 0, -torch.inf, rs.student_lse(state, inner))
     teacher = target.teacher
     rest = teacher[:, -1].double() if spec.tail == "conditional" else lse
     student = torch.cat([kept.double() / inner.temperature, rest[:, None]], 1)
@@ -59,8 +59,8 @@ def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor
     results[:, rs.AGREEMENT] = _agreement(target, kept, state, spec)
     lse1 = lse
     if spec.hard_weight:
-        lse1 = torch.logaddexp(rs.student_lse1(state, inner), kept.double().logsumexp(-1))
-        results[:, rs.HARD] = rs.hard_term(state, lse1, spec, vocab)
+        lse1 = torch.logaddexp(rs.student_lse1(state), kept.double().logsumexp(-1))
+        results[:, rs.HARD] = rs.hard_term(state, lse1, lse1 - state[:, rs.LABEL_S], spec, vocab)
     if labels is not None:
         results = torch.where((labels >= 0)[:, None], results, 0.0)
     if grad is None:
@@ -74,9 +74,9 @@ def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Ten
     theirs = target.teacher[:, :-1].argmax(-1)
     agree = (mine == theirs) & (target.ids[:, 0] >= 0)
     if spec.tail != "conditional":
-        best, top = best.double() / student_spec(spec).temperature, state[:, rs.M_S]
+        best, top = best.double(), state[:, rs.M_S]
         first = target.ids.gather(1, mine[:, None])[:, 0] < state[:, rs.ARG_S]
-        # Equal logits are equal here too, however the backend rounded its division by the temperature.
+        # Equal logits are equal here too, however the backend rounded its softcap.
         tie = (best - top).abs() <= 4 * torch.finfo(kept.dtype).eps * top.abs()
         agree &= torch.where(tie, first, best > top)
     return agree.double()

@@ -20,13 +20,13 @@ import triton.language as tl
 
 from .divergences import REVERSE_KL
 from .rows import Emission, divergence, fold_row, gradient_row, row_pointer, value_row, zero_row
-from .state import COLUMNS, VALUE, RowState, load_state, merged, store_state
+from .state import COLUMNS, VALUE, RowState, load_state, merged, store_state, times
 
 RESULTS = tl.constexpr(6)
 
 
 @triton.jit
-def _results(F: tl.constexpr, r, vocab, temperature, numbers):
+def _results(F: tl.constexpr, r, vocab, numbers):
     """soft, hard, student entropy, teacher entropy, agreement, teacher's hard term."""
     zero = r.z_s * 0.0
     soft, hard, teacher_entropy, agreement, teacher_hard = zero, zero, zero, zero, zero
@@ -35,12 +35,13 @@ def _results(F: tl.constexpr, r, vocab, temperature, numbers):
         teacher_entropy = tl.log(r.z_t) - r.e_t / r.z_t
         agreement = tl.where(r.arg_s == r.arg_t, 1.0, zero)
     if F.hard:
-        lse = r.m_s * temperature + tl.log(r.z1_s)
-        hard = lse - (1.0 - numbers.smoothing) * r.label_s + numbers.z_loss * lse * lse
+        # The maximum's distance to the label first: both may be far from 0, where a sum has no digits left.
+        lse, hard = r.m_s + tl.log(r.z1_s), (r.m_s - r.label_s) + tl.log(r.z1_s)
         if F.smooth:
-            hard -= numbers.smoothing / vocab * r.sum_s
+            hard = times(1.0 - numbers.smoothing, hard) + numbers.smoothing * (lse - r.sum_s / vocab)
+        hard += numbers.z_loss * lse * lse
     if F.teacher_hard:
-        teacher_hard = r.m_t * temperature + tl.log(r.z1_t) - r.label_t
+        teacher_hard = (r.m_t - r.label_t) + tl.log(r.z1_t)
     return soft, hard, tl.log(r.z_s) - r.e_s / r.z_s, teacher_entropy, agreement, teacher_hard
 
 
@@ -97,7 +98,7 @@ def _kernel(function):
 
 @_kernel
 def fused(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride, teacher_grad,
-          teacher_grad_stride, results, rows, columns, temperature: tl.float64, numbers,
+          teacher_grad_stride, results, rows, columns, numbers,
           F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Whole rows: results ``[rows, 6]`` and, where F says so, weights * d(loss)/d(logits).
 
@@ -122,16 +123,16 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
                                            teacher_grad, teacher_grad_stride, row)  # fmt: skip
         results_row = results + row * RESULTS
         if live:
-            r = fold_row(F, s_row, t_row, labels, 0, label, 0, columns, 0, temperature, numbers, LANES, K)
+            r = fold_row(F, s_row, t_row, labels, 0, label, 0, columns, 0, numbers, LANES, K)
             if F.kind > REVERSE_KL:
-                value, slope = value_row(F, r, s_row, t_row, 0, columns, temperature, numbers, LANES, K)
+                value, slope = value_row(F, r, s_row, t_row, 0, columns, numbers, LANES, K)
                 r = _with_value(r, value, slope)
-            _store_results(results_row, _results(F, r, columns, temperature, numbers), None)
+            _store_results(results_row, _results(F, r, columns, numbers), None)
             if weight != 0.0:
                 tl.debug_barrier()
                 none = Emission(labels, 0, labels, 0.0, 0.0)
                 gradient_row(F, r, s_row, t_row, g_row, h_row, none, label, weight, 0, columns, 0, columns,
-                             temperature, numbers, LANES, K)  # fmt: skip
+                             numbers, LANES, K)  # fmt: skip
         else:
             zero = tl.zeros([1], tl.float64)
             _store_results(results_row + tl.arange(0, 1), (zero, zero, zero, zero, zero, zero), None)
@@ -155,7 +156,7 @@ def _part(columns, part, TILE: tl.constexpr):
 
 @_kernel
 def fold(student, student_stride, teacher, teacher_stride, labels, ids, slots, partial, rows, columns, part,
-         offset, temperature: tl.float64, numbers,
+         offset, numbers,
          F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t.
 
@@ -172,7 +173,7 @@ def fold(student, student_stride, teacher, teacher_stride, labels, ids, slots, p
         ids_row = ids
         if F.sparse:
             ids_row = ids + slots.to(tl.int64) * row
-        r = fold_row(F, s_row, t_row, ids_row, slots, label, begin, end, offset, temperature, numbers, LANES, K)
+        r = fold_row(F, s_row, t_row, ids_row, slots, label, begin, end, offset, numbers, LANES, K)
         at = (tl.program_id(1).to(tl.int64) * rows + row) * COLUMNS
         store_state(partial + at, r, None)
 
@@ -195,14 +196,14 @@ def merge(partial, state, labels, rows, parts, temperature: tl.float64,
 
 @_kernel
 def value(student, student_stride, teacher, teacher_stride, state, partial, rows, columns, part,
-          temperature: tl.float64, numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+          numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """``partial [parts, rows, 2]``: each part's value and slope. One read of s and t."""
     row = tl.program_id(0)
     begin, end = _part(columns, part, LANES * K)
     r = load_state(state + row.to(tl.int64) * COLUMNS, None)
     s_row = row_pointer(F, student, student_stride, row)
     t_row = row_pointer(F, teacher, teacher_stride, row)
-    phi, slope = value_row(F, r, s_row, t_row, begin, end, temperature, numbers, LANES, K)
+    phi, slope = value_row(F, r, s_row, t_row, begin, end, numbers, LANES, K)
     at = partial + (tl.program_id(1).to(tl.int64) * rows + row) * 2
     tl.store(at, phi)
     tl.store(at + 1, slope)
@@ -225,7 +226,7 @@ def merge_value(partial, state, rows, parts, ROWS: tl.constexpr):
 
 
 @_kernel
-def finish(state, labels, results, rows, vocab, temperature: tl.float64, numbers,
+def finish(state, labels, results, rows, vocab, numbers,
            F: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """``results [rows, 6]`` from finished states, 0 in skipped rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -234,7 +235,7 @@ def finish(state, labels, results, rows, vocab, temperature: tl.float64, numbers
     if F.labels:
         live = inside & (tl.load(labels + row, inside, other=-1) >= 0)
     r = load_state(state + row.to(tl.int64) * COLUMNS, live)
-    found = _results(F, r, vocab, temperature, numbers)
+    found = _results(F, r, vocab, numbers)
     to = results + row.to(tl.int64) * RESULTS
     for i in tl.static_range(RESULTS):
         tl.store(to + i, tl.where(live, found[i], 0.0), inside)
@@ -243,7 +244,7 @@ def finish(state, labels, results, rows, vocab, temperature: tl.float64, numbers
 @_kernel
 def gradient(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride,
              teacher_grad, teacher_grad_stride, ids, slots, kept, kept_stride, rest, lse1, state, columns, part,
-             offset, vocab, temperature: tl.float64, numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+             offset, vocab, numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """weights * d(loss)/d(logits) of a chunk from finished states; 0 in skipped rows.
 
     With a sparse target the soft term is ``rest`` times the softmax of the rest, and ``kept`` at ``ids``.
@@ -262,7 +263,7 @@ def gradient(student, student_stride, teacher, teacher_stride, labels, weights, 
             emission = Emission(ids + slots.to(tl.int64) * row, slots, kept + kept_stride.to(tl.int64) * row,
                                 tl.load(rest + row), tl.load(lse1 + row))  # fmt: skip
         gradient_row(F, r, s_row, t_row, g_row, h_row, emission, label, weight, begin, end, offset, vocab,
-                     temperature, numbers, LANES, K)  # fmt: skip
+                     numbers, LANES, K)  # fmt: skip
     else:
         zero_row(F, g_row, h_row, begin, end, LANES, K)
 

@@ -231,19 +231,18 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
         else:
             kernels.fused[(tiles.programs,)](
                 *tiles.inputs, tiles.labels, weights.contiguous(), *tiles.gradients, results, tiles.rows,
-                tiles.columns, spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
+                tiles.columns, tiles.numbers, **tiles.block, **tiles.compile,
             )  # fmt: skip
     return results
 
 
 def _fused_in_parts(tiles: _Tiles, weights: Tensor, results: Tensor) -> None:
-    spec = tiles.spec
     state = rs.new_state(tiles.rows, results.device)
     _fold(tiles, 0, state, None)
     if not tiles.closed:
         _value(tiles, state)
     kernels.finish[_over_rows(tiles.rows)](
-        state, tiles.labels, results, tiles.rows, tiles.columns, spec.temperature, tiles.numbers,
+        state, tiles.labels, results, tiles.rows, tiles.columns, tiles.numbers,
         F=tiles.flags, **_OVER_ROWS,
     )  # fmt: skip
     if tiles.grad is not None or tiles.teacher_grad is not None:
@@ -255,7 +254,7 @@ def _fold(tiles: _Tiles, offset: int, state: Tensor, skipped: Optional[Tensor]) 
     partial = state.new_empty(parts, tiles.rows, rs.COLUMNS)
     kernels.fold[(tiles.rows, parts)](
         *tiles.inputs, tiles.labels, *_slots(skipped), partial, tiles.rows, tiles.columns, part, offset,
-        tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
+        tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
     kernels.merge[_over_rows(tiles.rows)](
         partial, state, tiles.labels, tiles.rows, parts, tiles.spec.temperature,
@@ -268,7 +267,7 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
     partial = state.new_empty(parts, tiles.rows, 2)
     kernels.value[(tiles.rows, parts)](
         *tiles.inputs, state, partial, tiles.rows, tiles.columns, part,
-        tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
+        tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
     kernels.merge_value[_over_rows(tiles.rows)](
         partial, state, tiles.rows, parts, **_OVER_ROWS
@@ -284,7 +283,7 @@ def _gradient(tiles: _Tiles, weights: Tensor, offset: int, vocab: int, state: Te
         emitted = (*_slots(emission.ids), kept, kept.stride(0), emission.rest.contiguous(), emission.lse1.contiguous())
     kernels.gradient[(tiles.rows, parts)](
         *tiles.inputs, tiles.labels, weights, *tiles.gradients, *emitted, state, tiles.columns, part, offset, vocab,
-        tiles.spec.temperature, tiles.numbers, **tiles.block, **tiles.compile,
+        tiles.numbers, **tiles.block, **tiles.compile,
     )  # fmt: skip
 
 

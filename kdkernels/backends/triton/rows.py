@@ -40,7 +40,7 @@ class Flags(NamedTuple):
 
 class Numbers(NamedTuple):
     """The rest of a Spec, and what follows from it; fp32 in the kernel, where a relative rounding is
-    harmless. The temperature is passed beside it in fp64: lse at temperature 1 is m * T + log z1."""
+    harmless. The temperature is passed beside it in fp64, for the states of parts that are merged."""
 
     factor: float  # log2(e) / T
     first: float
@@ -163,7 +163,15 @@ def _label_logit(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
 
 
 @triton.jit
-def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offset, temperature, numbers,
+def _sum_base(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
+    """What label smoothing's sum of the logits is relative to, so that it keeps its digits where all of
+    them are far from 0: the label's logit, to which the loss compares them, or one of these columns."""
+    base = mapped(tl.load(pointer + tl.minimum(tl.maximum(label, begin), end - 1)).to(tl.float32), gain, cap, MAP)
+    return tl.where(base - base == 0.0, base, 0.0)
+
+
+@triton.jit
+def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offset, numbers,
              LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """First pass: the row's state from its columns [begin, end); each logit is read once.
 
@@ -171,6 +179,9 @@ def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offse
     (``offset``). Ids are ascending, so each costs one look at one tile.
     """
     lanes = empty_lanes(LANES)
+    base = 0.0
+    if F.smooth:
+        base = _sum_base(s_row, label, begin, end, numbers.student_gain, numbers.student_cap, F.student_map)
     slot = slots * 0  # not a constant: the loop carries it
     for start in range(begin, end, LANES * K):
         group, columns, inside = _columns(F, start, end, LANES, K)
@@ -180,15 +191,17 @@ def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offse
             t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map, "")
         if F.sparse:
             s, slot = _without(s, offset + columns, ids, slot, slots, offset + start + LANES * K)
-        lanes = fold(F, lanes, s, t, given, group, inside, numbers.factor)
-    r = across_lanes(F, lanes, numbers.factor, temperature)
+        lanes = fold(F, lanes, s, t, given, base, group, inside, numbers.factor)
+    r = across_lanes(F, lanes, numbers.factor)
     arg_s = _top_column(F, s_row, r.arg_s, r.top_s, end, numbers.student_gain, numbers.student_cap, ids, slots,
                         offset, F.student_map, K)  # fmt: skip
     arg_t = arg_s
     if F.kind:
         arg_t = _top_column(F, t_row, r.arg_t, r.top_t, end, numbers.teacher_gain, numbers.teacher_cap, ids,
                             slots, offset, F.teacher_map, K)  # fmt: skip
-    label_s, label_t = r.label_s, r.label_t
+    sum_s, label_s, label_t = r.sum_s, r.label_s, r.label_t
+    if F.smooth:
+        sum_s += base.to(tl.float64) * (end - begin)
     if F.hard:
         label_s = _label_logit(s_row, label, begin, end, numbers.student_gain, numbers.student_cap,
                                F.student_map)  # fmt: skip
@@ -196,7 +209,7 @@ def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offse
         label_t = _label_logit(t_row, label, begin, end, numbers.teacher_gain, numbers.teacher_cap,
                                F.teacher_map)  # fmt: skip
     return RowState(
-        r.m_s, r.z_s, r.m_t, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t, r.sum_s, label_s, label_t,
+        r.m_s, r.z_s, r.m_t, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t, sum_s, label_s, label_t,
         r.top_s, (offset + arg_s).to(tl.float64), r.top_t, (offset + arg_t).to(tl.float64),
         r.value, r.slope,
     )  # fmt: skip
@@ -216,11 +229,11 @@ class Normalizers(NamedTuple):
 
 
 @triton.jit
-def normalizers(r, temperature):
+def normalizers(r):
     gap, log_z_s = tl.log(r.z_s / r.z_t), tl.log(r.z_s)
     return Normalizers(
-        m_s=(r.m_s * temperature).to(tl.float32),
-        m_t=(r.m_t * temperature).to(tl.float32),
+        m_s=r.m_s.to(tl.float32),
+        m_t=r.m_t.to(tl.float32),
         per_z_s=(1.0 / r.z_s).to(tl.float32),
         per_z_t=(1.0 / r.z_t).to(tl.float32),
         log_z_s=log_z_s.to(tl.float32),
@@ -239,13 +252,13 @@ def _distributions(s, t, n, factor):
 
 
 @triton.jit
-def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, temperature, numbers,
+def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers,
               LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Second pass, for divergences without a closed form: (value, slope) of the columns [begin, end).
 
     It runs backwards: what the first pass read last is what L2 still holds.
     """
-    n = normalizers(r, temperature)
+    n = normalizers(r)
     value = tl.zeros([LANES, K], tl.float32)
     slope = tl.zeros([LANES, K], tl.float32)
     tiles = tl.cdiv(end - begin, LANES * K)
@@ -287,12 +300,12 @@ class Emission(NamedTuple):
 
 @triton.jit
 def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, emission, label, weight, begin,
-                 end, offset, vocab, temperature, numbers, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+                 end, offset, vocab, numbers, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Last pass: weight * d(loss)/d(raw logits) of the columns [begin, end), from the finished state.
 
     It runs against the pass before it: backwards after the first, forwards after the second.
     """
-    n = normalizers(r, temperature)
+    n = normalizers(r)
     slope = 0.0
     if F.kind == REVERSE_KL:
         slope = divergence(F, r).to(tl.float32)
@@ -300,7 +313,7 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, e
         slope = r.slope.to(tl.float32)
     soft = (weight * numbers.soft).to(tl.float32)
     hard, teacher = weight * numbers.hard, weight * numbers.teacher_hard
-    lse = r.m_s * temperature + tl.log(r.z1_s)
+    lse = r.m_s + tl.log(r.z1_s)
     m1_s, per_z1_s = n.m_s, 1.0 / r.z1_s  # exp(z - lse) = exp(z - m1) per_z1
     if F.sparse:  # whose state is the rest's: the ids may be far above its maximum
         lse = emission.lse1

@@ -4,8 +4,8 @@
 forms:
 
 * lanes: fp32 vectors, one entry a lane. Every lane keeps a maximum and sums of its own, so the loop
-  over the vocabulary needs no exchange between threads. m is in units of the logits, which makes the
-  largest exponential exactly 1; x and e are in the exponents' unit, base 2: log2(e) / T is folded in.
+  over the vocabulary needs no exchange between threads. x and e are in the exponents' unit, base 2:
+  log2(e) / T is folded in. sum_s is relative to a base (see :func:`rows.fold_row`).
 * rows: fp64, one entry a row, in nats: what the state tensor holds. fp32 is enough inside a row,
   where a lane adds a few hundred terms and lanes are summed as a tree; what is done once per row is
   fp64, which keeps the digits of log z and of the merge, and costs next to nothing.
@@ -106,9 +106,9 @@ def _lifted(F: tl.constexpr, r, m_s, m_t, factor):
 
 
 @triton.jit
-def fold(F: tl.constexpr, r, s, t, given, group, inside, factor):
+def fold(F: tl.constexpr, r, s, t, given, base, group, inside, factor):
     """Lanes ``r`` with one more tile of logits ``[LANES, K]``, whose first columns are ``group``;
-    ``given`` is s before a sparse target's ids were taken out.
+    ``given`` is s before a sparse target's ids were taken out, ``base`` what sum_s is relative to.
 
     Two exponentials a column, and two a lane to raise its sums: an eighth more with K = 8. A lane's arg
     is the first column of the group that raised its maximum last.
@@ -137,7 +137,7 @@ def fold(F: tl.constexpr, r, s, t, given, group, inside, factor):
         if F.teacher_hard:
             z1_t += tl.sum(tl.exp2(exponent(t, m_t[:, None], LOG2E)), 1)
     if F.smooth:
-        sum_s += tl.sum(tl.where(inside, given, 0.0), 1)
+        sum_s += tl.sum(tl.where(inside, given - base, 0.0), 1)
     return RowState(
         m_s=m_s,
         z_s=a.z_s + tl.sum(exp_s, 1),
@@ -167,7 +167,7 @@ def _total(lanes):
 
 
 @triton.jit
-def across_lanes(F: tl.constexpr, r, factor, temperature):
+def across_lanes(F: tl.constexpr, r, factor):
     """Lanes -> row, but for the labels' logits; arg_s and arg_t are the first columns of groups still."""
     m_s, m_t = tl.max(r.m_s, 0), tl.max(r.m_t, 0)
     arg_s = tl.min(tl.where(r.m_s == m_s, r.arg_s, 2147483647), 0)
@@ -180,9 +180,9 @@ def across_lanes(F: tl.constexpr, r, factor, temperature):
     top_s, top_t = m_s.to(tl.float64), m_t.to(tl.float64)
     zero = top_s * 0.0
     return RowState(
-        m_s=top_s / temperature,
+        m_s=top_s,
         z_s=z_s,
-        m_t=top_t / temperature,
+        m_t=top_t,
         z_t=z_t,
         x_s=_total(a.x_s) * LN2,
         x_t=_total(a.x_t) * LN2,
@@ -233,9 +233,9 @@ def merged(a, b, temperature):
 
 @triton.jit
 def _risen(r, m_s, m_t, temperature):
-    down_s, down_t = r.m_s - m_s, r.m_t - m_t
-    return raised(r, m_s, m_t, -down_s, -down_t, tl.exp(down_s), tl.exp(down_t),
-                  tl.exp(down_s * temperature), tl.exp(down_t * temperature))  # fmt: skip
+    down1_s, down1_t = r.m_s - m_s, r.m_t - m_t
+    down_s, down_t = down1_s / temperature, down1_t / temperature
+    return raised(r, m_s, m_t, -down_s, -down_t, tl.exp(down_s), tl.exp(down_t), tl.exp(down1_s), tl.exp(down1_t))
 
 
 @triton.jit
