@@ -5,13 +5,12 @@
 
 import interpreter  # noqa: F401
 import pytest
+import test_conformance as conformance
 import torch
-from conftest import DIVERGENCES
 from problems import Problem, assert_exact, relative
-
-# These need nothing but the backend: they run here as they run everywhere.
-from test_conformance import (  # noqa: F401
+from test_conformance import (  # noqa: F401  (they need nothing but the backend)
     test_adversarial_rows,
+    test_codistillation_under_an_offset,
     test_equal_models_have_exactly_no_gradient,
     test_impossible_teacher_token_is_infinite,
     test_leading_block_without_mass,
@@ -21,6 +20,7 @@ from test_conformance import (  # noqa: F401
 )
 
 import kdkernels as kd
+from conftest import DIVERGENCES
 from kdkernels.backends.triton import launch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -80,6 +80,12 @@ def test_one_token_vocabulary(divergence):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_precision(divergence, dtype):
     check(Problem(vocab=1500, dtype=dtype, **SMALL), dtype, divergence=divergence, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("options", conformance.HARD_TERMS, ids=str)
+@pytest.mark.parametrize("chunk_bytes", [None, 3_000])
+def test_terms_under_an_offset(options, chunk_bytes):
+    conformance.test_terms_under_an_offset("triton", 1e4, 3.0, options, chunk_bytes)
 
 
 @pytest.mark.parametrize("pair", [(BF16, F32), (F32, F16)], ids=str)

@@ -201,7 +201,7 @@ def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offse
                             slots, offset, F.teacher_map, K)  # fmt: skip
     sum_s, label_s, label_t = r.sum_s, r.label_s, r.label_t
     if F.smooth:
-        sum_s += base.to(tl.float64) * (end - begin)
+        sum_s += tl.cast(base, tl.float64) * (end - begin)
     if F.hard:
         label_s = _label_logit(s_row, label, begin, end, numbers.student_gain, numbers.student_cap,
                                F.student_map)  # fmt: skip
