@@ -14,11 +14,13 @@ student's distribution. A class gives two pointwise functions of (p, q, log p, l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
+
+from .checks import number
 
 __all__ = [
     "Divergence",
@@ -63,6 +65,13 @@ class Divergence:
     code: ClassVar[int] = -1
     #: "forward" or "reverse": the value and gradient follow from the first pass alone.
     closed_form: ClassVar[Optional[str]] = None
+
+    def __post_init__(self) -> None:
+        """A dataclass's fields are its numbers; a 0-dim tensor becomes the number that it holds."""
+        for name in (field.name for field in fields(self)):  # type: ignore[arg-type]
+            given = getattr(self, name)
+            if type(given) not in (int, float, bool) or not abs(given) < math.inf:
+                object.__setattr__(self, name, number(f"{type(self).__name__}'s {name}", given))
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -126,6 +135,7 @@ class JSD(Divergence):
     code: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"JSD needs 0 <= beta <= 1, got beta={self.beta}")
 
@@ -157,6 +167,7 @@ class SkewKL(Divergence):
     code: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewKL needs 0 <= alpha < 1, got alpha={self.alpha}")
 
@@ -191,6 +202,7 @@ class SkewReverseKL(Divergence):
     code: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
 
@@ -250,10 +262,6 @@ class AlphaBeta(Divergence):
     beta: float = 0.7
     code: ClassVar[int] = 7
 
-    def __post_init__(self) -> None:
-        if not (abs(self.alpha) < math.inf and abs(self.beta) < math.inf):
-            raise ValueError(f"AlphaBeta needs finite numbers, got alpha={self.alpha}, beta={self.beta}")
-
     @property
     def parameters(self) -> tuple[float, float]:
         return (self.alpha, self.beta)
@@ -312,6 +320,7 @@ class Mixed(Divergence):
     code: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"Mixed needs 0 <= weight <= 1, got weight={self.weight}")
 

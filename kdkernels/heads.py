@@ -6,13 +6,14 @@ in :mod:`kdkernels.ops` read tiles from and give tile gradients back to.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import check_tensor, number
 
 HALF = (torch.bfloat16, torch.float16)
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
@@ -27,11 +28,12 @@ class LinearHead:
         hidden: ``[..., H]`` floating.
         weight: ``[V, H]``, the lm_head's weight, same dtype and device (autocast casts both).
         bias: ``[V]`` or None.
-        logit_scale: logits are multiplied by it (Cohere); must not be 0.
-        softcap: ``softcap * tanh(logits / softcap)`` after the scale (Gemma 2); > 0 or None.
+        logit_scale: logits are multiplied by it (Cohere); a finite number, a constant, not 0.
+        softcap: ``softcap * tanh(logits / softcap)`` after the scale (Gemma 2); > 0 or None; a constant too.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or a number is out of range.
+        ValueError: shapes, dtypes or devices do not match, or a number is out of range or requires
+            grad. TypeError: something is no Tensor, or no number.
 
     >>> head = LinearHead(torch.randn(2, 3, 8), torch.randn(50, 8), softcap=30.0)
     >>> head.vocab_size, head.leading_shape
@@ -46,9 +48,8 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         hidden, weight = self.hidden, self.weight
-        for given in (hidden, weight) if self.bias is None else (hidden, weight, self.bias):
-            if not isinstance(given, Tensor):
-                raise TypeError(f"LinearHead needs Tensors, got {type(given)}")
+        for name in ("hidden", "weight") if self.bias is None else ("hidden", "weight", "bias"):
+            check_tensor(f"LinearHead's {name}", getattr(self, name))
         if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"LinearHead needs hidden [..., H] and weight [V, H], got hidden "
@@ -62,10 +63,13 @@ class LinearHead:
         if len({t.device for t in tensors}) > 1:
             raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
         self._check_dtypes(tensors)
+        object.__setattr__(self, "logit_scale", number("LinearHead's logit_scale", self.logit_scale))
         if self.logit_scale == 0:
             raise ValueError("LinearHead needs logit_scale != 0, got 0")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"LinearHead needs a finite softcap > 0 or None, got softcap={self.softcap}")
+        if self.softcap is not None:
+            object.__setattr__(self, "softcap", number("LinearHead's softcap", self.softcap))
+            if not self.softcap > 0:
+                raise ValueError(f"LinearHead needs softcap > 0 or None, got softcap={self.softcap}")
 
     @property
     def vocab_size(self) -> int:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import difflib
+import inspect
+from typing import Any, Callable, Optional
 
 from torch import nn
 
 from . import losses
+from .arguments import check_options
+
+
+def _keywords(function: Optional[Callable[..., Any]]) -> list[str]:
+    if function is None:
+        return []
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 class _Loss(nn.Module):
-    """Keeps the options of one of the functions in :mod:`kdkernels.losses` and calls it."""
+    """Keeps the options of one of the functions in :mod:`kdkernels.losses` and calls it.
+
+    Names and values are checked here: TypeError for an option that the function does not have, and what the
+    function itself would raise.
+    """
 
     function: Callable[..., Any] = staticmethod(losses.distillation_loss)
+    #: The function that ``function`` is a short name of, and hands its other options to.
+    general: Optional[Callable[..., Any]] = None
 
     def __init__(self, **options) -> None:
         super().__init__()
+        kind = type(self)
+        names = _keywords(kind.function) + [name for name in _keywords(kind.general) if name != "divergence"]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+                raise TypeError(f"{kind.__name__} has no option {name}{hint}")
+        check_options(options)
         self.options = options
 
     def forward(self, *tensors, **options):
@@ -32,6 +56,9 @@ class DistillationLoss(_Loss):
     >>> loss = kd.DistillationLoss(divergence=kd.JSD(0.5), temperature=2.0)
     >>> loss(torch.randn(2, 5), torch.randn(2, 5)).shape
     torch.Size([])
+    >>> kd.DistillationLoss(temprature=2.0)
+    Traceback (most recent call last):
+    TypeError: DistillationLoss has no option temprature; did you mean temperature?
     """
 
 
@@ -45,12 +72,14 @@ class KLDivLoss(_Loss):
     """:func:`kdkernels.kl_div` with its options kept."""
 
     function = staticmethod(losses.kl_div)
+    general = staticmethod(losses.distillation_loss)
 
 
 class JSDivergenceLoss(_Loss):
     """:func:`kdkernels.js_divergence` with its options kept."""
 
     function = staticmethod(losses.js_divergence)
+    general = staticmethod(losses.distillation_loss)
 
 
 class CrossEntropyLoss(_Loss):
@@ -63,3 +92,4 @@ class LinearCrossEntropyLoss(_Loss):
     """:func:`kdkernels.linear_cross_entropy` with its options kept."""
 
     function = staticmethod(losses.linear_cross_entropy)
+    general = staticmethod(losses.cross_entropy)

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import outcomes, reference, sparse
 from .backends import CHOICES, chosen_backend, serving, triton
 from .backends import row_state as rs
+from .checks import require, warn
 from .heads import HeadRows, LogitRows
 from .schedule import Plan, plan
 from .sparse import SparseRows
@@ -390,23 +391,53 @@ deferred.register_autograd(_deferred_backward, setup_context=_deferred_setup)
 
 
 @torch.library.custom_op("kdkernels::checked_labels", mutates_args=())
-def checked_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    """Labels with -1 for every ignored token. On the CPU a label out of range is a ValueError; on
-    an accelerator it is a device-side assertion, because looking would stop the stream."""
+def checked_labels(labels: Optional[Tensor], mask: Optional[Tensor], vocab: int, ignore_index: int) -> Tensor:
+    """Labels ``[N]`` with -1 for every token that ``ignore_index`` or the mask takes out, 0 for the others where
+    there is a mask alone. What is out of range is a ValueError on the CPU; on an accelerator it is a
+    device-side assertion, because looking would stop the stream."""
+    if mask is not None:
+        mask = mask.reshape(-1)
+        if mask.dtype != torch.bool:
+            require((mask != 0) & (mask != 1), mask, "mask must be bool or hold 0 and 1, found {} at token {}")
+    if labels is None:
+        assert mask is not None
+        return torch.where(mask != 0, 0, -1)
     flat = labels.reshape(-1)
-    ignored = flat == ignore_index
-    good = ignored | ((flat >= 0) & (flat < vocab))
-    if labels.device.type != "cpu":
-        torch._assert_async(good.all())
-    elif not bool(good.all()):
-        bad = flat[~good][0].item()
-        raise ValueError(f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {bad}")
+    ignored = flat == ignore_index if mask is None else (flat == ignore_index) | (mask == 0)
+    require(~ignored & ((flat < 0) | (flat >= vocab)), flat,
+            f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {{}}")  # fmt: skip
+    if mask is None and vocab > 2:
+        _warn_of_a_mask(flat)
     return torch.where(ignored, -1, flat)
 
 
+def _warn_of_a_mask(labels: Tensor) -> None:
+    """Only where looking waits for nothing."""
+    if labels.device.type == "cpu" and labels.numel() and bool(((labels == 0) | (labels == 1)).all()):
+        warn("labels hold nothing but 0 and 1, and are taken as class ids; a mask of tokens goes in mask=")
+
+
 @checked_labels.register_fake
-def _(labels, vocab, ignore_index):
-    return labels.new_empty(labels.numel())
+def _(labels, mask, vocab, ignore_index):
+    given = mask if labels is None else labels
+    return given.new_empty(given.numel(), dtype=torch.int64)
+
+
+@torch.library.custom_op("kdkernels::checked_items", mutates_args=())
+def checked_items(num_items: Tensor, weights: Tensor) -> Tensor:
+    """``num_items`` (0-dim) as a divisor, fp64 on the device of the rows' ``weights``: > 0 and finite, or 0 where
+    every weight is 0. Anything else is an error as in :func:`checked_labels`."""
+    items = num_items.double()
+    require(~((items >= 0) & (items < torch.inf)), items, "num_items must be > 0 and finite, got {}")
+    items = items.to(weights.device, non_blocking=True)
+    nothing = (items == 0) & (weights == 0).all()
+    require((items == 0) & ~nothing, items, "num_items must be > 0 where any token counts, got {}")
+    return torch.where(nothing, 1.0, items)
+
+
+@checked_items.register_fake
+def _(num_items, weights):
+    return weights.new_empty((), dtype=torch.float64)
 
 
 @torch.library.custom_op("kdkernels::checked_target", mutates_args=())

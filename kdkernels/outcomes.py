@@ -19,13 +19,12 @@ the tail's shape was not stored; "truncate" takes t as the teacher's distributio
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from .checks import require, warn
 from .divergences import Divergence, ForwardKL, NoDivergence, simplified
 from .spec import Spec
 
@@ -61,17 +60,12 @@ def check_divergence(tail: str, divergence: Divergence) -> None:
 
 
 def warn_if_approximate(tail: str, temperature: float) -> None:
-    """Once per line of the caller, which is the first frame outside this package and torch."""
+    """A warning where the tail does not say what the teacher is at that temperature."""
     if temperature == 1.0 or tail not in _APPROXIMATE:
         return
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("kdkernels.", "torch.")):
-        frame, level = frame.f_back, level + 1
     # The temperature is not named: one that is annealed would warn at every step.
-    warnings.warn(
-        f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
-        "tail='renormalize' are exact at any temperature", stacklevel=level,
-    )  # fmt: skip
+    warn(f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
+         "tail='renormalize' are exact at any temperature")  # fmt: skip
 
 
 def student_spec(spec: Spec) -> Spec:
@@ -157,28 +151,19 @@ def check(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[
     live = ids != -1
     kind = "weights" if linear else "logprobs"
     good = (values > 0) & (values < torch.inf) if linear else values < torch.inf
-    _require(live & ((ids < 0) | (ids >= vocab)), ids,
-             f"SparseTarget has the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot")
-    _require(live & ~good, values,
-             f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
-             + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"))
+    require(live & ((ids < 0) | (ids >= vocab)), ids,
+            f"SparseTarget has the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot")
+    require(live & ~good, values,
+            f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
+            + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"))
     if tail == "bucket":
         rest, slack = missing_mass(_log_weights(ids, values, linear), values.dtype)
-        _require(rest < -slack, 1 - rest,
-                 "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
-                 "rescale them, or take tail='conditional', 'renormalize' or 'truncate'")
+        require(rest < -slack, 1 - rest,
+                "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
+                "rescale them, or take tail='conditional', 'renormalize' or 'truncate'")
         if ids.shape[1] >= vocab:
             distinct, _ = _distinct(ids, _log_weights(ids, values, linear))
-            _require(((distinct >= 0).sum(-1) == vocab) & (rest > slack), 1 - rest,
-                     f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
-                     "rescale them, or take tail='conditional' or 'renormalize'")
+            require(((distinct >= 0).sum(-1) == vocab) & (rest > slack), 1 - rest,
+                    f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
+                    "rescale them, or take tail='conditional' or 'renormalize'")
     return ids
-
-
-def _require(bad: Tensor, found: Tensor, message: str) -> None:
-    if bad.device.type != "cpu":
-        torch._assert_async(~bad.any())
-    elif bool(bad.any()):
-        where = bad.nonzero()[0]
-        value = found[tuple(where)].item()
-        raise ValueError(message.format(value if isinstance(value, int) else f"{value:.6g}", int(where[0])))

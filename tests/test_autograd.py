@@ -143,7 +143,10 @@ def test_opcheck(form):
     torch.library.opcheck(ops.deferred, _arguments(tensors(True), [torch.randn(4, 20)]))
     gradients = [torch.randn_like(t) for t in tensors(False)]
     torch.library.opcheck(ops.attach, (torch.randn(()), tensors(True), gradients))
-    torch.library.opcheck(ops.checked_labels, (torch.tensor([1, -100, 2]), 20, -100))
+    labels, mask = torch.tensor([[1, -100, 2]]), torch.tensor([[1, 1, 0]])
+    for given in ((labels, None), (labels, mask), (None, mask)):
+        torch.library.opcheck(ops.checked_labels, (*given, 20, -100))
+    torch.library.opcheck(ops.checked_items, (torch.tensor(3), torch.rand(4)))
     if form == "logits":
         student, teacher, *rest = _arguments(tensors(False), [torch.randn(4, 20)])
         torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5]))

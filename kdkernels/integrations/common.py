@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from ..heads import LinearHead
 
 IGNORED = -100
-
-
-def mask_labels(kept: Tensor) -> Tensor:
-    """int64 labels that say only which tokens count: those where ``kept`` is not 0.
-
-    >>> mask_labels(torch.tensor([1, 0, 2]))
-    tensor([   0, -100,    0])
-    """
-    return torch.where(kept != 0, 0, IGNORED)
 
 
 def whole(parameter: Any) -> Tensor:
@@ -37,6 +27,7 @@ def whole(parameter: Any) -> Tensor:
 def head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor] = None, **logit_map) -> LinearHead:
     """A LinearHead of parameters that may be sharded, or wider than the hidden states (master weights).
 
+    >>> import torch
     >>> head(torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(50, 8), softcap=30.0).vocab_size
     50
     """

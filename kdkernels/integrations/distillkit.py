@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..losses import kl_div
 from ..targets import SparseTarget
-from .common import mask_labels
 
 _TAILS = {"zero": "renormalize", "symmetric_uniform": "bucket"}
 
@@ -65,7 +64,7 @@ def sparse_kl_div(
         raise ValueError(f"missing must be one of {', '.join(_TAILS)}, got {missing!r}")
     if name == "symmetric_uniform" and not log_target:
         raise ValueError("teacher logits say nothing about missing probability: use missing='zero'")
-    labels = None if mask is None else mask_labels(mask.squeeze(-1) if mask.dim() == 3 else mask)
+    mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
     values, ratio = target_values.float(), target_generation_temperature / student_generation_temperature
     temperature = temperature / student_generation_temperature
     if name == "symmetric_uniform":
@@ -73,7 +72,7 @@ def sparse_kl_div(
         values = _tempered(values, ratio / temperature)
         logits, temperature, ratio = (logits / temperature if temperature != 1 else logits), 1.0, 1.0
     target = SparseTarget(target_ids, values * ratio, tail=_TAILS[name])
-    return kl_div(logits, target, labels, temperature=temperature, reduction="sum")
+    return kl_div(logits, target, mask=mask, temperature=temperature, reduction="sum")
 
 
 def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] = None,
@@ -83,8 +82,8 @@ def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] =
     >>> dense_kl_div(torch.randn(1, 3, 50), torch.randn(1, 3, 50), temperature=2.0).shape
     torch.Size([])
     """
-    labels = None if mask is None else mask_labels(mask.squeeze(-1) if mask.dim() == 3 else mask)
-    return kl_div(logits, target_logits, labels, temperature=temperature, reduction="sum")
+    mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
+    return kl_div(logits, target_logits, mask=mask, temperature=temperature, reduction="sum")
 
 
 class KLDLoss:

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from ..divergences import JSD, TotalVariation
 from ..losses import cross_entropy, distillation_loss, js_divergence
 from ..losses import kl_div as kl_of_logits
-from .common import head, mask_labels
+from .common import head
 from .functional import kl_div, reduced
 
 
 def _kept(shift_labels: Optional[Tensor], ignore_index: int) -> Optional[Tensor]:
-    return None if shift_labels is None else mask_labels(shift_labels != ignore_index)
+    return None if shift_labels is None else shift_labels != ignore_index
 
 
 def _refuse(**asked: Any) -> None:
@@ -53,7 +53,7 @@ def liger_jsd(input: Tensor, target: Tensor, shift_labels: Optional[Tensor] = No
     >>> s, t = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
     >>> liger_jsd(s.log_softmax(-1), t.log_softmax(-1), beta=0.1).backward()
     """
-    return js_divergence(input, target, _kept(shift_labels, ignore_index), beta=beta)
+    return js_divergence(input, target, mask=_kept(shift_labels, ignore_index), beta=beta)
 
 
 def liger_kl_div(input: Tensor, target: Tensor, size_average: bool = True, reduce: bool = True,
@@ -100,7 +100,7 @@ def liger_fused_linear_jsd(
     >>> liger_fused_linear_jsd(h, w, torch.randn(4, 6), torch.randn(10, 6), temperature=2.0).backward()
     """
     return js_divergence(head(student_input, student_weight), head(teacher_input, teacher_weight),
-                         _kept(shift_labels, ignore_index), beta=jsd_beta, temperature=temperature)  # fmt: skip
+                         mask=_kept(shift_labels, ignore_index), beta=jsd_beta, temperature=temperature)  # fmt: skip
 
 
 def liger_fused_linear_kl_div(
@@ -127,7 +127,7 @@ def liger_fused_linear_kl_div(
     # The target is at the temperature already: only the student's logits are divided by it.
     student = head(student_input, student_weight, logit_scale=1 / temperature)
     loss = kl_of_logits(student, target.to(torch.promote_types(target.dtype, torch.float32)).log(),
-                        _kept(shift_labels, ignore_index), reduction="sum" if reduction == "sum" else "mean")  # fmt: skip
+                        mask=_kept(shift_labels, ignore_index), reduction="sum" if reduction == "sum" else "mean")  # fmt: skip
     return loss / target.shape[-1] if reduction == "mean" else loss
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from ..divergences import JSD, simplified
 from ..losses import js_divergence
 from ..targets import SparseTarget
-from .common import IGNORED, head, mask_labels
+from .common import IGNORED, head
 
 #: The versions that the test suite is run with: from the first, below the second.
 TESTED = ((1, 16), (1, 17))
@@ -77,7 +77,7 @@ def chunked_divergence_loss(
         teacher = head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias,
                        logit_scale=teacher_logit_scale, softcap=teacher_final_logit_softcapping)  # fmt: skip
         loss, stats = js_divergence(
-            student, teacher, mask_labels(completion_mask), beta=beta, temperature=temperature,
+            student, teacher, mask=completion_mask != 0, beta=beta, temperature=temperature,
             num_items=_items(num_items_in_batch, student_hidden_states),
             return_stats=True,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def generalized_jsd_loss(
     elif reduction == "batchmean" and labels is not None:
         reduction = "mean"
     loss = js_divergence(
-        student_logits, teacher_logits, None if labels is None else mask_labels(labels != IGNORED),
+        student_logits, teacher_logits, mask=None if labels is None else labels != IGNORED,
         beta=beta, temperature=temperature, reduction=reduction,
         num_items=_items(num_items_in_batch, student_logits),
     )  # fmt: skip
@@ -159,7 +159,7 @@ def minillm_single_step_loss(
     >>> s, t = torch.randn(2, 3, 10, requires_grad=True), torch.randn(2, 3, 10)
     >>> minillm_single_step_loss(None, s, t, torch.ones(2, 3, dtype=torch.bool)).backward()
     """
-    labels = None if mask is None else mask_labels(mask)
+    labels = None if mask is None else torch.where(mask != 0, 0, IGNORED)
     return generalized_jsd_loss(student_log_probs, teacher_log_probs, labels, beta=1.0, reduction=reduction)
 
 
@@ -198,7 +198,7 @@ def server_compute_loss(
     kept = F.pad(labels[:, window] != IGNORED, around)
     loss = js_divergence(
         logits if self.temperature == 1 else logits / self.temperature,
-        _server_target(self, told, logits, tokens, kept), mask_labels(kept), beta=self.beta,
+        _server_target(self, told, logits, tokens, kept), mask=kept, beta=self.beta,
     )  # fmt: skip
     if self.model.training:
         loss = loss / self.current_gradient_accumulation_steps

@@ -1,0 +1,105 @@
+"""Checks of single arguments: one line that names the argument, what was given, and the way out.
+
+TypeError where the kind of thing is wrong, ValueError where its value, shape, dtype or device is.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What rows may be made of.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Numbers that a compiler does not know yet.
+_UNKNOWN = (torch.SymInt, torch.SymFloat)
+_LARGEST = sys.float_info.max
+
+
+def shown(given: Any) -> str:
+    """``given`` in a message: in full where that is short, else its type."""
+    short = given is None or isinstance(given, (str, numbers.Number))
+    return repr(given) if short else str(type(given))
+
+
+def check_tensor(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {shown(given)}")
+
+
+def check_constant(name: str, given: Tensor) -> None:
+    if given.requires_grad:
+        raise ValueError(f"{name} requires grad, but it is a constant here and would get none; detach it")
+
+
+def check_one_number(name: str, given: Tensor) -> None:
+    """A tensor that stands for one real number."""
+    check_constant(name, given)
+    if given.numel() != 1:
+        raise ValueError(
+            f"{name} must be one number, got a tensor {tuple(given.shape)}; only token_weights differ by token"
+        )
+    if given.is_complex():
+        raise ValueError(f"{name} must be a real number, got {given.dtype}")
+
+
+def number(name: str, given: Any) -> Any:
+    """``given`` as a finite Python number."""
+    if isinstance(given, Tensor):
+        check_one_number(name, given)
+        given = given.item()
+    if not isinstance(given, (numbers.Real, *_UNKNOWN)):
+        raise TypeError(f"{name} must be a number, got {shown(given)}")
+    if not -_LARGEST <= given <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a finite number, got {given}")
+    return given if isinstance(given, (int, float, *_UNKNOWN)) else float(given)
+
+
+def integer(name: str, given: Any) -> int:
+    """``given`` as an int of 64 bits."""
+    if not isinstance(given, (int, torch.SymInt)):
+        try:
+            given = operator.index(given)
+        except (TypeError, RuntimeError):
+            raise TypeError(f"{name} must be an int, got {shown(given)}") from None
+    if not -(2**63) <= given < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {given}")
+    return given
+
+
+def positive_integer(name: str, given: Any) -> int:
+    given = integer(name, given)
+    if not given > 0:
+        raise ValueError(f"{name} must be > 0, got {given}")
+    return given
+
+
+def flag(name: str, given: Any) -> bool:
+    if not isinstance(given, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(given)}")
+    return given
+
+
+def require(bad: Tensor, found: Tensor, message: str) -> None:
+    """Where ``bad`` is true anywhere: on the CPU a ValueError, whose ``message`` is given the first such value of
+    ``found`` and its token; on an accelerator a device-side assertion, because looking would stop the stream."""
+    if bad.device.type != "cpu":
+        torch._assert_async(~bad.any())
+    elif bool(bad.any()):
+        where = bad.nonzero()[0]
+        value = found[tuple(where)].item()
+        token = int(where[0]) if bad.dim() else 0
+        raise ValueError(message.format(value if isinstance(value, int) else f"{value:.6g}", token))
+
+
+def warn(message: str) -> None:
+    """Once per line of the caller, which is the first frame outside this package and torch."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("kdkernels.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
