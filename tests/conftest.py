@@ -1,16 +1,15 @@
-"""Shared by the tests here: the backends that are usable here, the divergences."""
+"""Shared by the tests here: each usable backend, each divergence."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from problems import BACKENDS
 
 import kdkernels as kd
 from kdkernels import ops
 from kdkernels.backends import native
 from kdkernels.verify import DIVERGENCES
-
-BACKENDS = [name for name, problem in kd.backends().items() if problem is None and name != "reference"]
 
 
 def pytest_addoption(parser):

@@ -2,9 +2,13 @@
 
 import pytest
 
+import kdkernels as kd
 from kdkernels.testing import Problem, assert_exact, relative
 
-__all__ = ["Problem", "assert_exact", "assert_refused", "relative"]
+#: Those that are usable here.
+BACKENDS = [name for name, problem in kd.backends().items() if problem is None and name != "reference"]
+
+__all__ = ["BACKENDS", "Problem", "assert_exact", "assert_refused", "relative"]
 
 
 def assert_refused(call, message):

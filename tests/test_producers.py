@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import BACKENDS
 from peak import peak_of
+from problems import BACKENDS
 from test_memory import SLACK, UNIT, H, N, V
 
 import kdkernels as kd

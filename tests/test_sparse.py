@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import DIVERGENCES
 from problems import assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
+from kdkernels.verify import DIVERGENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore:a temperature other")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_exact, assert_refused, relative
+from problems import BACKENDS, assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
-from conftest import BACKENDS
 from kdkernels import heads, ops, outcomes
 from kdkernels.backends import eager, sparse_rows
 from kdkernels.spec import Spec
