@@ -20,7 +20,6 @@ from test_conformance import (  # noqa: F401  (they need nothing but the backend
 )
 
 import kdkernels as kd
-from conftest import DIVERGENCES
 from kdkernels.backends.triton import launch
 from kdkernels.verify import DIVERGENCES
 
