@@ -183,6 +183,7 @@ class HeadRows:
         self.dtype = self.hidden.dtype
         self.tokens = self.hidden.shape[0]
         self.index: Optional[Tensor] = None
+        self.weightless: Optional[Tensor] = None
         self.grad_hidden: Optional[Tensor] = None
         self.grad_weight: Optional[Tensor] = None
         self.grad_bias: Optional[Tensor] = None
@@ -215,6 +216,16 @@ class HeadRows:
     def keep(self, index: Tensor) -> None:
         self.index, self.tokens = index, index.numel()
         self.hidden = self.hidden.index_select(0, index)
+
+    def leave_out(self, weightless: Tensor) -> None:
+        """The rows marked ``[N]`` have a gradient of 0. Their hidden states may be anything and stay out of dW's
+        product, where 0 * NaN would be NaN. On a GPU nobody waits to see whether there are any."""
+        if self.hidden.is_cuda or bool(weightless.any()):
+            self.weightless = weightless
+
+    def _weighed(self, rows: slice) -> Tensor:
+        hidden = self.hidden[rows]
+        return hidden if self.weightless is None else hidden.masked_fill(self.weightless[rows, None], 0.0)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         hidden, weight = self.hidden[rows], self.weight[columns]
@@ -261,7 +272,7 @@ class HeadRows:
             # The first product writes every row below vocab; only the rows cut off need zeros.
             self.grad_weight = self.weight.new_empty(shape, dtype=wide)
             self.grad_weight[self.vocab :].zero_()
-        target, hidden = self.grad_weight[columns], self.hidden[rows]
+        target, hidden = self.grad_weight[columns], self._weighed(rows)
         if whole:
             torch.mm(gradient.t(), hidden, out=target)
         elif target.dtype == self.dtype:
@@ -294,7 +305,7 @@ class HeadRows:
         if self.wants[1]:
             if self.grad_weight is None:
                 self.grad_weight = self.weight.new_zeros(self.given[1].shape, dtype=self.wide)
-            hidden = self.hidden[rows].to(self.wide)[:, None]
+            hidden = self._weighed(rows).to(self.wide)[:, None]
             products = torch.mul(gradient[:, :, None], hidden, out=self._gathered)
             _add_rows(self.grad_weight, ids, products.flatten(0, 1))
         if self.wants[2]:

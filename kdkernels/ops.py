@@ -182,12 +182,14 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
         if teacher:
             t = SparseRows(teacher, spec) if spec.tail else _rows_of(teacher, vocab, teacher_wants, teacher_grad)
         if kept is None:
+            _leave_out(weights, s, t)
             results = _walk(s, t, labels, weights, spec, chunk_bytes, backend)
         else:
             for side in (s, t):
                 if side is not None:
                     side.keep(kept)
             assert labels is not None
+            _leave_out(weights[kept], s, t)
             results[kept] = _walk(s, t, labels[kept], weights[kept], spec, chunk_bytes, backend)
         made = s.gradients() + (t.gradients() if t is not None else [])
         made = [g.view(x.shape) for g, x in zip(made, wanted(student + teacher, wants))]
@@ -198,6 +200,12 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
     else:
         student[0].copy_(made[0])
     return [results]
+
+
+def _leave_out(weights: Tensor, *sides: _Rows | SparseRows | None) -> None:
+    for side in sides:
+        if isinstance(side, HeadRows):
+            side.leave_out(weights == 0)
 
 
 def _writable_as_rows(logits: Tensor, heads: bool) -> bool:
@@ -357,8 +365,10 @@ def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants):
 
 
 def row_loss(results: Tensor, weights: Tensor, spec: Spec) -> Tensor:
-    """weights * (soft + hard) per row in the dtype of ``weights``; 0 where the weight is 0."""
-    total = spec.soft_weight * results[:, rs.SOFT]
+    """weights * (soft + hard) per row in the dtype of ``weights``; weight 0 times an infinity is 0."""
+    total = torch.zeros_like(results[:, rs.SOFT])
+    if spec.soft_weight:
+        total = spec.soft_weight * results[:, rs.SOFT]
     if spec.hard_weight:
         total = total + spec.hard_weight * results[:, rs.HARD]
     return torch.where(weights != 0, total * weights, 0.0).to(weights.dtype)

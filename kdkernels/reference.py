@@ -19,11 +19,16 @@ from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
 
-def logits_of(given: Union[Tensor, LinearHead], vocab: int) -> Tensor:
-    """``[N, vocab]`` fp64 logits."""
+def logits_of(given: Union[Tensor, LinearHead], vocab: int, counted: Tensor) -> Tensor:
+    """``[N, vocab]`` fp64 logits. The rows that are not ``counted`` ``[N]`` may hold anything, NaN too, and are
+    taken for 0: neither they nor their hidden states reach a product, whose 0 * NaN would be NaN."""
+
+    def rows(t: Tensor) -> Tensor:
+        return torch.where(counted[:, None], t.reshape(-1, t.shape[-1]), 0.0).double()
+
     if isinstance(given, Tensor):
-        return given.reshape(-1, given.shape[-1])[:, :vocab].double()
-    z = given.hidden.reshape(-1, given.hidden.shape[-1]).double() @ given.weight.double().t()
+        return rows(given)[:, :vocab]
+    z = rows(given.hidden) @ given.weight.double().t()
     if given.bias is not None:
         z = z + given.bias.double()
     z = z * given.logit_scale
@@ -42,7 +47,9 @@ def divergence_rows(student: Tensor, teacher: Tensor, divergence: Divergence, te
 def cross_entropy_rows(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
     """Cross entropy of each row, 0 where the label is -1, ``[N]``."""
     log_q = logits.log_softmax(-1)
-    loss = -(1 - label_smoothing) * log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    loss = torch.zeros_like(log_q[:, 0])
+    if label_smoothing < 1:
+        loss = loss - (1 - label_smoothing) * log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     if label_smoothing:
         loss = loss - label_smoothing * log_q.mean(-1)
     if z_loss:
@@ -51,19 +58,23 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, *, label_smoothing: float
 
 
 class SparseOracle:
-    """A sparse target written out over the whole vocabulary: t ``[N, V]``, 0 where nothing is stored."""
+    """A sparse target written out over the whole vocabulary: log t ``[N, V]``, -inf where nothing is stored.
 
-    def __init__(self, target: SparseTarget, vocab: int, live: Optional[Tensor]) -> None:
+    Logarithms, since a stored e^-800 is 0 in fp64, and any weight is at a low enough temperature.
+    """
+
+    def __init__(self, target: SparseTarget, vocab: int, counted: Tensor) -> None:
         ids, values = target.ids.reshape(-1, target.slots), target.values.reshape(-1, target.slots)
-        given = ids >= 0
+        given = (ids >= 0) & counted[:, None]
         if target.mask is not None:
             given = given & target.mask.reshape(ids.shape)
-        if live is not None:
-            given = given & live[:, None]
-        ids = torch.where(given, ids, 0)
-        t = torch.where(given, values.double() if target.logprobs is None else values.double().exp(), 0.0)
-        self.t = t.new_zeros(ids.shape[0], vocab).scatter_add_(1, ids, t)
-        self.kept, self.some, self.tail = self.t > 0, (self.t > 0).any(-1), target.tail
+        ids, values = torch.where(given, ids, 0), values.detach().double()
+        values = torch.where(given, values.log() if target.logprobs is None else values, -torch.inf)
+        log_t = values.new_full((ids.shape[0], vocab), -torch.inf)
+        for at, value in zip(ids.split(1, 1), values.split(1, 1)):  # what is stored twice adds up
+            log_t.scatter_(1, at, torch.logaddexp(log_t.gather(1, at), value))
+        self.log_t, self.kept, self.tail = log_t, log_t > -torch.inf, target.tail
+        self.some = self.kept.any(-1)
 
     def grouped(self, z: Tensor, rest_of_teacher: Tensor) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits of V + 1 outcomes: the stored ids, and last the rest."""
@@ -72,7 +83,7 @@ class SparseOracle:
         rest = torch.where(everything[:, None], 0.0, others).logsumexp(-1)
         rest, log_rest = (r.masked_fill(everything, -torch.inf) for r in (rest, rest_of_teacher.log()))
         return (torch.cat([z.masked_fill(~self.kept, -torch.inf), rest[:, None]], 1),
-                torch.cat([self.t.log(), log_rest[:, None]], 1))  # fmt: skip
+                torch.cat([self.log_t, log_rest[:, None]], 1))  # fmt: skip
 
     def rows(self, z: Tensor, divergence: Divergence, temperature: float) -> Tensor:
         """The soft term of each row, ``[N]``."""
@@ -81,20 +92,20 @@ class SparseOracle:
         if self.tail == "conditional":
             student, teacher = self.conditional(z)
             return torch.where(self.some, divergence_rows(student, teacher, divergence, temperature), 0.0)
-        p = self.t
+        log_p = self.log_t
         if self.tail == "renormalize":
-            p = p ** (1 / temperature)
-            p = p / torch.where(self.some, p.sum(-1), 1.0)[:, None]
+            log_p = torch.where(self.some[:, None], (log_p / temperature).log_softmax(-1), -torch.inf)
         log_q = (z / temperature).log_softmax(-1)
-        return torch.where(self.kept, p * (p.log() - log_q), 0.0).sum(-1)
+        p = log_p.exp()
+        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
     def rest(self) -> Tensor:
-        rest = 1 - self.t.sum(-1)
+        rest = 1 - self.log_t.exp().sum(-1)
         return torch.where(rest > 0, rest, LEAST_TAIL)
 
     def conditional(self, z: Tensor) -> tuple[Tensor, Tensor]:
         hidden = ~self.kept & self.some[:, None]
-        return z.masked_fill(hidden, -torch.inf), self.t.log().masked_fill(~self.some[:, None], 0.0)
+        return z.masked_fill(hidden, -torch.inf), self.log_t.masked_fill(~self.some[:, None], 0.0)
 
     def compared(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits of the outcomes compared, for the metrics."""
@@ -110,7 +121,7 @@ class SparseOracle:
     def agreement(self, z: Tensor) -> Tensor:
         if self.tail == "conditional":
             z = z.masked_fill(~self.kept, -torch.inf)
-        return (self.some & (z.argmax(-1) == self.t.argmax(-1))).double()
+        return (self.some & (z.argmax(-1) == self.log_t.argmax(-1))).double()
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -118,50 +129,61 @@ def _entropy(logits: Tensor) -> Tensor:
     return -torch.where(log_q.exp() > 0, log_q.exp() * log_q, 0.0).sum(-1)
 
 
-def rows(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int) -> tuple[Tensor, Tensor]:
-    """(each row's loss before its weight, per-row results) of checked inputs, ``[N]`` and ``[N, RESULTS]``."""
-    s = logits_of(student, vocab)
-    live: Optional[Tensor] = None if labels is None else labels >= 0
+def _terms(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int,
+           counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(soft terms ``[N]``, hard terms ``[N]``, results ``[N, RESULTS]``), all 0 for the tokens that are not
+    ``counted`` ``[N]``, whose logits may be anything."""
+    s = logits_of(student, vocab, counted)
+    soft, hard = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0])
     results = s.new_zeros(s.shape[0], rs.RESULTS)
-    total = s.new_zeros(s.shape[0])
-    with torch.no_grad():
-        results[:, rs.STUDENT_ENTROPY] = _entropy(s / spec.temperature)
+    some, compared = counted, [s / spec.temperature]
     if isinstance(teacher, SparseTarget):
-        oracle = SparseOracle(teacher, vocab, live)
+        oracle = SparseOracle(teacher, vocab, counted)
         soft = oracle.rows(s, spec.divergence, spec.temperature)
-        total = total + spec.soft_weight * soft
-        results[:, rs.SOFT] = soft.detach()
-        with torch.no_grad():
-            for at, z in zip(
-                (rs.STUDENT_ENTROPY, rs.TEACHER_ENTROPY), oracle.compared(s, spec.temperature)
-            ):
-                results[:, at] = torch.where(oracle.some, _entropy(z), 0.0)
-            results[:, rs.AGREEMENT] = oracle.agreement(s)
+        some, compared = oracle.some, list(oracle.compared(s, spec.temperature))
+        results[:, rs.AGREEMENT] = oracle.agreement(s)
     elif not isinstance(spec.divergence, NoDivergence):
-        t = logits_of(teacher, vocab)
+        t = logits_of(teacher, vocab, counted)
         soft = divergence_rows(s, t, spec.divergence, spec.temperature)
-        total = total + spec.soft_weight * soft
-        with torch.no_grad():
-            results[:, rs.SOFT] = soft
-            results[:, rs.TEACHER_ENTROPY] = _entropy(t / spec.temperature)
-            results[:, rs.AGREEMENT] = (s.argmax(-1) == t.argmax(-1)).double()
+        compared += [t / spec.temperature]
+        results[:, rs.AGREEMENT] = (s.argmax(-1) == t.argmax(-1)).double()
     if spec.hard_weight:
         assert labels is not None
         hard = cross_entropy_rows(s, labels, label_smoothing=spec.label_smoothing, z_loss=spec.z_loss)
+    with torch.no_grad():
+        results[:, rs.SOFT], results[:, rs.HARD] = soft, hard
+        for at, z in zip((rs.STUDENT_ENTROPY, rs.TEACHER_ENTROPY), compared):
+            results[:, at] = torch.where(some, _entropy(z), 0.0)
+    soft, hard = (torch.where(counted, term, 0.0) for term in (soft, hard))
+    return soft, hard, torch.where(counted[:, None], results, 0.0)
+
+
+def rows(student, teacher, labels: Optional[Tensor], weights: Tensor, spec: Spec,
+         vocab: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(``weights`` times each row's loss ``[N]``, per-row results ``[N, RESULTS]``) of checked inputs.
+
+    Weight 0 times anything is 0, of a token and of a term, in the gradient too.
+    """
+    weights = weights.double()
+    weighed = weights != 0
+    live = torch.ones_like(weighed) if labels is None else labels >= 0
+    soft, hard, results = _terms(student, teacher, labels, spec, vocab, weighed & live)
+    if not torch.equal(weighed & live, live):  # what is told of a token does not depend on its weight
+        with torch.no_grad():
+            results = _terms(student, teacher, labels, spec, vocab, live)[2]
+    total = torch.zeros_like(weights)
+    if spec.soft_weight:
+        total = total + spec.soft_weight * soft
+    if spec.hard_weight:
         total = total + spec.hard_weight * hard
-        results[:, rs.HARD] = hard.detach()
-    if live is not None:
-        total = torch.where(live, total, 0.0)
-        results = torch.where(live[:, None], results, 0.0)
-    return total, results
+    return total * weights, results
 
 
 def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """(loss, per-row results) of a checked call of :mod:`kdkernels.losses`."""
     # At its ends JSD's own formula is 0, and not the KL that it stands for.
     spec = call.spec._replace(divergence=simplified(divergence))
-    total, results = rows(student, teacher, call.labels, spec, call.vocab)
-    total = total * call.weights.double()
+    total, results = rows(student, teacher, call.labels, call.weights, spec, call.vocab)
     dtype = call.weights.dtype
     if call.reduction == "none":
         return total.reshape(call.student.leading).to(dtype), results
@@ -188,16 +210,16 @@ def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Ten
         t = SparseTarget(leaves[-2], tail=spec.tail, **{kind: leaves[-1]})
     elif teacher:
         t = _side(leaves[len(student) :], spec.teacher_map)
-    total, results = rows(s, t, labels, spec, vocab)
+    total, results = rows(s, t, labels, weights, spec, vocab)
     if spec.teacher_hard_weight:
         assert labels is not None and isinstance(t, (Tensor, LinearHead))
-        hard = cross_entropy_rows(logits_of(t, vocab), labels, label_smoothing=0.0, z_loss=0.0)
-        total = total + spec.teacher_hard_weight * hard
+        hard = cross_entropy_rows(logits_of(t, vocab, weights != 0), labels, label_smoothing=0.0, z_loss=0.0)
+        total = total + spec.teacher_hard_weight * hard * weights.double()
         results[:, rs.TEACHER_HARD] = hard.detach()
     wanted = [leaf for leaf, want in zip(leaves, wants) if want]
     if not wanted:
         return [results]
-    gradients = torch.autograd.grad((total * weights.double()).sum(), wanted)
+    gradients = torch.autograd.grad(total.sum(), wanted)
     return [results, *(g.contiguous() for g in gradients)]
 
 

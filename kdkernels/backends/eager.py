@@ -225,7 +225,7 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
     if grad is not None:
         total = torch.zeros((), dtype=dtype, device=student.device)
         raw = spec.student_map.logits(student, dtype)
-        if teacher is not None:
+        if teacher is not None and spec.soft_weight:
             soft = _soft_gradient(student, teacher, spec, state)
             total = soft * (spec.soft_weight / spec.temperature)
         if emission is not None:

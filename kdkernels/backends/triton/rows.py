@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .divergences import FORWARD_KL, REVERSE_KL, terms
-from .state import LN2, LOG2E, RowState, across_lanes, empty_lanes, exponent, fold
+from .state import LN2, LOG2E, RowState, across_lanes, empty_lanes, exponent, fold, times
 
 #: Logit maps: as given; times the gain; cap * tanh(gain * z), with the scale over the cap as gain.
 IDENTITY, SCALE, SOFTCAP = (tl.constexpr(i) for i in range(3))
@@ -348,7 +348,7 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, e
                 phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers.first, numbers.second)
                 if F.kind != FORWARD_KL:
                     q_psi = q_psi - q * slope
-                g = q_psi * soft
+                g = times(soft, q_psi)
             if F.sparse:
                 g = tl.exp2(exponent(s, n.m_s, numbers.factor)) * rest
                 g, slot = _with_kept(g, offset + columns, emission.ids, emission.kept, slot, offset + start,
