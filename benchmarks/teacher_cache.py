@@ -27,11 +27,15 @@ import kdkernels as kd
 from benchmarks.machine import describe
 from kdkernels.records import distillkit_bytes
 from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, stack
-from kdkernels.teacher_cache.command import DISTILLKIT
 from kdkernels.trainer.settings import SCRATCH
 
 K, VOCAB, LENGTH, SEQUENCES = 64, 152_000, 512, 8
 DEMO = {"student": "tiny", "vocab": 8192, "length": 128, "batch": 8}
+#: What DistillKit's README recommends and calls its budget pick, with the vocabulary that gives its figures.
+DISTILLKIT = {
+    "K=128, V=128k": {"d": 128256, "k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},
+    "K=50, V=128k": {"d": 128256, "k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]},
+}
 
 
 def skewed(vocab: int, tokens: int) -> kd.SparseTarget:

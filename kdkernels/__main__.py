@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from .backends import chosen_backend
+
 #: Command -> (module, what it does). Imported when called: a command may need an extra.
 COMMANDS = {
     "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
@@ -23,6 +25,10 @@ def main(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(arguments[:1]).command
+    try:
+        chosen_backend()
+    except ValueError as error:
+        sys.exit(f"error: KDKERNELS_BACKEND: {error}")
     importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
 
 

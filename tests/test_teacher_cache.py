@@ -246,7 +246,7 @@ def test_damaged_records_and_manifests_are_named(tmp_path):
     with pytest.raises(ValueError, match="sequence 5 is also in shard-0000-000000.parquet"):
         TeacherCache(tmp_path / "c")
     record.unlink()
-    with pytest.raises(ValueError, match="3 of 6 sequences .not 0, for one.; run the command"):
+    with pytest.raises(ValueError, match="3 of 6 sequences; sequence 0 is the first that it lacks; run the command"):
         TeacherCache(tmp_path / "c")
     record.write_text(text)
     path = tmp_path / "c" / "manifest.json"

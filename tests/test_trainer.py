@@ -1,7 +1,9 @@
 """``python -m kdkernels train``: each mode for a few steps, its data, its errors."""
 
 import json
+import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ import yaml  # noqa: E402
 from trainer_runs import PACKAGE, ROOT, WRITES, assert_same_weights, options, weights  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+import kdkernels as kd  # noqa: E402
 from kdkernels.__main__ import main  # noqa: E402
-from kdkernels.trainer import data, models, train  # noqa: E402
+from kdkernels.trainer import data, models, progress, train  # noqa: E402
 from kdkernels.trainer.codistill import SoftWeight  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer, checkpoints, read_metrics  # noqa: E402
-from kdkernels.trainer.settings import SCRATCH, DataSettings, Problem, parse, resolve  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH, DataSettings, Problem, parse, parser_for, resolve  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +226,83 @@ def test_soft_weight_follows_the_teacher():
     assert schedule.at(9, 10, teacher_loss=0.0, vocab=100) == 0.5
 
 
+# -- what a run says --------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_does_and_what_came_of_it(tmp_path, capsys):
+    result = run("soft", tmp_path, resume=True)
+    said = capsys.readouterr().out
+    given = train.ingredients(resolve("soft", options(tmp_path)))
+    tokens = sum(len(ids) for ids, _ in given.train.rows)
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "model").parameters())
+    for part in (
+        f"nothing to resume in {tmp_path}: a new run begins",
+        f"{len(given.records):,} documents in {len(given.train):,} sequences of {tokens:,} tokens",
+        f"student micro: {parameters:,} parameters\n", f"teacher micro: {parameters:,} parameters\n",
+        f"backend {kd.explain(torch.ones(1, 2)).splitlines()[-1].split(':')[0]}", f"4 steps of 4 sequences, in {tmp_path}",
+        f"step 4, {result['tokens']:,} tokens; it took {result['seconds']:.0f} s",
+        f"kl {result['eval_kl']:.4g}", f"the model is in {tmp_path / 'model'}",
+    ):  # fmt: skip
+        assert part in said, part
+    run("soft", tmp_path, resume=True)
+    said = capsys.readouterr().out
+    assert f"going on from {tmp_path / 'checkpoint-4'}" in said and "nothing to resume" not in said
+
+
+def test_hard_without_a_teacher_says_what_it_learns(tmp_path, capsys):
+    run("hard", tmp_path / "text", teacher=None, max_steps=1)
+    assert "no teacher: the student learns the text itself, by cross entropy" in capsys.readouterr().out
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a b c", "completion": "d"}\n' * 20)
+    run("hard", tmp_path / "written", teacher=None, max_steps=1, data=[str(tmp_path / "c.jsonl")])
+    assert "the student learns the completions in --data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_are_lines_where_no_terminal_shows_them(terminal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "INTERVAL", 1e-9)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal)
+    run("hard", tmp_path, disable_tqdm=False, **WRITES)
+    error = capsys.readouterr().err
+    assert ("\r" in error) == terminal
+    if not terminal:
+        lines = [line for line in error.splitlines() if " of " in line]
+        assert any(line.startswith("teacher writes: 1 of 1 batches (100%)") for line in lines)
+        assert any(line.startswith("training: 2 of 4 steps (50%)") for line in lines)
+        assert any(line.startswith("training: 4 of 4 steps (100%)") and "loss=" in line for line in lines)
+        assert any(line.startswith("evaluating: ") for line in lines)
+
+
+def test_a_short_run_has_no_lines(tmp_path, capsys):
+    run("soft", tmp_path, disable_tqdm=False, max_steps=1)
+    assert "training:" not in capsys.readouterr().err
+
+
+def test_resuming_tied_models_warns_of_nothing_but_what_is_missing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for mode in ("soft", "co"):
+        run(mode, tmp_path / mode, max_steps=2, save_steps=2)
+        run(mode, tmp_path / mode, max_steps=2, save_steps=2, resume=True)
+    assert not [record for record in caplog.records if "missing keys" in record.message]
+    trainer = train.build(resolve("soft", options(tmp_path / "other")))
+    for missing in (["lm_head.weight", "model.norm.weight"], ["lm_head.weight", "model.embed_tokens.weight"]):
+        caplog.clear()
+        trainer._issue_warnings_after_load(torch.nn.modules.module._IncompatibleKeys(missing, []))
+        assert missing[1] in caplog.records[0].message
+        assert ("lm_head.weight" in caplog.records[0].message) == ("embed" in missing[1])  # its other half is missing too
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_saved_config_keeps_use_cache(use_cache, tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "m")
+    config = transformers.AutoConfig.from_pretrained(saved)
+    config.use_cache = use_cache
+    config.save_pretrained(tmp_path / "m")
+    run("co", tmp_path / "run", student=str(tmp_path / "m"), teacher=str(tmp_path / "m"), max_steps=1)
+    for part in ("student", "teacher"):
+        written = json.loads((tmp_path / "run" / "model" / part / "config.json").read_text())
+        assert written["use_cache"] is use_cache
+
+
 # -- data -------------------------------------------------------------------------------------------
 
 
@@ -297,9 +377,10 @@ def error_of(capsys, mode, folder, **values):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"teacher": None}, "needs a --teacher"),
-    ({"student": "no/such/model"}, "no tokenizer no/such/model"),
-    ({"tokenizer": "{tmp}", "student": "{tmp}"}, "cannot load tokenizer"),
+    ({"student": "no/such/model"}, "no model no/such/model"),
+    ({"student": "{tmp}"}, "cannot load model"),
+    ({"tokenizer": "{tmp}"}, "cannot load tokenizer"),
+    ({"tokenizer": "no/such/model"}, "no tokenizer no/such/model"),
     ({"data": ["{tmp}/nothing.txt"]}, "no data"),
     ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
     ({"data": ["{tmp}/empty_texts.jsonl"]}, "no text in"),
@@ -378,6 +459,11 @@ def test_completion_errors(record, message, tmp_path, capsys):
     ("soft", {"lora_modules": ["q_proj"]}, "give --lora_rank too"),
     ("soft", {"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be 0 or more"),
     ("hard", {"sampling_temperature": -1.0}, "sampling_temperature=-1.0 must be 0 or more"),
+    ("soft", {"teacher": None}, "soft needs a --teacher, or --targets that"),
+    ("co", {"teacher": None}, "co needs a --teacher"),
+    ("compare", {"teacher": None}, "compare needs a --teacher"),
+    ("soft", {"targets": "x"}, "--teacher or --targets, not both"),
+    ("soft", {"use_cache": True}, "use_cache=True: the loss needs no cache"),
     ("soft", {"soft_weight": 0}, "the student would learn nothing"),
     ("co", {"soft_weight": 0, "hard_weight": 0}, "the student would learn nothing"),
     ("soft", {"use_liger_kernel": True}, "use_liger_kernel=True: Liger's kernels need a GPU"),
@@ -550,6 +636,69 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path, monkeypat
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-2").values())
 
 
+@pytest.mark.parametrize("line", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"], ["--fsdp", "--output_dir", "x"]])
+def test_fsdp_needs_no_value(line):
+    assert parser_for("co").parse_known_args(["--output_dir", "y", *line])[0].fsdp is True
+    assert parser_for("co").parse_known_args(["--output_dir", "y"])[0].fsdp is None
+    assert parser_for("co").parse_known_args(["--output_dir", "y", "--fsdp", "false"])[0].fsdp is False
+
+
+def test_an_unknown_mode_has_an_error_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "sofft"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "error: argument MODE: invalid choice: 'sofft'" in error
+    with pytest.raises(SystemExit) as caught:
+        main(["train"])
+    assert caught.value.code == 0 and "together, one codistillation_loss per step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "train", "cache"])
+def test_an_unknown_backend_in_the_environment_is_one_line(command, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_BACKEND", "bogus")
+    with pytest.raises(SystemExit) as caught:
+        main([command])
+    assert caught.value.code.startswith("error: KDKERNELS_BACKEND: unknown backend 'bogus'; there are ")
+    assert "\n" not in caught.value.code
+
+
+@pytest.mark.parametrize("config, positions", [
+    (transformers.GPT2Config(n_positions=64), 64),
+    (transformers.LlamaConfig(max_position_embeddings=64), 64),
+    (transformers.LlamaConfig(max_position_embeddings=64, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}), 256),
+    (transformers.LlamaConfig(max_position_embeddings=64, rope_parameters={
+        "rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), 128),
+    (transformers.LlamaConfig(max_position_embeddings=128, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}), 128),
+    (transformers.Gemma3TextConfig(max_position_embeddings=64), 64),
+    (transformers.BloomConfig(), None),
+])  # fmt: skip
+def test_positions_of(config, positions):
+    assert models.positions_of(config) == positions
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_more_tokens_than_positions_is_one_line(which, tmp_path, capsys, tokenizer):
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=31, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    values = {which: str(tmp_path / "gpt2")}
+    for mode in ("soft", "co", "hard", "compare"):
+        message = error_of(capsys, mode, tmp_path, **values)
+        assert message == f"error: --max_length 32 is more than the 31 positions of {tmp_path / 'gpt2'}: give 31 or less"
+    run("soft", tmp_path / "fits", max_length=31, max_steps=1, **values)
+
+
+def test_a_machine_without_an_accelerator_trains_on_its_cpu(tmp_path):
+    """Told so: else accelerate takes each process of torchrun for the only one."""
+    values = options(tmp_path)
+    del values["use_cpu"]
+    assert resolve("soft", values).run.use_cpu != torch.accelerator.is_available()
+    assert resolve("soft", values).to_dict()["use_cpu"] is False  # as asked: the run may go on elsewhere
+
+
 def test_help_is_short_and_names_the_options(capsys):
     with pytest.raises(SystemExit) as caught:
         parse("soft", ["--help"])
@@ -561,7 +710,7 @@ def test_help_is_short_and_names_the_options(capsys):
 
 def test_yaml_then_command_line(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("learning_rate: 2e-4\ntemperature: 3\noutput_dir: a\n")
+    path.write_text("teacher: micro\nlearning_rate: 2e-4\ntemperature: 3\noutput_dir: a\n")
     settings = parse("soft", ["--config", str(path), "--temperature", "1.5"])
     assert settings.run.learning_rate == 2e-4 and settings.loss.temperature == 1.5
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings.to_dict()))

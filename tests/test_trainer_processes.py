@@ -163,7 +163,7 @@ def test_two_processes_do_what_one_does(sharded, alone, uneven, tmp_path):
     script = tmp_path / "main.py"
     script.write_text(FSDP_ON_CPU)
     values = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None, **uneven
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None, use_cpu=None, **uneven
     )
     commands = [["train", mode, *flags(options(tmp_path / mode, **values))] for mode in MODES]
     run = process(json.dumps(commands), torchrun=True, script=script)

@@ -38,6 +38,8 @@ class DistillationTrainer(Trainer):
 
     Instead of a teacher, batches may hold what it said: ``target_ids [B, L, K]`` with ``target_logprobs`` or
     ``target_weights``, of which row i is about what the model says at i (see :class:`kdkernels.SparseTarget`).
+    KL, entropies and agreement are then those of the outcomes that the target has, smaller than over the vocabulary,
+    and named so: ``target_kl``, ``target_student_entropy``, ``target_teacher_entropy``, ``target_agreement``.
 
     The student may carry LoRA (peft) anywhere, its lm_head included.
 
@@ -179,13 +181,13 @@ class DistillationTrainer(Trainer):
         tokens = means.pop("tokens")
         if not self.hard_weight:
             del means["hard"]  # not computed
-        self._sums.add({name: mean * tokens for name, mean in means.items()}, tokens)
+        self._sums.add(_named({name: mean * tokens for name, mean in means.items()}, target), tokens)
         if self.divergence == kd.ForwardKL() and self.soft_options["temperature"] == 1:
-            self._kl_sum.add({"kl": stats.soft * tokens}, tokens)
+            self._kl_sum.add(_named({"kl": stats.soft * tokens}, target), tokens)
         elif self._step_is_logged():
             with torch.no_grad():
                 kl: Any = kd.distillation_loss(student, target, labels, reduction="sum", **self.cut)
-            self._kl_sum.add({"kl": kl}, tokens)
+            self._kl_sum.add(_named({"kl": kl}, target), tokens)
 
     def _step_is_logged(self) -> bool:
         step, args = self.state.global_step + 1, self.args
@@ -215,7 +217,8 @@ class DistillationTrainer(Trainer):
         stats = plain[1]
         means = {"kl": stats.soft, "hard": stats.hard, "student_entropy": stats.student_entropy,
                  "teacher_entropy": stats.teacher_entropy, "agreement": stats.agreement}  # fmt: skip
-        return {"loss": loss, **{name: mean * tokens for name, mean in means.items()}, "tokens": tokens}
+        sums = _named({name: mean * tokens for name, mean in means.items()}, target)
+        return {"loss": loss, **sums, "tokens": tokens}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **options: Any
@@ -393,6 +396,13 @@ class _Sums:
             flat = accelerator.reduce(flat, "sum")
         *sums, tokens = flat.tolist()
         return {name: value / max(tokens, 1) for name, value in zip(values, sums)}
+
+
+def _named(statistics: dict[str, Tensor], target: Any) -> dict[str, Tensor]:
+    """What is measured against a sparse target is about its few outcomes, not about the vocabulary: ``target_kl``, ..."""
+    if not isinstance(target, kd.SparseTarget):
+        return statistics
+    return {name if name in ("soft", "hard") else f"target_{name}": value for name, value in statistics.items()}
 
 
 @contextlib.contextmanager

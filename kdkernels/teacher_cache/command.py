@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
 import torch
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import kdkernels as kd
 
 from ..integrations.transformers import check_head, model_inputs, row_of, shifted_labels, through_head
-from ..records import distillkit_bytes
 from ..trainer import data, models
+from ..trainer.progress import bar
 from ..trainer.settings import SCRATCH, DataSettings, HelpFormatter, ModelSettings, Problem, option
 from . import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
-
-#: What DistillKit's README recommends and calls its budget pick, with the vocabulary that gives its figures.
-DISTILLKIT = {
-    "K=128, V=128k": {"d": 128256, "k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},
-    "K=50, V=128k": {"d": 128256, "k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]},
-}
 
 
 @dataclass
@@ -64,11 +58,11 @@ def main(arguments: list[str]) -> None:
 def run(settings: CacheSettings, data_settings: DataSettings) -> None:
     """Caches the training sequences in ``out`` and the validation sequences in ``out/validation``."""
     method = check(settings)
-    tokenizer = models.load_tokenizer(
-        ModelSettings(student=settings.teacher, tokenizer=settings.tokenizer), (), Path(settings.out)
-    )
+    named = ModelSettings(student=settings.teacher, tokenizer=settings.tokenizer)
+    models.check_models(named, data_settings.max_length)
+    tokenizer = models.load_tokenizer(named, (), Path(settings.out))
     training, validation = data.split(data.read(data_settings), data_settings)
-    teacher = None
+    teacher, complete = None, True
     for records, folder in ((training, ""), (validation, "validation")):
         sequences = data.sequences(records, tokenizer, data_settings.max_length)
         if not folder:
@@ -86,7 +80,10 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
         if done == len(sequences):
             report(directory)
         else:
+            complete = False
             print(f"{directory}: this process is done; the cache is complete when the others are")
+    if complete:
+        print(f"train on it:\n  {train_command(settings, data_settings)}")
 
 
 def check(settings: CacheSettings) -> str:
@@ -139,15 +136,16 @@ def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings
     mine = range(writer.rank, len(sequences), writer.world_size)
     lengths = {index: len(sequences.rows[index][0]) for index in mine}
     done = sum(lengths.values()) - sum(lengths[index] for index in todo)
-    with tqdm(total=sum(lengths.values()), initial=done, unit="tok", unit_scale=True, desc=writer.directory.name) as bar:
+    total = sum(lengths.values())
+    with bar(total=total, initial=done, unit=" tok", unit_scale=True, desc=writer.directory.name) as progress:
         for batch in _batches(todo, settings.batch_size):
             inputs = {n: t.to(teacher.device) for n, t in collate([sequences[index] for index in batch]).items()}
             said = targets(teacher, inputs, select(settings, batch, len(tokenizer), writer.manifest.tail))
             for index, target in zip(batch, said):
                 writer.write(index, sequences.rows[index][0], target[: lengths[index]])
-                bar.update(lengths[index])
+                progress.update(lengths[index])
             if writer.bytes_per_token is not None:
-                bar.set_postfix_str(f"{writer.bytes_per_token:.0f} bytes/token", refresh=False)
+                progress.set_postfix_str(f"{writer.bytes_per_token:.0f} bytes/token", refresh=False)
 
 
 def targets(
@@ -184,7 +182,7 @@ def select(
 
 
 def report(directory: Path) -> None:
-    """What was measured, beside what it is compared with."""
+    """What is kept, and in how many bytes."""
     cache = TeacherCache(directory)
     kept = sum(shard.kept for shard in cache.shards)
     print(f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {kept / cache.tokens:.1f} ids kept per token")
@@ -192,11 +190,19 @@ def report(directory: Path) -> None:
         (f"measured, {cache.manifest.values} ({cache.bytes / max(kept, 1):.2f} per kept id)", cache.bytes / cache.tokens),
         ("raw, int32 and float32", 8 * kept / cache.tokens),
     ]
-    for name, config in DISTILLKIT.items():
-        parts, ids = distillkit_bytes({"exact_dtype": "bfloat16", **config})
-        lines.append((f"DistillKit's formula, {name}", sum(parts) + ids))
     for name, per_token in lines:
         print(f"  {name:<48} {per_token:8.1f} bytes per token")
+
+
+def train_command(settings: CacheSettings, data_settings: DataSettings) -> str:
+    """The command that reads the cache: with the same tokenizer and data, or its sequences would be others."""
+    line = ["python", "-m", "kdkernels", "train", "soft", "--student", "STUDENT", "--tokenizer",
+            settings.tokenizer or settings.teacher]  # fmt: skip
+    for each in fields(data_settings):
+        value, default = getattr(data_settings, each.name), getattr(DataSettings(), each.name)
+        if value != default or each.name == "data":
+            line += [f"--{each.name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*line, "--targets", settings.out, "--output_dir", "RUN"])
 
 
 def _batches(indices: list[int], size: int) -> Iterator[list[int]]:

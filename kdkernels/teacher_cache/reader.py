@@ -143,8 +143,8 @@ class TeacherCache(torch.utils.data.Dataset):
         missing = np.flatnonzero(where[:, 0] < 0)
         if len(missing):
             raise ValueError(
-                f"{self.directory} has {len(where) - len(missing)} of {len(where)} sequences "
-                f"(not {missing[0]}, for one); run the command that writes it again to complete it"
+                f"{self.directory} has {len(where) - len(missing)} of {len(where)} sequences; sequence {missing[0]} is "
+                "the first that it lacks; run the command that writes it again to complete it"
             )
         return where
 

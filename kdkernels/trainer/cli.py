@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import sys
 
@@ -15,12 +16,14 @@ def main(arguments: list[str]) -> None:
 
     logging.disable_progress_bar()  # of loading and writing; training has its own
 
-    if not arguments or arguments[0] not in MODES:
-        modes = "\n".join(f"  {name:<8} {what}" for name, what in MODES.items())
-        print(f"usage: python -m kdkernels train MODE --output_dir DIR [--config FILE.yaml] [options]\n\n{modes}\n\n"
-              "python -m kdkernels train MODE --help shows a mode's options.")  # fmt: skip
-        sys.exit(0 if arguments[:1] in ([], ["-h"], ["--help"]) else 2)
-    mode = arguments[0]
+    modes = "\n".join(f"  {name:<8} {what}" for name, what in MODES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m kdkernels train", usage="%(prog)s MODE --output_dir DIR [--config FILE.yaml] [options]",
+        epilog=f"modes:\n{modes}\n\n%(prog)s MODE --help shows a mode's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("mode", choices=MODES, metavar="MODE", help="one of the modes below")
+    mode = parser.parse_args(arguments[:1] or ["--help"]).mode
     try:
         settings = parse(mode, arguments[1:])
         if mode == "compare":

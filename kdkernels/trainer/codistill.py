@@ -106,6 +106,11 @@ class CodistillationTrainer(ReliableTrainer):
         self._teacher_sum: Any = 0.0
         self._used_soft_weight = 0.0
 
+    @property
+    def models(self) -> tuple[Any, Any]:
+        pair: Any = self.model
+        return pair.student, pair.teacher
+
     # -- the loss -------------------------------------------------------------------------------
 
     def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:

@@ -33,10 +33,9 @@ def compare(settings: Settings) -> None:
         raise Problem("compare starts its stages itself; run it without torchrun")
     if settings.run.max_steps <= 0:
         raise Problem("compare needs --max_steps: the budget that every student gets")
-    if settings.model.teacher is None:
-        raise Problem("compare needs a --teacher")
     if not settings.data.validation_share > 0:
         raise Problem("compare needs text that no student has seen: --validation_share above 0")
+    models.check_models(settings.model, settings.data.max_length)
     start = time.perf_counter()
     stages = plan(settings)
     reused = [run_stage(i, len(stages), name, stage) for i, (name, stage) in enumerate(stages.items(), 1)]
@@ -159,9 +158,9 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
         "environment": environment(settings),
         "settings": settings.to_dict(),
         "validation_tokens": sum(len(ids) - 1 for ids, _ in given.validation.rows),
-        "teacher": {"validation_loss": own["eval_hard"], "parameters": parameters(teacher)},
+        "teacher": {"validation_loss": own["eval_hard"], "parameters": models.parameters(teacher)},
         "co_teacher": {"validation_loss": co["eval_teacher_hard"]},
-        "student_parameters": parameters(given.student()),
+        "student_parameters": models.parameters(given.student()),
         "students": rows,
     }
 
@@ -178,10 +177,6 @@ def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, 
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer.evaluate()
-
-
-def parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def environment(settings: Settings) -> dict[str, Any]:

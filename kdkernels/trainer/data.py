@@ -11,6 +11,7 @@ from typing import Any, Iterator
 import torch
 from torch.utils.data import Dataset
 
+from .progress import say
 from .settings import DataSettings, Problem, one_line
 
 IGNORE = -100
@@ -66,7 +67,7 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
             except UnicodeDecodeError:
                 not_text += 1
     if not_text:
-        print(f"{folder}: {not_text} files are not UTF-8 text and are left out")
+        say(f"{folder}: {not_text} files are not UTF-8 text and are left out")
 
 
 def _record(row: Any, text_field: str, where: str) -> Record:
@@ -125,7 +126,7 @@ def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequenc
     rows = [_completion(record, tokenizer, max_length, i) for i, record in enumerate(records)]
     cut = sum(was_cut for *_, was_cut in rows)
     if cut:
-        print(f"{cut} of {len(rows)} completions are longer than --max_length {max_length} and end there")
+        say(f"{cut} of {len(rows)} completions are longer than --max_length {max_length} and end there")
     return Sequences([(ids, labels) for ids, labels, _ in rows])
 
 

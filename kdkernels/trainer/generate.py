@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import set_seed
 
 from .data import Record, Sequences, kind_of
+from .progress import bar, say
 from .settings import Problem, Settings, one_line
 
 
@@ -23,7 +23,7 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
     prompts = make_prompts(settings, records, tokenizer, packed)
     part = path.with_name(path.name + ".part")
     if path.exists():
-        print(f"reusing the completions in {path}")
+        say(f"reusing the completions in {path}")
         return path
     size = options.generation_batch_size
     with one_line(f"cannot write completions to {path}"):
@@ -33,8 +33,8 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
         _keep_lines(part, done)
     teacher = teacher.to(settings.run.device).eval()
     with part.open("a") as file:
-        for start in tqdm(range(done, len(prompts), size), desc="teacher writes", initial=done // size,
-                          total=-(-len(prompts) // size), disable=settings.run.disable_tqdm):  # fmt: skip
+        for start in bar(iterable=range(done, len(prompts), size), desc="teacher writes", initial=done // size,
+                         total=-(-len(prompts) // size), unit=" batches", disable=settings.run.disable_tqdm):  # fmt: skip
             set_seed(settings.run.seed + start)
             batch = prompts[start : start + size]
             texts = complete(settings, teacher, tokenizer, [text for _, text in batch])

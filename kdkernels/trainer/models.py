@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Optional
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -19,6 +20,35 @@ from transformers import (
 from .settings import SCRATCH, ModelSettings, Problem, Settings, one_line
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+def check_models(settings: ModelSettings, max_length: int) -> None:
+    """Raises :class:`Problem` for a model that is not there or has too few positions. Only configs are read."""
+    for name in settings.pretrained:
+        positions = positions_of(_pretrained(AutoConfig, name, "model").get_text_config())
+        if positions is not None and max_length > positions:
+            raise Problem(f"--max_length {max_length} is more than the {positions} positions of {name}: "
+                          f"give {positions} or less")  # fmt: skip
+
+
+def positions_of(config: Any) -> Optional[int]:
+    """The longest sequence that a model is made for; None if its config says nothing about it.
+
+    >>> positions_of(LlamaConfig(max_position_embeddings=4096))
+    4096
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is not None and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+        # Configs with these say how many positions there were before RoPE was scaled. (Others say how many there are.)
+        unscaled = rope.get("original_max_position_embeddings") or positions
+        return max(positions, int(unscaled * (rope.get("factor") or 1)))
+    return positions
+
+
+def parameters(model: Any, *, trained: bool = False) -> int:
+    """How many numbers a model has, or trains. Of ZeRO-3's shards the whole is counted."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
 
 
 def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path) -> Any:

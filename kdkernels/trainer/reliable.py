@@ -18,6 +18,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.transformers import DistillationTrainer
+from .progress import Progress
 from .settings import Problem, first_line, one_line
 
 #: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
@@ -30,8 +31,10 @@ class ReliableTrainer(DistillationTrainer):
     _staging = False
     _clock: Optional[tuple[float, int]] = None  #: time and tokens at the last log
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, model: nn.Module, args: Any, **options: Any) -> None:
+        # Trainer writes this to the model's config, which is saved. The loss asks for no cache, whatever it says.
+        args.use_cache = getattr(model.config, "use_cache", args.use_cache)
+        super().__init__(model, args, **options)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
@@ -42,6 +45,17 @@ class ReliableTrainer(DistillationTrainer):
                 return begin(*arguments)
 
         self.callback_handler.on_train_begin = on_train_begin  # type: ignore[method-assign, assignment]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Without the keys that are in no checkpoint because they are tied to one that is."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [key for key in load_result.missing_keys if tied.get(key, key) in load_result.missing_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    @property
+    def models(self) -> tuple[Any, Any]:
+        """The student and, if it is here, the teacher."""
+        return self.model, self.teacher
 
     @property
     def _folder(self) -> Path:
@@ -195,27 +209,6 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class Progress(ProgressCallback):
-    """Trainer's bar with the last numbers at its end instead of a dictionary above it."""
-
-    _SHOWN = {"loss": "loss", "soft": "soft", "hard": "hard", "agreement": "agree", "teacher_hard": "teacher",
-              "soft_weight": "w", "eval_hard": "val", "tokens_per_second": "tok/s"}  # fmt: skip
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
-        super().on_train_begin(args, state, control)
-        self.last: dict[str, str] = {}
-        if self.training_bar is not None:
-            self.training_bar.update(state.global_step)
-            self.current_step = state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
-        if self.training_bar is not None:
-            self.last.update(
-                {short: f"{logs[name]:.4g}" for name, short in self._SHOWN.items() if name in logs}
-            )
-            self.training_bar.set_postfix(self.last)
 
 
 def _name(choice: Any) -> str:

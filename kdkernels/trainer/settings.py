@@ -16,6 +16,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 import kdkernels as kd
 
@@ -144,6 +145,11 @@ class RunSettings(TrainingArguments):
     ddp_find_unused_parameters: Optional[bool] = option(False, "every parameter takes part in every step")
     average_tokens_across_devices: bool = option(True, "the loss is per token of the whole batch")
 
+    def __post_init__(self) -> None:
+        # Where there is only a CPU, accelerate takes each process of torchrun for the only one unless it is told.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
 
 #: What --help shows of TrainingArguments, beside what RunSettings sets; --help_all shows the rest.
 _SHOWN = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
@@ -232,6 +238,8 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
     shown = {*ours, *_SHOWN}
     for action in parser._actions:
+        if action.type is string_to_bool:  # also those whose default is None: `--fsdp` is `--fsdp true`
+            action.nargs, action.const = "?", True
         if action.dest in _FIELDS and (mode not in modes_of(action.dest) or not show_all and (
                 action.dest not in shown or action.option_strings[0].startswith("--no_"))):  # fmt: skip
             action.help = argparse.SUPPRESS
@@ -334,6 +342,7 @@ _RANGES: dict[str, _Range] = {
 _REFUSED = {
     "resume_from_checkpoint": "--resume goes on from the last whole checkpoint in OUTPUT_DIR",
     "label_smoothing_factor": "it needs logits, which are never held; leave it out",
+    "use_cache": "the loss needs no cache, and the saved config keeps what the model's own says; leave it out",
     "batch_eval_metrics": "it needs logits, which are never held; leave it out",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "every run trains, and evaluates by --eval_strategy; leave it out"),
 }  # fmt: skip
@@ -365,6 +374,11 @@ def check(settings: Settings) -> None:
                loss.soft_weight_start if mode == "co" else 0.0)  # fmt: skip
     if not any(weights):
         raise Problem("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
+    if mode != "hard" and settings.model.teacher is None and settings.model.targets is None:
+        cached = ", or --targets that `python -m kdkernels cache` wrote" if mode == "soft" else ""
+        raise Problem(f"{mode} needs a --teacher{cached}")
+    if settings.model.teacher is not None and settings.model.targets is not None:
+        raise Problem("give --teacher or --targets, not both: the targets are the teacher")
     if settings.model.dtype not in ("float32", "bfloat16"):
         raise Problem(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
     if settings.model.lora_modules != ["all-linear"] and not settings.model.lora_rank:

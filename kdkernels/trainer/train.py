@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from . import data, models
+from . import data, models, summary
 from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .generate import write_completions
+from .progress import say
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
 from .settings import Problem, Settings, divergence_of, for_mode, one_line
 
@@ -44,10 +44,7 @@ class Ingredients:
         return models.add_lora(self.model(settings.model.student, seed), settings.model, seed)
 
     def teacher(self) -> Any:
-        name = self.settings.model.teacher
-        if name is None:
-            raise Problem(f"{self.settings.mode} needs a --teacher")
-        return self.model(name, self.settings.run.seed + 1)
+        return self.model(str(self.settings.model.teacher), self.settings.run.seed + 1)
 
     def loss_options(self) -> dict[str, Any]:
         loss = self.settings.loss
@@ -65,7 +62,7 @@ class Ingredients:
                 "callbacks": [MetricsFile(self.settings.output_dir / METRICS)]}  # fmt: skip
 
 
-def soft(given: Ingredients) -> Trainer:
+def soft(given: Ingredients) -> ReliableTrainer:
     """The student learns the teacher's distribution over every token."""
     if given.settings.model.targets is not None:
         return from_cache(given, given.settings.model.targets)
@@ -73,17 +70,15 @@ def soft(given: Ingredients) -> Trainer:
                            **given.loss_options(), **given.trainer_options())  # fmt: skip
 
 
-def from_cache(given: Ingredients, targets: str) -> Trainer:
+def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
     """The same from what the teacher said once; it is not loaded."""
     from .cached import with_targets  # needs pyarrow
 
-    if given.settings.model.teacher is not None:
-        raise Problem("give --teacher or --targets, not both: the targets are the teacher")
     return ReliableTrainer(given.student(), given.settings.run, teacher=None, **given.loss_options(),
                            **with_targets(targets, given.trainer_options()))  # fmt: skip
 
 
-def hard(given: Ingredients) -> Trainer:
+def hard(given: Ingredients) -> ReliableTrainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
     if given.settings.model.teacher is not None:
         if is_deepspeed_zero3_enabled():
@@ -93,11 +88,12 @@ def hard(given: Ingredients) -> Trainer:
             path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
         written = data.read(data.DataSettings(data=[str(path)]))
         given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
+        say(f"the teacher's completions: {summary.size(given.train)}")
     return ReliableTrainer(given.student(), given.settings.run, teacher=None, soft_weight=0.0, hard_weight=1.0,
                            **given.cut(), **given.trainer_options())  # fmt: skip
 
 
-def co(given: Ingredients) -> Trainer:
+def co(given: Ingredients) -> ReliableTrainer:
     """Both models train: the teacher on the text, the student on the text and on the teacher."""
     loss = given.settings.loss
     return CodistillationTrainer(
@@ -119,10 +115,14 @@ def run(settings: Settings) -> dict[str, Any]:
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
     trainer = None
+    if settings.run.deepspeed and settings.run.use_cpu:
+        begin_deepspeed_on_cpu()
     try:
         trainer = build(settings)
         start, found = time.perf_counter(), checkpoints(folder)
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        checkpoint = str(found[-1]) if found else None
+        summary.of_models(settings, *trainer.models, checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except Problem:
         if fresh and (trainer is None or not trainer.state.global_step):
             (folder / CONFIG).unlink(missing_ok=True)  # what could not begin is not a run
@@ -136,15 +136,25 @@ def run(settings: Settings) -> dict[str, Any]:
         trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
+    summary.of_result(settings, result)
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still talks to it
     return result
 
 
-def build(settings: Settings) -> Trainer:
+def begin_deepspeed_on_cpu() -> None:
+    """What accelerate does where there is a GPU: before it, DeepSpeed takes each process for the only one."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def build(settings: Settings) -> ReliableTrainer:
     """The mode's trainer, if what was asked for can be done."""
     args = settings.run
     try:
-        trainer = BUILD[settings.mode](ingredients(settings))
+        given = ingredients(settings)
+        summary.of_data(settings, given.records, given.train, given.validation)
+        trainer = BUILD[settings.mode](given)
     except (ValueError, ImportError) as error:  # what Trainer or DistillationTrainer refuses, or a missing extra
         raise Problem(" ".join(str(error).split())) from error
     if args.fsdp and not trainer.is_fsdp_enabled:
@@ -168,6 +178,8 @@ def claim_folder(settings: Settings) -> bool:
     if path.exists():
         check_same_settings(settings)
         return False
+    if settings.run.resume:
+        say(f"nothing to resume in {settings.output_dir}: a new run begins")
     with one_line(f"cannot write to --output_dir {settings.output_dir}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
@@ -192,6 +204,7 @@ def check_same_settings(settings: Settings) -> None:
 
 
 def ingredients(settings: Settings) -> Ingredients:
+    models.check_models(settings.model, settings.data.max_length)
     records = data.read(settings.data)
     train_records, validation_records = data.split(records, settings.data)
     with settings.run.main_process_first(desc="tokenizer"):
