@@ -9,7 +9,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import PACKAGE, WRITES, assert_same_weights, flags, options, process, weights  # noqa: E402
+from trainer_runs import (  # noqa: E402
+    FSDP_ON_CPU,
+    PACKAGE,
+    ROOT,
+    WRITES,
+    assert_same_weights,
+    flags,
+    options,
+    process,
+    weights,
+)
 
 from kdkernels.trainer import models, train  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
@@ -102,23 +112,6 @@ main(sys.argv[1:])
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     again = process("train", "soft", *flags(options(tmp_path / "run", resume=True)))
     assert again.returncode == 0 and json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
-
-
-#: accelerate shards over accelerators only: here its switch is set by hand, then fully_shard runs over gloo.
-FSDP_ON_CPU = """
-import accelerate.state, accelerate.utils, json, sys
-original, plugin = accelerate.state.AcceleratorState.__init__, None
-def init(self, *arguments, fsdp_plugin=None, **options):
-    global plugin
-    plugin = fsdp_plugin or plugin
-    original(self, *arguments, fsdp_plugin=plugin, **options)
-    if plugin is not None:
-        self.distributed_type, self.fsdp_plugin = accelerate.utils.DistributedType.FSDP, plugin
-accelerate.state.AcceleratorState.__init__ = init
-from kdkernels.__main__ import main
-for command in json.loads(sys.argv[1]):
-    main(command)
-"""
 
 
 MODES = ("soft", "co")
@@ -226,14 +219,12 @@ def test_a_sharded_run_resumes_in_the_same_bits(tmp_path, uneven, micro_models):
         assert "lora" not in name or any("lora_B" in key for key in whole)
 
 
-#: DeepSpeed's own shared-memory collectives would be compiled first; gloo's do. Its world is set up before models are
-#: loaded, as transformers does it where there is a GPU.
+#: DeepSpeed's own shared-memory collectives would be compiled first; gloo's do.
 ZERO3_ON_CPU = """
 import json, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed, deepspeed.comm.torch
+import deepspeed.comm.torch
 deepspeed.comm.torch.build_shm_op = lambda: None
-deepspeed.init_distributed("gloo", verbose=False)
 from kdkernels.__main__ import main
 for command in json.loads(sys.argv[1]):
     main(command)
@@ -245,13 +236,10 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
     pytest.importorskip("deepspeed")
     script, config = tmp_path / "main.py", tmp_path / "zero3.json"
     script.write_text(ZERO3_ON_CPU)
-    config.write_text(json.dumps({
-        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
-                              "stage3_max_reuse_distance": 0,  # a weight is let go as soon as its module is done
-                              "stage3_gather_16bit_weights_on_model_save": True},
-    }))  # fmt: skip
+    ours = json.loads((ROOT / "examples" / "zero3.json").read_text())
+    at_once = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    ours["zero_optimization"].update(at_once)  # a weight is let go as soon as its module is done, and be it small
+    config.write_text(json.dumps(ours))
     student, teacher = micro_models
 
     def values(folder, **more):

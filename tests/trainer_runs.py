@@ -25,6 +25,23 @@ def options(folder, **values):
 WRITES = {"prompts": 12, "prompt_tokens": 4}
 
 
+#: accelerate shards over accelerators only: here its switch is set by hand, then fully_shard runs over gloo.
+FSDP_ON_CPU = """
+import accelerate.state, accelerate.utils, json, sys
+original, plugin = accelerate.state.AcceleratorState.__init__, None
+def init(self, *arguments, fsdp_plugin=None, **options):
+    global plugin
+    plugin = fsdp_plugin or plugin
+    original(self, *arguments, fsdp_plugin=plugin, **options)
+    if plugin is not None:
+        self.distributed_type, self.fsdp_plugin = accelerate.utils.DistributedType.FSDP, plugin
+accelerate.state.AcceleratorState.__init__ = init
+from kdkernels.__main__ import main
+for command in json.loads(sys.argv[1]):
+    main(command)
+"""
+
+
 def flags(values):
     line = []
     for name, value in values.items():
@@ -33,7 +50,7 @@ def flags(values):
     return line
 
 
-def process(*arguments, script=None, torchrun=False, timeout=240):
+def process(*arguments, script=None, torchrun=False, timeout=240, cwd=ROOT):
     """A real process: the command itself, or a script that ends in it."""
     command = [sys.executable]
     if torchrun:
@@ -41,7 +58,7 @@ def process(*arguments, script=None, torchrun=False, timeout=240):
     command += [str(script)] if script else ["-m", "kdkernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
 
 
