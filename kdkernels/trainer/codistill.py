@@ -43,6 +43,11 @@ class Pair(nn.Module):
         for model in (self.student, self.teacher):
             model.activation_checkpointing_enable(**options)
 
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """What it was called by the last transformers for Python 3.10."""
+        for model in (self.student, self.teacher):
+            model.gradient_checkpointing_enable(**options)
+
 
 @dataclass(frozen=True)
 class SoftWeight:
