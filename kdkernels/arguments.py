@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
+from .backends import reference_asked
 from .checks import (
     DTYPES,
     check_constant,
@@ -200,6 +203,23 @@ def common_vocab(student: Side, teacher: Optional[Side], vocab_size: Optional[in
     return sizes[0]
 
 
+def _refuse_transforms(tensors: list[Tensor]) -> None:
+    """What cannot see through an operator; torch's own errors would not say whose operator it is."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record kdkernels; torch.export.export and torch.compile can")
+    if reference_asked():
+        return
+    if any(unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("kdkernels has no forward-mode derivative; kd.use_backend('reference') has")
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError(
+            "torch.func (grad, vmap, jacrev, ...) cannot transform kdkernels' operators; use torch.autograd.grad, "
+            "which takes is_grads_batched=True, and leading dimensions for vmap's, or kd.use_backend('reference')"
+        )
+
+
 def _check_sides(student: Side, teacher: Side) -> None:
     if student.leading != teacher.leading:
         raise ValueError(f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}")
@@ -264,7 +284,7 @@ def _live_labels(labels: Optional[Tensor], mask: Optional[Tensor], student: Side
 
 def _token_weights(token_weights: Any, student: Side, dtype: torch.dtype) -> Tensor:
     if token_weights is None:
-        return torch.ones(student.leading.numel(), dtype=dtype, device=student.device)
+        return torch.ones(math.prod(student.leading), dtype=dtype, device=student.device)
     _check_per_token("token_weights", token_weights, student)
     check_constant("token_weights", token_weights)
     if token_weights.is_complex():
@@ -289,7 +309,7 @@ def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: O
         return 1.0 / num_items
     if reduction == "mean":
         if labels is None:
-            return 1.0 / max(leading.numel(), 1)
+            return 1.0 / max(math.prod(leading), 1)
         return 1.0 / (labels >= 0).sum().clamp(min=1).double()
     if reduction == "batchmean":
         return 1.0 / max(leading[0] if leading else 1, 1)
@@ -316,6 +336,7 @@ def prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tensor
     _check_spec(spec, labels)
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
+    _refuse_transforms(s.tensors if t is None else s.tensors + t.tensors)
     vocab = common_vocab(s, t, given["vocab_size"])
     if t is not None:
         _check_sides(s, t)

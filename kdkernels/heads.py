@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_tensor, number
+from .layout import columns_adjoin, flat, folds
 
 HALF = (torch.bfloat16, torch.float16)
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
@@ -82,7 +83,9 @@ class LinearHead:
     @property
     def _is_cast(self) -> bool:
         """By autocast, which leaves fp64 alone."""
-        return torch.is_autocast_enabled(self.hidden.device.type) and self.hidden.dtype != torch.float64
+        kind = self.hidden.device.type
+        possible = torch.amp.is_autocast_available(kind) and self.hidden.dtype != torch.float64
+        return possible and torch.is_autocast_enabled(kind)
 
     def _check_dtypes(self, tensors: list[Tensor]) -> None:
         if not all(t.is_floating_point() for t in tensors) or (
@@ -104,19 +107,32 @@ class LinearHead:
 
 
 class LogitRows:
-    """Rows of given logits ``[..., V]``: tiles are views, the gradient is one buffer (or the logits)."""
+    """Rows of given logits ``[..., V]`` and their gradient: a buffer ``[..., V]``, or the logits themselves.
+
+    A tile is a view where it can be. It is a copy where only some rows are kept, where the leading
+    dimensions do not fold into one, and where columns do not adjoin; its gradient is then written over
+    the copy, and put where it belongs by ``backward``.
+    """
 
     def __init__(self, logits: Tensor, vocab: int, grad: Optional[Tensor]) -> None:
-        self.full, self.grad, self.vocab = logits, grad, vocab
+        self.vocab, self.tokens = vocab, logits.numel() // logits.shape[-1]
         self.index: Optional[Tensor] = None
-        self.tokens = logits.numel() // logits.shape[-1]
+        self.folded = folds(logits) and (grad is None or folds(grad))
+        self.full = flat(logits) if self.folded else logits
+        self.grad = flat(grad) if self.folded and grad is not None else grad
 
     @property
     def bytes_per_logit(self) -> int:
-        return 0 if self.index is None else self.full.element_size() * (1 + (self.grad is not None))
+        if self._gathered:
+            return self.full.element_size() * (1 + (self.grad is not None))
+        return 0 if columns_adjoin(self.full) else self.full.element_size()
 
     #: Beside the budget for outcomes, a kept logit costs nothing worth counting.
     bytes_per_kept = 0
+
+    @property
+    def _gathered(self) -> bool:
+        return self.index is not None or not self.folded
 
     @property
     def wants_gradient(self) -> bool:
@@ -126,43 +142,61 @@ class LogitRows:
     def dtypes(self) -> list[torch.dtype]:
         return [self.full.dtype]
 
-    def keep(self, index: Tensor) -> None:
-        """Only the rows ``index``; the gradient of the others is zero."""
+    def keep(self, index: Tensor, others: Tensor) -> None:
+        """Only the rows ``index``; the gradient of the ``others`` is zero."""
         self.index, self.tokens = index, index.numel()
         if self.grad is not None:
-            self.grad.zero_()
+            self.grad[self._places(others)] = 0
+
+    def _places(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """An index for each leading dimension."""
+        return (tokens,) if self.folded else torch.unravel_index(tokens, self.full.shape[:-1])
+
+    def _at(self, rows: slice) -> tuple[Tensor, ...]:
+        if self.index is not None:
+            return self._places(self.index[rows])
+        return self._places(torch.arange(rows.start, rows.stop, device=self.full.device))
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        if self.index is None:
-            return self.full[rows, columns]
-        return self.full[:, columns].index_select(0, self.index[rows])
+        if not self._gathered:
+            tile = self.full[rows, columns]
+            return tile if columns_adjoin(tile) else tile.contiguous()
+        if self.folded:
+            return self.full[:, columns].index_select(0, self._at(rows)[0])
+        return self.full[..., columns][self._at(rows)].contiguous()
 
     def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Optional[Tensor]:
         if self.grad is None:
             return None
-        return tile if self.index is not None else self.grad[rows, columns]
+        return tile if self._gathered or not columns_adjoin(self.grad) else self.grad[rows, columns]
 
     def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        if self.index is not None and self.grad is not None:
-            self.grad[:, columns].index_copy_(0, self.index[rows], gradient)
-
-    def _tokens(self, rows: slice) -> Tensor:
-        if self.index is not None:
-            return self.index[rows]
-        return torch.arange(rows.start, rows.stop, device=self.full.device)
+        if self.grad is None:
+            return
+        if not self._gathered:
+            if not columns_adjoin(self.grad):
+                self.grad[rows, columns] = gradient
+        elif self.folded:
+            self.grad[:, columns].index_copy_(0, self._at(rows)[0], gradient)
+        else:
+            self.grad[..., columns][self._at(rows)] = gradient
 
     def kept_tile(self, rows: slice, ids: Tensor) -> Tensor:
         """The logits at ``ids`` ``[rows, K]``, anything where an id is -1."""
-        return self.full[self._tokens(rows)[:, None], ids.clamp(min=0)]
+        return self.full[self._entries(rows, ids)]
 
     def backward_kept(self, gradient: Tensor, rows: slice, ids: Tensor) -> None:
         """The gradient at ``ids`` (0 where an id is -1), and zero everywhere else."""
         if self.grad is None:
             return
-        if self.index is None:
-            self.grad[rows, : self.vocab].zero_()
-        at = self._tokens(rows)[:, None], ids.clamp(min=0)
-        self.grad.index_put_(at, gradient.to(self.grad.dtype), accumulate=True)
+        if self._gathered:
+            self.grad[self._at(rows)] = 0
+        else:
+            self.grad[rows].zero_()
+        self.grad.index_put_(self._entries(rows, ids), gradient.to(self.grad.dtype), accumulate=True)
+
+    def _entries(self, rows: slice, ids: Tensor) -> tuple[Tensor, ...]:
+        return (*(place[:, None] for place in self._at(rows)), ids.clamp(min=0))
 
     def gradients(self) -> list[Tensor]:
         return [] if self.grad is None else [self.grad]
@@ -213,7 +247,8 @@ class HeadRows:
     def dtypes(self) -> list[torch.dtype]:
         return [self.tile_dtype, self.dtype]
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, index: Tensor, others: Tensor) -> None:
+        """Only the rows ``index``; the gradient of the ``others`` is zero."""
         self.index, self.tokens = index, index.numel()
         self.hidden = self.hidden.index_select(0, index)
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
 from .arguments import Call, Logits, Teacher, checked, hard_spec, prepare, side, soft_spec
@@ -15,6 +14,7 @@ from .backends import candidates, chosen_backend, reference_asked
 from .backends import row_state as rs
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead
+from .layout import overlaps_itself
 from .targets import SparseTarget
 
 
@@ -42,8 +42,6 @@ class CodistillationLoss(NamedTuple):
 
 
 def _wants(tensors: list[Tensor]) -> list[bool]:
-    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("kdkernels has no forward-mode derivative; kd.use_backend('reference') has")
     return [torch.is_grad_enabled() and t.requires_grad for t in tensors]
 
 
@@ -51,8 +49,11 @@ def _check_inplace(call: Call) -> None:
     if call.student.is_head:
         raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
     logits = call.student.tensors[0]
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
-        raise ValueError("inplace=True needs logits of their own memory, but student is expanded")
+    if overlaps_itself(logits):
+        raise ValueError(
+            "inplace=True needs logits of their own memory, but student is expanded or unfolded: shape "
+            f"{tuple(logits.shape)}, strides {tuple(logits.stride())}; clone it, or inplace=False"
+        )
     # A compiler cannot look behind a view; it functionalises the write, so nothing is lost there.
     source = logits if torch.compiler.is_compiling() or logits._base is None else logits._base
     if source.is_leaf and source.requires_grad:
@@ -70,7 +71,7 @@ def _run(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
     if call.per_row:
         rows, results = _rows_with_grad(call, wants, inplace)
         if call.reduction == "none":
-            return rows.reshape(call.student.leading), results
+            return rows, results
         return (rows * call.scale).sum().to(rows.dtype), results
     weights = (call.weights * call.scale).to(call.weights.dtype)
     results, gradients = _rows(call, weights, wants, inplace)
@@ -93,19 +94,19 @@ def _rows(call: Call, weights: Tensor, wants: list[bool], inplace: bool,
 
 
 def _rows_with_grad(call: Call, wants: list[bool], inplace: bool) -> tuple[Tensor, Tensor]:
+    """(token losses ``[...]``, per-row results)."""
+    leading = call.student.leading
     if any(wants) and call.student.is_head:
         all_wants = wants + [False] * len(call.teacher_tensors)
         value, results, _ = ops.deferred(
             call.student.tensors, call.teacher_tensors, call.labels, call.weights,
             call.spec.to_floats(), call.vocab, call.chunk_bytes, all_wants,
         )  # fmt: skip
-        return value, results
+        return value.reshape(leading), results
     results, gradients = _rows(call, call.weights, wants, inplace)
-    value = ops.row_loss(results, call.weights, call.spec)
+    value = ops.row_loss(results, call.weights, call.spec).reshape(leading)
     if any(wants):
-        flat = [g.reshape(-1, g.shape[-1]) for g in gradients]
-        flat_logits = [call.student.tensors[0].reshape(-1, call.student.tensors[0].shape[-1])]
-        value = ops.attach(value, flat_logits, flat)
+        value = ops.attach(value, call.student.tensors, gradients)
     return value, results
 
 

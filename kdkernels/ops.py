@@ -21,28 +21,21 @@ from . import outcomes, reference, sparse
 from .backends import CHOICES, chosen_backend, serving, triton
 from .backends import row_state as rs
 from .checks import require, warn
-from .heads import HeadRows, LogitRows
+from .heads import HALF, HeadRows, LogitRows
+from .layout import flat, folds, overlap
 from .schedule import Plan, plan
 from .sparse import SparseRows
 from .spec import Spec
 
 _Rows = LogitRows | HeadRows
-
-
-def _strides_flatten(t: Tensor) -> bool:
-    """Whether the leading dimensions of ``t`` fold into one without a copy."""
-    kept = [(size, stride) for size, stride in zip(t.shape[:-1], t.stride()) if size != 1]
-    return all(stride == inner * step for (_, stride), (inner, step) in zip(kept, kept[1:], strict=False))
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+#: What is widened to fp32 at a time where a half-precision gradient is scaled: 4 MiB of it.
+_SLAB_LOGITS = 2**20
 
 
 def _rows_of(tensors: list[Tensor], vocab: int, wants: list[bool], grad: Optional[Tensor]) -> _Rows:
     if len(tensors) > 1:
-        return HeadRows([_flat(tensors[0]), *tensors[1:]], vocab, wants)
-    return LogitRows(_flat(tensors[0]), vocab, None if grad is None else _flat(grad))
+        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wants)
+    return LogitRows(tensors[0], vocab, grad)
 
 
 def _new_gradient(logits: Tensor, vocab: int) -> Tensor:
@@ -161,18 +154,14 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
     # Compaction waits for the number of live tokens; a graph being captured must not, and the kernels
     # skip masked rows by themselves.
     capturing = weights.is_cuda and torch.cuda.is_current_stream_capturing()
-    if labels is not None and heads and not capturing and bool((labels < 0).any()):
-        kept = (labels >= 0).nonzero()[:, 0]
-    else:
-        kept = None
-    direct = inplace and _writable_as_rows(student[0], heads) and kept is None
+    masked = None if labels is None or not heads or capturing else labels < 0
     if len(student) == 1 and student_wants[0]:
-        grad = student[0] if direct else _new_gradient(student[0], vocab)
+        grad = student[0] if inplace else _new_gradient(student[0], vocab)
     if len(teacher) == 1 and teacher_wants[0]:
         teacher_grad = _new_gradient(teacher[0], vocab)
     results = weights.new_zeros(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     made: list[Tensor] = []
-    if kept is None and not heads:
+    if not heads:
         _walk_logits(student[0], teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad,
                      teacher_grad, results)  # fmt: skip
         made = [g for g in (grad, teacher_grad) if g is not None]
@@ -181,13 +170,15 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
         t: _Rows | SparseRows | None = None
         if teacher:
             t = SparseRows(teacher, spec) if spec.tail else _rows_of(teacher, vocab, teacher_wants, teacher_grad)
-        if kept is None:
+        live = weights.shape[0] if masked is None else weights.shape[0] - int(masked.sum())
+        if masked is None or live == weights.shape[0]:
             _leave_out(weights, s, t)
             results = _walk(s, t, labels, weights, spec, chunk_bytes, backend)
         else:
+            kept, others = masked.to(torch.uint8).argsort(stable=True).tensor_split([live])
             for side in (s, t):
                 if side is not None:
-                    side.keep(kept)
+                    side.keep(kept, others)
             assert labels is not None
             _leave_out(weights[kept], s, t)
             results[kept] = _walk(s, t, labels[kept], weights[kept], spec, chunk_bytes, backend)
@@ -195,10 +186,7 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
         made = [g.view(x.shape) for g, x in zip(made, wanted(student + teacher, wants))]
     if not inplace:
         return [results, *made]
-    if direct:
-        student[0][..., vocab:].zero_()
-    else:
-        student[0].copy_(made[0])
+    student[0][..., vocab:].zero_()
     return [results]
 
 
@@ -208,19 +196,14 @@ def _leave_out(weights: Tensor, *sides: _Rows | SparseRows | None) -> None:
             side.leave_out(weights == 0)
 
 
-def _writable_as_rows(logits: Tensor, heads: bool) -> bool:
-    """Whether the gradient can be written straight over ``logits``; else it is copied there."""
-    return logits.stride(-1) == 1 and (not heads or _strides_flatten(logits))
-
-
 def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
     """Writing over the student must not change what is still to be read of the teacher."""
     for t in teacher:
         same = t.data_ptr() == student.data_ptr() and t.stride() == student.stride()
-        if not same and t.untyped_storage().data_ptr() == student.untyped_storage().data_ptr() and t.numel():
+        if not same and overlap(student, t):
             raise ValueError(
-                "inplace=True, but student and teacher are different views of one tensor; "
-                "clone the teacher, or inplace=False"
+                "inplace=True, but student and teacher are different views of one tensor, with memory in "
+                "common; clone the teacher, or inplace=False"
             )
 
 
@@ -234,7 +217,7 @@ def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, ba
     """Logits on both sides, or a sparse teacher. What does not fold into ``[N, V]`` as a view is
     walked in parts, so that a shifted ``logits[:, :-1]`` costs no copy."""
     logits = [student, grad, teacher_grad] + ([] if spec.tail else teacher)
-    if student.dim() > 2 and weights.numel() and not all(_strides_flatten(t) for t in logits if t is not None):
+    if student.dim() > 2 and weights.numel() and not all(folds(t) for t in logits if t is not None):
         per = weights.shape[0] // student.shape[0]
         for i in range(student.shape[0]):
             part = slice(i * per, (i + 1) * per)
@@ -243,12 +226,12 @@ def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, ba
                          chunk_bytes, backend, None if grad is None else grad[i],
                          None if teacher_grad is None else teacher_grad[i], results[part])  # fmt: skip
         return
-    s = LogitRows(_flat(student), vocab, None if grad is None else _flat(grad))
+    s = LogitRows(student, vocab, grad)
     t: LogitRows | SparseRows | None = None
     if spec.tail:
         t = SparseRows(teacher, spec)
     elif teacher:
-        t = LogitRows(_flat(teacher[0]), vocab, None if teacher_grad is None else _flat(teacher_grad))
+        t = LogitRows(teacher[0], vocab, teacher_grad)
     results.copy_(_walk(s, t, labels, weights, spec, chunk_bytes, backend))
 
 
@@ -291,6 +274,11 @@ def _tracing(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(t) is not Tensor
 
 
+def _batched(t: Tensor) -> bool:
+    """Whether these are many backwards at once, by is_grads_batched (torch's old vmap) or torch.func.vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
 def _refuse_double_backward(tracing: bool) -> None:
     if torch.is_grad_enabled() and not tracing:
         raise RuntimeError(
@@ -305,9 +293,24 @@ def _scaled(grad: Tensor, factor: Tensor, reuse: bool) -> Tensor:
         return grad
     if factor.dim() == 0 and grad.is_cuda and reuse and grad.is_contiguous() and triton.why_not() is None:
         return triton.scale_(grad, factor)  # looks at the factor without waiting for it
-    if factor.dim():
-        factor = factor.unsqueeze(-1)
-    return grad.mul_(factor) if reuse else (grad * factor).to(grad.dtype)
+    out = grad if reuse else torch.empty_like(grad)
+    _multiply(grad, factor, out)
+    return out
+
+
+def _multiply(grad: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = grad * factor, rounded once. On the CPU torch would hold half precision in fp32 for a factor
+    per row: so few rows at a time."""
+    if factor.dim() == 0 or grad.dtype not in HALF or grad.device.type != "cpu":
+        torch.mul(grad, factor.unsqueeze(-1) if factor.dim() else factor, out=out)
+    elif not folds(grad):
+        for part in zip(grad, factor, out):
+            _multiply(*part)
+    else:
+        grad, out = flat(grad), flat(out)
+        step = max(_SLAB_LOGITS // grad.shape[1], 1)
+        for g, f, o in zip(grad.split(step), factor.reshape(-1, 1).split(step), out.split(step)):
+            torch.mul(g, f, out=o)
 
 
 @torch.library.custom_op("kdkernels::attach", mutates_args=())
@@ -336,8 +339,12 @@ def _attach_backward(ctx, arriving):
     gradients = ctx.gradients
     if not tracing and not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
-    reuse = ctx.gradients is None
-    return None, [_scaled(g, arriving, reuse) for g in gradients], [None] * len(gradients)
+    if tracing or _batched(arriving):
+        factor = arriving.unsqueeze(-1) if arriving.dim() else arriving
+        scaled = [(g * factor).to(g.dtype) for g in gradients]
+    else:
+        scaled = [_scaled(g, arriving, reuse=ctx.gradients is None) for g in gradients]
+    return None, scaled, [None] * len(gradients)
 
 
 attach.register_autograd(_attach_backward, setup_context=_attach_setup)
@@ -388,6 +395,11 @@ def _deferred_setup(ctx, inputs, output) -> None:
 
 def _deferred_backward(ctx, arriving, *_):
     _refuse_double_backward(_tracing(arriving))
+    if _batched(arriving):
+        raise RuntimeError(
+            "kdkernels takes token losses of a LinearHead backward one at a time; without is_grads_batched=True or "
+            "vmap, or with kd.use_backend('reference')"
+        )
     saved = zip(ctx.saved_tensors, ctx.constants)
     choice, labels, weights, *tensors = (t if c is None else c for t, c in saved)
     n, m = ctx.sizes
@@ -458,7 +470,8 @@ def checked_target(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: 
     since a compiler runs nothing else of it."""
     told = Spec.from_floats(spec)
     outcomes.warn_if_approximate(told.tail, told.temperature)
-    return outcomes.check(ids, values, mask, labels, vocab=vocab, tail=told.tail, linear=told.linear)
+    checked = outcomes.check(ids, values, mask, labels, vocab=vocab, tail=told.tail, linear=told.linear)
+    return checked.contiguous()
 
 
 @checked_target.register_fake

@@ -82,7 +82,11 @@ def outcome_spec(spec: Spec) -> Spec:
 
 
 def outcomes(ids: Tensor, values: Tensor, spec: Spec, *, vocab: int, dtype: torch.dtype) -> Outcomes:
-    """Checked ids and values ``[n, K]`` as outcomes, with the teacher's log-masses in ``dtype``."""
+    """Checked ids and values ``[n, K]`` as outcomes, with the teacher's log-masses in ``dtype``.
+
+    All that comes out is contiguous: what torch makes of a transposed tensor is often transposed too.
+    """
+    ids, values = ids.contiguous(), values.contiguous()
     ids, log_t = _distinct(ids, _log_weights(ids, values, spec.linear))
     tail = torch.full_like(log_t[:, 0], -torch.inf)
     scale, constant = torch.ones_like(tail), torch.zeros_like(tail)

@@ -34,7 +34,7 @@ class SparseRows:
     def slots(self) -> int:
         return self.ids.shape[1]
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, index: Tensor, others: Tensor) -> None:
         self.ids, self.values = self.ids.index_select(0, index), self.values.index_select(0, index)
 
     def tile(self, rows: slice, vocab: int, dtype: torch.dtype) -> Outcomes:

@@ -165,6 +165,91 @@ def test_teacher_from_inference_mode(backend, reduction):
     assert torch.equal(loss, value) and all(torch.equal(a, b) for a, b in zip(grads, same))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_backwards_at_once(backend, dtype, reduction):
+    """is_grads_batched, jacobian(vectorize=True), and torch.func.vmap over torch.autograd.grad."""
+    s, t = torch.randn(4, 30).to(dtype), torch.randn(4, 30).to(dtype)
+    loss = lambda x: kd.kl_div(x, t, torch.tensor([1, 2, -100, 3]), reduction=reduction)  # noqa: E731
+    jacobian = lambda **options: torch.autograd.functional.jacobian(loss, s, **options)  # noqa: E731
+    one_by_one, at_once = jacobian(), jacobian(vectorize=True)
+    leaf = s.clone().requires_grad_()
+    value = loss(leaf)
+    each = torch.eye(4) if reduction == "none" else torch.tensor([1.0, 2.0])
+    (batched,) = torch.autograd.grad(value, leaf, each, is_grads_batched=True, retain_graph=True)
+    mapped = torch.func.vmap(lambda g: torch.autograd.grad(value, leaf, g, retain_graph=True)[0])(each)
+    assert one_by_one.norm() > 1e-2 and torch.equal(at_once, one_by_one)
+    expected = torch.stack([torch.autograd.grad(value, leaf, g, retain_graph=True)[0] for g in each])
+    assert expected.norm() > 1e-2 and torch.equal(batched, expected) and torch.equal(mapped, expected)
+
+
+HEAD = kd.LinearHead(torch.randn(4, 6), torch.randn(10, 6))
+TRANSFORMS = {
+    "grad": lambda s, t: torch.func.grad(lambda x: kd.kl_div(x, t))(s),
+    "grad of a head": lambda s, t: torch.func.grad(lambda h: kd.kl_div(kd.LinearHead(h, HEAD.weight), t))(HEAD.hidden),
+    "vmap": lambda s, t: torch.func.vmap(lambda x: kd.kl_div(x, t[0]))(s),
+    "vmap of both": lambda s, t: torch.func.vmap(kd.js_divergence)(s, t),
+    "jacrev": lambda s, t: torch.func.jacrev(lambda x: kd.kl_div(x, t, reduction="none"))(s),
+    "per sample": lambda s, t: torch.func.vmap(torch.func.grad(kd.kl_div))(s, t),
+    "co": lambda s, t: torch.func.grad(lambda x: kd.codistillation_loss(x, t, torch.tensor([1, 2, 3, 4])).student)(s),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms_name_us_and_the_way_out(backend, transform):
+    s, t = torch.randn(2, 4, 10)
+    with pytest.raises(RuntimeError, match="kdkernels.*use torch.autograd.grad.*use_backend\\('reference'\\)") as caught:
+        TRANSFORMS[transform](s, t)
+    assert "\n" not in str(caught.value)
+    with kd.use_backend("reference"):
+        assert TRANSFORMS[transform](s, t).norm() > 1e-3
+
+
+def test_what_cannot_be_recorded_names_us(backend):
+    s, t = torch.randn(2, 4, 10)
+    with pytest.raises(RuntimeError, match="jit.trace cannot record kdkernels.*torch.export"):
+        torch.jit.trace(lambda x: kd.kl_div(x, t), s)
+    hidden = torch.randn(4, 6, requires_grad=True)
+    losses = kd.kl_div(kd.LinearHead(hidden, HEAD.weight), t, reduction="none")
+    with pytest.raises(RuntimeError, match="kdkernels.*LinearHead.*without is_grads_batched"):
+        torch.autograd.grad(losses, hidden, torch.eye(4), is_grads_batched=True)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.head = torch.nn.Linear(6, 10) if form == "head" else None
+
+    def forward(self, student, teacher, labels):
+        if self.head is not None:
+            student = kd.LinearHead(student, self.head.weight, self.head.bias)
+        losses = kd.distillation_loss(student, teacher, labels, hard_weight=0.5, reduction="none")
+        return losses, kd.kl_div(student, teacher), kd.kl_div(student, teacher, labels, reduction="batchmean")
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_any_number_of_tokens(form, strict):
+    module, tokens = Exported(form), torch.export.Dim("tokens")
+    given = lambda n: (torch.randn(n, 6 if form == "head" else 10), torch.randn(n, 10), torch.arange(n) % 10)  # noqa: E731
+    program = torch.export.export(module, given(4), dynamic_shapes=({0: tokens},) * 3, strict=strict)
+    for n in (3, 17):
+        arguments = given(n)
+        for mine, expected in zip(program.module()(*arguments), module(*arguments), strict=True):
+            assert torch.equal(mine, expected) and expected.norm() > 1e-3
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_heads_on_meta(reduction):
+    """Shapes and dtypes without memory, as a trainer plans with."""
+    with torch.device("meta"):
+        hidden, weight = torch.randn(2, 3, 6, requires_grad=True), torch.randn(10, 6, requires_grad=True)
+        loss = kd.kl_div(kd.LinearHead(hidden, weight), torch.randn(2, 3, 10), reduction=reduction)
+    grads = torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert loss.is_meta and loss.shape == (() if reduction == "mean" else (2, 3))
+    assert [g.shape for g in grads] == [(2, 3, 6), (10, 6)]
+
+
 def test_forward_mode_is_refused_not_zero(backend):
     s, t = torch.randn(2, 4, 10)
     with pytest.raises(RuntimeError, match="forward-mode"):
