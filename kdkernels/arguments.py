@@ -24,14 +24,14 @@ from .checks import (
     shown,
 )
 from .divergences import JSD, Divergence, NoDivergence, simplified
-from .heads import LinearHead
+from .heads import LinearHead, MappedLogits
 from .outcomes import check_divergence
 from .schedule import DEFAULT_CHUNK_BYTES
 from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
-Logits = Union[Tensor, LinearHead]
-Teacher = Union[Tensor, LinearHead, SparseTarget]
+Logits = Union[Tensor, LinearHead, MappedLogits]
+Teacher = Union[Logits, SparseTarget]
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
@@ -171,7 +171,7 @@ def hard_spec(label_smoothing: float, z_loss: float) -> Spec:
 
 def side(role: str, given: Logits) -> Side:
     """The model's side of a call, its tensors as they are."""
-    if isinstance(given, LinearHead):
+    if isinstance(given, (LinearHead, MappedLogits)):
         tensors, vocab, leading = given.tensors(), given.vocab_size, given.leading_shape
         logit_map = LogitMap(given.logit_scale, given.softcap or 0.0)
     elif isinstance(given, Tensor):

@@ -64,13 +64,7 @@ class LinearHead:
         if len({t.device for t in tensors}) > 1:
             raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
         self._check_dtypes(tensors)
-        object.__setattr__(self, "logit_scale", number("LinearHead's logit_scale", self.logit_scale))
-        if self.logit_scale == 0:
-            raise ValueError("LinearHead needs logit_scale != 0, got 0")
-        if self.softcap is not None:
-            object.__setattr__(self, "softcap", number("LinearHead's softcap", self.softcap))
-            if not self.softcap > 0:
-                raise ValueError(f"LinearHead needs softcap > 0 or None, got softcap={self.softcap}")
+        _check_map(self)
 
     @property
     def vocab_size(self) -> int:
@@ -104,6 +98,46 @@ class LinearHead:
         if self._is_cast:
             given = [t.to(torch.get_autocast_dtype(kind)) for t in given]
         return given
+
+
+@dataclass(frozen=True, eq=False)
+class MappedLogits:
+    """Logits ``[..., V]`` that are still to be scaled and capped, as a :class:`LinearHead`'s are.
+
+    The pass that reads them does it, in its arithmetic: a half-precision cap would round the logits
+    again, and cost a tensor of their size. Gradients are those of the logits as they are given.
+    """
+
+    logits: Tensor
+    logit_scale: float = 1.0
+    softcap: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        check_tensor("logits", self.logits)
+        _check_map(self)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.logits]
+
+
+def _check_map(given: LinearHead | MappedLogits) -> None:
+    """Its scale and cap become Python numbers, of what they may be."""
+    owner = type(given).__name__
+    object.__setattr__(given, "logit_scale", number(f"{owner}'s logit_scale", given.logit_scale))
+    if given.logit_scale == 0:
+        raise ValueError(f"{owner} needs logit_scale != 0, got 0")
+    if given.softcap is not None:
+        object.__setattr__(given, "softcap", number(f"{owner}'s softcap", given.softcap))
+        if not given.softcap > 0:
+            raise ValueError(f"{owner} needs softcap > 0 or None, got softcap={given.softcap}")
 
 
 class LogitRows:

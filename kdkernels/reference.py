@@ -13,13 +13,15 @@ from torch import Tensor
 
 from .backends import row_state as rs
 from .divergences import Divergence, NoDivergence, simplified
-from .heads import LinearHead
+from .heads import LinearHead, MappedLogits
 from .outcomes import LEAST_TAIL
 from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
+_Logits = Union[Tensor, LinearHead, MappedLogits]
 
-def logits_of(given: Union[Tensor, LinearHead], vocab: int, counted: Tensor) -> Tensor:
+
+def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
     """``[N, vocab]`` fp64 logits. The rows that are not ``counted`` ``[N]`` may hold anything, NaN too, and are
     taken for 0: neither they nor their hidden states reach a product, whose 0 * NaN would be NaN."""
 
@@ -28,9 +30,12 @@ def logits_of(given: Union[Tensor, LinearHead], vocab: int, counted: Tensor) -> 
 
     if isinstance(given, Tensor):
         return rows(given)[:, :vocab]
-    z = rows(given.hidden) @ given.weight.double().t()
-    if given.bias is not None:
-        z = z + given.bias.double()
+    if isinstance(given, MappedLogits):
+        z = rows(given.logits)
+    else:
+        z = rows(given.hidden) @ given.weight.double().t()
+        if given.bias is not None:
+            z = z + given.bias.double()
     z = z * given.logit_scale
     if given.softcap is not None:
         z = given.softcap * torch.tanh(z / given.softcap)
@@ -204,7 +209,7 @@ def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Ten
     tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in student + teacher]
     leaves = [t.requires_grad_(want) for t, want in zip(tensors, wants)]
     s = _side(leaves[: len(student)], spec.student_map)
-    t: Union[Tensor, LinearHead, SparseTarget, None] = None
+    t: Union[_Logits, SparseTarget, None] = None
     if spec.tail:
         kind = "weights" if spec.linear else "logprobs"
         t = SparseTarget(leaves[-2], tail=spec.tail, **{kind: leaves[-1]})
@@ -212,7 +217,7 @@ def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Ten
         t = _side(leaves[len(student) :], spec.teacher_map)
     total, results = rows(s, t, labels, weights, spec, vocab)
     if spec.teacher_hard_weight:
-        assert labels is not None and isinstance(t, (Tensor, LinearHead))
+        assert labels is not None and isinstance(t, (LinearHead, MappedLogits))
         hard = cross_entropy_rows(logits_of(t, vocab, weights != 0), labels, label_smoothing=0.0, z_loss=0.0)
         total = total + spec.teacher_hard_weight * hard * weights.double()
         results[:, rs.TEACHER_HARD] = hard.detach()
@@ -223,8 +228,9 @@ def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Ten
     return [results, *(g.contiguous() for g in gradients)]
 
 
-def _side(tensors: list[Tensor], logit_map: LogitMap) -> Union[Tensor, LinearHead]:
+def _side(tensors: list[Tensor], logit_map: LogitMap) -> Union[LinearHead, MappedLogits]:
+    scale, softcap = logit_map.scale, logit_map.softcap or None
     if len(tensors) == 1:
-        return tensors[0]
+        return MappedLogits(tensors[0], scale, softcap)
     bias = tensors[2] if len(tensors) > 2 else None
-    return LinearHead(tensors[0], tensors[1], bias, logit_map.scale, logit_map.softcap or None)
+    return LinearHead(tensors[0], tensors[1], bias, scale, softcap)

@@ -20,10 +20,11 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from ..heads import MappedLogits
 from ..losses import kl_div
 from ..targets import SparseTarget
 
-_TAILS = {"zero": "renormalize", "symmetric_uniform": "bucket"}
+_MISSING = ("zero", "symmetric_uniform")
 
 
 def sparse_kl_div(
@@ -60,8 +61,8 @@ def sparse_kl_div(
     torch.Size([])
     """
     name = getattr(missing, "value", missing)
-    if name not in _TAILS:
-        raise ValueError(f"missing must be one of {', '.join(_TAILS)}, got {missing!r}")
+    if name not in _MISSING:
+        raise ValueError(f"missing must be one of {', '.join(_MISSING)}, got {missing!r}")
     if name == "symmetric_uniform" and not log_target:
         raise ValueError("teacher logits say nothing about missing probability: use missing='zero'")
     mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
@@ -69,9 +70,9 @@ def sparse_kl_div(
     temperature = temperature / student_generation_temperature
     if name == "symmetric_uniform":
         # Tempered here, tail included: so the student's logits are tempered, and compared as they are.
-        values = _tempered(values, ratio / temperature)
-        logits, temperature, ratio = (logits / temperature if temperature != 1 else logits), 1.0, 1.0
-    target = SparseTarget(target_ids, values * ratio, tail=_TAILS[name])
+        target = SparseTarget(target_ids, _tempered(values, ratio / temperature), tail="bucket")
+        return kl_div(MappedLogits(logits, 1 / temperature), target, mask=mask, reduction="sum")
+    target = SparseTarget(target_ids, values * ratio, tail="renormalize")
     return kl_div(logits, target, mask=mask, temperature=temperature, reduction="sum")
 
 

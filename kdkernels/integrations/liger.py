@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import JSD, TotalVariation
+from ..heads import MappedLogits
 from ..losses import cross_entropy, distillation_loss, js_divergence
 from ..losses import kl_div as kl_of_logits
 from .common import head
@@ -146,17 +147,15 @@ def liger_cross_entropy(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
 ) -> Tensor:
-    """:func:`kdkernels.cross_entropy`; ``lse_square_scale`` is its z_loss. A softcap costs two tensors
-    of the logits' size here, and nothing in :func:`liger_fused_linear_cross_entropy`.
+    """:func:`kdkernels.cross_entropy`; ``lse_square_scale`` is its z_loss.
 
     >>> liger_cross_entropy(torch.randn(3, 10), torch.tensor([1, -100, 2]), softcap=30.0).shape
     torch.Size([])
     """
     _refuse(weight=weight, return_z_loss=return_z_loss, return_token_accuracy=return_token_accuracy,
             return_predicted_tokens=return_predicted_tokens)  # fmt: skip
-    logits = input if softcap is None else softcap * torch.tanh(input / softcap)
-    return cross_entropy(logits, target, label_smoothing=label_smoothing, z_loss=lse_square_scale,
-                         reduction=reduction, ignore_index=ignore_index)  # fmt: skip
+    return cross_entropy(MappedLogits(input, softcap=softcap), target, label_smoothing=label_smoothing,
+                         z_loss=lse_square_scale, reduction=reduction, ignore_index=ignore_index)  # fmt: skip
 
 
 def liger_fused_linear_cross_entropy(

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergences import JSD, simplified
+from ..heads import MappedLogits
 from ..losses import js_divergence
 from ..targets import SparseTarget
 from .common import IGNORED, head
@@ -172,10 +173,10 @@ def server_compute_loss(
 ) -> Any:
     """``ServerDistillationTrainer.compute_loss``: the divergence on what a teacher's server tells.
 
-    The student's logits are read once, as they are: no log-softmax over the vocabulary. The server's
-    log-probabilities are at the trainer's temperature already, so the student's logits are divided by
-    it (a copy of them unless it is 1) and the loss is taken at 1. As in TRL it is the local mean over
-    tokens, whatever ``num_items_in_batch`` says.
+    The student's logits are read once, as they are: no log-softmax over the vocabulary, no copy. The
+    server's log-probabilities are at the trainer's temperature already, so only the student's logits are
+    divided by it, in the pass that reads them, and the loss is taken at 1. As in TRL it is the local
+    mean over tokens, whatever ``num_items_in_batch`` says.
     """
     prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
     prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
@@ -197,8 +198,8 @@ def server_compute_loss(
     tokens = F.pad(inputs["input_ids"][:, window], around)
     kept = F.pad(labels[:, window] != IGNORED, around)
     loss = js_divergence(
-        logits if self.temperature == 1 else logits / self.temperature,
-        _server_target(self, told, logits, tokens, kept), mask=kept, beta=self.beta,
+        MappedLogits(logits, 1 / self.temperature), _server_target(self, told, logits, tokens, kept),
+        mask=kept, beta=self.beta,
     )  # fmt: skip
     if self.model.training:
         loss = loss / self.current_gradient_accumulation_steps

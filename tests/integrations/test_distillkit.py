@@ -46,6 +46,17 @@ def test_sparse_kl_div(missing, temperatures):
     assert_same(ours, theirs, 3e-6)
 
 
+@pytest.mark.parametrize("missing", ["zero", "symmetric_uniform"])
+def test_difference_half_precision_is_tempered_in_fp32(missing):
+    """Logits / temperature in bf16 would move them by 2^-9 of their size."""
+    student, ids, values, mask = batch()
+    student = (10 * student).bfloat16()
+    options = dict(missing=missing, temperature=3.0)
+    ours = outcome(dropin.sparse_kl_div, [student], ids, values, mask, **options)
+    truth = outcome(formula, [student.double()], ids, values, mask, **options)
+    assert relative(ours[0][0], truth[0][0]) < 1e-5 and relative(ours[1][0], truth[1][0]) < 2**-8
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_teacher_logits(temperature):
     student, ids, values, mask = batch(log_target=False)

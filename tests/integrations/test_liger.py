@@ -119,6 +119,20 @@ def test_softcap():
     assert_same(outcome(lambda h, w: plain(h @ w.T, targets), [h, w]), capped, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_softcap_of_half_precision_is_not_rounded_again(dtype, reduction):
+    """The cap is part of the pass: in the logits' dtype it would move them by 2^-9 of their size."""
+    logits, targets = (20 * torch.randn(N, V)).to(dtype), labels()
+    options = dict(softcap=30.0, label_smoothing=0.1, lse_square_scale=1e-3, reduction=reduction)
+    truth = outcome(dropin.liger_cross_entropy, [logits.double()], targets, **options)
+    ours = outcome(dropin.liger_cross_entropy, [logits], targets, **options)
+    formula = lambda z: F.cross_entropy(30 * torch.tanh(z / 30), targets, label_smoothing=0.1)  # noqa: E731
+    assert relative(ours[0][0], truth[0][0]) < 1e-6 and relative(ours[1][0], truth[1][0]) < 2 ** (-8 if dtype == torch.bfloat16 else -10)
+    rounded = outcome(formula, [logits])
+    assert relative(rounded[1][0], outcome(formula, [logits.double()])[1][0]) > 2 * relative(ours[1][0], truth[1][0])
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_total_variation(reduction, masked):
