@@ -84,6 +84,7 @@ class Call:
 def _divergence(name: str, given: Any) -> Divergence:
     if not isinstance(given, Divergence):
         raise TypeError(f"{name} must be a kd.Divergence such as kd.ForwardKL(), got {shown(given)}")
+    given.check()
     return given
 
 

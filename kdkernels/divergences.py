@@ -14,8 +14,10 @@ student's distribution. A class gives two pointwise functions of (p, q, log p, l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import ClassVar, Optional
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Callable, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -60,28 +62,115 @@ def _times(weight: Tensor, x: Tensor) -> Tensor:
 
 
 class Divergence:
-    """Base of all divergences: ``code`` names it to the kernels, ``parameters`` go with it."""
+    """Base of all divergences, and of your own: a class with ``phi``, and with ``q_psi`` where it should not be
+    taken from ``phi`` by autograd. Its numbers are the fields of a dataclass.
 
+    Such a class goes through every input form, option and compiler as the others do, on the eager backend. What it
+    inherits of a parent's ``q_psi``, ``closed_form`` and kernels counts only while the parent's formula does:
+    not for a class with a ``phi`` of its own. ``docs/divergences.md`` says what a formula must hold to.
+
+    >>> import torch, kdkernels as kd
+    >>> @dataclass(frozen=True)
+    ... class Hellinger(kd.Divergence):
+    ...     weight: float = 1.0
+    ...
+    ...     def phi(self, p, q, log_p, log_q):
+    ...         return self.weight * (p + q - 2 * ((log_p + log_q) / 2).exp())
+    >>> student, teacher = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
+    >>> kd.distillation_loss(student, teacher, divergence=Hellinger(0.5)).backward()
+    """
+
+    #: How operators and kernels name the class: > 0 where kernels know it, and given to all others here.
     code: ClassVar[int] = -1
     #: "forward" or "reverse": the value and gradient follow from the first pass alone.
     closed_form: ClassVar[Optional[str]] = None
 
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        phi, q_psi, form = (_level(cls, name) for name in ("phi", "q_psi", "closed_form"))
+        if q_psi > phi:
+            cls.q_psi = Divergence.q_psi  # type: ignore[method-assign]
+        if form > min(phi, q_psi):
+            cls.closed_form = None
+        if cls.__module__ != __name__:
+            cls.code = _new_code(f"{cls.__module__}.{cls.__qualname__}")
+        _CLASSES[cls.code] = cls
+
     def __post_init__(self) -> None:
-        """A dataclass's fields are its numbers; a 0-dim tensor becomes the number that it holds."""
-        for name in (field.name for field in fields(self)):  # type: ignore[arg-type]
+        """A 0-dim tensor in a field becomes the number that it holds."""
+        for name in _numbers_of(self):
             given = getattr(self, name)
             if type(given) not in (int, float, bool) or not abs(given) < math.inf:
                 object.__setattr__(self, name, number(f"{type(self).__name__}'s {name}", given))
 
     @property
-    def parameters(self) -> tuple[float, float]:
-        return (0.0, 0.0)
+    def parameters(self) -> tuple[float, ...]:
+        """Its numbers, in the order of its fields; at least two, as the kernels read them."""
+        kind = type(self)
+        own = tuple(
+            float(number(f"{kind.__name__}'s {name}", getattr(self, name))) for name in _numbers_of(self)
+        )
+        return own + (0.0,) * (2 - len(own))
+
+    def check(self) -> None:
+        """TypeError for what cannot be a divergence: no formula, or numbers that are no fields."""
+        kind = type(self)
+        if kind.phi is Divergence.phi:
+            raise TypeError(f"{kind.__name__} defines no phi, whose sum is the divergence")
+        loose = [name for name in getattr(self, "__dict__", {}) if name not in _numbers_of(self)]
+        if loose:
+            raise TypeError(
+                f"{kind.__name__} keeps {', '.join(loose)} outside of a dataclass's fields, where it would be "
+                "lost on the way to an operator; make it a number in a field of a @dataclass(frozen=True)"
+            )
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         raise NotImplementedError
 
     def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        raise NotImplementedError
+        """From ``phi``, whose derivative for log q it is; 0 where both sides are -inf."""
+        padding = torch.isneginf(log_p) & torch.isneginf(log_q)
+        lp, lq = log_p.masked_fill(padding, 0.0), log_q.masked_fill(padding, 0.0)
+        return _derivative(lambda p, lp, lq: self.phi(p, lq.exp(), lp, lq), p, lp, lq).masked_fill(padding, 0.0)
+
+
+def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """That of a pointwise function for the last of ``tensors``.
+
+    Operators run below autograd: a thread of its own has it. The stream is the caller's.
+    """
+    stream = torch.cuda.current_stream(tensors[0].device) if tensors[0].is_cuda else None
+
+    def differentiate() -> Tensor:
+        with torch.cuda.stream(stream):
+            *others, last = (t.clone() if t.is_inference() else t.detach() for t in tensors)
+            value = function(*others, last.requires_grad_())
+            return torch.autograd.grad(value, last, torch.ones_like(value))[0]
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(differentiate).result()
+
+
+#: Every class by its code: what an operator is told of a divergence is its code and its numbers.
+_CLASSES: dict[int, type[Divergence]] = {}
+
+
+def _level(cls: type, name: str) -> int:
+    """How many classes up ``name`` is defined."""
+    return next(i for i, kind in enumerate(cls.__mro__) if name in vars(kind))
+
+
+def _new_code(name: str) -> int:
+    """The same in every process that defines the class: a graph may be stored with it."""
+    code = -2 - zlib.crc32(name.encode())
+    while code in _CLASSES:  # the name is defined again, and what was made with the first stays its own
+        code -= 1
+    return code
+
+
+def _numbers_of(divergence: Any) -> list[str]:
+    """The fields of an instance or a class."""
+    return [field.name for field in fields(divergence)] if is_dataclass(divergence) else []
 
 
 @dataclass(frozen=True)
@@ -346,12 +435,15 @@ class NoDivergence(Divergence):
 
 def simplified(divergence: Divergence) -> Divergence:
     """The same divergence in its cheapest form: the ends of JSD, Mixed and AlphaBeta are KLs."""
-    if isinstance(divergence, JSD) and divergence.beta in (0.0, 1.0):
+    # By exact types: a subclass may mean something else.
+    if type(divergence) is JSD and divergence.beta in (0.0, 1.0):
         return ForwardKL() if divergence.beta == 0.0 else ReverseKL()
-    if isinstance(divergence, Mixed) and divergence.weight in (0.0, 1.0):
+    if type(divergence) is Mixed and divergence.weight in (0.0, 1.0):
         return ForwardKL() if divergence.weight == 1.0 else ReverseKL()
-    if isinstance(divergence, (SkewKL, SkewReverseKL)) and divergence.alpha == 0.0:
-        return ForwardKL() if isinstance(divergence, SkewKL) else ReverseKL()
+    if type(divergence) is SkewKL and divergence.alpha == 0.0:
+        return ForwardKL()
+    if type(divergence) is SkewReverseKL and divergence.alpha == 0.0:
+        return ReverseKL()
     if divergence == AlphaBeta(1.0, 0.0):
         return ForwardKL()
     if divergence == AlphaBeta(0.0, 1.0):
@@ -359,19 +451,9 @@ def simplified(divergence: Divergence) -> Divergence:
     return divergence
 
 
-def from_code(code: int, first: float, second: float) -> Divergence:
-    """The divergence that ``code`` and its two ``parameters`` stand for."""
-    if code == JSD.code:
-        return JSD(first)
-    if code == SkewKL.code:
-        return SkewKL(first)
-    if code == SkewReverseKL.code:
-        return SkewReverseKL(first, bool(second))
-    if code == AlphaBeta.code:
-        return AlphaBeta(first, second)
-    if code == Mixed.code:
-        return Mixed(first)
-    plain = {d.code: d for d in (NoDivergence(), ForwardKL(), ReverseKL(), TotalVariation())}
-    if code not in plain:
-        raise ValueError("the kernels know kdkernels' own divergences; kd.use_backend('reference') takes any")
-    return plain[code]
+def from_code(code: int, parameters: list[float]) -> Divergence:
+    """The divergence that a ``code`` and its ``parameters`` stand for."""
+    if code not in _CLASSES:
+        raise ValueError(f"no divergence is defined here whose code is {code}; import the module that defines it")
+    kind = _CLASSES[code]
+    return kind(**dict(zip(_numbers_of(kind), parameters)))

@@ -352,7 +352,9 @@ def js_divergence(student: Logits, teacher: Teacher, labels: Optional[Tensor] = 
     return distillation_loss(student, teacher, labels, divergence=JSD(beta), **options)
 
 
-def explain(student: Logits, teacher: Optional[Teacher] = None) -> str:
+def explain(
+    student: Logits, teacher: Optional[Teacher] = None, *, divergence: Divergence = ForwardKL()
+) -> str:
     """Which backend serves these inputs, and why those before it do not.
 
     >>> import torch, kdkernels as kd
@@ -367,7 +369,7 @@ def explain(student: Logits, teacher: Optional[Teacher] = None) -> str:
         sides.append(side("teacher", teacher))
     dtypes = [side.tensors[0].dtype for side in sides]
     lines = []
-    for module, reason in candidates(chosen_backend(), sides[0].device, dtypes, entry):
+    for module, reason in candidates(chosen_backend(), sides[0].device, dtypes, entry, divergence):
         lines.append(f"{module.name}: {reason or 'serves this call'}")
         if reason is None:
             break

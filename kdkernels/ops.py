@@ -55,7 +55,7 @@ def _walk(student: _Rows, teacher: _Rows | SparseRows | None, labels: Optional[T
         return sparse.walk(student, teacher, labels, weights, spec, chunk_bytes, preferred)
     sides = [side for side in (student, teacher) if side is not None]
     dtypes = [dtype for side in sides for dtype in side.dtypes]
-    backend = serving(preferred, weights.device, dtypes)
+    backend = serving(preferred, weights.device, dtypes, divergence=spec.divergence)
     cost = sum(side.bytes_per_logit for side in sides) + backend.bytes_per_logit(dtypes)
     tiles = plan(tokens=student.tokens, vocab=student.vocab, bytes_per_logit=cost,
                  chunk_bytes=chunk_bytes)  # fmt: skip

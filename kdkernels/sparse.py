@@ -48,7 +48,7 @@ def walk(student: LogitRows | HeadRows, target: SparseRows, labels: Optional[Ten
          spec: Spec, chunk_bytes: int, preferred: str) -> Tensor:  # fmt: skip
     """All tiles of the schedule: per-row results, gradients to the student."""
     dtypes = student.dtypes
-    backend = serving(preferred, weights.device, dtypes, entry="fused_sparse")
+    backend = serving(preferred, weights.device, dtypes, "fused_sparse", spec.divergence)
     kept_only = spec.tail == "conditional" and not spec.hard_weight
     each, per_row = student.bytes_per_logit + backend.bytes_per_logit(dtypes), target.slots * _SLOT_BYTES
     if kept_only:

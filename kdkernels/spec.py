@@ -58,21 +58,22 @@ class Spec(NamedTuple):
 
     def to_floats(self) -> list[float]:
         """The flat form that crosses the operator boundary; ``csrc/spec.h`` reads the same order."""
-        first, second = self.divergence.parameters
+        first, second, *others = self.divergence.parameters
         return [
             float(self.divergence.code), first, second, self.temperature,
             self.soft_weight, self.hard_weight, self.label_smoothing, self.z_loss,
             self.student_map.scale, self.student_map.softcap,
             self.teacher_map.scale, self.teacher_map.softcap, self.teacher_hard_weight,
             float(_TAIL_CODES.index(self.tail)), float(self.linear),
+            *others,  # of a divergence that no kernel knows
         ]  # fmt: skip
 
     @staticmethod
     def from_floats(values: list[float]) -> Spec:
         code, first, second, temperature, soft, hard, smoothing, z_loss = values[:8]
-        student_scale, student_cap, teacher_scale, teacher_cap, teacher_hard, tail, linear = values[8:]
+        student_scale, student_cap, teacher_scale, teacher_cap, teacher_hard, tail, linear = values[8:15]
         return Spec(
-            divergence=from_code(int(code), first, second),
+            divergence=from_code(int(code), [first, second, *values[15:]]),
             temperature=temperature,
             soft_weight=soft,
             hard_weight=hard,

@@ -17,6 +17,7 @@ from typing import Optional
 
 import torch
 
+from ..divergences import Divergence, NoDivergence
 from . import eager, native, triton
 
 #: Best first.
@@ -108,18 +109,32 @@ def by_name(name: str) -> ModuleType:
 
 
 def candidates(
-    preferred: str, device: torch.device, dtypes: list[torch.dtype], entry: str = "fused"
+    preferred: str,
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    entry: str = "fused",
+    divergence: Divergence = NoDivergence(),
 ) -> list[tuple[ModuleType, Optional[str]]]:
     """Backends in the order they are tried, each with why it cannot serve the call."""
-    missing = f"it has no {entry}"
+
+    def problem(module: ModuleType) -> Optional[str]:
+        if not hasattr(module, entry):
+            return f"it has no {entry}"
+        if divergence.code < 0 and module is not eager:
+            return f"it knows kdkernels' own divergences, not {type(divergence).__name__}"
+        return module.cannot(device, dtypes)
+
     first = [by_name(preferred)] if preferred in _NAMES else []
     order = first + [module for module in _ORDER if module not in first]
-    return [
-        (m, m.why_not() or (None if hasattr(m, entry) else missing) or m.cannot(device, dtypes)) for m in order
-    ]
+    return [(module, module.why_not() or problem(module)) for module in order]
 
 
 def serving(
-    preferred: str, device: torch.device, dtypes: list[torch.dtype], entry: str = "fused"
+    preferred: str,
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    entry: str = "fused",
+    divergence: Divergence = NoDivergence(),
 ) -> ModuleType:
-    return next(m for m, reason in candidates(preferred, device, dtypes, entry) if reason is None)
+    found = candidates(preferred, device, dtypes, entry, divergence)
+    return next(module for module, reason in found if reason is None)
