@@ -22,8 +22,8 @@ from kdkernels.trainer import models  # noqa: E402
 from kdkernels.trainer.reliable import read_metrics  # noqa: E402
 
 PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:make|pip|python|torchrun|pytest|tensorboard)"
-TINY = shlex.split("--max_length 32 --max_steps 2 --logging_steps 1 --eval_steps 2 --per_device_train_batch_size 4 "
-                   "--validation_sequences 5 --disable_tqdm true")  # fmt: skip
+SHORT = ["--max_length", "32", "--validation_sequences", "5"]
+STEPS = shlex.split("--max_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --disable_tqdm true")
 
 
 def documented():
@@ -48,14 +48,17 @@ def lines(pattern):
     return pytest.mark.parametrize("line", found.values(), ids=found)
 
 
-OURS, SHARED = r"python -m kdkernels (?!verify)", "torchrun .* -m kdkernels "
-VERIFY, MAKE, BENCHMARKS = "python -m kdkernels verify", "make ", r"(?:PYTHONPATH=\. |\.venv/bin/)?python -m benchmarks"
-PYTEST, ELSEWHERE = "(?:python -m )?pytest ", r"pip install |tensorboard --logdir"  # the network, a server
+OURS, VERIFY = r"python -m kdkernels (?!verify)", "python -m kdkernels verify"
+SHARED = "torchrun .* -m kdkernels "
+MAKE, BENCHMARKS = "make ", r"(?:PYTHONPATH=\. |\.venv/bin/)?python -m benchmarks"
+PYTEST = "(?:python -m )?pytest "
+ELSEWHERE = "pip install |tensorboard --logdir"  # the network, a server
 
 
 def test_every_line_is_of_a_kind_that_is_checked_here():
     kinds = (OURS, SHARED, VERIFY, MAKE, BENCHMARKS, PYTEST, ELSEWHERE)
-    assert len(LINES) > 20 and [name for name in LINES if not any(re.match(kind, name) for kind in kinds)] == []
+    assert len(LINES) > 20
+    assert [name for name in LINES if not any(re.match(kind, name) for kind in kinds)] == []
 
 
 # -- ours, as they stand: the placeholders are names of folders that are there ------------------------
@@ -67,13 +70,14 @@ def originals(tmp_path_factory):
     texts = [path.read_text() for path in sorted(PACKAGE.glob("*.py"))]
     tokenizer = models.train_tokenizer(texts, 300)
     for seed, name in enumerate(("NAME_OR_FOLDER", "MODEL", "STUDENT")):
-        models.load_model("micro", tokenizer, dtype="float32", seed=seed, max_length=32).save_pretrained(folder / name)
+        model = models.load_model("micro", tokenizer, dtype="float32", seed=seed, max_length=32)
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "DATA").mkdir()
     (folder / "DATA" / "a.txt").write_text(texts[0])
     (folder / "DATA" / "b.txt").write_text(texts[1][:1000])
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text[:3000]}) + "\n" for text in texts))
-    (folder / "run.yaml").write_text("student: STUDENT\nteacher: MODEL\ndata: texts.jsonl\noutput_dir: runs/shared\n")
+    (folder / "run.yaml").write_text("student: STUDENT\nteacher: MODEL\ndata: texts.jsonl\n")
     shutil.copytree(ROOT / "examples", folder / "examples")
     return folder
 
@@ -88,13 +92,15 @@ def home(originals, tmp_path, monkeypatch):
 def tiny(line):
     """The arguments of kdkernels in a line, made to last no longer than they must."""
     given = line[line.index("kdkernels") + 1 :]
-    return given + {"train": TINY, "cache": ["--max_length", "32", "--validation_sequences", "5"]}.get(given[0], [])
+    return given + {"train": [*SHORT, *STEPS], "cache": SHORT}.get(given[0], [])
 
 
 @lines(OURS)
 def test_ours(line, home, capsys):
     if "--targets" in line:  # they come from the line before it
-        main(tiny(next(each for each in LINES.values() if each[:4] == ["python", "-m", "kdkernels", "cache"])))
+        main(
+            tiny(next(each for each in LINES.values() if each[:4] == ["python", "-m", "kdkernels", "cache"]))
+        )
     with contextlib.suppress(SystemExit) if "--help" in line else contextlib.nullcontext():
         main(tiny(line))
     said = capsys.readouterr().out
@@ -118,8 +124,8 @@ def test_shared_between_two_processes(line, home):
     (home / "main.py").write_text(FSDP_ON_CPU)
     fsdp = "--fsdp" in line
     arguments = [*tiny(line), "--output_dir", str(home / "shared")]
-    run = process(*([json.dumps([arguments])] if fsdp else arguments), torchrun=True, cwd=home,
-                  script=home / "main.py" if fsdp else None, timeout=590)  # fmt: skip
+    script, given = (home / "main.py", [json.dumps([arguments])]) if fsdp else (None, arguments)
+    run = process(*given, torchrun=True, script=script, cwd=home, timeout=590)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "2 processes" in run.stdout and run.stdout.count("done: step 2") == 1
     alone = [*(part for part in arguments if part != "--fsdp"), "--output_dir", str(home / "alone")]
@@ -127,8 +133,10 @@ def test_shared_between_two_processes(line, home):
         del alone[(at := alone.index("--deepspeed")) : at + 2]
     main([*alone, "--per_device_train_batch_size", "8"])
     for name in ("loss", "grad_norm"):
-        ours, theirs = ([each[name] for each in read_metrics(home / folder / "metrics.jsonl") if name in each]
-                        for folder in ("shared", "alone"))  # fmt: skip
+        ours, theirs = (
+            [each[name] for each in read_metrics(home / folder / "metrics.jsonl") if name in each]
+            for folder in ("shared", "alone")
+        )
         assert len(theirs) == 2 and ours == pytest.approx(theirs, rel=2e-5), name
 
 
@@ -137,7 +145,10 @@ def test_shared_between_two_processes(line, home):
 def test_verify(line, home):
     """Its options are shown in brackets; that of a device is for those who have one."""
     given = re.sub(r"\[--device cuda\]|[\[\]]", "", " ".join(line)).split()
-    assert subprocess.run([sys.executable, *given[1:]], env={"PYTHONPATH": str(ROOT)}, timeout=3000).returncode == 0
+    assert (
+        subprocess.run([sys.executable, *given[1:]], env={"PYTHONPATH": str(ROOT)}, timeout=3000).returncode
+        == 0
+    )
     assert json.loads((home / "FILE").read_text())
 
 

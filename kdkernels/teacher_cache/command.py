@@ -196,8 +196,8 @@ def report(directory: Path) -> None:
 
 def train_command(settings: CacheSettings, data_settings: DataSettings) -> str:
     """The command that reads the cache: with the same tokenizer and data, or its sequences would be others."""
-    line = ["python", "-m", "kdkernels", "train", "soft", "--student", "STUDENT", "--tokenizer",
-            settings.tokenizer or settings.teacher]  # fmt: skip
+    line = shlex.split("python -m kdkernels train soft --student STUDENT --tokenizer")
+    line.append(settings.tokenizer or settings.teacher)
     for each in fields(data_settings):
         value, default = getattr(data_settings, each.name), getattr(DataSettings(), each.name)
         if value != default or each.name == "data":

@@ -18,10 +18,11 @@ def main(arguments: list[str]) -> None:
 
     modes = "\n".join(f"  {name:<8} {what}" for name, what in MODES.items())
     parser = argparse.ArgumentParser(
-        prog="python -m kdkernels train", usage="%(prog)s MODE --output_dir DIR [--config FILE.yaml] [options]",
+        prog="python -m kdkernels train",
+        usage="%(prog)s MODE --output_dir DIR [--config FILE.yaml] [options]",
         epilog=f"modes:\n{modes}\n\n%(prog)s MODE --help shows a mode's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("mode", choices=MODES, metavar="MODE", help="one of the modes below")
     mode = parser.parse_args(arguments[:1] or ["--help"]).mode
     try:

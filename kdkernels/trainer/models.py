@@ -27,8 +27,10 @@ def check_models(settings: ModelSettings, max_length: int) -> None:
     for name in settings.pretrained:
         positions = positions_of(_pretrained(AutoConfig, name, "model").get_text_config())
         if positions is not None and max_length > positions:
-            raise Problem(f"--max_length {max_length} is more than the {positions} positions of {name}: "
-                          f"give {positions} or less")  # fmt: skip
+            raise Problem(
+                f"--max_length {max_length} is more than the {positions} positions of {name}: "
+                f"give {positions} or less"
+            )
 
 
 def positions_of(config: Any) -> Optional[int]:

@@ -15,9 +15,16 @@ INTERVAL = 10
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%) in {elapsed}, {remaining} left{postfix}"
 #: Logged name -> its short name behind the bar.
 SHOWN = {
-    "loss": "loss", "soft": "soft", "hard": "hard", "agreement": "agree", "target_agreement": "agree",
-    "teacher_hard": "teacher", "soft_weight": "w", "eval_hard": "val", "tokens_per_second": "tok/s",
-}  # fmt: skip
+    "loss": "loss",
+    "soft": "soft",
+    "hard": "hard",
+    "agreement": "agree",
+    "target_agreement": "agree",
+    "teacher_hard": "teacher",
+    "soft_weight": "w",
+    "eval_hard": "val",
+    "tokens_per_second": "tok/s",
+}
 
 
 def say(text: str) -> None:
@@ -49,12 +56,18 @@ class Progress(ProgressCallback):
         self.last: dict[str, str] = {}
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = bar(total=state.max_steps, initial=state.global_step, desc="training", unit=" steps")
+            self.training_bar = bar(
+                total=state.max_steps, initial=state.global_step, desc="training", unit=" steps"
+            )
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **options: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **options: Any
+    ) -> None:
         if state.is_world_process_zero and self.prediction_bar is None:
             alone = self.training_bar is None
-            self.prediction_bar = bar(total=len(eval_dataloader), desc="evaluating", unit=" batches", leave=alone)
+            self.prediction_bar = bar(
+                total=len(eval_dataloader), desc="evaluating", unit=" batches", leave=alone
+            )
         super().on_prediction_step(args, state, control, eval_dataloader, **options)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -13,18 +13,21 @@ from .progress import say
 from .settings import Settings
 
 
-def of_data(settings: Settings, records: list[data.Record], train: data.Sequences, validation: data.Sequences) -> None:
+def of_data(
+    settings: Settings, records: list[data.Record], train: data.Sequences, validation: data.Sequences
+) -> None:
     evaluated = f"; {size(validation)}, to evaluate on" if len(validation) else ""
     say(f"{settings.mode}: {len(records):,} documents in {size(train)}, to train on{evaluated}")
     if settings.mode == "hard" and settings.model.teacher is None:
-        text = data.kind_of(records[0]) == "text"
-        say(f"no teacher: the student learns the {'text itself' if text else 'completions in --data'}, by cross entropy")
+        learnt = "text itself" if data.kind_of(records[0]) == "text" else "completions in --data"
+        say(f"no teacher: the student learns the {learnt}, by cross entropy")
 
 
-def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: str | None) -> None:
+def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: Optional[str]) -> None:
     """Models, backend, steps, and whether the run begins or goes on."""
     args, whole, trained = settings.run, models.parameters(student), models.parameters(student, trained=True)
-    say(f"student {settings.model.student}: {whole:,} parameters" + (f", {trained:,} of them trained" if trained < whole else ""))
+    part = f", {trained:,} of them trained" if trained < whole else ""
+    say(f"student {settings.model.student}: {whole:,} parameters{part}")
     if teacher is not None:
         say(f"teacher {settings.model.teacher}: {models.parameters(teacher):,} parameters")
     elif settings.model.targets is not None:
@@ -33,18 +36,22 @@ def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: str | 
     say(f"backend {backend(settings)} on {args.device.type}{processes}")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     budget = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    say(f"{budget} of {batch:,} sequences, {f'going on from {checkpoint}' if checkpoint else f'in {settings.output_dir}'}")
+    where = f"going on from {checkpoint}" if checkpoint else f"in {settings.output_dir}"
+    say(f"{budget} of {batch:,} sequences, {where}")
 
 
 def of_result(settings: Settings, result: dict[str, Any]) -> None:
     """What it came to, and where the model is."""
     say(f"done: step {result['steps']:,}, {result['tokens']:,} tokens; it took {result['seconds']:.0f} s")
-    measured = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in result.items()
-                if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))]  # fmt: skip
+    measured = [
+        f"{name.removeprefix('eval_')} {value:.4g}"
+        for name, value in result.items()
+        if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
+    ]
     if measured:
         say(f"evaluation: {', '.join(measured)}")
-    what = "both models are" if settings.mode == "co" else "the adapter is" if settings.model.lora_rank else "the model is"
-    say(f"{what} in {settings.output_dir / 'model'}")
+    saved = "the adapter is" if settings.model.lora_rank else "the model is"
+    say(f"{'both models are' if settings.mode == 'co' else saved} in {settings.output_dir / 'model'}")
 
 
 def backend(settings: Settings) -> str:
