@@ -128,7 +128,12 @@ def _backward(ctx: Any, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
         raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
     x, t, mask = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
-    made = iter(_slopes(x, t, mask, arriving.expand(x.shape), ctx.name, wants))
+    arriving = arriving.expand(x.shape)
+    if ops._batched(arriving):  # torch has a rule for its own functions only
+        slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
+        made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
+    else:
+        made = iter(_slopes(x, t, mask, arriving, ctx.name, wants))
     to_x, to_t = (next(made) if want else None for want in wants)
     return to_x, to_t, None, None, None
 
@@ -181,8 +186,11 @@ def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Optional[Tens
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not (x.is_floating_point() and t.is_floating_point()):
         raise ValueError(f"input and target must be floating, got {x.dtype} and {t.dtype}")
-    if not torch.compiler.is_compiling() and any(unpack_dual(z).tangent is not None for z in (x, t)):
-        raise RuntimeError("this loss has no forward-mode derivative; F.kl_div has")
+    if not torch.compiler.is_compiling():
+        if any(unpack_dual(z).tangent is not None for z in (x, t)):
+            raise RuntimeError("this loss has no forward-mode derivative; F.kl_div has")
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in (x, t)):
+            raise RuntimeError("torch.func (grad, vmap, jacrev, ...) cannot transform this loss; it can F.kl_div")
     batch = x.shape[0] if x.dim() else 1
     x, t = torch.broadcast_tensors(x, t)
     mask = None if rows is None else rows[..., None].expand(x.shape)

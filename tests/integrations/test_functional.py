@@ -120,6 +120,24 @@ def test_refusals():
         functional.kl_div(forward_ad.make_dual(x.detach(), x.detach()), t)
 
 
+@pytest.mark.parametrize("options", [{}, {"log_target": True}, {"reduction": "none"}], ids=str)
+def test_many_backwards_at_once(options):
+    """As jacobian(vectorize=True) asks for them; torch.func is refused by name."""
+    x, t = sides((3, 4), "log_target" in options)
+    arriving = torch.randn(5, *F.kl_div(x, t, **options).shape, dtype=x.dtype)
+
+    def gradients(function):
+        leaves = [z.clone().requires_grad_() for z in (x, t)]
+        return torch.autograd.grad(function(*leaves, **options), leaves, arriving, is_grads_batched=True)
+
+    for ours, theirs in zip(gradients(functional.kl_div), gradients(F.kl_div)):
+        assert theirs.norm() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for transformed in (torch.func.grad(functional.kl_div), torch.func.vmap(functional.kl_div)):
+        with pytest.raises(RuntimeError, match="cannot transform this loss"):
+            transformed(x, t)
+
+
 @pytest.mark.parametrize("log_target", [False, True])
 def test_difference_half_precision_is_rounded_once(log_target):
     x, t = (z.bfloat16() for z in sides((64, 1024), log_target))
