@@ -36,14 +36,16 @@ ROWS = {
     "extreme": "every logit is 1e4 or -1e4 and a little",
     "equal": "teacher and student are the same: no gradient, exactly",
 }
+#: Rows that are made by a head's bias: a weight of -inf, or of 1e4, would leave dH nothing to compare.
+_BY_BIAS = ("padding", "extreme")
 _FAR = 1e4
 
 
 class Problem:
     """Student and teacher as logits or heads, with labels; the student's tensors get gradients.
 
-    ``student`` and ``teacher`` are "logits" or "head"; ``head`` options (``softcap``,
-    ``logit_scale``) go to both LinearHeads. The first ``ignored`` labels are -100. The numbers come
+    ``student`` and ``teacher`` are "logits" or "head", with or without ``bias``; ``head`` options
+    (``softcap``, ``logit_scale``) go to both LinearHeads. The first ``ignored`` labels are -100. The numbers come
     from torch's global generator, on the CPU whatever the device: seed it for the same problem.
     """
 
@@ -51,16 +53,19 @@ class Problem:
                  dtype: torch.dtype = torch.float32, vocab: int = 257,
                  shape: tuple[int, ...] = (3, 5), width: int = 16,
                  teacher_dtype: Optional[torch.dtype] = None, scale: float = 3.0, ignored: int = 2,
-                 rows: str = "random", device: Union[str, torch.device] = "cpu", **head) -> None:  # fmt: skip
+                 rows: str = "random", bias: bool = True, device: Union[str, torch.device] = "cpu",
+                 **head) -> None:  # fmt: skip
         if rows not in ROWS:
             raise ValueError(f"unknown rows {rows!r}; there are {', '.join(ROWS)}")
         for form in (student, teacher):
             if form not in ("logits", "head"):
                 raise ValueError(f"unknown form {form!r}; there are logits, head")
+        if rows in _BY_BIAS and not bias and "head" in (student, teacher):
+            raise ValueError(f"rows={rows!r} are made by a head's bias; bias=True, or other rows")
         self.head, self.rows, self.dtype = head, rows, dtype
         teacher_width = width if rows == "equal" else 2 * width
-        self.student = _tensors(student, shape, vocab, width, scale)
-        self.teacher = _tensors(teacher, shape, vocab, teacher_width, scale)
+        self.student = _tensors(student, shape, vocab, width, scale, bias)
+        self.teacher = _tensors(teacher, shape, vocab, teacher_width, scale, bias)
         _shape_rows(rows, self.student, self.teacher)
         if rows == "equal":
             if student != teacher:
@@ -81,8 +86,7 @@ class Problem:
     def side(self, tensors: Sequence[Tensor]) -> Union[Tensor, LinearHead]:
         if len(tensors) == 1:
             return tensors[0]
-        hidden, weight, bias = tensors
-        return LinearHead(hidden, weight, bias, **self.head)
+        return LinearHead(*tensors, **self.head)
 
     def of(self, loss_fn: LossFunction, *, double: bool = False, labels: bool = True) -> Result:
         """What ``loss_fn(student, teacher, labels)`` makes of this problem."""
@@ -117,20 +121,26 @@ class Problem:
         return cap * torch.tanh(z / cap) if cap else z
 
 
-def _tensors(form: str, shape: tuple[int, ...], vocab: int, width: int, scale: float) -> list[Tensor]:
+def _tensors(form: str, shape: tuple[int, ...], vocab: int, width: int, scale: float, bias: bool) -> list[Tensor]:
     if form == "logits":
         return [torch.randn(*shape, vocab) * scale]
     spread = scale / width**0.5
-    return [torch.randn(*shape, width), torch.randn(vocab, width) * spread, torch.randn(vocab)]
+    head = [torch.randn(*shape, width), torch.randn(vocab, width) * spread]
+    return head + [torch.randn(vocab)] if bias else head
 
 
 def _shape_rows(rows: str, student: list[Tensor], teacher: list[Tensor]) -> None:
     """Makes the random rows adversarial in place; a head's logits follow from its bias mostly."""
-    vocab = student[-1].shape[-1]
+    vocab = student[-1].shape[0 if len(student) == 2 else -1]
     if rows == "one-hot":
         teacher[0].zero_()
-        teacher[-1].zero_()
-        teacher[-1][..., vocab // 2] = _FAR
+        if len(teacher) == 2:  # a head without a bias: by the weight of a hidden number that is 1
+            teacher[0][..., 0] = 1.0
+            teacher[1][:, 0] = 0.0
+            teacher[1][vocab // 2, 0] = _FAR
+        else:
+            teacher[-1].zero_()
+            teacher[-1][..., vocab // 2] = _FAR
     elif rows == "ties":
         for tensor in student + teacher:
             tensor.copy_(tensor.round().clamp(-2, 2))
@@ -181,9 +191,14 @@ def relative(ours: Tensor, oracle: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Check:
-    """One result beside the oracle: ``what`` is "loss" or a gradient. A NaN error is not within."""
+    """One result beside the oracle: ``what`` is "loss" or a gradient. A NaN error is not within.
+
+    ``value`` and ``truth`` are the loss's (of the worst row), or the gradient's norms.
+    """
 
     what: str
+    value: float
+    truth: float
     error: float
     plain_error: float
     tolerance: float
@@ -193,8 +208,9 @@ class Check:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
-        return (f"{self.what}: error {self.error:.3g}, allowed {self.tolerance:.3g} "
-                f"(the plain formula's is {self.plain_error:.3g})")  # fmt: skip
+        what = self.what if self.what == "loss" else f"{self.what}, its norm"
+        return (f"{what}: {self.value:.7g}, the oracle's {self.truth:.7g}; error {self.error:.3g}, "
+                f"allowed {self.tolerance:.3g} (the plain formula's is {self.plain_error:.3g})")  # fmt: skip
 
 
 #: A gradient this small says nothing: the comparison is then of its absolute size.
@@ -224,7 +240,8 @@ def compare(ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype,
         # The plain formula can be useless, in half precision or by overflowing: no licence to be so.
         plain_error = relative(theirs, truth) * unit if theirs.isfinite().all() else math.nan
         allowed = min(2 * plain_error, 0.1) if plain_error == plain_error else 0.1
-        checks.append(Check(what, relative(mine, truth) * unit, plain_error, allowed + few_ulp))
+        norm = mine.double().norm().item()
+        checks.append(Check(what, norm, scale, relative(mine, truth) * unit, plain_error, allowed + few_ulp))
     return checks
 
 
@@ -238,7 +255,7 @@ def _compare_loss(value: Tensor, truth: Tensor, plain: Tensor, projection: float
     excused = torch.where(plain_errors.isfinite(), plain_errors, 0.0)
     tolerances = 2 * excused + 64 * wide * (1 + truth.abs()) + projection * truth.abs()
     worst = int((errors - tolerances).nan_to_num(nan=math.inf).argmax())
-    return Check("loss", errors[worst].item(), plain_errors[worst].item(), tolerances[worst].item())
+    return Check("loss", *(x[worst].item() for x in (value, truth, errors, plain_errors, tolerances)))
 
 
 def assert_exact(ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype,
@@ -255,7 +272,8 @@ def assert_matches_reference(
     student: str = "logits",
     teacher: str = "logits",
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    rows: Sequence[str] = ("random", "one-hot", "ties", "padding", "extreme"),
+    rows: Optional[Sequence[str]] = None,
+    bias: bool = True,
     shape: tuple[int, ...] = (3, 5),
     vocab: int = 257,
     width: int = 16,
@@ -271,9 +289,11 @@ def assert_matches_reference(
         loss_fn: ``loss_fn(student, teacher, labels) -> loss``; a scalar, or one per token with
             ``reduction="none"``. Student and teacher come as logits ``[*shape, vocab]`` or, with
             "head", as a LinearHead whose ``hidden``, ``weight`` and ``bias`` your code takes apart.
+        bias: False gives heads without one, for a loss that takes none.
         student, teacher: "logits" or "head".
         dtypes: of all floating inputs, one problem each.
-        rows: which of :data:`ROWS`, one problem each.
+        rows: which of :data:`ROWS`, one problem each; by default all but "equal" (and without a bias those
+            that it makes: "padding" and "extreme").
         shape: of the tokens. vocab: of the vocabulary. width: of the student's hidden states; the
             teacher's is twice as wide.
         head: ``logit_scale`` and ``softcap`` of the LinearHeads.
@@ -294,14 +314,17 @@ def assert_matches_reference(
     >>> kd.testing.assert_matches_reference(mine, dtypes=[torch.float32], rows=["random", "ties"])
     >>> kd.testing.assert_matches_reference(mine, divergence=kd.ReverseKL())
     Traceback (most recent call last):
-    AssertionError: random rows, torch.float32, logits from logits: loss: error ...
+    AssertionError: random rows, torch.float32, logits from logits: loss: ..., the oracle's ...; error ...
     """
+    if rows is None:
+        biased = bias or "head" not in (student, teacher)
+        rows = [kind for kind in ROWS if kind != "equal" and (biased or kind not in _BY_BIAS)]
     for dtype in dtypes:
         for kind in rows:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 problem = Problem(student=student, teacher=teacher, dtype=dtype, vocab=vocab, shape=shape,
-                                  width=width, rows=kind, device=device, **(head or {}))  # fmt: skip
+                                  width=width, rows=kind, bias=bias, device=device, **(head or {}))  # fmt: skip
             where = f"{kind} rows, {dtype}, {student} from {teacher}"
             _assert_matches(problem, loss_fn, labels, where, options)
 

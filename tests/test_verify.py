@@ -188,3 +188,28 @@ BROKEN = {
 def test_users_mistakes_are_seen(name):
     with pytest.raises((AssertionError, RuntimeError)):
         assert_matches_reference(BROKEN[name], dtypes=[torch.float32], rows=["random"])
+
+
+def test_heads_without_a_bias():
+    """For a loss that takes no bias; the rows that only a bias can make are left out, and refused by name."""
+
+    def mine(student, teacher, labels):
+        assert student.bias is None and teacher.bias is None
+        return own(student, teacher, labels)
+
+    assert_matches_reference(mine, student="head", teacher="head", bias=False)
+    with pytest.raises(AssertionError, match="one-hot rows.*its norm: 0, the oracle's"):
+        assert_matches_reference(zero_gradient, student="head", teacher="head", bias=False, rows=["one-hot"])
+    with pytest.raises(ValueError, match="'padding' are made by a head's bias"):
+        assert_matches_reference(mine, student="head", bias=False, rows=["padding"])
+
+
+def test_both_values_are_shown():
+    """F.kl_div's formula over padding: inf - inf. What it gave, and what it should have."""
+
+    def naive(student, teacher, labels):
+        log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[labels != -100].mean()
+
+    with pytest.raises(AssertionError, match=r"padding rows, .* loss: nan, the oracle's [1-9]\d*\.\d+; error nan"):
+        assert_matches_reference(naive, dtypes=[torch.float32], rows=["padding"])
