@@ -42,6 +42,12 @@ def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
     return z[:, :vocab]
 
 
+def _below_top(z: Tensor) -> Tensor:
+    """The same distribution from logits of at most 0: what is far from 0 loses digits in fp64 too when it is
+    divided by a temperature. A constant's gradient is none."""
+    return z - z.detach().amax(-1, keepdim=True)
+
+
 def divergence_rows(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float) -> Tensor:
     """The divergence of each row of logits, ``[N]``."""
     log_q = (student / temperature).log_softmax(-1)
@@ -141,15 +147,16 @@ def _terms(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int,
     s = logits_of(student, vocab, counted)
     soft, hard = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0])
     results = s.new_zeros(s.shape[0], rs.RESULTS)
-    some, compared = counted, [s / spec.temperature]
+    z = _below_top(s)
+    some, compared = counted, [z / spec.temperature]
     if isinstance(teacher, SparseTarget):
         oracle = SparseOracle(teacher, vocab, counted)
-        soft = oracle.rows(s, spec.divergence, spec.temperature)
-        some, compared = oracle.some, list(oracle.compared(s, spec.temperature))
+        soft = oracle.rows(z, spec.divergence, spec.temperature)
+        some, compared = oracle.some, list(oracle.compared(z, spec.temperature))
         results[:, rs.AGREEMENT] = oracle.agreement(s)
     elif not isinstance(spec.divergence, NoDivergence):
-        t = logits_of(teacher, vocab, counted)
-        soft = divergence_rows(s, t, spec.divergence, spec.temperature)
+        t = _below_top(logits_of(teacher, vocab, counted))
+        soft = divergence_rows(z, t, spec.divergence, spec.temperature)
         compared += [t / spec.temperature]
         results[:, rs.AGREEMENT] = (s.argmax(-1) == t.argmax(-1)).double()
     if spec.hard_weight:
@@ -157,8 +164,8 @@ def _terms(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int,
         hard = cross_entropy_rows(s, labels, label_smoothing=spec.label_smoothing, z_loss=spec.z_loss)
     with torch.no_grad():
         results[:, rs.SOFT], results[:, rs.HARD] = soft, hard
-        for at, z in zip((rs.STUDENT_ENTROPY, rs.TEACHER_ENTROPY), compared):
-            results[:, at] = torch.where(some, _entropy(z), 0.0)
+        for at, logits in zip((rs.STUDENT_ENTROPY, rs.TEACHER_ENTROPY), compared):
+            results[:, at] = torch.where(some, _entropy(logits), 0.0)
     soft, hard = (torch.where(counted, term, 0.0) for term in (soft, hard))
     return soft, hard, torch.where(counted[:, None], results, 0.0)
 

@@ -86,7 +86,8 @@ class Problem:
     def side(self, tensors: Sequence[Tensor]) -> Union[Tensor, LinearHead]:
         if len(tensors) == 1:
             return tensors[0]
-        return LinearHead(*tensors, **self.head)
+        hidden, weight, *bias = tensors
+        return LinearHead(hidden, weight, bias[0] if bias else None, **self.head)
 
     def of(self, loss_fn: LossFunction, *, double: bool = False, labels: bool = True) -> Result:
         """What ``loss_fn(student, teacher, labels)`` makes of this problem."""

@@ -125,6 +125,15 @@ def test_terms_under_an_offset(backend, offset, temperature, options, chunk_byte
     assert relative(ours[0], oracle[0]) <= 2 * relative(plain[0], oracle[0]) + 2e-7
 
 
+@pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.JSD(0.5)], ids=str)
+def test_terms_in_fp64_under_an_offset(backend, divergence):
+    problem = Problem(shape=(1, 5), vocab=300, ignored=1, dtype=torch.float64)
+    problem.student, problem.teacher = [problem.student[0] + 1e4], [problem.teacher[0] - 1e4]
+    options = dict(divergence=divergence, hard_weight=1.0, temperature=3.0)
+    assert_exact(problem.run(backend, **options), problem.oracle(**options), problem.plain(**options),
+                 dtype=torch.float64)  # fmt: skip
+
+
 @pytest.mark.parametrize("offset", [1e3, -1e4])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_codistillation_under_an_offset(backend, offset, temperature):

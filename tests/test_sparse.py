@@ -49,6 +49,18 @@ def test_budgets(backend, tail, hard_weight, reduction, chunk_bytes):
     conforms(problem, backend, chunk_bytes=chunk_bytes, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("tail", TAILS)
+def test_terms_under_an_offset(backend, tail, dtype):
+    """A number added to all of the student's logits means nothing, at a temperature and without."""
+    problem = SparseProblem(tail=tail, dtype=dtype, vocab=60, shape=(1, 6), ignored=1)
+    problem.student = [problem.student[0] + 1e4]
+    for temperature in (1.0, 3.0):
+        options = dict(temperature=temperature, hard_weight=0.5)
+        (_, (mine,)), (_, (true,)) = problem.run(backend, **options), problem.oracle(**options)
+        assert true.norm() > 1e-2 and relative(mine, true) < 8 * torch.finfo(dtype).eps
+
+
 def test_a_budget_below_one_token(backend):
     problem = SparseProblem(student="head", vocab=300, shape=(1, 6), ignored=1)
     conforms(problem, backend, chunk_bytes=1_000, hard_weight=0.5)

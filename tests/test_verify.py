@@ -36,7 +36,8 @@ def run(monkeypatch, tmp_path, *arguments):
 def test_verify_passes_and_reports(monkeypatch, tmp_path, capsys):
     code, report = run(monkeypatch, tmp_path)
     assert code == 0 and report["verified"] == len(FEW) and not report["broken"]
-    assert "plain" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in nats" in said and said.count(" ok\n") >= 2 * len(FEW), "a row for each problem, then the table"
     errors = [c["error"] for o in report["outcomes"] for c in o["checks"] if c["what"] != "loss"]
     assert any(e > 0 for e in errors), "errors of exactly 0: the backend was compared with itself"
 
@@ -86,6 +87,24 @@ def test_time_that_is_up_is_said(monkeypatch, tmp_path, capsys):
     code, report = run(monkeypatch, tmp_path, "--minutes", "0")
     assert code == 2 and report["not_run"] == len(FEW)
     assert f"NOT RUN: {len(FEW)}" in capsys.readouterr().out
+
+
+def test_rows_come_as_they_are_known(monkeypatch):
+    """Before the next problem is begun, and what is in most use before the rest."""
+    order = []
+    right = verify.examine
+    monkeypatch.setattr(verify, "scenarios", lambda: iter(FEW[:3]))
+    monkeypatch.setattr(verify, "examine", lambda *given: order.append("began") or right(*given))
+    verify.verify(["eager"], "cpu", tell=lambda row: order.append(row[0].scenario.rows))
+    assert order == ["began", "random", "began", "random", "began", "equal"]
+    monkeypatch.undo()
+    first = next(verify.scenarios())
+    assert first.dtype == torch.float32 and first.form == ("logits", "logits")
+
+
+def test_full_knows_no_end(monkeypatch, tmp_path):
+    code, report = run(monkeypatch, tmp_path, "--minutes", "0", "--full")
+    assert code == 0 and not report["not_run"] and report["verified"] == len(FEW)
 
 
 def test_verify_refuses_what_is_not_there(monkeypatch, capsys):

@@ -198,12 +198,11 @@ def _emitted(raw: Tensor, emission: Emission, offset: int, spec: Spec, state: Te
     return _written(rest * emission.rest[:, None].to(raw.dtype), emission.ids, offset, emission.kept)
 
 
-def _hard_gradient(raw: Tensor, lse: Tensor, labels: Tensor, offset: int, vocab: int, *,
+def _hard_gradient(raw: Tensor, m: Tensor, log_z: Tensor, labels: Tensor, offset: int, vocab: int, *,
                    smoothing: float, z_loss: float) -> Tensor:  # fmt: skip
-    near = lse.to(raw.dtype)  # its distance to the logits counts: what near leaves out is subtracted after it
-    grad = (_below_maximum(raw, near) - (lse - near)[:, None].to(raw.dtype)).exp()
+    grad = (_below_maximum(raw, m) - log_z[:, None].to(raw.dtype)).exp()
     if z_loss:
-        grad = grad * (1 + 2 * z_loss * lse[:, None].to(raw.dtype))
+        grad = grad * (1 + 2 * z_loss * (m + log_z)[:, None].to(raw.dtype))
     if smoothing:
         grad = grad - smoothing / vocab
     inside, column = _in_chunk(labels, offset, raw.shape[1])
@@ -231,8 +230,10 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
         if emission is not None:
             total = _emitted(raw, emission, offset, spec, state)
         if labels is not None and spec.hard_weight:
-            lse1 = rs.student_lse1(state) if emission is None else emission.lse1
-            hard = _hard_gradient(raw, lse1, labels, offset, vocab,
+            m, log_z = state[:, rs.M_S], state[:, rs.Z1_S].log()
+            if emission is not None:
+                m, log_z = emission.m1, emission.log_z1
+            hard = _hard_gradient(raw, m, log_z, labels, offset, vocab,
                                   smoothing=spec.label_smoothing, z_loss=spec.z_loss)  # fmt: skip
             total = total + hard * spec.hard_weight
         total = spec.student_map.backward(total, raw) * live[:, None]
@@ -240,7 +241,7 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
     if teacher_grad is not None:
         assert teacher is not None and labels is not None
         raw = spec.teacher_map.logits(teacher, dtype)
-        hard = _hard_gradient(raw, rs.teacher_lse1(state), labels, offset, vocab,
+        hard = _hard_gradient(raw, state[:, rs.M_T], state[:, rs.Z1_T].log(), labels, offset, vocab,
                               smoothing=0.0, z_loss=0.0)  # fmt: skip
         hard = spec.teacher_map.backward(hard * spec.teacher_hard_weight, raw)
         teacher_grad.copy_((hard * live[:, None]).masked_fill(skip[:, None], 0.0))

@@ -117,8 +117,12 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
              emission: Optional[Emission] = None) -> None:  # fmt: skip
     _ops.gradient(
         _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), offset, vocab, state,
-        grad, teacher_grad, *(emission or (None, None, None, None)),
+        grad, teacher_grad, *_emitted(emission),
     )  # fmt: skip
+
+
+def _emitted(emission: Optional[Emission]) -> tuple[Optional[Tensor], ...]:
+    return (None,) * 4 if emission is None else (emission.ids, emission.rest, emission.kept, emission.lse1)
 
 
 def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,

@@ -53,10 +53,6 @@ def student_lse1(state: Tensor) -> Tensor:
     return state[:, M_S] + state[:, Z1_S].log()
 
 
-def teacher_lse1(state: Tensor) -> Tensor:
-    return state[:, M_T] + state[:, Z1_T].log()
-
-
 def divergence_value(state: Tensor, spec: Spec) -> Tensor:
     form = spec.divergence.closed_form
     gap = state[:, Z_T].log() - state[:, Z_S].log()

@@ -20,12 +20,17 @@ from . import row_state as rs
 class Emission(NamedTuple):
     """The gradient of finished rows, for the student's logits before weights and logit map: ``rest`` times
     the softmax of the rest (from the state) where j is not in ``ids``, ``kept`` where it is, plus
-    the hard term with its normaliser ``lse1``."""
+    the hard term with its normaliser ``lse1``, a maximum and what is above it."""
 
     ids: Tensor  # [rows, K]
     rest: Tensor  # [rows] fp64
     kept: Tensor  # [rows, K]
-    lse1: Tensor  # [rows] fp64
+    m1: Tensor  # [rows] fp64
+    log_z1: Tensor  # [rows] fp64
+
+    @property
+    def lse1(self) -> Tensor:
+        return self.m1 + self.log_z1
 
 
 def gather_kept(kept: Tensor, tile: Tensor, ids: Tensor, offset: int, logit_map: LogitMap) -> None:
@@ -44,10 +49,14 @@ def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor
     ``state``: the student's, folded with the kept ids left out. ``fused``: the backend's own.
     """
     inner = student_spec(spec)
-    lse = torch.where(state[:, rs.Z_S] == 0, -torch.inf, rs.student_lse(state, inner))
+    # The largest logit is subtracted before the temperature divides, as in the state.
+    m1 = torch.cat([kept.double(), state[:, rs.M_S, None]], 1).amax(-1)
     teacher = target.teacher
-    rest = teacher[:, -1].double() if spec.tail == "conditional" else lse
-    student = torch.cat([kept.double() / inner.temperature, rest[:, None]], 1)
+    if spec.tail == "conditional":
+        rest = teacher[:, -1].double()
+    else:
+        rest = (state[:, rs.M_S] - m1) / inner.temperature + state[:, rs.Z_S].log()
+    student = torch.cat([(kept.double() - m1[:, None]) / inner.temperature, rest[:, None]], 1)
     # Only differences count: what is near 0 keeps its digits in fp32.
     student = student - student.amax(-1, keepdim=True).clamp(min=rs.NOTHING)
     student = student.to(teacher.dtype)
@@ -57,15 +66,16 @@ def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor
     results = solved.clone()
     results[:, rs.SOFT] = target.scale * solved[:, rs.SOFT] + target.constant
     results[:, rs.AGREEMENT] = _agreement(target, kept, state, spec)
-    lse1 = lse
+    log_z1 = torch.zeros_like(m1)
     if spec.hard_weight:
-        lse1 = torch.logaddexp(rs.student_lse1(state), kept.double().logsumexp(-1))
-        results[:, rs.HARD] = rs.hard_term(state, lse1, lse1 - state[:, rs.LABEL_S], spec, vocab)
+        z1 = state[:, rs.Z1_S] * (state[:, rs.M_S] - m1).exp()
+        log_z1 = (z1 + (kept.double() - m1[:, None]).exp().sum(-1)).log()
+        results[:, rs.HARD] = rs.hard_term(state, m1 + log_z1, (m1 - state[:, rs.LABEL_S]) + log_z1, spec, vocab)
     if labels is not None:
         results = torch.where((labels >= 0)[:, None], results, 0.0)
     if grad is None:
         grad = student  # nobody emits it
-    return results, Emission(target.ids, grad[:, -1].double(), grad[:, :-1], lse1)
+    return results, Emission(target.ids, grad[:, -1].double(), grad[:, :-1], m1, log_z1)
 
 
 def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Tensor:
