@@ -68,6 +68,12 @@ KD_HD double divergence_value(const RowState& r, int kind) {
   return r.value;
 }
 
+// Whether a divergence needs x_t: ForwardKL is made of it, SkewKL asks by it whether p and q `disagree`.
+KD_HD constexpr bool needs_x_t(int kind) { return kind == kForwardKL || kind == kSkewKL; }
+
+// Whether KL(p || q) is above 1/2, given log z_t - log z_s. Below, p and q have at least half their mass in common.
+KD_HD bool disagree(const RowState& r, double gap) { return !(r.x_t / r.z_t - gap <= 0.5); }
+
 // The student's cross entropy, lse being its normaliser at temperature 1 and `gap` its distance to the label's logit.
 KD_HD double hard_term(const RowState& r, double lse, double gap, const Spec& spec, int64_t vocab) {
   const double smooth = spec.label_smoothing;

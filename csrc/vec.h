@@ -7,6 +7,7 @@
 //
 // exp: a few ulp for x in [-87, 88], 0 below, NaN stays NaN; the caller keeps x finite above. exp_scaled is
 // exp(x * scale), for the price of exp: what a temperature divides is then a distance, not a logit.
+// decay: e^-y and 1 - e^-y to a few ulp each for y >= 0, inf too.
 // log_ratio: log(p / m) to a few ulp, given d = p - m as exactly as p and m themselves: 0 where d is. m at
 // least kTiny; of a p below it the result is finite, and no more.
 #pragma once
@@ -202,6 +203,25 @@ KD_HD Vec log_ratio(Vec p, Vec m, Vec d) {
   y = y * z + 1.24866157e-2f;
   y = y * z + 8.33336923e-2f;
   return y * (z * h) + h + exponent_times(0.693147181f, k);
+}
+
+struct Decay {
+  Vec left, lost;
+};
+
+// As vexp, but the polynomial is of 2^f - 1, to 1e-8 of it: where y is small n is 0 and it is all that is lost.
+KD_HD Decay decay(Vec y) {
+  const Vec magic = splat(12582912.0f), t = vmin(y, splat(87.0f)) * -1.44269504088896341f;
+  const Vec shifted = t + magic, f = t - (shifted - magic);
+  const Vec scale = as_vec((as_ints(shifted) << 23) + 0x3f800000);  // 2^n
+  Vec u = splat(1.540351206e-4f);
+  u = u * f + 1.339119364e-3f;
+  u = u * f + 9.618239239e-3f;
+  u = u * f + 5.550356575e-2f;
+  u = u * f + 2.402264977e-1f;
+  u = u * f + 6.931471881e-1f;
+  const Vec grown = scale * (u * f);
+  return {select(y > 87.0f, splat(0.0f), scale + grown), (1.0f - scale) - grown};
 }
 
 // tanh: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would lose its digits.

@@ -49,10 +49,25 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return log_p - log_q
 
 
-def _clamped_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(p / q) within what exp can take: beyond it the smaller of the two no longer counts."""
-    limit = 700.0 if log_q.dtype == torch.float64 else 80.0
-    return _log_ratio(log_p, log_q).clamp(-limit, limit)
+def _over_mixture(x: Tensor, m: Tensor) -> Tensor:
+    """x / m, 0 where the mixture m is next to nothing."""
+    return x / m.clamp(min=_tiny(m))
+
+
+def _log_over_mixture(p: Tensor, m: Tensor, d: Tensor) -> Tensor:
+    """log(p / m), given d = p - m as exactly as p and m: 0 where d is.
+
+    The logarithm's argument is 1 and something positive, whichever of the two is the larger.
+    """
+    above = d > 0
+    away = torch.where(above, d, -d)  # not abs, whose derivative is 0 between equals
+    log = torch.log1p(away / torch.where(above, m, p).clamp(min=_tiny(m)))
+    return torch.where(above, log, -log)
+
+
+def _tiny(of: Tensor) -> float:
+    """Probabilities below it no longer count; a quotient by it, and its square, stay finite."""
+    return 1e-150 if of.dtype == torch.float64 else 1e-30
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
@@ -233,13 +248,15 @@ class JSD(Divergence):
         return (self.beta, 0.0)
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        x = _clamped_ratio(log_p, log_q)
-        log_m_over_q = torch.log1p(self.beta * torch.expm1(x))
-        return self.beta * p * (x - log_m_over_q) - (1 - self.beta) * q * log_m_over_q
+        m, d = self._mixture(p, q), p - q
+        of_p = _log_over_mixture(p, m, (1 - self.beta) * d)
+        return self.beta * p * of_p + (1 - self.beta) * q * _log_over_mixture(q, m, -self.beta * d)
 
     def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        x = _clamped_ratio(log_p, log_q)
-        return -(1 - self.beta) * q * torch.log1p(self.beta * torch.expm1(x))
+        return (1 - self.beta) * q * _log_over_mixture(q, self._mixture(p, q), self.beta * (q - p))
+
+    def _mixture(self, p: Tensor, q: Tensor) -> Tensor:
+        return self.beta * p + (1 - self.beta) * q
 
 
 @dataclass(frozen=True)
@@ -264,15 +281,21 @@ class SkewKL(Divergence):
     def parameters(self) -> tuple[float, float]:
         return (self.alpha, 0.0)
 
-    def _log_p_over_m(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        x = _clamped_ratio(log_p, log_q)
-        return -torch.log1p((1 - self.alpha) * torch.expm1(-x))
-
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return p * self._log_p_over_m(log_p, log_q)
+        # p - m sums to 0: subtracted, it leaves of every term its second order.
+        m, d = self._mixture(p, q), (1 - self.alpha) * (p - q)
+        return p * _log_over_mixture(p, m, d) - d
 
     def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return -(1 - self.alpha) * q * torch.expm1(self._log_p_over_m(log_p, log_q))
+        return (1 - self.alpha) ** 2 * q * _over_mixture(q - p, self._mixture(p, q))
+
+    def q_psi_apart(self, p: Tensor, q: Tensor) -> Tensor:
+        """q_psi with the constant for rows of which p and q disagree (``backends/row_state.py``): the slope,
+        sum q p / m, is at least the mass that they have in common, and q_psi's 1 would be nearly all of it."""
+        return -(1 - self.alpha) * q * _over_mixture(p, self._mixture(p, q))
+
+    def _mixture(self, p: Tensor, q: Tensor) -> Tensor:
+        return self.alpha * p + (1 - self.alpha) * q
 
 
 @dataclass(frozen=True)
@@ -299,23 +322,23 @@ class SkewReverseKL(Divergence):
     def parameters(self) -> tuple[float, float]:
         return (self.alpha, float(self.detach_mixture))
 
-    def _log_q_over_m(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        x = _clamped_ratio(log_p, log_q)
-        return -torch.log1p((1 - self.alpha) * torch.expm1(x))
-
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_q_over_m = self._log_q_over_m(log_p, log_q)
+        m, d = self._mixture(p, q), (1 - self.alpha) * (q - p)
+        log_q_over_m = _log_over_mixture(q, m, d)
         if self.detach_mixture:
             _, finite = _both_finite(log_p, log_q)
-            log_q_over_m = _times(q, finite - (finite - log_q_over_m).detach())
-            return log_q_over_m
-        return q * log_q_over_m
+            return _times(q, log_q_over_m.detach() + (finite - finite.detach())) - d
+        return q * log_q_over_m - d  # as in SkewKL
 
     def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_q_over_m = self._log_q_over_m(log_p, log_q)
+        m, d = self._mixture(p, q), (1 - self.alpha) * (q - p)
+        log_q_over_m = _log_over_mixture(q, m, d)
         if self.detach_mixture:
             return q * log_q_over_m
-        return q * (log_q_over_m - self.alpha * torch.expm1(log_q_over_m))
+        return q * (log_q_over_m - self.alpha * _over_mixture(d, m))
+
+    def _mixture(self, p: Tensor, q: Tensor) -> Tensor:
+        return (1 - self.alpha) * p + self.alpha * q
 
 
 @dataclass(frozen=True)
@@ -343,6 +366,10 @@ class AlphaBeta(Divergence):
     and a + b = 0; (1, 0) is the forward and (0, 1) the reverse KL. Raises ValueError unless both are
     finite.
 
+    A term is ``x^2 exp[s log q, a log p + b log q, s log p]`` with x = log(p / q), s = a + b and exp[...]
+    the divided difference of exp: half its mean over a triangle with these corners. That is positive, loses
+    no digits wherever the corners lie, and holds at the limits, where corners meet.
+
     >>> AlphaBeta(alpha=0.2, beta=0.7)
     AlphaBeta(alpha=0.2, beta=0.7)
     """
@@ -355,46 +382,72 @@ class AlphaBeta(Divergence):
     def parameters(self) -> tuple[float, float]:
         return (self.alpha, self.beta)
 
+    @property
+    def _corners(self) -> list[tuple[float, float]]:
+        """(of log p, of log q) in each of exp's three arguments, ascending in the first."""
+        a, b = self.alpha, self.beta
+        return sorted([(0.0, a + b), (a, b), (a + b, 0.0)])
+
     @staticmethod
-    def _power(log_p: Tensor, a: float, log_q: Tensor, b: float) -> Tensor:
-        """p^a q^b, with 0^0 = 1."""
-        exponent = torch.zeros_like(log_q)
-        if a:
-            exponent = exponent + a * log_p
-        if b:
-            exponent = exponent + b * log_q
-        return exponent.exp()
+    def _exponent(lp: Tensor, lq: Tensor, corner: tuple[float, float]) -> Tensor:
+        """Of p^u q^v, with 0^0 = 1."""
+        exponent = torch.zeros_like(lq)
+        for log, power in zip((lp, lq), corner):
+            if power:
+                exponent = exponent + power * log
+        return exponent
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        padding = torch.isneginf(log_p) & torch.isneginf(log_q)
         lp, lq = _both_finite(log_p, log_q)
-        # Between equals the terms would only nearly cancel.
-        return self._finite_phi(lp, lq).masked_fill(padding | (lp == lq), 0.0)
-
-    def _finite_phi(self, lp: Tensor, lq: Tensor) -> Tensor:
-        a, b = self.alpha, self.beta
-        x = lp - lq
-        if a == 0 and b == 0:
+        x, width = lp - lq, self._corners[2][0] - self._corners[0][0]
+        if width == 0:
             return 0.5 * x * x
-        p_ab, q_ab = self._power(lp, a + b, lq, 0.0), self._power(lp, 0.0, lq, a + b)
-        if b == 0:
-            return (_times(p_ab, a * x) - p_ab + q_ab) / a**2
-        if a == 0:
-            return (_times(q_ab, -b * x) - q_ab + p_ab) / b**2
-        if a + b == 0:
-            return (-a * x + torch.expm1(a * x)) / a**2
-        cross = self._power(lp, a, lq, b)
-        return -(cross - a / (a + b) * p_ab - b / (a + b) * q_ab) / (a * b)
+        close = width * x.abs() < 1
+        near = self._near(torch.where(close, lp, 0.0), torch.where(close, lq, 0.0))
+        return torch.where(close, near, self._apart(lp, lq, torch.where(close, 1 / width, x)))
+
+    def _near(self, lp: Tensor, lq: Tensor) -> Tensor:
+        """By exp's series about the middle between the outer corners."""
+        x, (low, middle, high) = lp - lq, self._corners
+        center = 0.5 * (low[0] + high[0]), 0.5 * (low[1] + high[1])
+        square, inner = (0.5 * (high[0] - low[0]) * x).square(), (middle[0] - center[0]) * x
+        even = products = torch.ones_like(x)
+        total = 0.5 * products
+        for n in range(1, 14 if x.dtype == torch.float64 else 8):
+            products = products * inner  # of n of the corners: their complete symmetric polynomial
+            if n % 2 == 0:
+                even = even * square
+                products = products + even
+            total = total + products / math.factorial(n + 2)
+        exponent = self._exponent(lp, lq, center)
+        # Between equals the power may overflow, and counts for nothing.
+        return x.square() * total * exponent.masked_fill((x == 0) & (exponent > 80), 0.0).exp()
+
+    def _apart(self, lp: Tensor, lq: Tensor, x: Tensor) -> Tensor:
+        """By the differences of exp from the highest corner to the middle one and from there to the lowest."""
+        (low, middle, high), rising, distance = self._corners, x > 0, x.abs()
+        upper, lower = high[0] - middle[0], middle[0] - low[0]
+        (decay_high, high_span), (decay_low, low_span) = _decayed(upper, distance), _decayed(lower, distance)
+        decay = torch.where(rising, decay_high, decay_low)
+        first, second = torch.where(rising, high_span, low_span), torch.where(rising, low_span, high_span)
+        highest = torch.where(rising, self._exponent(lp, lq, high), self._exponent(lp, lq, low))
+        return _times(highest.exp(), (first - _times(decay, second)) / (high[0] - low[0]))
 
     def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        a, b = self.alpha, self.beta
+        # -x exp[s log q, a log p + b log q]
         lp, lq = _both_finite(log_p, log_q)
-        q_ab = self._power(lp, 0.0, lq, a + b)
-        if a == 0:
-            value = _times(q_ab, lq - lp)
-        else:
-            value = (q_ab - self._power(lp, a, lq, b)) / a
-        return value.masked_fill(log_p == log_q, 0.0)
+        a, b, x = self.alpha, self.beta, lp - lq
+        ends = self._exponent(lp, lq, (0.0, a + b)), self._exponent(lp, lq, (a, b))
+        higher = torch.where(a * x > 0, ends[1], ends[0]).masked_fill(x == 0, 0.0)
+        return _times(higher.exp(), -x.sign() * _decayed(abs(a), x.abs())[1])
+
+
+def _decayed(rate: float, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """e^(-rate distance), and the integral of e^(-rate t) over the distance: at rate 0 the distance."""
+    if rate < _tiny(distance):  # it differs by rate * distance / 2 of itself
+        return torch.ones_like(distance), distance
+    decay = torch.exp(-rate * distance)
+    return decay, torch.where(decay < 0.5, 1 - decay, -torch.expm1(-rate * distance)) / rate
 
 
 @dataclass(frozen=True)

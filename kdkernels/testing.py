@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import use_backend
-from .divergences import Divergence, ForwardKL, simplified
+from .divergences import (
+    JSD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Mixed,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+    simplified,
+)
 from .heads import LinearHead
 from .losses import distillation_loss
 
@@ -155,6 +166,73 @@ def _shape_rows(rows: str, student: list[Tensor], teacher: list[Tensor]) -> None
                 side[1].zero_()
 
 
+def textbook(divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """A divergence's terms as papers and trainers write them; of one that is not kdkernels' own, its ``phi``.
+
+    It shares nothing with :mod:`kdkernels.divergences`, whose forms keep more digits.
+    """
+    divergence = simplified(divergence)
+    padding = log_p.isneginf() & log_q.isneginf()
+    log_p, log_q = log_p.masked_fill(padding, 0.0), log_q.masked_fill(padding, 0.0)
+    forward, reverse = _weighted(p, log_p - log_q), _weighted(q, log_q - log_p)
+    if isinstance(divergence, ForwardKL):
+        return forward
+    if isinstance(divergence, ReverseKL):
+        return reverse
+    if isinstance(divergence, Mixed):
+        return divergence.weight * forward + (1 - divergence.weight) * reverse
+    if isinstance(divergence, TotalVariation):
+        return 0.5 * (p - q).abs()
+    if isinstance(divergence, JSD):
+        log_m = _log_mixture(log_p, log_q, divergence.beta)
+        of_p, of_q = _weighted(p, log_p - log_m), _weighted(q, log_q - log_m)
+        return divergence.beta * of_p + (1 - divergence.beta) * of_q
+    if isinstance(divergence, SkewKL):
+        return _weighted(p, log_p - _log_mixture(log_p, log_q, divergence.alpha))
+    if isinstance(divergence, SkewReverseKL):
+        log_m = _log_mixture(log_q, log_p, divergence.alpha)
+        if divergence.detach_mixture:
+            log_m = _log_mixture(log_q.detach(), log_p, divergence.alpha)
+        return _weighted(q, log_q - log_m)
+    if isinstance(divergence, AlphaBeta):
+        return _alpha_beta(log_p, log_q, divergence.alpha, divergence.beta).masked_fill(padding, 0.0)
+    return divergence.phi(p, q, log_p, log_q)
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x, 0 where the weight is."""
+    return torch.where(weight == 0, 0.0, weight * x.masked_fill(weight == 0, 0.0))
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
+
+
+def _alpha_beta(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
+    x = log_p - log_q
+    p_ab, q_ab = _power(log_p, a + b, log_q, 0.0), _power(log_p, 0.0, log_q, a + b)
+    if a == 0 and b == 0:
+        return 0.5 * x.square()
+    if b == 0:
+        return (_weighted(p_ab, a * x) - p_ab + q_ab) / a**2
+    if a == 0:
+        return (_weighted(q_ab, -b * x) - q_ab + p_ab) / b**2
+    if a + b == 0:
+        return ((a * x).exp() - 1 - a * x) / a**2
+    return -(_power(log_p, a, log_q, b) - a / (a + b) * p_ab - b / (a + b) * q_ab) / (a * b)
+
+
+def _power(log_p: Tensor, a: float, log_q: Tensor, b: float) -> Tensor:
+    """p^a q^b, with 0^0 = 1."""
+    exponent = torch.zeros_like(log_q)
+    if a:
+        exponent = exponent + a * log_p
+    if b:
+        exponent = exponent + b * log_q
+    return exponent.exp()
+
+
 def _plain_loss(s: Tensor, t: Tensor, labels: Optional[Tensor], divergence: Divergence, *,
                 temperature: float = 1.0, temperature_squared: bool = False, soft_weight: float = 1.0,
                 hard_weight: float = 0.0, label_smoothing: float = 0.0, z_loss: float = 0.0,
@@ -167,7 +245,7 @@ def _plain_loss(s: Tensor, t: Tensor, labels: Optional[Tensor], divergence: Dive
     q, p = log_q.exp(), log_p.exp()
     if dtype == torch.float64:  # the oracle's own bits otherwise: see compare
         q, p = ((z / temperature).softmax(-1).to(dtype) for z in (s, t))
-    soft = simplified(divergence).phi(p, q, log_p, log_q).sum(-1)
+    soft = textbook(divergence, p, q, log_p, log_q).sum(-1)
     rows = soft * (soft_weight * (temperature**2 if temperature_squared else 1.0))
     if hard_weight:
         assert labels is not None

@@ -4,7 +4,7 @@ import torch
 from problems import Problem
 
 import kdkernels as kd
-from kdkernels.divergences import simplified
+from kdkernels.testing import textbook
 
 TAILS = ["bucket", "conditional", "renormalize", "truncate"]
 #: tail, divergence: everything that is defined, for one divergence of each kind.
@@ -55,7 +55,7 @@ class SparseProblem(Problem):
         """The same in the tensors' own dtype, mean reduction, as a trainer would write it."""
         leaves = [t.clone().requires_grad_() for t in self.student]
         z = self._plain_logits(leaves)
-        rows = self._plain_rows(z.flatten(0, -2), simplified(divergence), temperature).view(z.shape[:-1])
+        rows = self._plain_rows(z.flatten(0, -2), divergence, temperature).view(z.shape[:-1])
         if hard_weight:
             rows = rows + hard_weight * torch.nn.functional.cross_entropy(
                 z.flatten(0, -2), self.labels.flatten(), reduction="none"
@@ -87,4 +87,4 @@ class SparseProblem(Problem):
             hidden, log_p = hidden & some[:, None], log_p.masked_fill(~some[:, None], 0.0)
             z = z.masked_fill(hidden, -torch.inf)
         log_q, log_p = (z / temperature).log_softmax(-1), (log_p / temperature).log_softmax(-1)
-        return torch.where(some, divergence.phi(log_p.exp(), log_q.exp(), log_p, log_q).sum(-1), 0.0)
+        return torch.where(some, textbook(divergence, log_p.exp(), log_q.exp(), log_p, log_q).sum(-1), 0.0)

@@ -241,6 +241,19 @@ def test_mixtures_of_little_of_one_side(backend, divergence, sharp):
                  problem.plain(divergence), dtype=torch.float32)  # fmt: skip
 
 
+@pytest.mark.parametrize("divergence", [kd.SkewKL(1e-3), kd.SkewKL(0.5), kd.ForwardKL(), kd.JSD(0.5)], ids=str)
+@pytest.mark.parametrize("sure", ["student", "teacher", "both"])
+def test_sure_models(backend, divergence, sure):
+    """All but 1e-3 of one side are one token's, or of both sides but another's: what is left keeps its digits."""
+    problem = Problem(vocab=2049, shape=(8,), ignored=0, scale=1.0)
+    for name, column in (("student", 7), ("teacher", 1500)):
+        if sure in (name, "both"):
+            logits = getattr(problem, name)[0]
+            logits[:, column] = logits.logsumexp(-1) + 7
+    assert_exact(problem.run(backend, divergence=divergence), problem.oracle(divergence=divergence),
+                 problem.plain(divergence), dtype=torch.float32)  # fmt: skip
+
+
 def test_same_inputs_same_bits(backend):
     problem = Problem(student="head", teacher="head")
     first, second = (problem.run(backend, divergence=kd.JSD(0.5)) for _ in range(2))

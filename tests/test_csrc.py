@@ -19,7 +19,7 @@ using namespace kd::KD_ISA;
 
 template <class D>
 __device__ void terms(const Spec& spec, const float* in, float* out) {
-  const Terms t = D(spec)(in[0], in[1], in[2], in[3], in[4]);
+  const Terms t = D(spec, in[7] > 0.5f)(in[0], in[1], in[2], in[3], in[4]);
   out[0] = t.phi;
   out[1] = t.q_psi;
 }

@@ -17,6 +17,7 @@ from test_conformance import (  # noqa: F401  (they need nothing but the backend
     test_nan_logits_are_seen,
     test_same_inputs_same_bits,
     test_stats,
+    test_sure_models,
 )
 
 import kdkernels as kd

@@ -82,7 +82,7 @@ class Row {
   // Second pass, for divergences without a closed form: value, slope, and a = q_psi.
   template <class Divergence>
   void value(RowState& r) {
-    const Divergence divergence(spec_);
+    const Divergence divergence(spec_, kKind == kSkewKL && disagree(r, std::log(r.z_t) - std::log(r.z_s)));
     // Relative to the maximum first, to log Z second: lse itself would lose the digits of a shift.
     const float m_s = (float)r.m_s, m_t = (float)r.m_t, per_temperature = temper_.scale;
     const float log_z_s = (float)std::log(r.z_s), log_z_t = (float)std::log(r.z_t);
@@ -251,7 +251,7 @@ class Row {
         const Vec x = tv - sv;
         z_t += et;
         h_t += et * vmax(tv, least);
-        if constexpr (kKind == kForwardKL) x_t = select(et > 0.0f, x_t + et * x, x_t);
+        if constexpr (needs_x_t(kKind)) x_t = select(et > 0.0f, x_t + et * x, x_t);
         if constexpr (kKind == kReverseKL) {
           const Vec ex = select(e > 0.0f, e * x, Vec{});
           x_s += ex;

@@ -17,6 +17,7 @@ struct Normal {
   float gap;                     // log z_s - log z_t
   float slope;                   // subtracted from what multiplies q
   float soft;                    // the row's weight on the divergence's gradient
+  bool disagree;                 // of p and q: row_state.h
 };
 
 // The gradient of a cross entropy: weight * (e^(logit - lse1) - onehot). lse1 in two parts, since the
@@ -71,6 +72,7 @@ KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, const S
     n.gap = 0;
     n.slope = (float)(-r.x_s / r.z_s);
   }
+  n.disagree = kind == kSkewKL && disagree(r, log_z_t - log_z_s);
   n.soft = (float)(weight * spec.soft_weight / spec.temperature);
   c.rest = r.z_s > 0 ? (float)(weight * rest) : 0.0f;
   const double hard = labelled ? weight * spec.hard_weight : 0;

@@ -14,13 +14,13 @@ template <int kKind, class Divergence>
 class Formula {
   static constexpr bool kClosed = std::is_void_v<Divergence>;
   struct Nothing {
-    KD_DEVICE explicit Nothing(const Spec&) {}
+    KD_DEVICE Nothing(const Spec&, bool) {}
   };
   using Functor = std::conditional_t<kClosed, Nothing, Divergence>;
 
  public:
   // `factor`: log2(e) / T.
-  KD_DEVICE Formula(const Spec& spec, float factor) : functor_(spec), factor_(factor) {}
+  KD_DEVICE Formula(const Spec& spec, const Normal& n, float factor) : functor_(spec, n.disagree), factor_(factor) {}
 
   // phi and q_psi, for divergences without a closed form.
   KD_DEVICE Terms terms(const Normal& n, float s, float t) const {

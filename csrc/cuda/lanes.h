@@ -71,7 +71,7 @@ KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const f
   }
   const float up_s = best_s - r.m_s, by_s = fast_exp2(-up_s * n.factor);
   const float up_t = best_t - r.m_t, by_t = fast_exp2(-up_t * n.factor);
-  if constexpr (kKind == kForwardKL) r.x = moved(r.x, r.z_t, by_t, up_s - up_t);
+  if constexpr (needs_x_t(kKind)) r.x = moved(r.x, r.z_t, by_t, up_s - up_t);
   if constexpr (kKind == kReverseKL) r.x = moved(r.x, r.z_s, by_s, up_s - up_t);
   r.d_s = moved(r.d_s, r.z_s, by_s, -up_s);
   r.z_s *= by_s;
@@ -92,7 +92,7 @@ KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const f
         const float d_t = t[i][k] - r.m_t, e_t = fast_exp2(d_t * n.factor);
         r.z_t += e_t;
         if (e_t > 0) r.d_t += e_t * d_t;
-        if constexpr (kKind == kForwardKL)
+        if constexpr (needs_x_t(kKind))
           if (e_t > 0) r.x += e_t * (d_t - d_s);
         if constexpr (kKind == kReverseKL)
           if (e_s > 0) r.x += e_s * (d_t - d_s);
@@ -204,7 +204,7 @@ KD_DEVICE RowState across_lanes(const LaneState& lane, const Numbers& n, double 
   r.z_t = lane.z_t * by_t;
   r.e_s = moved(lane.d_s, lane.z_s, by_s, -up_s) * per_temperature;
   r.e_t = moved(lane.d_t, lane.z_t, by_t, -up_t) * per_temperature;
-  if (kKind == kForwardKL) r.x_t = moved(lane.x, lane.z_t, by_t, up_s - up_t) * per_temperature;
+  if (needs_x_t(kKind)) r.x_t = moved(lane.x, lane.z_t, by_t, up_s - up_t) * per_temperature;
   if (kKind == kReverseKL) r.x_s = moved(lane.x, lane.z_s, by_s, up_s - up_t) * per_temperature;
   if (n.tempered) {
     r.z1_s = lane.z1_s * fast_exp2(-up_s * kLog2e);

@@ -74,7 +74,7 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec
   write_fold<kKind>(state, across_lanes<kKind>(sums, numbers, spec.temperature));
   sync_warp();
   Normal normal = coefficients(*state, logs_of(*state), spec, kKind, scale, false, 0, 0, 1).normal;
-  const Formula<kKind, Divergence> formula(spec, numbers.factor);
+  const Formula<kKind, Divergence> formula(spec, normal, numbers.factor);
   if constexpr (!std::is_void_v<Divergence>) {
     double value = 0, slope = 0;
     for (int k = lane; k < n; k += kWarp) {

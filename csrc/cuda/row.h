@@ -322,7 +322,7 @@ class Row {
     if constexpr (kSecond) {
       const Normal n = shared_.coefficients.normal;
       const Side student_side = student(), teacher_side = teacher();
-      const Formula<kKind, Divergence> formula(job_.spec, plan_.numbers.factor);
+      const Formula<kKind, Divergence> formula(job_.spec, n, plan_.numbers.factor);
       float phi = 0, slope = 0;
       each_step(plan_.entry == Entry::kAccumulateValue, !plan_.emits(job_), kStep, [&](int start, int end) {
         const int column = start + lane_ * kVector;
@@ -368,7 +368,7 @@ class Row {
     const Normal n = c.normal;
     const Side student_side = student(), teacher_side = teacher();
     const Target to = target(job_.grad), teacher_to = target(job_.teacher_grad);
-    const Formula<kKind, Divergence> formula(job_.spec, plan_.numbers.factor);
+    const Formula<kKind, Divergence> formula(job_.spec, n, plan_.numbers.factor);
     const Kept ids = kept();
     const int at = label();
     each_step(plan_.entry == Entry::kGradient, true, kStep, [&](int start, int end) {

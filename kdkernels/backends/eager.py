@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..divergences import SkewKL
 from ..outcomes import Outcomes
 from ..spec import Spec
 from . import row_state as rs
@@ -172,18 +173,25 @@ def _distributions(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) 
     return log_p.exp(), log_q.exp(), log_p, log_q
 
 
+def _q_psi(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, spec: Spec, state: Tensor) -> Tensor:
+    q_psi, divergence = spec.divergence.q_psi(p, q, log_p, log_q), spec.divergence
+    if type(divergence) is not SkewKL:
+        return q_psi
+    return torch.where(rs.disagree(state)[:, None], divergence.q_psi_apart(p, q), q_psi)
+
+
 def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
     """The second pass of divergences without a closed form: value and slope."""
     p, q, log_p, log_q = _distributions(student, teacher, spec, state)
     state[:, rs.VALUE] += spec.divergence.phi(p, q, log_p, log_q).sum(-1).double()
-    slope = spec.divergence.q_psi(p, q, log_p, log_q).sum(-1).double()
+    slope = _q_psi(p, q, log_p, log_q, spec, state).sum(-1).double()
     # NaN logits stay visible in the gradient, whatever the formula does with them.
     state[:, rs.SLOPE] += torch.where(state[:, rs.VALUE].isnan(), torch.nan, slope)
 
 
 def _soft_gradient(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> Tensor:
     p, q, log_p, log_q = _distributions(student, teacher, spec, state)
-    q_psi = spec.divergence.q_psi(p, q, log_p, log_q)
+    q_psi = _q_psi(p, q, log_p, log_q, spec, state)
     form = spec.divergence.closed_form
     if form == "forward":
         return q_psi

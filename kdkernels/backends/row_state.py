@@ -63,6 +63,11 @@ def divergence_value(state: Tensor, spec: Spec) -> Tensor:
     return state[:, VALUE]
 
 
+def disagree(state: Tensor) -> Tensor:
+    """Rows whose KL(p || q) is above 1/2. Below, p and q have at least half their mass in common."""
+    return ~(state[:, X_T] / state[:, Z_T] - (state[:, Z_T].log() - state[:, Z_S].log()) <= 0.5)
+
+
 def hard_term(state: Tensor, lse: Tensor, gap: Tensor, spec: Spec, vocab: int) -> Tensor:
     """The student's cross entropy, ``lse`` being its normaliser at temperature 1 and ``gap`` its distance
     to the label's logit."""

@@ -2,10 +2,10 @@
 
 ``terms`` sees p, q, x = log(p / q), log p and log q and returns both at once; what a caller does not
 use the compiler drops. As in ``kdkernels/divergences.py``, q_psi is defined up to c * q and chosen to
-be exactly 0 at x = 0. x is +-inf where one side is padding and NaN where both are: there p = q = 0.
+be exactly 0 at x = 0; but in a row of which p and q ``disagree``, where SkewKL has another constant. x is +-inf where one side is padding and NaN where both are: there p = q = 0.
 
 ``F.kind`` is the divergence's code and ``F.variant`` what else changes its formula: whether the
-mixture is detached, or which limit of alpha-beta it is. The two parameters are run-time numbers.
+mixture is detached, or how alpha-beta's corners lie. The parameters are run-time numbers.
 """
 
 import triton
@@ -25,9 +25,6 @@ MIXED = tl.constexpr(8)
 
 #: Probabilities below it no longer count; a quotient by it, and its logarithm, stay finite.
 TINY = tl.constexpr(1e-30)
-
-#: Alpha-beta: the general formula and its limits.
-GENERAL, BETA_ZERO, ALPHA_ZERO, BOTH_ZERO, SUM_ZERO = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
@@ -70,13 +67,17 @@ def _jsd(p, q, beta):
     return bp * _log_ratio(p, m, keep * d) + q_psi, q_psi
 
 
+# SkewKL's psi is -p / m, to which 1 is added: 0 where p = q. But the slope, sum q p / m, is at least the mass that p
+# and q have in common; where they have little, the 1 would be nearly all of every psi and of the slope, which cancel.
+
+
 @triton.jit
-def _skew_kl(p, q, alpha):
+def _skew_kl(p, q, alpha, disagree):
     keep = 1.0 - alpha
     kq = keep * q
     m = _mixture(alpha * p, kq)
     d = keep * (q - p)
-    return d + p * _log_ratio(p, m, -d), kq * (d / m)
+    return d + p * _log_ratio(p, m, -d), kq * (tl.where(disagree, -p, d) / m)
 
 
 @triton.jit
@@ -99,69 +100,116 @@ def _total_variation(p, q):
     return 0.5 * tl.abs(d), sign * q
 
 
-@triton.jit
-def _exp(y):
-    """exp(100) is inf in fp32, and min keeps inf - inf away."""
-    return tl.exp(tl.minimum(y, 100.0))
+# Alpha-beta has no limit cases: a term is x^2 exp[s log q, a log p + b log q, s log p], with s = a + b and exp[...] the
+# divided difference of exp, and q_psi is -x exp[s log q, a log p + b log q]. Two of exp's arguments, the corners,
+# differ by a x, b x or s x, so which is the highest and which the lowest depends on the sign of x alone.
+
+
+#
+# The corners are numbered 0, 1, 2 in this order; the variant is three times the lowest one where x > 0, and the highest.
 
 
 @triton.jit
-def _small_remainder(y):
-    """e^y - 1 - y for small y, by its series: between near equals a difference of powers keeps nothing."""
-    tail = y * (1.0 / 120.0 + y * (1.0 / 720.0 + y * (1.0 / 5040.0)))
-    return y * y * (0.5 + y * (1.0 / 6.0 + y * (1.0 / 24.0 + tail)))
+def _place(CORNER: tl.constexpr, a, sum_ab):
+    """What x is multiplied by from s log q to the corner."""
+    if CORNER == 0:
+        return a * 0.0
+    elif CORNER == 1:
+        return a
+    else:
+        return sum_ab
 
 
 @triton.jit
-def _alpha_beta(p, q, x, log_p, log_q, a, b, LIMIT: tl.constexpr):
+def _power(CORNER: tl.constexpr, log_p, log_q, a, b, sum_ab):
+    """exp of the corner. exp(100) is inf in fp32, and 0^0 is 1."""
+    if CORNER == 0:
+        exponent = times(sum_ab, log_q)
+    elif CORNER == 1:
+        exponent = times(a, log_p) + times(b, log_q)
+    else:
+        exponent = times(sum_ab, log_p)
+    return tl.exp(tl.minimum(exponent, 100.0))
+
+
+@triton.jit
+def _over(ONE: tl.constexpr, OTHER: tl.constexpr, distance, a, b, sum_ab):
+    """With the rate r at which two corners part: e^(-r distance), and its integral over the distance."""
+    rate = tl.abs(sum_ab)
+    if ONE + OTHER == 1:
+        rate = tl.abs(a)
+    if ONE + OTHER == 3:
+        rate = tl.abs(b)
+    y = times(rate, distance)
+    series = 1.0 / 120.0 - y * (1.0 / 720.0 - y * (1.0 / 5040.0 - y * (1.0 / 40320.0)))
+    series = 0.5 - y * (1.0 / 6.0 - y * (1.0 / 24.0 - y * series))
+    left = tl.exp(-y)
+    lost = tl.where(y < 0.5, y * (1.0 - y * series), 1.0 - left)
+    return left, tl.where(rate == 0.0, distance, lost / tl.where(rate == 0.0, 1.0, rate))
+
+
+@triton.jit
+def _near(x, h, t):
+    """x^2 exp[0, t - h, -2 h] for |t| <= h < 3/8: a series whose terms are the complete symmetric polynomials of
+    h, t and -h over (n + 2)!."""
+    z = h * h
+    fourth = 1.0 / 720.0 + t * (1.0 / 5040.0 + t * (1.0 / 40320.0))
+    second = 1.0 / 24.0 + t * (1.0 / 120.0 + t * fourth) + z * (fourth + z * (1.0 / 40320.0))
+    series = 0.5 + t * (1.0 / 6.0 + t * (1.0 / 24.0 + t * (1.0 / 120.0 + t * fourth))) + z * second
+    return x * x * tl.exp(-h) * series
+
+
+@triton.jit
+def _alpha_beta(p, q, x, log_p, log_q, a, b, sum_ab, VARIANT: tl.constexpr):
+    LOW: tl.constexpr = VARIANT // 3
+    HIGH: tl.constexpr = VARIANT % 3
+    MIDDLE: tl.constexpr = 3 - LOW - HIGH
     padding = (x != x) & (p == 0.0) & (q == 0.0)
     x = tl.where(padding, 0.0, x)
     log_p, log_q = tl.where(padding, 0.0, log_p), tl.where(padding, 0.0, log_q)
-    y = a * x  # p^a q^b = q^(a + b) e^y
-    close = tl.abs(y) < 0.25
-    remainder = _small_remainder(y)
-    if LIMIT == BOTH_ZERO:
-        phi, q_psi = 0.5 * x * x, -x
-    elif LIMIT == ALPHA_ZERO:
-        p_b, q_b = _exp(b * log_p), _exp(b * log_q)
-        phi, q_psi = (times(q_b, -b * x) - q_b + p_b) / (b * b), times(q_b, -x)
-    elif LIMIT == BETA_ZERO:
-        p_a, q_a = _exp(a * log_p), _exp(a * log_q)
-        phi = (times(p_a, y) - p_a + q_a) / (a * a)
-        q_psi = tl.where(close, -q_a * (y + remainder), q_a - p_a) / a
-    elif LIMIT == SUM_ZERO:
-        cross = _exp(y)
-        phi = tl.where(close, remainder, cross - 1.0 - y) / (a * a)
-        q_psi = tl.where(close, -(y + remainder), 1.0 - cross) / a
+    rising, distance = x > 0.0, tl.abs(x)
+    peak = tl.where(rising, _power(HIGH, log_p, log_q, a, b, sum_ab), _power(LOW, log_p, log_q, a, b, sum_ab))
+    # From the highest corner to the middle one, and from there to the lowest.
+    upper_left, upper = _over(HIGH, MIDDLE, distance, a, b, sum_ab)
+    lower_left, lower = _over(MIDDLE, LOW, distance, a, b, sum_ab)
+    left = tl.where(rising, upper_left, lower_left)
+    first, second = tl.where(rising, upper, lower), tl.where(rising, lower, upper)
+    low, middle, high = _place(LOW, a, sum_ab), _place(MIDDLE, a, sum_ab), _place(HIGH, a, sum_ab)
+    width = high - low
+    reach = times(width, distance)
+    near = _near(x, 0.5 * reach, times(middle - 0.5 * (low + high), x))
+    apart = (first - times(left, second)) / tl.where(width == 0.0, 1.0, width)
+    phi = times(peak, tl.where(reach < 0.75, near, apart))
+    if HIGH + MIDDLE == 1:  # the two corners of q_psi
+        slope = tl.where(rising, upper, times(left, upper))
+    elif MIDDLE + LOW == 1:
+        slope = tl.where(rising, times(left, lower), lower)
     else:
-        sum_ab = a + b
-        cross = _exp(a * log_p + b * log_q)
-        p_ab, q_ab = _exp(sum_ab * log_p), _exp(sum_ab * log_q)
-        phi = ((a / sum_ab) * p_ab + (b / sum_ab) * q_ab - cross) / (a * b)
-        q_psi = tl.where(close, -q_ab * (y + remainder), q_ab - cross) / a
-    # At x = 0 (padding too) both are 0; the terms would only nearly cancel.
+        slope = _over(HIGH, LOW, distance, a, b, sum_ab)[1]
+    q_psi = times(peak, tl.where(rising, -slope, slope))
+    # Between equals (padding too) both are 0, whatever overflows.
     return tl.where(x == 0.0, 0.0, phi), tl.where(x == 0.0, 0.0, q_psi)
 
 
 @triton.jit
-def terms(F: tl.constexpr, p, q, x, log_p, log_q, first, second):
-    """(phi, q_psi) of a tile."""
+def terms(F: tl.constexpr, p, q, x, log_p, log_q, numbers, disagree):
+    """(phi, q_psi) of a tile of one row."""
     if F.kind == FORWARD_KL:
         return times(p, x), q - p
     elif F.kind == REVERSE_KL:
         reverse = times(q, -x)
         return reverse, reverse
     elif F.kind == JSD:
-        return _jsd(p, q, first)
+        return _jsd(p, q, numbers.first)
     elif F.kind == SKEW_KL:
-        return _skew_kl(p, q, first)
+        return _skew_kl(p, q, numbers.first, disagree)
     elif F.kind == SKEW_REVERSE_KL:
-        return _skew_reverse_kl(p, q, first, F.variant)
+        return _skew_reverse_kl(p, q, numbers.first, F.variant)
     elif F.kind == TOTAL_VARIATION:
         return _total_variation(p, q)
     elif F.kind == ALPHA_BETA:
-        return _alpha_beta(p, q, x, log_p, log_q, first, second, F.variant)
+        return _alpha_beta(p, q, x, log_p, log_q, numbers.first, numbers.second, numbers.sum, F.variant)
     else:
         tl.static_assert(F.kind == MIXED)
-        reverse = times(q, -x) * (1.0 - first)
-        return times(p, x) * first + reverse, first * (q - p) + reverse
+        reverse = times(q, -x) * (1.0 - numbers.first)
+        return times(p, x) * numbers.first + reverse, numbers.first * (q - p) + reverse

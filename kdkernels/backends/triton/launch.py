@@ -18,7 +18,7 @@ from ...spec import LogitMap, Spec
 from .. import row_state as rs
 from ..sparse_rows import Emission, in_two_passes
 from . import kernels
-from .divergences import ALPHA_ZERO, BETA_ZERO, BOTH_ZERO, GENERAL, SUM_ZERO
+from .divergences import TINY
 from .rows import IDENTITY, SCALE, SOFTCAP, Flags, Numbers
 from .state import LOG2E
 
@@ -162,12 +162,9 @@ def _variant(spec: Spec) -> int:
     if isinstance(found, SkewReverseKL):
         return int(found.detach_mixture)
     if isinstance(found, AlphaBeta):
-        a, b = found.alpha, found.beta
-        if a == 0 and b == 0:
-            return BOTH_ZERO.value
-        if a == 0 or b == 0:
-            return BETA_ZERO.value if b == 0 else ALPHA_ZERO.value
-        return SUM_ZERO.value if a + b == 0 else GENERAL.value
+        corners = 0.0, found.alpha, found.alpha + found.beta
+        low, _, high = sorted(range(3), key=corners.__getitem__)
+        return 3 * low + high
     return 0
 
 
@@ -192,12 +189,16 @@ def _flags(spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bo
 
 
 def _numbers(spec: Spec) -> Numbers:
-    first, second = spec.divergence.parameters
+    first, second, both = (
+        number if abs(number) > TINY.value else 0.0  # which changes nothing of what is finite
+        for number in (*spec.divergence.parameters, sum(spec.divergence.parameters))
+    )
     s, t = spec.student_map, spec.teacher_map
     return Numbers(
         factor=LOG2E.value / spec.temperature,
         first=first,
         second=second,
+        sum=both,
         soft=spec.soft_weight / spec.temperature,
         hard=spec.hard_weight,
         smoothing=spec.label_smoothing,

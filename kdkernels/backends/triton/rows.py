@@ -45,6 +45,7 @@ class Numbers(NamedTuple):
     factor: float  # log2(e) / T
     first: float
     second: float
+    sum: float  # of both, as exactly as they are
     soft: float  # soft_weight / T
     hard: float
     smoothing: float
@@ -226,6 +227,7 @@ class Normalizers(NamedTuple):
     log_z_s: tl.tensor
     log_z_t: tl.tensor
     gap: tl.tensor  # log z_s - log z_t
+    disagree: tl.tensor  # whether KL(p || q) is above 1/2: below, they have at least half their mass in common
 
 
 @triton.jit
@@ -239,6 +241,7 @@ def normalizers(r):
         log_z_s=log_z_s.to(tl.float32),
         log_z_t=(log_z_s - gap).to(tl.float32),
         gap=gap.to(tl.float32),
+        disagree=(r.x_t / r.z_t + gap) > 0.5,
     )
 
 
@@ -268,7 +271,7 @@ def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers,
         s = _logits(s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map, "")
         t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map, "")
         p, q, x, log_p, log_q = _distributions(s, t, n, numbers.factor)
-        phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers.first, numbers.second)
+        phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers, n.disagree)
         value += phi
         slope += q_psi
     # NaN logits stay visible, whatever the formula does with them.
@@ -345,7 +348,7 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, e
         if F.grad:
             g = tl.zeros_like(s)
             if F.kind:
-                phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers.first, numbers.second)
+                phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers, n.disagree)
                 if F.kind != FORWARD_KL:
                     q_psi = q_psi - q * slope
                 g = times(soft, q_psi)

@@ -127,7 +127,7 @@ def fold(F: tl.constexpr, r, s, t, given, base, group, inside, factor):
         exp_t = tl.exp2(u_t)
         z_t += tl.sum(exp_t, 1)
         e_t += tl.sum(exp_t * tl.maximum(u_t, LEAST), 1)
-        if F.kind == 1:
+        if F.kind == 1 or F.kind == 4:  # its value; whether p and q disagree
             x_t += tl.sum(times(exp_t, u_t - u_s), 1)
         if F.kind == 2:
             x_s += tl.sum(times(exp_s, u_t - u_s), 1)
