@@ -52,8 +52,8 @@ def no_softcap_backward(grad, z, gain, cap, MAP: tl.constexpr):
 
 
 @triton.jit
-def zero_gradient(F: tl.constexpr, p, q, x, log_p, log_q, first, second):
-    return divergences.terms(F, p, q, x, log_p, log_q, first, second)[0], q * 0.0
+def zero_gradient(F: tl.constexpr, p, q, x, log_p, log_q, numbers, disagree):
+    return divergences.terms(F, p, q, x, log_p, log_q, numbers, disagree)[0], q * 0.0
 
 
 MUTATIONS = {
