@@ -34,9 +34,67 @@ def test_inplace_costs_nothing():
     assert peak_of(run) <= SLACK + 2**24
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+CHUNK = 2**22
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+def logits_of_another(form, dtype):
+    """(dense buffer, a view of it as the form says, the teacher for it)."""
+    if form == "shifted":  # as labels want them; the teacher is cut likewise
+        shape = 2, N // 2 + 1, V
+        return torch.randn(shape).to(dtype), lambda x: x[:, :-1], torch.randn(shape).to(dtype)[:, 1:]
+    if form == "transposed":
+        return torch.randn(V, N).to(dtype), lambda x: x.t(), torch.randn(V, N).to(dtype).t()
+    teacher = torch.randn(N, V).to(dtype)
+    if form == "head beside":
+        teacher = kd.LinearHead(torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype))
+    return torch.randn(N, V).to(dtype), lambda x: x, teacher
+
+
+@pytest.mark.parametrize("form", ["plain", "transposed", slow("shifted"), slow("head beside")])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", ["none", slow("mean")])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, slow(torch.float32), slow(torch.float64)], ids=str
+)
+def test_logits_cost_one_gradient_of_their_own_dtype(dtype, reduction, inplace, form):
+    """Nothing in place: no half-precision gradient is widened to be scaled, and no layout copied whole.
+
+    The gradient is taken for the view: what torch makes of it for the buffer is torch's.
+    """
+    buffer, view, teacher = logits_of_another(form, dtype)
+    labels = torch.randint(0, V, view(buffer).shape[:-1])
+    labels[..., ::2] = -100
+
+    def run():
+        student = view(handed(buffer)) if inplace else view(buffer).detach().requires_grad_()
+        loss = kd.kl_div(student, teacher, labels, reduction=reduction, inplace=inplace, chunk_bytes=CHUNK)
+        return torch.autograd.grad(loss.sum() * 0.5, student)
+
+    unit = buffer.numel() * buffer.element_size()
+    assert unit > SLACK + CHUNK, "a copy would fit"
+    assert peak_of(run) <= (0 if inplace else unit) + SLACK + CHUNK
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
+def test_a_kept_gradient_costs_one_more(dtype):
+    """retain_graph=True: the gradient stays, and what is handed over is scaled into memory of its own."""
+    logits, teacher = torch.randn(N, V).to(dtype).requires_grad_(), torch.randn(N, V).to(dtype)
+
+    def run():
+        loss = kd.kl_div(logits, teacher, reduction="none", chunk_bytes=CHUNK)
+        return loss, torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+
+    assert peak_of(run) <= 2 * N * V * 2 + SLACK + CHUNK
+
+
+@pytest.mark.parametrize("reduction", ["mean", slow("none")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [2**25, 2**22])
-def test_heads_stay_in_the_budget(dtype, chunk_bytes):
+def test_heads_stay_in_the_budget(dtype, chunk_bytes, reduction):
     hidden, weight, teacher, t_weight = (
         torch.randn(*shape).to(dtype) for shape in ((N, H), (V, H), (N, H), (V, H))
     )
@@ -45,10 +103,13 @@ def test_heads_stay_in_the_budget(dtype, chunk_bytes):
     def run():
         hidden.grad = weight.grad = None
         student = kd.LinearHead(hidden, weight)
-        kd.kl_div(student, kd.LinearHead(teacher, t_weight), chunk_bytes=chunk_bytes).backward()
+        loss = kd.kl_div(
+            student, kd.LinearHead(teacher, t_weight), reduction=reduction, chunk_bytes=chunk_bytes
+        )
+        loss.sum().backward()
 
     gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
-    accumulator = weight.numel() * 4 if dtype == torch.bfloat16 else 0
+    accumulator = 0 if dtype == torch.float32 else weight.numel() * 4
     assert peak_of(run) <= gradients + accumulator + chunk_bytes + SLACK
     assert UNIT > chunk_bytes + SLACK, "the logits would have fitted anyway"
 
