@@ -293,13 +293,31 @@ def _token_weights(token_weights: Any, student: Side, dtype: torch.dtype) -> Ten
     return token_weights.reshape(-1).to(dtype)
 
 
+def _class_weights(class_weights: Any, labels: Tensor, spec: Spec, vocab: int, dtype: torch.dtype) -> Tensor:
+    """What each token's class weighs, ``[N]``; 0 where it is masked."""
+    check_tensor("class_weights", class_weights)
+    check_constant("class_weights", class_weights)
+    if class_weights.shape != (vocab,) or not class_weights.is_floating_point():
+        raise ValueError(
+            f"class_weights must be floating [V] = ({vocab},), got {class_weights.dtype} {tuple(class_weights.shape)}"
+        )
+    if class_weights.device != labels.device:
+        raise ValueError(f"class_weights is on {class_weights.device}, student on {labels.device}")
+    if spec.label_smoothing:
+        raise ValueError(
+            f"class_weights with label_smoothing={spec.label_smoothing} weigh every class of every token, "
+            "which one pass does not; use torch.nn.functional.cross_entropy"
+        )
+    return torch.where(labels >= 0, class_weights.to(dtype)[labels.clamp(min=0)], 0.0)
+
+
 def _check_items(num_items: Tensor, device: torch.device) -> None:
     if num_items.device.type != "cpu" and num_items.device != device:
         raise ValueError(f"num_items is on {num_items.device}, student on {device}")
 
 
 def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: Optional[Tensor],
-           weights: Tensor, leading: torch.Size) -> Union[Tensor, float]:  # fmt: skip
+           weights: Tensor, leading: torch.Size, classes: Optional[Tensor]) -> Union[Tensor, float]:  # fmt: skip
     """What a token's loss is multiplied by in the reduction."""
     if num_items is not None:
         if reduction not in ("sum", "mean"):
@@ -309,6 +327,9 @@ def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: O
             return 1.0 / ops.checked_items(num_items.reshape(()), weights)
         return 1.0 / num_items
     if reduction == "mean":
+        if classes is not None:
+            total = classes.sum(dtype=torch.float64)
+            return 1.0 / torch.where(total == 0, 1.0, total)
         if labels is None:
             return 1.0 / max(math.prod(leading), 1)
         return 1.0 / (labels >= 0).sum().clamp(min=1).double()
@@ -328,7 +349,8 @@ def _check_spec(spec: Spec, labels: Optional[Tensor]) -> None:
 
 
 def prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tensor], spec: Spec, *,
-            mask: Optional[Tensor], token_weights: Optional[Tensor], reduction: str,
+            mask: Optional[Tensor], token_weights: Optional[Tensor], class_weights: Optional[Tensor] = None,
+            reduction: str,
             num_items: Union[int, float, Tensor, None], ignore_index: int, vocab_size: Optional[int],
             chunk_bytes: Optional[int]) -> Call:  # fmt: skip
     """The call that these arguments describe; an error where they describe none."""
@@ -352,5 +374,9 @@ def prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tensor
     weights = _token_weights(token_weights, s, dtype)
     if live is not None:
         weights = torch.where(live >= 0, weights, 0.0)
-    scale = _scale(given["reduction"], given["num_items"], live, weights, s.leading)
+    classes: Optional[Tensor] = None
+    if class_weights is not None and live is not None:
+        classes = _class_weights(class_weights, live, spec, vocab, dtype)
+        weights = weights * classes
+    scale = _scale(given["reduction"], given["num_items"], live, weights, s.leading, classes)
     return Call(s, t, live, weights, scale, spec, vocab, given["chunk_bytes"], given["reduction"])

@@ -227,7 +227,8 @@ def codistillation_loss(
 
     The teacher's loss is its own cross entropy; the student's is ``soft_weight * D +
     hard_weight * CE`` against the detached teacher. A teacher's tile is projected once and serves
-    both. Arguments and errors as in :func:`distillation_loss`.
+    both. ``label_smoothing`` and ``z_loss`` are the student's only; there is no ``inplace``, since both models
+    get a gradient. Other arguments and errors as in :func:`distillation_loss`.
 
     With ``reduction="none"`` or fp16 models the two losses are taken in two passes.
 
@@ -287,6 +288,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     mask: Optional[Tensor] = None,
     token_weights: Optional[Tensor] = None,
+    class_weights: Optional[Tensor] = None,
     reduction: str = "mean",
     num_items: Union[int, float, Tensor, None] = None,
     ignore_index: int = -100,
@@ -296,8 +298,11 @@ def cross_entropy(
 ) -> Tensor:
     """``F.cross_entropy`` from logits or a :class:`LinearHead`, with ``z_loss * logsumexp^2`` (PaLM).
 
-    ``label_smoothing`` is F.cross_entropy's. Other arguments and errors as in
-    :func:`distillation_loss`.
+    ``label_smoothing`` is F.cross_entropy's. ``class_weights`` ``[V]`` is its ``weight``: a token's loss (its
+    z-loss included) is multiplied by the weight of its label, and the mean divides by the sum of these; not
+    together with label smoothing. Probabilities instead of labels are a teacher: ``kl_div(student,
+    probabilities.log())`` has F.cross_entropy's gradient, and its value less the probabilities' entropy.
+    Other arguments and errors as in :func:`distillation_loss`.
 
     >>> import torch, kdkernels as kd
     >>> logits = torch.randn(3, 10)
@@ -311,6 +316,7 @@ def cross_entropy(
     if labels is None:
         raise TypeError("cross_entropy needs labels, got None")
     call = prepare(student, None, labels, spec, mask=mask, token_weights=token_weights,
+                    class_weights=class_weights,
                     reduction=reduction, num_items=num_items, ignore_index=ignore_index,
                     vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
     if reference_asked():

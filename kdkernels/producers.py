@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import checked, common_vocab, side
 from .backends import chosen_backend, serving
 from .backends import row_state as rs
+from .checks import integer, number, positive_integer
 from .divergences import NoDivergence
 from .heads import HeadRows, LinearHead
 from .schedule import DEFAULT_CHUNK_BYTES
@@ -33,12 +35,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _vocab(teacher: Logits, vocab_size: Optional[int]) -> int:
-    if not isinstance(teacher, (Tensor, LinearHead)):
-        raise TypeError(f"teacher must be a Tensor of logits or a kd.LinearHead, got {type(teacher)}")
-    vocab = teacher.vocab_size if isinstance(teacher, LinearHead) else teacher.shape[-1]
-    if vocab_size is not None and not 0 < vocab_size <= vocab:
-        raise ValueError(f"vocab_size={vocab_size} must be in 1..{vocab}")
-    return vocab if vocab_size is None else vocab_size
+    given, vocab_size = side("teacher", teacher), checked(vocab_size=vocab_size)["vocab_size"]
+    return common_vocab(given, None, vocab_size)
 
 
 def _tiles(teacher: Logits, tensors: list[Tensor], vocab: int, step: int) -> Iterator[Tensor]:
@@ -87,11 +85,11 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: float,
-             select: _Select) -> tuple[Tensor, Tensor]:  # fmt: skip
+             select: _Select, least: int = 1) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``select(logits [rows, vocab])`` gives (ids, values) ``[rows, K']``; here for all tokens, padded to
-    one K."""
+    one K, which is ``least`` where there is no token."""
     leading = teacher.leading_shape if isinstance(teacher, LinearHead) else teacher.shape[:-1]
-    budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    budget = checked(chunk_bytes=chunk_bytes)["chunk_bytes"] or DEFAULT_CHUNK_BYTES
     step = max(budget // (vocab * 8 * _TEMPORARIES), 1)
     tensors = teacher.tensors() if isinstance(teacher, LinearHead) else [teacher]
     device, tokens, start = tensors[0].device, leading.numel(), 0
@@ -108,7 +106,8 @@ def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: f
             all_ids[rows, :slots], all_values[rows, :slots] = ids, values
             start = rows.stop
     if not tokens:
-        all_ids, all_values = F.pad(all_ids, (0, 1)), F.pad(all_values, (0, 1))
+        all_ids = F.pad(all_ids, (0, least))
+        all_values = F.pad(all_values, (0, least)).to(_wide(tensors[0].dtype))
     return all_ids.view(*leading, all_ids.shape[1]), all_values.view(*leading, all_ids.shape[1])
 
 
@@ -124,13 +123,13 @@ def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: O
         chunk_bytes: budget of the temporaries, default 512 MiB; at least one token is worked on.
 
     Raises:
-        ValueError: k or vocab_size out of range.
+        ValueError: k, vocab_size or chunk_bytes out of range, or logits that are not floating.
 
     >>> target = top_k_target(torch.tensor([[2.0, 0.0, 1.0, -1.0]]), 2)
     >>> target.ids, target.logprobs.exp().sum().item() < 1
     (tensor([[0, 2]]), True)
     """
-    vocab = _vocab(teacher, vocab_size)
+    vocab, k = _vocab(teacher, vocab_size), integer("k", k)
     if not 1 <= k <= vocab:
         raise ValueError(f"k={k} must be in 1..{vocab}, the vocabulary")
 
@@ -138,7 +137,7 @@ def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: O
         ids, logprobs = _top(logits, k)
         return ids, logprobs.to(_wide(logits.dtype))
 
-    ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
+    ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select, least=k)
     return SparseTarget(ids, logprobs, tail=tail)
 
 
@@ -154,12 +153,10 @@ def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail
     tensor([[ 0, -1],
             [ 0,  1]])
     """
-    vocab = _vocab(teacher, vocab_size)
+    vocab, p = _vocab(teacher, vocab_size), number("p", p)
     if not 0 < p <= 1:
         raise ValueError(f"p={p} must be in (0, 1]")
-    if max_k is not None and not max_k >= 1:
-        raise ValueError(f"max_k={max_k} must be >= 1")
-    most = vocab if max_k is None else min(max_k, vocab)
+    most = vocab if max_k is None else min(positive_integer("max_k", max_k), vocab)
 
     def select(logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, values = _top(logits, most)
@@ -195,9 +192,8 @@ def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
     >>> target.tail, target.weights.sum(-1).allclose(torch.ones(3))
     ('truncate', True)
     """
-    vocab = _vocab(teacher, vocab_size)
-    if not n >= 1:
-        raise ValueError(f"n={n} draws must be at least 1")
+    vocab, n = _vocab(teacher, vocab_size), positive_integer("n", n)
+    proposal_temperature = number("proposal_temperature", proposal_temperature)
     if not proposal_temperature > 0:
         raise ValueError(f"proposal_temperature={proposal_temperature} must be > 0")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import _utils as data_utils
 
 from . import records
 
@@ -109,7 +111,10 @@ class SparseTarget:
 
     def _each(self, change) -> SparseTarget:
         tensors = {name: getattr(self, name) for name in ("ids", "logprobs", "weights", "mask")}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
+        return self._with(**{name: change(t) for name, t in tensors.items() if t is not None})
+
+    def _with(self, **tensors: Any) -> SparseTarget:
+        return replace(self, **tensors)
 
     def __getitem__(self, index) -> SparseTarget:
         """The target of some tokens: ``index`` goes over the leading dimensions only."""
@@ -117,9 +122,69 @@ class SparseTarget:
         last = slice(None) if any(i is Ellipsis for i in index) else Ellipsis
         return self._each(lambda t: t[(*index, last)])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTarget:
-        """The same target on another device."""
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: Optional[torch.dtype] = None,
+           *, non_blocking: bool = False) -> SparseTarget:  # fmt: skip
+        """The same target on another device, or with its values (ids stay int64) in another dtype.
+
+        >>> target = SparseTarget(torch.tensor([[3, 7]]), torch.tensor([[-0.1, -3.0]]))
+        >>> target.to(torch.bfloat16).logprobs.dtype, target.to("cpu", torch.float64).ids.dtype
+        (torch.bfloat16, torch.int64)
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        moved = self._each(lambda t: t.to(device or t.device, non_blocking=non_blocking))
+        return moved if dtype is None else moved._with(**{self._kind: moved.values.to(dtype)})
+
+    def pin_memory(self) -> SparseTarget:
+        """The same target in pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
+        return self._each(lambda t: t.pin_memory())
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # a file may hold anything
+
+    def _padded(self, shape: tuple[int, ...], masked: bool) -> SparseTarget:
+        """With empty slots behind its own, up to ``shape`` ``[..., K]``, and a mask where one is asked for."""
+        nothing = 0.0 if self.logprobs is None else -torch.inf
+        grow = [n for have, want in zip(reversed(self.ids.shape), reversed(shape)) for n in (0, want - have)]
+        mask = torch.ones_like(self.ids, dtype=torch.bool) if masked and self.mask is None else self.mask
+        return self._with(ids=F.pad(self.ids, grow, value=-1),
+                          mask=None if mask is None else F.pad(mask, grow, value=False),
+                          **{self._kind: F.pad(self.values, grow, value=nothing)})  # fmt: skip
+
+    @staticmethod
+    def cat(targets: Sequence[SparseTarget], dim: int = 0) -> SparseTarget:
+        """The targets' tokens one behind the other along the leading dimension ``dim``. K may differ: what is
+        narrower gets empty slots. ValueError unless tails are the same and all hold log-probabilities or weights.
+
+        >>> one, two = (SparseTarget(torch.zeros(2, k, dtype=torch.int64), torch.zeros(2, k)) for k in (1, 3))
+        >>> SparseTarget.cat([one, two]).ids.shape
+        torch.Size([4, 3])
+        """
+        wide = _of_one_width(targets)
+        dim = range(len(wide[0].leading_shape))[dim]  # IndexError, and not the slots, beyond the leading ones
+        return _joined(wide, lambda tensors: torch.cat(tensors, dim))
+
+    @staticmethod
+    def stack(targets: Sequence[SparseTarget], dim: int = 0) -> SparseTarget:
+        """As :meth:`cat`, along a new leading dimension; what ``default_collate`` of a DataLoader does."""
+        wide = _of_one_width(targets)
+        dim = range(len(wide[0].leading_shape) + 1)[dim]
+        return _joined(wide, lambda tensors: torch.stack(tensors, dim))
+
+    @staticmethod
+    def collate(targets: Sequence[SparseTarget]) -> SparseTarget:
+        """A batch ``[B, T, K]`` of sequences ``[T, K]`` of several lengths: shorter ones end in tokens without any
+        slot, which count as tokens unless labels or a mask say otherwise.
+
+        >>> one, two = (SparseTarget(torch.zeros(t, 2, dtype=torch.int64), torch.zeros(t, 2)) for t in (1, 3))
+        >>> SparseTarget.collate([one, two]).ids[0].tolist()
+        [[0, 0], [-1, -1], [-1, -1]]
+        """
+        wide = _of_one_width(targets)
+        longest = max(t.ids.shape[0] for t in wide)
+        masked = wide[0].mask is not None
+        return SparseTarget.stack([t._padded((longest, *t.ids.shape[1:]), masked) for t in wide])
 
     # What other programs wrote; kdkernels.records says what shape each of them has.
 
@@ -154,3 +219,25 @@ class SparseTarget:
     def from_megatron(cls, payload, *, tail: str = "bucket") -> SparseTarget:
         """[B, S, K] of Megatron-LM's cached logits; see :func:`kdkernels.records.megatron`."""
         return cls(*records.megatron(payload), tail=tail)
+
+
+def _of_one_width(targets: Sequence[SparseTarget]) -> list[SparseTarget]:
+    targets = list(targets)
+    if not targets:
+        raise ValueError("expected at least one SparseTarget, got none")
+    for what in ("tail", "_kind"):
+        found = {getattr(t, what) for t in targets}
+        if len(found) > 1:
+            raise ValueError(f"SparseTargets of one batch must agree, got {', '.join(sorted(found))}")
+    slots, masked = max(t.slots for t in targets), any(t.mask is not None for t in targets)
+    return [t._padded((*t.leading_shape, slots), masked) for t in targets]
+
+
+def _joined(targets: list[SparseTarget], join: Callable[[list[Tensor]], Tensor]) -> SparseTarget:
+    tensors = {name: [getattr(t, name) for t in targets] for name in ("ids", "logprobs", "weights", "mask")}
+    return targets[0]._with(**{n: join(given) for n, given in tensors.items() if given[0] is not None})
+
+
+# torch.load with weights_only=True, its default, reads these; so does a DataLoader's default_collate.
+torch.serialization.add_safe_globals([SparseTarget])
+data_utils.collate.default_collate_fn_map[SparseTarget] = lambda batch, **_: SparseTarget.stack(batch)

@@ -102,12 +102,6 @@ def test_impossible_entries_are_never_drawn():
     assert kd.top_p_target(teacher, 1.0).slots == 10
 
 
-def test_no_tokens():
-    for target in (kd.top_k_target(torch.randn(0, 9), 3), kd.sample_target(torch.randn(2, 0, 9), 3)):
-        assert target.ids.numel() == 0
-        assert kd.kl_div(torch.randn(*target.leading_shape, 9), target) == 0
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_conditional_from_hidden_states_is_never_v_wide(frozen):
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=not frozen)
@@ -144,3 +138,28 @@ def test_a_teacher_of_nan_is_refused_where_it_counts(produce):
     assert kd.kl_div(student, target, torch.tensor([-100, 1])).isfinite()
     with pytest.raises(ValueError, match="nan at token 0"):
         kd.kl_div(student, target)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_default_devices_do_not_reach_inside(device):
+    teacher, student = torch.randn(2, 3, 20)
+    made = [(lambda: kd.top_k_target(teacher, 4)), (lambda: kd.top_p_target(teacher, 0.5)),
+            (lambda: kd.sample_target(teacher, 4))]  # fmt: skip
+    for produce in made:
+        torch.manual_seed(0)
+        expected = produce()
+        torch.manual_seed(0)
+        with torch.device(device):
+            target, loss = produce(), kd.kl_div(student, expected)
+        assert target.device.type == "cpu" and torch.equal(target.ids, expected.ids)
+        assert torch.equal(loss, kd.kl_div(student, expected))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_tokens(shape):
+    """As wide as they would be with tokens, so that batches fit."""
+    for teacher in (torch.randn(*shape, 20), kd.LinearHead(torch.randn(*shape, 8), torch.randn(20, 8))):
+        target = kd.top_k_target(teacher, 4)
+        assert target.ids.shape == target.logprobs.shape == (*shape, 4)
+        assert kd.kl_div(torch.randn(*shape, 20), target) == 0
+        assert kd.top_p_target(teacher, 0.5).ids.shape == kd.sample_target(teacher, 3).ids.shape == (*shape, 1)

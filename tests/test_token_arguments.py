@@ -1,4 +1,4 @@
-"""Arguments with one entry a token, or one for the batch: mask, num_items."""
+"""Arguments with one entry a token, or one for the batch: mask, num_items; class weights."""
 
 import warnings
 
@@ -111,3 +111,47 @@ def test_num_items_of_a_tensor(backend, dtype, reduction):
             kd.kl_div(s, t, num_items=torch.tensor(bad), reduction=reduction)
     nothing = torch.zeros(4, dtype=torch.bool)
     assert kd.kl_div(s, t, mask=nothing, num_items=torch.tensor(0), reduction=reduction) == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_class_weights_are_torchs(backend, reduction, masked):
+    s, y, w = torch.randn(6, 30, requires_grad=True), torch.randint(0, 30, (6,)), torch.rand(30)
+    w[y[3]] = 0.0
+    if masked:
+        y[:2] = -100
+    mine = kd.cross_entropy(s, y, class_weights=w, reduction=reduction)
+    theirs = torch.nn.functional.cross_entropy(s, y, weight=w, reduction=reduction)
+    assert theirs.sum() > 0.1 and torch.allclose(mine, theirs, rtol=1e-5)
+    grads = [torch.autograd.grad(loss.sum(), s)[0] for loss in (mine, theirs)]
+    assert grads[1].norm() > 1e-2 and torch.allclose(*grads, atol=1e-6)
+    assert kd.cross_entropy(s, torch.full((6,), -100), class_weights=w) == 0
+
+
+def test_probabilities_are_a_teacher(backend):
+    """F.cross_entropy's gradient, and its value less their entropy; 0 is log -inf."""
+    s, p = torch.randn(6, 30, requires_grad=True), torch.randn(6, 30).softmax(-1)
+    p[:, :4] = 0.0
+    p = p / p.sum(-1, keepdim=True)
+    mine, theirs = kd.kl_div(s, p.log()), torch.nn.functional.cross_entropy(s, p)
+    assert torch.isclose(mine, theirs - torch.special.entr(p).sum(-1).mean(), rtol=1e-5)
+    grads = [torch.autograd.grad(loss, s)[0] for loss in (mine, theirs)]
+    assert grads[1].norm() > 1e-2 and torch.allclose(*grads, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("chunk_bytes", [None, 20_000])
+def test_codistillation_smooths_the_students_labels_only(backend, form, chunk_bytes):
+    problem = Problem(student=form, teacher=form)
+    options = dict(hard_weight=0.5, label_smoothing=0.2, z_loss=0.01)
+    sides = [[t.clone().requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
+    losses = kd.codistillation_loss(*(problem.side(side) for side in sides), problem.labels,
+                                    chunk_bytes=chunk_bytes, **options)  # fmt: skip
+    grads = torch.autograd.grad(losses.student + losses.teacher, sides[0] + sides[1])
+    value, expected = problem.oracle(**options)
+    problem.student = problem.teacher
+    teachers = problem.oracle(loss=lambda s, t, y: kd.cross_entropy(s, y))
+    assert torch.isclose(losses.student.double(), value, rtol=1e-5)
+    assert torch.isclose(losses.teacher.double(), teachers[0], rtol=1e-5)
+    for mine, truth in zip(grads, [*expected, *teachers[1]], strict=True):
+        assert truth.norm() > 1e-3 and (mine.double() - truth).norm() < 3e-6 * truth.norm()

@@ -31,7 +31,7 @@ def _resolve_mkl_kernels() -> None:
     loss was then off by 5e-12 instead of 1e-16, once in a new process.
     """
     for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype)
+        one = torch.ones(1, dtype=dtype, device="cpu")
         for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.tanh):
             function(one)
 

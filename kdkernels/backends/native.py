@@ -72,7 +72,7 @@ def instruction_set() -> Optional[str]:
     """ "avx512", "avx2" or "baseline": what the row loops were dispatched to."""
     if _problem:
         return None
-    code = torch.ops.kdkernels_native.instruction_set(torch.empty(0))
+    code = torch.ops.kdkernels_native.instruction_set(torch.empty(0, device="cpu"))
     return ("baseline", "avx2", "avx512")[code]
 
 
@@ -88,7 +88,7 @@ def _rows(tile: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def _spec(spec: Spec) -> Tensor:
-    return torch.tensor(spec.to_floats(), dtype=torch.float64)
+    return torch.tensor(spec.to_floats(), dtype=torch.float64, device="cpu")
 
 
 def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
