@@ -172,7 +172,8 @@ def distillation_loss(
             (F.kl_div's: sum / size(0)). All masked or empty gives 0 with a zero gradient.
         num_items: divide the sum by this instead: the tokens of a whole accumulated batch.
         vocab_size: use only the first entries of both vocabularies (padding cut off).
-        inplace: the student's logits are overwritten with their gradient.
+        inplace: the student's logits are overwritten with their gradient. Student and teacher may be parts of
+            one tensor that have no memory in common, as the halves of a batch are.
         return_stats: also return :class:`Stats`.
         chunk_bytes: budget of the logit tiles, default 512 MiB.
 
