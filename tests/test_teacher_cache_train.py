@@ -14,7 +14,7 @@ for name in ("pyarrow", "transformers", "accelerate", "tokenizers"):
     pytest.importorskip(name)
 
 import kdkernels as kd  # noqa: E402
-from kdkernels.integrations.transformers import row_of, through_head  # noqa: E402
+from kdkernels.integrations.transformers import call_through_head, row_of  # noqa: E402
 from kdkernels.teacher_cache import TeacherCache, command, stack, tokenizer_hash  # noqa: E402
 from kdkernels.trainer import cli, data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
@@ -85,7 +85,7 @@ def live_top_k(self, inputs):
     for row, ids in enumerate(inputs["input_ids"]):
         size = int(inputs["attention_mask"][row].sum()) if "attention_mask" in inputs else length
         with torch.no_grad():
-            head = through_head(self.teacher, {"input_ids": ids[None, :size]}, lambda head: head)
+            head = call_through_head(self.teacher, {"input_ids": ids[None, :size]}, lambda head: head)
         target = kd.top_k_target(row_of(head, 0), K)
         order = target.ids.argsort(-1)
         rows.append(kd.SparseTarget(target.ids.gather(-1, order), target.logprobs.gather(-1, order)))

@@ -12,11 +12,11 @@ import kdkernels as kd
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from kdkernels.integrations import transformers as integration  # noqa: E402
 from kdkernels.integrations.transformers import (  # noqa: E402
     DistillationTrainer,
-    check_head,
+    call_through_head,
     shifted_labels,
-    through_head,
 )
 
 VOCAB = 40
@@ -104,7 +104,7 @@ def test_head_gives_the_models_own_logits(name):
     model, inputs = MODELS[name](), batch()
     del inputs["labels"]
     expected = model(**inputs).logits
-    head = through_head(model, inputs, lambda head: head)
+    head = call_through_head(model, inputs, lambda head: head)
     logits = F.linear(head.hidden, head.weight, head.bias) * head.logit_scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -112,12 +112,46 @@ def test_head_gives_the_models_own_logits(name):
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_unknown_logit_transformations_are_refused():
-    model = MODELS["cohere"]()
-    check_head(model)
-    model.logit_scale = 0.9  # the forward now differs from what the config says
-    with pytest.raises(ValueError, match="does more to its logits"):
-        check_head(model)
+def test_models_are_checked_at_construction_and_otherwise_at_their_first_batch(tmp_path, monkeypatch):
+    """Where weights are not here yet: a student that ZeRO-3 or FSDP has still to put together."""
+    model = llama()
+    model.lm_head = Doubling(16, VOCAB, bias=False, dtype=torch.float64)
+    with pytest.raises(ValueError, match="does more than hidden @ weight.T"):
+        DistillationTrainer(model, arguments(tmp_path), teacher=llama(seed=7))
+    monkeypatch.setattr(integration, "weights_are_here", lambda model: False)
+    trainer = DistillationTrainer(model, arguments(tmp_path), teacher=llama(seed=7))
+    with pytest.raises(ValueError, match="does more than hidden @ weight.T"):
+        trainer.compute_loss(model, batch())
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile_compiles_the_part_before_the_head(backend, tmp_path):
+    def trained(**options):
+        student = llama(dtype=torch.float32)
+        args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", logging_steps=1, **options)
+        rows = rows_of(batch(rows=8)) + rows_of(batch(rows=16, seed=2))
+        trainer = DistillationTrainer(student, args, teacher=llama(seed=7, dtype=torch.float32), train_dataset=rows,
+                                      eval_dataset=rows)  # fmt: skip
+        trainer.train()
+        loss = trainer.evaluate()["eval_loss"]
+        return loss, {name: p.detach().clone() for name, p in student.named_parameters()}
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain_eval, plain = trained()
+    assert not torch._dynamo.utils.counters["stats"]
+    compiled_eval, compiled = trained(torch_compile=True, torch_compile_backend=backend)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert compiled_eval == pytest.approx(plain_eval, rel=1e-4)
+    assert compiled.keys() == plain.keys()
+    for name, start in llama(dtype=torch.float32).named_parameters():
+        moved = (plain[name] - start).norm()
+        assert moved > 1e-3 and (compiled[name] - plain[name]).norm() < 1e-3 * moved, name
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,14 +1,12 @@
 """``transformers.Trainer`` with a teacher: full logits of neither model are ever held.
 
-The loss is computed inside the lm_head's own forward, which is handed hidden states and, instead of
-projecting them, gives them to the loss beside its weight. Whatever gathers weights around a
-module's forward (FSDP, FSDP2, ZeRO-3) therefore works, with nothing here knowing of it.
+The loss is computed inside the lm_head's own forward (:mod:`.model_head` says how), so that whatever gathers
+weights around a module's forward (FSDP, FSDP2, ZeRO-3) works.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,9 @@ from transformers import PreTrainedModel, Trainer
 
 import kdkernels as kd
 
-from .common import whole
+from .model_head import call_through_head, check_head, weights_are_here
+
+__all__ = ["DistillationTrainer", "call_through_head", "check_head"]
 
 #: What a batch holds beside the arguments of a model's forward.
 _TARGET_KEYS = ("target_ids", "target_logprobs", "target_weights")
@@ -43,6 +43,10 @@ class DistillationTrainer(Trainer):
 
     The student may carry LoRA (peft) anywhere, its lm_head included.
 
+    The model's own forward runs, images and all. With ``output_router_logits=True`` in its config a mixture of experts'
+    load balancing loss is added in training as the model adds it, the mean over micro-batches by tokens; logs have it as
+    ``router``. ``torch_compile=True`` compiles the part before the lm_head. docs/transformers.md has the rest.
+
     Args:
         model, args, **trainer: as of ``transformers.Trainer``.
         teacher: a causal LM with the student's vocabulary. Frozen and set to eval mode. None means no
@@ -54,7 +58,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: an option of Trainer that needs logits, DataParallel, a model whose logits are
-            not those of a linear head, a batch without labels.
+            not those of a linear head (:func:`check_head`; without its weights here, at its first batch),
+            a batch without labels or with an input that a model's forward does not name.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
     >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -110,8 +115,10 @@ class DistillationTrainer(Trainer):
         self.tail = tail
         self.teacher = None if teacher is None else self._placed(teacher)
         for each in (self.model, self.teacher):
-            if isinstance(each, PreTrainedModel):
-                check_head(each)
+            if isinstance(each, PreTrainedModel) and weights_are_here(each):
+                check_head(each)  # else their first forward does
+        if self.args.torch_compile:
+            self._compile_below_the_head()
         self._sums = _Sums()
         self._kl_sum = _Sums()  #: over tokens of its own: not every step has it
 
@@ -123,15 +130,15 @@ class DistillationTrainer(Trainer):
             return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
         if self.teacher is None:
             return None
-        own = self.accelerator.unwrap_model(self.teacher)
         with torch.no_grad():
-            return call_through_head(self.teacher, own, model_inputs(inputs), outliving)
+            return call_through_head(self.teacher, model_inputs(inputs), outliving)
 
-    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:
+    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any],
+                     with_router: Optional[Callable[[Any, Tensor], Any]] = None) -> Any:  # fmt: skip
         """``function(student's LinearHead, teacher's target)``, run inside the wrapped model's forward."""
         target = self.teacher_target(inputs)
-        own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return call_through_head(model, own, model_inputs(inputs), lambda head: function(head, target))
+        model = getattr(model, "_orig_mod", model)  # see _compile_below_the_head
+        return call_through_head(model, model_inputs(inputs), lambda head: function(head, target), with_router)
 
     def batch_loss(self, student: kd.LinearHead, target: Any, labels: Tensor, num_items: Any) -> Tensor:
         """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
@@ -162,11 +169,19 @@ class DistillationTrainer(Trainer):
         if return_outputs:
             raise ValueError("return_outputs=True needs logits, which are never held")
         labels = shifted_labels(inputs)
+
+        def with_router(loss: Tensor, router: Tensor) -> Tensor:
+            tokens = (labels >= 0).sum()
+            self._sums.add({"router": router * tokens})
+            # The mean over all micro-batches by their tokens; of a batch in one piece it is the model's own.
+            return loss + router * (1 if num_items_in_batch is None else tokens / num_items_in_batch)
+
         with self.accelerator.autocast():
             loss = self.student_call(
                 model,
                 inputs,
                 lambda student, target: self.batch_loss(student, target, labels, num_items_in_batch),
+                with_router,
             )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # Gradients are averaged over processes, but num_items counts the tokens of all of them.
@@ -250,7 +265,19 @@ class DistillationTrainer(Trainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._eval_sums.means().items()})
         return output
 
-    # -- placing the teacher ---------------------------------------------------------------------
+    # -- placing the models ---------------------------------------------------------------------
+
+    def _compile_below_the_head(self) -> None:
+        """torch_compile=True: the part before the lm_head is compiled in place; the loss is a kernel already.
+
+        accelerate compiles the whole model, whose lm_head is another at every call. That is lazy, so it costs nothing
+        as long as what it has made is not called: student_call takes the model out of it.
+        """
+        own: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        causal_lm = own.get_base_model() if hasattr(own, "get_base_model") else own
+        if causal_lm.base_model is causal_lm:
+            raise ValueError(f"torch_compile compiles a model's base_model, and {type(causal_lm).__name__} has none; leave it out")
+        causal_lm.base_model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
     def _placed(self, teacher: Any) -> nn.Module:
         teacher.requires_grad_(False).eval()
@@ -265,94 +292,7 @@ class DistillationTrainer(Trainer):
         return teacher
 
 
-# -- models as hidden states and a head -----------------------------------------------------------
-
-
-def call_through_head(wrapped: nn.Module, model: nn.Module, inputs: dict[str, Any],
-                      function: Callable[[kd.LinearHead], Any]) -> Any:  # fmt: skip
-    """:func:`through_head` of ``model`` as a call of ``wrapped`` (DDP, FSDP, a DeepSpeed engine), hooks and all."""
-    with forward_as(model, lambda **arguments: through_head(model, arguments, function)):
-        return wrapped(**inputs)
-
-
-def through_head(model: Any, inputs: dict[str, Any], function: Callable[[kd.LinearHead], Any]) -> Any:
-    """``function(LinearHead)`` of a causal LM, called inside the forward of its lm_head."""
-    causal_lm = model.get_base_model() if _is_peft(model) else model
-    head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
-    scale, softcap = logit_map(config)
-
-    def forward(hidden: Tensor) -> Any:
-        hidden, weight, bias = head_weights(head, hidden)
-        return function(kd.LinearHead(hidden, weight, bias, logit_scale=scale, softcap=softcap))
-
-    hidden = causal_lm.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    with forward_as(head, forward):
-        return head(hidden)
-
-
-def logit_map(config: Any) -> tuple[float, Optional[float]]:
-    """(scale, softcap) that a model applies to its logits, by the names its config gives them."""
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon H1
-        scale *= getattr(config, name, None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
-
-
-def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """(hidden, weight, bias) of an lm_head, whatever peft has made of it.
-
-    LoRA's ``W + s B A`` is the head ``[W, B]`` over hidden states ``[h, s A dropout(h)]``: one
-    projection, dropout where peft has it, and no matrix the size of the logits.
-    """
-    if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
-        active = (
-            [] if head.disable_adapters else [n for n in head.active_adapters if n in head.modules_to_save]
-        )
-        return head_weights(head.modules_to_save[active[0]] if active else head.original_module, hidden)
-    if not hasattr(head, "base_layer"):
-        return hidden, head.weight, getattr(head, "bias", None)
-    hidden, weight, bias = head_weights(head.base_layer, hidden)
-    if head.disable_adapters or head.merged:
-        return hidden, weight, bias
-    if not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
-        raise ValueError(f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
-                         f"{list(getattr(head, 'lora_variant', {}).values())}")  # fmt: skip
-    parts, columns = [hidden], [weight]
-    for name in head.active_adapters:
-        if name not in head.lora_A:
-            continue
-        low = head.lora_A[name](head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype)))
-        parts.append((low * head.scaling[name]).to(hidden.dtype))
-        columns.append(whole(head.lora_B[name].weight).to(weight.dtype))
-        if head.lora_bias[name]:
-            extra = whole(head.lora_B[name].bias) * head.scaling[name]
-            bias = extra.to(weight.dtype) if bias is None else bias + extra.to(weight.dtype)
-    return torch.cat(parts, -1), torch.cat(columns, -1), bias
-
-
-def check_head(model: PreTrainedModel) -> None:
-    """Raises ValueError unless the model's logits are what :func:`through_head` says they are.
-
-    A model may do something to its logits that its config names in a way unknown here. Two tokens tell.
-    Models whose weights are not all here (meta, sharded) are taken on trust.
-    """
-    if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in model.parameters()):
-        return
-    training = model.training
-    model.eval()
-    inputs = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
-    with torch.no_grad():
-        expected = model(**inputs, use_cache=False).logits.float()
-        head = through_head(model, inputs, lambda head: head)
-        actual = nn.functional.linear(head.hidden, head.weight, head.bias).float() * head.logit_scale
-        if head.softcap is not None:
-            actual = head.softcap * torch.tanh(actual / head.softcap)
-    model.train(training)
-    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    if actual.shape != expected.shape or not error < 0.05:
-        raise ValueError(f"{type(model).__name__} does more to its logits than a linear head with logit_scale "
-                         "and softcap; distil it from its logits with kd.distillation_loss")  # fmt: skip
+# -- small parts ---------------------------------------------------------------------------------
 
 
 def outliving(head: kd.LinearHead) -> kd.LinearHead:
@@ -368,9 +308,6 @@ def row_of(head: Any, row: int) -> Any:
     if isinstance(head, kd.SparseTarget):
         return head[row]
     return kd.LinearHead(head.hidden[row], head.weight, head.bias, head.logit_scale, head.softcap)
-
-
-# -- small parts ---------------------------------------------------------------------------------
 
 
 class _Sums:
@@ -405,20 +342,6 @@ def _named(statistics: dict[str, Tensor], target: Any) -> dict[str, Tensor]:
     return {name if name in ("soft", "hard") else f"target_{name}": value for name, value in statistics.items()}
 
 
-@contextlib.contextmanager
-def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """``module(...)`` runs ``function`` between the module's own hooks."""
-    own = module.__dict__.get("forward")
-    module.forward = function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[assignment]
-
-
 def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in _LOSS_KEYS}
 
@@ -447,14 +370,3 @@ def _inference_engine(teacher: PreTrainedModel, student_config: dict[str, Any]) 
               "bf16": {"enabled": teacher.dtype == torch.bfloat16},
               "fp16": {"enabled": teacher.dtype == torch.float16}}  # fmt: skip
     return deepspeed.initialize(model=teacher, config=config)[0]
-
-
-def _is_peft(model: nn.Module) -> bool:
-    config = getattr(model, "peft_config", None)
-    if not config or not hasattr(model, "get_base_model"):
-        return False
-    if any(c.is_prompt_learning for c in config.values()):
-        raise ValueError(
-            "prompt learning adds tokens to the sequence; only weight adapters such as LoRA are supported"
-        )
-    return True

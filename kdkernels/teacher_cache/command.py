@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 import kdkernels as kd
 
-from ..integrations.transformers import check_head, model_inputs, row_of, shifted_labels, through_head
+from ..integrations.transformers import call_through_head, check_head, model_inputs, row_of, shifted_labels
 from ..trainer import data, models
 from ..trainer.progress import bar
 from ..trainer.settings import SCRATCH, DataSettings, HelpFormatter, ModelSettings, Problem, option
@@ -153,7 +153,7 @@ def targets(
 ) -> Iterator[kd.SparseTarget]:
     """A target [T, K] for each sequence of a batch; tokens without a label have no slots."""
     with torch.inference_mode():
-        head = through_head(teacher, model_inputs(inputs), lambda head: head)
+        head = call_through_head(teacher, model_inputs(inputs), lambda head: head)
         for row, labels in enumerate(shifted_labels(inputs)):
             target = choose(row_of(head, row), row)
             yield replace(target, ids=target.ids.masked_fill((labels < 0)[:, None], -1))

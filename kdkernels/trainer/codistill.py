@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import kdkernels as kd
 
-from ..integrations.transformers import check_head, model_inputs, through_head
+from ..integrations.transformers import call_through_head, check_head, model_inputs
 from .reliable import ReliableTrainer
 from .settings import Problem
 
@@ -31,12 +31,16 @@ class Pair(nn.Module):
         self.config = student.config
         self._no_split_modules = sorted({n for m in (student, teacher) for n in m._no_split_modules or ()})
 
-    def forward(self, function: Callable[[kd.LinearHead, kd.LinearHead], Any], **inputs: Any) -> Any:
+    def forward(self, function: Callable[[kd.LinearHead, kd.LinearHead], Any],
+                with_router: Optional[Callable[[Any, Tensor], Any]] = None, **inputs: Any) -> Any:  # fmt: skip
         """``function(student's head, teacher's head)``, called inside both lm_heads' forwards."""
-        return through_head(
+        return call_through_head(
             self.student,
             inputs,
-            lambda student: through_head(self.teacher, inputs, lambda teacher: function(student, teacher)),
+            lambda student: call_through_head(
+                self.teacher, inputs, lambda teacher: function(student, teacher), with_router
+            ),
+            with_router,
         )
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
@@ -118,8 +122,9 @@ class CodistillationTrainer(ReliableTrainer):
 
     # -- the loss -------------------------------------------------------------------------------
 
-    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]) -> Any:
-        return model(function, **model_inputs(inputs))
+    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any],
+                     with_router: Optional[Callable[[Any, Tensor], Any]] = None) -> Any:  # fmt: skip
+        return model(function, with_router, **model_inputs(inputs))
 
     def batch_loss(
         self, student: kd.LinearHead, target: kd.LinearHead, labels: Tensor, num_items: Any

@@ -1,0 +1,358 @@
+"""A causal LM of transformers as hidden states and an lm_head.
+
+The model runs its own forward, so whatever that consumes (images, audio, position ids) and does before its
+lm_head is done. Only the lm_head's forward is another for the length of one call: it is handed hidden states and,
+instead of projecting them, gives them to the loss beside its weight. Whatever gathers weights around a module's
+forward (FSDP, FSDP2, ZeRO-3) therefore works, with nothing here knowing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Callable, Iterator, Optional
+
+import torch
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
+
+import kdkernels as kd
+
+from .common import whole
+
+#: Of float32 logits. Those of half precision differ by their rounding.
+TOLERANCE = 1e-3
+#: What a forward may take by **kwargs, beside what it names. A recurrent model (xLSTM) has no use for a mask: behind
+#: the last token, where labels are masked, nothing looks.
+_PASSED_ON = {*TransformersKwargs.__annotations__, "attention_mask", "use_cache", "return_dict"}
+_WAY_OUT = "distil it from its logits, kd.distillation_loss(model(**batch).logits, ...)"
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model makes of its lm_head's output x: ``softcap * tanh(scale * x / softcap)``."""
+
+    scale: float = 1.0
+    softcap: Optional[float] = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.scale * x if self.softcap is None else self.softcap * torch.tanh(self.scale * x / self.softcap)
+
+
+#: Of the models that were checked.
+_logit_maps: weakref.WeakKeyDictionary[nn.Module, LogitMap] = weakref.WeakKeyDictionary()
+
+
+def call_through_head(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    function: Callable[[kd.LinearHead], Any],
+    with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+) -> Any:
+    """``function(LinearHead)`` of a causal LM, called inside its lm_head's forward, in a call of ``model`` itself.
+
+    This is where hidden states come from in a training loop of your own. ``model(...)`` is what is called, with
+    every hook that DDP, FSDP, FSDP2 or a DeepSpeed engine has put there: pass what they returned, not what is inside.
+    ``ddp.module.model(ids)`` would give the same hidden states and gradients that no other process has a part in.
+
+    Args:
+        model: a causal LM of transformers, plain or with LoRA of peft, wrapped for training or not.
+        inputs: of its forward: ``input_ids [B, L]``, ``attention_mask``, images, ... but no labels.
+        function: takes a :class:`kdkernels.LinearHead` of hidden ``[B, L, H]`` and the lm_head's weight ``[V, H]``,
+            ``logit_scale`` and ``softcap`` included. A loss is computed in it, since sharded weights are gone later.
+        with_router: takes what ``function`` returned and a mixture of experts' load balancing loss, times its
+            coefficient, and gives what is returned, as ``torch.add`` does. Called where the model has such a loss,
+            which is where its config says ``output_router_logits=True``; without it that loss is left out.
+
+    Raises:
+        ValueError: a model whose logits are not those of a linear head (:func:`check_head`, which its first call
+            runs), an input that its forward does not name, a compiled ``model``.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+    ...                                      num_hidden_layers=1, num_attention_heads=2))
+    >>> ids = torch.tensor([[1, 2, 3, 4]])
+    >>> labels = torch.tensor([[2, 3, 4, -100]])
+    >>> loss = call_through_head(model, {"input_ids": ids}, lambda head: kd.cross_entropy(head, labels))
+    >>> loss.backward()
+    """
+    own, causal_lm, head = _parts(model)
+    logit_map = _logit_maps.get(causal_lm) or check_head(model)
+
+    def forward(hidden: Tensor) -> tuple[Any, Tensor]:
+        linear = _linear_head(head, hidden, logit_map)
+        return function(linear), hidden.new_zeros(1, 1, linear.vocab_size)
+
+    def finish(result: Any, output: Any) -> Any:
+        router = None if with_router is None else _router_loss(causal_lm, output)
+        return result if router is None else with_router(result, router)  # type: ignore[misc]
+
+    return _run(model, own, causal_lm, head, inputs, forward, finish)
+
+
+def check_head(model: nn.Module) -> LogitMap:
+    """What ``model`` does to its lm_head's output, measured; ValueError if a LinearHead cannot say it.
+
+    Two tokens, no gradient; random numbers, dropout and modes of training stay as they are. The lm_head is given the
+    hidden states, as they are and enlarged, and must project them. The model is given logits of every size, and what it
+    makes of them must be a :class:`LogitMap`, whatever its config calls that. Where weights are sharded this is a
+    forward in which every process takes part.
+    """
+    own, causal_lm, head = _parts(model)
+    name = type(causal_lm).__name__
+    ids = torch.tensor([[0, 1]], device=getattr(causal_lm, "device", None))
+    given: Any = None
+
+    def forward(hidden: Tensor) -> tuple[None, Tensor]:
+        nonlocal given
+        linear = _linear_head(head, hidden, LogitMap())
+        if linear.leading_shape != ids.shape:
+            raise ValueError(f"{name} hands its lm_head hidden states {list(hidden.shape)} for tokens {list(ids.shape)}; {_WAY_OUT}")
+        _check_linear(name, head, project, linear, hidden)
+        given = _logits_of_every_size(linear)
+        torch.set_grad_enabled(True)  # shows what is learned between here and the logits
+        return None, given
+
+    def finish(_: None, output: Any) -> Any:
+        torch.set_grad_enabled(False)
+        return getattr(output, "logits", output[0] if isinstance(output, tuple) else None)
+
+    project = head.forward
+    with torch.no_grad(), _evaluating(model), torch.random.fork_rng(_gpus(ids)):
+        logits = _run(model, own, causal_lm, head, {"input_ids": ids}, forward, finish)
+    _logit_maps[causal_lm] = logit_map = _measured(name, given, logits)
+    return logit_map
+
+
+def weights_are_here(model: nn.Module) -> bool:
+    """Whether the model can be checked as it is: not on the meta device, not sharded, not left to ZeRO-3's engine."""
+    return not any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in model.parameters())
+
+
+# -- one call ----------------------------------------------------------------------------------------
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, Any, nn.Module]:
+    """(model without DDP, FSDP or an engine around it, the causal LM in it, its lm_head)."""
+    own: Any = extract_model_from_parallel(model)
+    causal_lm = own.get_base_model() if _is_peft(own) else own
+    if is_compiled_module(own) or any(m._compiled_call_impl is not None for m in (own, causal_lm)):
+        raise ValueError("the whole model is compiled, and its lm_head is replaced at every call; compile the part before "
+                         "it instead: model.base_model.compile()")  # fmt: skip
+    name = type(causal_lm).__name__
+    if getattr(causal_lm.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder, whose labels are not shifted input_ids; {_WAY_OUT}")
+    try:
+        head = causal_lm.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    if not isinstance(head, nn.Module) or isinstance(head, (nn.Embedding, nn.ModuleList)):
+        raise ValueError(f"{name} has no lm_head: get_output_embeddings() gives {type(head).__name__}; {_WAY_OUT}")
+    return own, causal_lm, head
+
+
+def _run(model: nn.Module, own: nn.Module, causal_lm: Any, head: nn.Module, inputs: dict[str, Any],
+         forward: Callable[[Tensor], tuple[Any, Tensor]], finish: Callable[[Any, Any], Any]) -> Any:  # fmt: skip
+    """``model(**inputs)`` with its lm_head's forward replaced by one that gives (result, logits to go on with).
+
+    What leaves the lm_head and the model must pass by the hooks of sharding, which look for tensors with a gradient
+    in it: last of the lm_head's hooks the result is exchanged for the logits, first of the model's it is put back.
+    """
+    results: list[Any] = []
+
+    def leave_head(module: nn.Module, arguments: Any, returned: tuple[Any, Tensor]) -> Tensor:
+        results.append(returned[0])
+        return returned[1]
+
+    def leave_model(module: nn.Module, arguments: Any, output: Any) -> Any:
+        if len(results) != 1:
+            raise ValueError(f"{type(causal_lm).__name__} calls its lm_head {len(results)} times in a forward, not once; {_WAY_OUT}")
+        return finish(results[0], output)
+
+    hooks = head.register_forward_hook(leave_head), own.register_forward_hook(leave_model, prepend=True)
+    try:
+        with forward_as(head, forward):
+            return model(**_named(causal_lm, inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _named(causal_lm: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs and what every call says, refused if the forward would pass over one of them."""
+    names, passes_on = _signature(type(causal_lm))  # type: ignore[arg-type]
+    known = names | _PASSED_ON if passes_on else names
+    if unknown := [name for name in inputs if name not in known]:
+        raise ValueError(f"{type(causal_lm).__name__}.forward does not name {', '.join(unknown)} and would ignore it: "
+                         f"leave it out of the batch, or use the model that takes it (it takes {', '.join(sorted(names))})")  # fmt: skip
+    return {**inputs, **{n: v for n, v in (("use_cache", False), ("return_dict", True)) if n in known}}
+
+
+@cache
+def _signature(cls: Any) -> tuple[frozenset[str], bool]:
+    """(names of a class's forward and of those that it may call by super(), whether it takes others)."""
+    forwards = [inspect.signature(c.forward) for c in cls.__mro__ if issubclass(c, PreTrainedModel) and "forward" in vars(c)]
+    named = (p.name for f in forwards for p in f.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD)
+    passes_on = any(p.kind == p.VAR_KEYWORD for p in forwards[0].parameters.values())
+    return frozenset(named) - {"self"}, passes_on
+
+
+def _router_loss(causal_lm: Any, output: Any) -> Optional[Tensor]:
+    """A mixture of experts' load balancing loss, times its coefficient, as the model adds it to its own loss."""
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    for place in (causal_lm, causal_lm.config, causal_lm.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if hasattr(place, name):
+                return getattr(place, name) * loss
+    raise ValueError(f"{type(causal_lm).__name__} returns an aux_loss and names no router_aux_loss_coef; "
+                     "set output_router_logits=False in its config")  # fmt: skip
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """``module(...)`` runs ``function`` between the module's own hooks."""
+    own = module.__dict__.get("forward")
+    module.forward = function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[assignment]
+
+
+# -- the lm_head -------------------------------------------------------------------------------------
+
+
+def _linear_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHead:
+    hidden, weight, bias = head_weights(head, hidden)
+    return kd.LinearHead(hidden, weight, bias, logit_scale=logit_map.scale, softcap=logit_map.softcap)
+
+
+def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """(hidden, weight, bias) of an lm_head, whatever peft has made of it.
+
+    LoRA's ``W + s B A`` is the head ``[W, B]`` over hidden states ``[h, s A dropout(h)]``: one
+    projection, dropout where peft has it, and no matrix the size of the logits.
+    """
+    if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
+        active = (
+            [] if head.disable_adapters else [n for n in head.active_adapters if n in head.modules_to_save]
+        )
+        return head_weights(head.modules_to_save[active[0]] if active else head.original_module, hidden)
+    if not hasattr(head, "base_layer"):
+        return hidden, *_plain_weights(head)
+    hidden, weight, bias = head_weights(head.base_layer, hidden)
+    if head.disable_adapters or head.merged:
+        return hidden, weight, bias
+    if not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
+        raise ValueError(f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
+                         f"{list(getattr(head, 'lora_variant', {}).values())}")  # fmt: skip
+    parts, columns = [hidden], [weight]
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        low = head.lora_A[name](head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype)))
+        parts.append((low * head.scaling[name]).to(hidden.dtype))
+        columns.append(whole(head.lora_B[name].weight).to(weight.dtype))
+        if head.lora_bias[name]:
+            extra = whole(head.lora_B[name].bias) * head.scaling[name]
+            bias = extra.to(weight.dtype) if bias is None else bias + extra.to(weight.dtype)
+    return torch.cat(parts, -1), torch.cat(columns, -1), bias
+
+
+def _plain_weights(head: Any) -> tuple[Tensor, Optional[Tensor]]:
+    kind, weight = type(head).__name__, getattr(head, "weight", None)
+    # What parametrizations compute of their own parameters is the weight.
+    others = [n for n, _ in head.named_parameters() if n not in ("weight", "bias") and not n.startswith("parametrizations.")]
+    if others:
+        raise ValueError(f"the lm_head ({kind}) has parameters that a LinearHead leaves out: {', '.join(others)}; {_WAY_OUT}")
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(f"the lm_head ({kind}) has no floating weight [V, H] in reach of its forward (offloaded or "
+                         f"quantized, perhaps); {_WAY_OUT}")  # fmt: skip
+    return weight, getattr(head, "bias", None)
+
+
+# -- measuring what a model does to its logits ---------------------------------------------------------
+
+
+def _check_linear(name: str, head: nn.Module, project: Callable[[Tensor], Tensor], linear: kd.LinearHead, hidden: Tensor) -> None:
+    """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100."""
+    largest = nn.functional.linear(linear.hidden, linear.weight, linear.bias).abs().max().item()
+    for factor in (1.0, 100 / max(largest, 1e-3)):
+        expected = project(hidden * factor)
+        parts = head_weights(head, hidden * factor)
+        actual = nn.functional.linear(*parts)
+        if actual.shape != expected.shape:
+            raise ValueError(f"{name}'s lm_head ({type(head).__name__}) gives {list(expected.shape)}, its weight {list(actual.shape)}; {_WAY_OUT}")
+        error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+        if not error <= _tolerance(expected):
+            raise ValueError(f"{name}'s lm_head ({type(head).__name__}) does more than hidden @ weight.T + bias: logits "
+                             f"differ by {error:.1e} of the largest; {_WAY_OUT}")  # fmt: skip
+
+
+def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:
+    """Distinct values ``[1, 2, V]`` from 2^-10 to 2^14, which fp16 has, of both signs: no mask, cut or cap leaves all as they are."""
+    dtype, device = torch.promote_types(linear.hidden.dtype, torch.float32), linear.hidden.device
+    sizes = torch.linspace(-10, 14, 2 * linear.vocab_size, dtype=dtype, device=device).exp2()
+    signs = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(linear.vocab_size)
+    return (sizes * signs).view(1, 2, -1)
+
+
+def _measured(name: str, given: Tensor, logits: Any) -> LogitMap:
+    """The LogitMap that makes ``logits`` of ``given``: its cap shows where those are largest, its slope where smallest."""
+    if not isinstance(logits, Tensor) or logits.shape != given.shape:
+        raise ValueError(f"{name} makes {list(getattr(logits, 'shape', []))} of its lm_head's {list(given.shape)}; {_WAY_OUT}")
+    if logits.requires_grad:
+        raise ValueError(f"{name} does something learned to its logits, which would get no gradient; {_WAY_OUT}")
+    tolerance, x, y = _tolerance(logits), given.double().flatten(), logits.double().flatten()
+    scale, largest = (y[0] / x[0]).item(), y[-1].abs().item()
+    found = LogitMap(scale)
+    if 0 < largest < 0.5 * abs(scale * x[-1].item()):
+        found = LogitMap(largest * math.atanh(y[0].item() / largest) / x[0].item(), largest)
+    expected = found(x)
+    error, at = ((y - expected) / expected).abs().max(0)
+    if not error <= tolerance:
+        raise ValueError(f"{name} does more to its logits than a linear head with logit_scale and softcap: it makes "
+                         f"{y[at]:.4g} of {x[at]:.4g}, where {found} makes {expected[at]:.4g}; {_WAY_OUT}")  # fmt: skip
+    return found
+
+
+def _tolerance(logits: Tensor) -> float:
+    return max(TOLERANCE, torch.finfo(logits.dtype).eps)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and then in its own again: parts may be frozen in another than the rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _gpus(tensor: Tensor) -> list[int]:
+    return [] if tensor.device.index is None or tensor.is_cpu else [tensor.device.index]
+
+
+def _is_peft(model: nn.Module) -> bool:
+    config = getattr(model, "peft_config", None)
+    if not config or not hasattr(model, "get_base_model"):
+        return False
+    if any(c.is_prompt_learning for c in config.values()):
+        raise ValueError(
+            "prompt learning adds tokens to the sequence; only weight adapters such as LoRA are supported"
+        )
+    return True

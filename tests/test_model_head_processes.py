@@ -1,0 +1,79 @@
+"""Two gloo processes: gradients of call_through_head are everybody's, and a check of sharded weights ends for all."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import kdkernels as kd
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from kdkernels.integrations.model_head import call_through_head, check_head  # noqa: E402
+
+CONFIG = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+              num_key_value_heads=1, head_dim=8, initializer_range=0.3, lru_width=32, logits_soft_cap=2.0,
+              pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+
+
+def capped():
+    torch.manual_seed(0)
+    return transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**CONFIG)).eval()
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def head_gradient(model, run, labels):
+    """Of the final norm: every token has a part in it."""
+    model.zero_grad()
+    run(labels).backward()
+    gradient = model.model.final_norm.weight.grad
+    return getattr(gradient, "full_tensor", lambda: gradient)().clone()
+
+
+def on_rank(rank, store, ids, labels):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mine, kept = {"input_ids": ids[rank : rank + 1]}, labels[rank : rank + 1]
+    alone = capped()
+    everybody = head_gradient(
+        alone, lambda labels: call_through_head(alone, {"input_ids": ids}, lambda h: kd.cross_entropy(h, labels)), labels
+    )  # fmt: skip
+    assert everybody.norm() > 1e-3
+
+    def distance(gradient):
+        return ((gradient - everybody).norm() / everybody.norm()).item()
+
+    ddp = torch.nn.parallel.DistributedDataParallel(capped())
+    own = ddp.module
+    right = head_gradient(own, lambda y: call_through_head(ddp, mine, lambda h: kd.cross_entropy(h, y)), kept)
+    assert distance(right) < 1e-5
+
+    # What docs/transformers.md warns of: hidden states fetched from inside, past DDP. Nobody says a word.
+    def past_ddp(y):
+        hidden = ddp.module.model(**mine, use_cache=False).last_hidden_state
+        return kd.cross_entropy(kd.LinearHead(hidden, own.lm_head.weight, softcap=2.0), y)
+
+    assert distance(head_gradient(own, past_ddp, kept)) > 1e-2
+
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(capped())
+    gradient = head_gradient(sharded, lambda y: call_through_head(sharded, mine, lambda h: kd.cross_entropy(h, y)), kept)
+    assert distance(gradient) < 1e-5
+    wrong = capped()
+    wrong.lm_head = Doubling(32, 48, bias=False)
+    wrong = fully_shard(wrong)
+    with pytest.raises(ValueError, match="does more than hidden @ weight.T"):
+        check_head(wrong)
+    dist.barrier()  # both came here
+    dist.destroy_process_group()
+
+
+def test_gradients_are_everybodys(tmp_path):
+    ids = torch.randint(3, 48, (2, 7))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100  # as many tokens on each rank, so that means of means are means
+    torch.multiprocessing.spawn(on_rank, (tmp_path / "store", ids, labels), nprocs=2)
