@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils import TransformersKwargs
 
 import kdkernels as kd
 
