@@ -246,3 +246,15 @@ def test_difference_bf16_heads_on_a_cpu(beta):
     assert relative(theirs[0][0], truth[0][0]) < 1e-5 < relative(ours[0][0], truth[0][0]) < 2e-2
     for mine, their, true in zip(ours[1], theirs[1], truth[1]):
         assert relative(mine, true) < 3e-2 and relative(their, true) < 1e-2
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_gold_probabilities_keep_a_rare_tokens_gradient(beta):
+    """A token that the student all but rules out and the teacher does not: p / q = 1e6 must not cost digits."""
+    student = torch.tensor([[[1e-6, 0.5, 0.499999]]])
+    teacher = torch.tensor([[[0.4, 0.3, 0.3]]])
+    options = dict(beta=beta, logits_are_probs=True)
+    ours = outcome(dropin.gold_generalized_jsd_loss, [student], teacher, **options)
+    truth = outcome(their_gold, [student.double()], teacher.double(), **options)
+    torch.testing.assert_close(ours[1][0].double(), truth[1][0], rtol=1e-5, atol=1e-7)
+    assert truth[1][0][0, 0, 0] < -0.1
