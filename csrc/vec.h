@@ -179,8 +179,8 @@ KD_HD Vec quotient(Vec a, Vec b) {
 #endif
 }
 
-KD_HD float sum(Vec v) {
-  float total = 0.0f;
+KD_HD double sum(Vec v) {
+  double total = 0.0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }

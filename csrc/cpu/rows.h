@@ -27,6 +27,9 @@
 namespace kd {
 namespace KD_ISA {
 
+// A group is summed by itself: few small terms are then added to a lane that holds the row's largest, and what is
+// left of 1 beside a token with p = 0.999 keeps its digits.
+constexpr int kGroup = 16 * kLanes;
 constexpr int kAhead = 512;  // entries that the second pass fetches ahead: its four rows fill L2
 
 // A sparse target's ids in one row. The fold leaves them out; the emit writes their gradient as it was
@@ -99,22 +102,27 @@ class Row {
       const float c_t = (float)std::exp(log_share(scratch_.m_t[b], r.m_t, r.z_t));
       float *e = scratch_.e() + start, *a = scratch_.a() + start;
       Vec phi{}, slope{};
-      for (int i = 0; i < end; i += kLanes) {
-        __builtin_prefetch(e + i + kAhead);
-        __builtin_prefetch(a + i + kAhead);
-        const Vec p = rounded_product(load(a + i), c_t), q = rounded_product(load(e + i), c_s);
-        Vec sv{}, tv{};
-        if constexpr (!Divergence::kFromProbabilities) {
-          __builtin_prefetch(s + i + kAhead);
-          __builtin_prefetch(t + i + kAhead);
-          sv = load(s + i) - m_s;
-          tv = load(t + i) - m_t;
+      for (int first = 0; first < end; first += kGroup) {
+        Vec group_phi{}, group_slope{};
+        for (int i = first; i < std::min(first + kGroup, end); i += kLanes) {
+          __builtin_prefetch(e + i + kAhead);
+          __builtin_prefetch(a + i + kAhead);
+          const Vec p = rounded_product(load(a + i), c_t), q = rounded_product(load(e + i), c_s);
+          Vec sv{}, tv{};
+          if constexpr (!Divergence::kFromProbabilities) {
+            __builtin_prefetch(s + i + kAhead);
+            __builtin_prefetch(t + i + kAhead);
+            sv = load(s + i) - m_s;
+            tv = load(t + i) - m_t;
+          }
+          const Terms terms = divergence(p, q, (tv - sv) * per_temperature + gap, tv * per_temperature - log_z_t,
+                                         sv * per_temperature - log_z_s);
+          group_phi += terms.phi;
+          group_slope += terms.q_psi;
+          store(a + i, terms.q_psi);
         }
-        const Terms terms = divergence(p, q, (tv - sv) * per_temperature + gap, tv * per_temperature - log_z_t,
-                                       sv * per_temperature - log_z_s);
-        phi += terms.phi;
-        slope += terms.q_psi;
-        store(a + i, terms.q_psi);
+        phi += group_phi;
+        slope += group_slope;
       }
       r.value += sum(phi);
       r.slope += sum(slope);
@@ -233,33 +241,38 @@ class Row {
     const Scale temper = temper_;
     const Vec least = splat(temper.least);  // there e is 0, and 0 * least is 0 where 0 * -inf is not
     Vec z_s{}, z_t{}, x_s{}, x_t{}, h_s{}, h_t{};
-    for (int i = 0; i < end; i += kLanes) {
-      __builtin_prefetch(ahead.s);
-      ahead.s += step_s;
-      if constexpr (kTeacher) {
-        __builtin_prefetch(ahead.t);
-        ahead.t += step_t;
-      }
-      const Vec sv = load(s + i) - m_s;
-      const Vec e = exp_scaled(sv, temper);
-      z_s += e;
-      h_s += e * vmax(sv, least);
-      if (kKeep) store(keep_e + i, e);
-      if constexpr (kTeacher) {
-        const Vec tv = load(t + i) - m_t;
-        const Vec et = exp_scaled(tv, temper);
-        const Vec x = tv - sv;
-        z_t += et;
-        h_t += et * vmax(tv, least);
-        if constexpr (needs_x_t(kKind)) x_t = select(et > 0.0f, x_t + et * x, x_t);
-        if constexpr (kKind == kReverseKL) {
-          const Vec ex = select(e > 0.0f, e * x, Vec{});
-          x_s += ex;
-          if (kKeep) store(keep_a + i, ex);
-        } else {
-          if (kKeep) store(keep_a + i, et);
+    for (int first = 0; first < end; first += kGroup) {
+      Vec group_s{}, group_t{};
+      for (int i = first; i < std::min(first + kGroup, end); i += kLanes) {
+        __builtin_prefetch(ahead.s);
+        ahead.s += step_s;
+        if constexpr (kTeacher) {
+          __builtin_prefetch(ahead.t);
+          ahead.t += step_t;
+        }
+        const Vec sv = load(s + i) - m_s;
+        const Vec e = exp_scaled(sv, temper);
+        group_s += e;
+        h_s += e * vmax(sv, least);
+        if (kKeep) store(keep_e + i, e);
+        if constexpr (kTeacher) {
+          const Vec tv = load(t + i) - m_t;
+          const Vec et = exp_scaled(tv, temper);
+          const Vec x = tv - sv;
+          group_t += et;
+          h_t += et * vmax(tv, least);
+          if constexpr (needs_x_t(kKind)) x_t = select(et > 0.0f, x_t + et * x, x_t);
+          if constexpr (kKind == kReverseKL) {
+            const Vec ex = select(e > 0.0f, e * x, Vec{});
+            x_s += ex;
+            if (kKeep) store(keep_a + i, ex);
+          } else {
+            if (kKeep) store(keep_a + i, et);
+          }
         }
       }
+      z_s += group_s;
+      z_t += group_t;
     }
     r.z_s += sum(z_s);
     r.z_t += sum(z_t);
