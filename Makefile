@@ -36,10 +36,10 @@ test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info
 	$(PYTEST)
 
-# The same and the slow ones, shuffled: what fails in this order only, fails again with this SEED.
+# The same and the slow ones, shuffled (numbers are seeded by conftest): what fails in this order only, fails again with this SEED.
 SEED ?= $(shell date +%s)
 test-all: setup $(VENV)/.peers lint
-	$(PYTEST) -m "slow or not slow" -p randomly --randomly-seed $(SEED)
+	$(PYTEST) -m "slow or not slow" -p randomly --randomly-seed $(SEED) --randomly-dont-reset-seed
 
 # All that, in an environment of its own, with the newest of everything that pip finds, torch included.
 test-newest:
