@@ -243,10 +243,6 @@ class JSD(Divergence):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"JSD needs 0 <= beta <= 1, got beta={self.beta}")
 
-    @property
-    def parameters(self) -> tuple[float, float]:
-        return (self.beta, 0.0)
-
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         m, d = self._mixture(p, q), p - q
         of_p = _log_over_mixture(p, m, (1 - self.beta) * d)
@@ -276,10 +272,6 @@ class SkewKL(Divergence):
         super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewKL needs 0 <= alpha < 1, got alpha={self.alpha}")
-
-    @property
-    def parameters(self) -> tuple[float, float]:
-        return (self.alpha, 0.0)
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         # p - m sums to 0: subtracted, it leaves of every term its second order.
@@ -317,10 +309,6 @@ class SkewReverseKL(Divergence):
         super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
-
-    @property
-    def parameters(self) -> tuple[float, float]:
-        return (self.alpha, float(self.detach_mixture))
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         m, d = self._mixture(p, q), (1 - self.alpha) * (q - p)
@@ -377,10 +365,6 @@ class AlphaBeta(Divergence):
     alpha: float = 0.2
     beta: float = 0.7
     code: ClassVar[int] = 7
-
-    @property
-    def parameters(self) -> tuple[float, float]:
-        return (self.alpha, self.beta)
 
     @property
     def _corners(self) -> list[tuple[float, float]]:
@@ -465,10 +449,6 @@ class Mixed(Divergence):
         super().__post_init__()
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"Mixed needs 0 <= weight <= 1, got weight={self.weight}")
-
-    @property
-    def parameters(self) -> tuple[float, float]:
-        return (self.weight, 0.0)
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         x = _log_ratio(log_p, log_q)
