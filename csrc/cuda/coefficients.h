@@ -14,10 +14,9 @@ constexpr double kLog2eExact = 1.4426950408889634074;
 struct Normal {
   float m_s, m_t;                // maxima
   float log2_z_s, log2_z_t;      // q = 2^((s - m_s) factor - log2_z_s)
-  float gap;                     // log z_s - log z_t
+  float gap;                     // log z_s - log z_t; SkewKL, which needs none: 1 where p and q disagree, else 0
   float slope;                   // subtracted from what multiplies q
   float soft;                    // the row's weight on the divergence's gradient
-  bool disagree;                 // of p and q: row_state.h
 };
 
 // The gradient of a cross entropy: weight * (e^(logit - lse1) - onehot). lse1 in two parts, since the
@@ -67,12 +66,13 @@ KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, const S
   n.log2_z_s = (float)(log_z_s * kLog2eExact);
   n.log2_z_t = (float)(log_z_t * kLog2eExact);
   n.gap = (float)(log_z_s - log_z_t);
+  // Not a field of its own: the kernel for bf16 has no register left on sm_90a, and would spill.
+  if (kind == kSkewKL) n.gap = disagree(r, log_z_t - log_z_s) ? 1.0f : 0.0f;
   n.slope = (float)r.slope;
   if (kind == kReverseKL) {  // log(q / p) - D: the gap is in both, and would only round
     n.gap = 0;
     n.slope = (float)(-r.x_s / r.z_s);
   }
-  n.disagree = kind == kSkewKL && disagree(r, log_z_t - log_z_s);
   n.soft = (float)(weight * spec.soft_weight / spec.temperature);
   c.rest = r.z_s > 0 ? (float)(weight * rest) : 0.0f;
   const double hard = labelled ? weight * spec.hard_weight : 0;

@@ -20,7 +20,8 @@ class Formula {
 
  public:
   // `factor`: log2(e) / T.
-  KD_DEVICE Formula(const Spec& spec, const Normal& n, float factor) : functor_(spec, n.disagree), factor_(factor) {}
+  KD_DEVICE Formula(const Spec& spec, const Normal& n, float factor)
+      : functor_(spec, kKind == kSkewKL && n.gap != 0), factor_(factor) {}
 
   // phi and q_psi, for divergences without a closed form.
   KD_DEVICE Terms terms(const Normal& n, float s, float t) const {
