@@ -176,6 +176,7 @@ def side(role: str, given: Logits) -> Side:
         tensors, vocab, leading = given.tensors(), given.vocab_size, given.leading_shape
         logit_map = LogitMap(given.logit_scale, given.softcap or 0.0)
     elif isinstance(given, Tensor):
+        check_tensor(f"{role} logits", given)
         if given.dim() < 1:
             raise ValueError(f"{role} logits need a vocabulary dimension, got a scalar")
         tensors, vocab, leading, logit_map = [given], given.shape[-1], given.shape[:-1], LogitMap()

@@ -30,6 +30,8 @@ def shown(given: Any) -> str:
 def check_tensor(name: str, given: Any) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {shown(given)}")
+    if given.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense Tensor, got layout {given.layout}; call .to_dense()")
 
 
 def check_constant(name: str, given: Tensor) -> None:

@@ -32,7 +32,7 @@ _Rows = LogitRows | HeadRows
 _SLAB_LOGITS = 2**20
 
 
-def _rows_of(tensors: list[Tensor], vocab: int, wants: list[bool], grad: Optional[Tensor]) -> _Rows:
+def rows_of(tensors: list[Tensor], vocab: int, wants: list[bool], grad: Optional[Tensor]) -> _Rows:
     if len(tensors) > 1:
         return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wants)
     return LogitRows(tensors[0], vocab, grad)
@@ -166,10 +166,10 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
                      teacher_grad, results)  # fmt: skip
         made = [g for g in (grad, teacher_grad) if g is not None]
     else:
-        s = _rows_of(student, vocab, student_wants, grad)
+        s = rows_of(student, vocab, student_wants, grad)
         t: _Rows | SparseRows | None = None
         if teacher:
-            t = SparseRows(teacher, spec) if spec.tail else _rows_of(teacher, vocab, teacher_wants, teacher_grad)
+            t = SparseRows(teacher, spec) if spec.tail else rows_of(teacher, vocab, teacher_wants, teacher_grad)
         live = weights.shape[0] if masked is None else weights.shape[0] - int(masked.sum())
         if masked is None or live == weights.shape[0]:
             _leave_out(weights, s, t)

@@ -5,18 +5,20 @@ Logits of a LinearHead are made for a chunk of tokens at a time; the whole ``[to
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Optional, Union
+import math
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .arguments import checked, common_vocab, side
 from .backends import chosen_backend, serving
 from .backends import row_state as rs
 from .checks import integer, number, positive_integer
 from .divergences import NoDivergence
-from .heads import HeadRows, LinearHead
+from .heads import LinearHead
 from .schedule import DEFAULT_CHUNK_BYTES
 from .spec import LogitMap, Spec
 from .targets import SparseTarget
@@ -27,36 +29,28 @@ GEMMA_SAMPLES = 256
 _TEMPORARIES = 6
 
 Logits = Union[Tensor, LinearHead]
-_Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Select = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _vocab(teacher: Logits, vocab_size: Optional[int]) -> int:
-    given, vocab_size = side("teacher", teacher), checked(vocab_size=vocab_size)["vocab_size"]
-    return common_vocab(given, None, vocab_size)
+class _Given(NamedTuple):
+    """A checked teacher, as the operators below take it: what :class:`Side` says of it, cut to ``vocab``."""
+
+    teacher: list[Tensor]
+    logit_map: list[float]
+    vocab: int
+    chunk_bytes: int
 
 
-def _tiles(teacher: Logits, tensors: list[Tensor], vocab: int, step: int) -> Iterator[Tensor]:
-    """Logits ``[rows, vocab]`` of ``step`` tokens at a time."""
-    if isinstance(teacher, LinearHead):
-        hidden, *rest = tensors
-        rows = HeadRows([hidden.reshape(-1, hidden.shape[-1]), *rest], vocab, [])
-        logit_map = LogitMap(float(teacher.logit_scale), float(teacher.softcap or 0.0))
-        for start in range(0, rows.tokens, step):
-            tile = rows.tile(slice(start, start + step), slice(0, vocab))
-            if not logit_map.is_identity:
-                tile = logit_map.logits(tile, _wide(tile.dtype))
-            yield tile
-        return
-    leading = teacher.shape[:-1]
-    for at in torch.arange(leading.numel(), device=teacher.device).split(step) if leading.numel() else ():
-        try:
-            yield teacher.view(-1, teacher.shape[-1])[int(at[0]) : int(at[-1]) + 1, :vocab]
-        except RuntimeError:  # a shifted view, say: copied a chunk at a time, not as a whole
-            yield teacher[torch.unravel_index(at, leading)][:, :vocab]
+def _given(teacher: Logits, vocab_size: Optional[int], chunk_bytes: Optional[int]) -> _Given:
+    options = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    of = side("teacher", teacher)
+    vocab = common_vocab(of, None, options["vocab_size"])
+    tensors = [t.detach() for t in of.tensors]
+    return _Given(tensors, list(of.logit_map), vocab, options["chunk_bytes"] or DEFAULT_CHUNK_BYTES)
 
 
 def _normalizer(logits: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
@@ -83,32 +77,101 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids, values - normalizer
 
 
-@torch.no_grad()
-def _collect(teacher: Logits, vocab: int, chunk_bytes: Optional[int], nothing: float,
-             select: _Select, least: int = 1) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``select(logits [rows, vocab])`` gives (ids, values) ``[rows, K']``; here for all tokens, padded to
+def _unfilled(teacher: list[Tensor], slots: int) -> tuple[Tensor, Tensor]:
+    """Ids and values ``[..., slots]`` to be written."""
+    first, shape = teacher[0], (*teacher[0].shape[:-1], slots)
+    return first.new_empty(shape, dtype=torch.int64), first.new_empty(shape, dtype=_wide(first.dtype))
+
+
+def _collect(given: _Given, nothing: float, select: _Select, least: int = 1) -> tuple[Tensor, Tensor]:
+    """``select(logits [rows, vocab], rows)`` gives (ids, values) ``[rows, K']``; here for all tokens, padded to
     one K, which is ``least`` where there is no token."""
-    leading = teacher.leading_shape if isinstance(teacher, LinearHead) else teacher.shape[:-1]
-    budget = checked(chunk_bytes=chunk_bytes)["chunk_bytes"] or DEFAULT_CHUNK_BYTES
-    step = max(budget // (vocab * 8 * _TEMPORARIES), 1)
-    tensors = teacher.tensors() if isinstance(teacher, LinearHead) else [teacher]
-    device, tokens, start = tensors[0].device, leading.numel(), 0
+    leading, device = given.teacher[0].shape[:-1], given.teacher[0].device
+    step = max(given.chunk_bytes // (given.vocab * 8 * _TEMPORARIES), 1)
+    source = ops.rows_of(given.teacher, given.vocab, [], None)
+    logit_map, columns = LogitMap(*given.logit_map), slice(0, given.vocab)
     # Written into place: small results that outlive each chunk would leave the heap in pieces.
-    all_ids = torch.empty(tokens, 0, dtype=torch.int64, device=device)
-    all_values = torch.empty(tokens, 0, device=device)
+    slots = 0 if source.tokens else least
+    all_ids, all_values = (t.view(source.tokens, slots) for t in _unfilled(given.teacher, slots))
     with torch.autocast(device.type, enabled=False):
-        for tile in _tiles(teacher, tensors, vocab, step):
-            ids, values = select(tile)
-            rows, slots = slice(start, start + ids.shape[0]), ids.shape[1]
+        for start in range(0, source.tokens, step):
+            rows = slice(start, min(start + step, source.tokens))
+            tile = source.tile(rows, columns)
+            if not logit_map.is_identity:
+                tile = logit_map.logits(tile, _wide(tile.dtype))
+            ids, values = select(tile, rows)
+            slots = ids.shape[1]
             more = max(slots - all_ids.shape[1], 0)
             all_ids = F.pad(all_ids, (0, more), value=-1) if more else all_ids
-            all_values = F.pad(all_values.to(values.dtype), (0, more), value=nothing) if more else all_values
+            all_values = F.pad(all_values, (0, more), value=nothing) if more else all_values
             all_ids[rows, :slots], all_values[rows, :slots] = ids, values
-            start = rows.stop
-    if not tokens:
-        all_ids = F.pad(all_ids, (0, least))
-        all_values = F.pad(all_values, (0, least)).to(_wide(tensors[0].dtype))
     return all_ids.view(*leading, all_ids.shape[1]), all_values.view(*leading, all_ids.shape[1])
+
+
+# Operators, because a compiler could not follow: shapes decide how many chunks there are, values how many slots.
+
+
+@torch.library.custom_op("kdkernels::top_k", mutates_args=())
+def _top_k(
+    teacher: list[Tensor], logit_map: list[float], vocab: int, chunk_bytes: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """(ids, log-probabilities) ``[..., k]`` of the ``k`` largest entries."""
+    given = _Given(teacher, logit_map, vocab, chunk_bytes)
+    return _collect(given, -torch.inf, lambda logits, _: _top(logits, k), least=k)
+
+
+@_top_k.register_fake
+def _(teacher, logit_map, vocab, chunk_bytes, k):
+    return _unfilled(teacher, k)
+
+
+@torch.library.custom_op("kdkernels::top_p", mutates_args=())
+def _top_p(
+    teacher: list[Tensor], logit_map: list[float], vocab: int, chunk_bytes: int, p: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """(ids, log-probabilities) of the fewest entries that hold the mass ``p``, of the ``most`` largest."""
+
+    def select(logits: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+        ids, values = _top(logits, most)
+        mass = values.exp()
+        kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
+        kept[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
+        slots = max(int(kept.sum(-1).max()), 1)
+        kept, ids, values = kept[:, :slots], ids[:, :slots], values[:, :slots]
+        return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf)
+
+    return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select)
+
+
+@_top_p.register_fake
+def _(teacher, logit_map, vocab, chunk_bytes, p, most):
+    return _unfilled(teacher, torch.library.get_ctx().new_dynamic_size(min=1))
+
+
+@torch.library.custom_op("kdkernels::sample", mutates_args=())
+def _sample(
+    teacher: list[Tensor],
+    logit_map: list[float],
+    vocab: int,
+    chunk_bytes: int,
+    draws: Tensor,
+    proposal_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """(ids, weights) of what the ``draws`` ``[tokens, n]`` of :func:`_uniform` hit."""
+
+    def select(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        logprobs = logits - _normalizer(logits)
+        proposal = (logprobs / proposal_temperature).log_softmax(-1)
+        drawn = _inverted(proposal.exp(), draws[rows])
+        each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / draws.shape[1]
+        return _added_up(drawn, each)
+
+    return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), 0.0, select)
+
+
+@_sample.register_fake
+def _(teacher, logit_map, vocab, chunk_bytes, draws, proposal_temperature):
+    return _unfilled(teacher, torch.library.get_ctx().new_dynamic_size(min=1))
 
 
 def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: Optional[int] = None,
@@ -129,15 +192,10 @@ def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: O
     >>> target.ids, target.logprobs.exp().sum().item() < 1
     (tensor([[0, 2]]), True)
     """
-    vocab, k = _vocab(teacher, vocab_size), integer("k", k)
-    if not 1 <= k <= vocab:
-        raise ValueError(f"k={k} must be in 1..{vocab}, the vocabulary")
-
-    def select(logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, logprobs = _top(logits, k)
-        return ids, logprobs.to(_wide(logits.dtype))
-
-    ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select, least=k)
+    given, k = _given(teacher, vocab_size, chunk_bytes), integer("k", k)
+    if not 1 <= k <= given.vocab:
+        raise ValueError(f"k={k} must be in 1..{given.vocab}, the vocabulary")
+    ids, logprobs = _top_k(*given, k)
     return SparseTarget(ids, logprobs, tail=tail)
 
 
@@ -153,21 +211,11 @@ def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail
     tensor([[ 0, -1],
             [ 0,  1]])
     """
-    vocab, p = _vocab(teacher, vocab_size), number("p", p)
+    given, p = _given(teacher, vocab_size, chunk_bytes), number("p", p)
     if not 0 < p <= 1:
         raise ValueError(f"p={p} must be in (0, 1]")
-    most = vocab if max_k is None else min(positive_integer("max_k", max_k), vocab)
-
-    def select(logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, values = _top(logits, most)
-        mass = values.exp()
-        kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
-        kept[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
-        slots = max(int(kept.sum(-1).max()), 1)
-        kept, ids, values = kept[:, :slots], ids[:, :slots], values[:, :slots]
-        return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf).to(_wide(logits.dtype))
-
-    ids, logprobs = _collect(teacher, vocab, chunk_bytes, -torch.inf, select)
+    most = given.vocab if max_k is None else min(positive_integer("max_k", max_k), given.vocab)
+    ids, logprobs = _top_p(*given, p, most)
     return SparseTarget(ids, logprobs, tail=tail)
 
 
@@ -184,7 +232,7 @@ def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
     Args:
         n: draws per token, at least 1; :data:`GEMMA_SAMPLES` is Gemma's 256.
         proposal_temperature: > 0; above 1 rare entries are drawn more often, with smaller weights.
-        generator: on the teacher's device; torch's default if None.
+        generator: on the teacher's device; torch's default if None, as it must be inside torch.compile.
 
     Other arguments and errors as in :func:`top_k_target`.
 
@@ -192,28 +240,36 @@ def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
     >>> target.tail, target.weights.sum(-1).allclose(torch.ones(3))
     ('truncate', True)
     """
-    vocab, n = _vocab(teacher, vocab_size), positive_integer("n", n)
+    given, n = _given(teacher, vocab_size, chunk_bytes), positive_integer("n", n)
     proposal_temperature = number("proposal_temperature", proposal_temperature)
     if not proposal_temperature > 0:
         raise ValueError(f"proposal_temperature={proposal_temperature} must be > 0")
-
-    def select(logits: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = logits - _normalizer(logits)
-        proposal = (logprobs / proposal_temperature).log_softmax(-1)
-        drawn = _draw(proposal.exp(), n, generator)
-        each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / n
-        ids, weights = _added_up(drawn, each)
-        return ids, weights.to(_wide(logits.dtype))
-
-    ids, weights = _collect(teacher, vocab, chunk_bytes, 0.0, select)
+    ids, weights = _sample(*given, _uniform(given.teacher[0], n, generator), proposal_temperature)
     return SparseTarget(ids, weights=weights, tail="truncate")
 
 
-def _draw(probabilities: Tensor, n: int, generator: Optional[torch.Generator]) -> Tensor:
-    """Ids ``[rows, n]``, ascending, by inverting the distribution function in fp64."""
+def _uniform(of: Tensor, n: int, generator: Optional[torch.Generator]) -> Tensor:
+    """``n`` whole numbers below 2^53 for each token of ``of`` ``[..., W]``: all that fp64 tells apart in [0, 1).
+
+    Drawn outside of the operator, since a compiler takes two calls with the same arguments for one; and not by
+    torch.rand, which inductor makes of fp32 numbers.
+    """
+    if generator is not None and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "sample_target's generator cannot be compiled; leave it out and call "
+            "torch.manual_seed before the compiled function"
+        )
+    size = (math.prod(of.shape[:-1]), n)
+    if generator is None:  # not passed on: beside one, torch takes no size that a compiler does not know
+        return torch.randint(2**53, size, dtype=torch.int64, device=of.device)
+    return torch.randint(2**53, size, dtype=torch.int64, device=of.device, generator=generator)
+
+
+def _inverted(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Ids ``[rows, n]``, ascending, by inverting the distribution function in fp64 at draws / 2^53."""
     mass = probabilities.cumsum(-1)
     total = mass[:, -1:]
-    u = torch.rand(mass.shape[0], n, dtype=mass.dtype, device=mass.device, generator=generator) * total
+    u = draws.to(mass.dtype) * 2.0**-53 * total
     # Rounded up to the total, u would lie beyond the last entry that has any mass.
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total))).sort(-1).values
     return torch.searchsorted(mass, u, right=True).clamp(max=mass.shape[1] - 1)  # beyond: where the mass is NaN

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import _utils as data_utils
 
 from . import records
+from .checks import check_tensor
 
 #: What happens to the mass that was not stored; the last two are defined for the forward KL only.
 TAILS = ("bucket", "conditional", "renormalize", "truncate")
@@ -64,9 +65,8 @@ class SparseTarget:
             raise ValueError(f"SparseTarget needs exactly one of logprobs and weights, got {both}")
         if self.tail not in TAILS:
             raise ValueError(f"unknown tail {self.tail!r}; there are {', '.join(TAILS)}")
-        for given in (self.ids, self.values) if self.mask is None else (self.ids, self.values, self.mask):
-            if not isinstance(given, Tensor):
-                raise TypeError(f"SparseTarget needs Tensors, got {type(given)}")
+        for name in ("ids", self._kind) if self.mask is None else ("ids", self._kind, "mask"):
+            check_tensor(f"SparseTarget's {name}", getattr(self, name))
         if self.ids.dim() < 1 or self.ids.shape[-1] == 0:
             raise ValueError(f"SparseTarget needs ids [..., K] with K >= 1, got {tuple(self.ids.shape)}")
         if self.ids.dtype != torch.int64:

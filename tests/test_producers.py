@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from compiled import assert_compiled
 from peak import peak_of
 from problems import BACKENDS
 from test_memory import SLACK, UNIT, H, N, V
@@ -11,6 +12,7 @@ from test_memory import SLACK, UNIT, H, N, V
 import kdkernels as kd
 from benchmarks import sparse_bias
 from benchmarks.readme import with_part
+from kdkernels import producers
 
 FORMS = {
     "logits": lambda: torch.randn(3, 4, 60),
@@ -87,7 +89,9 @@ def test_samples_are_unbiased(proposal_temperature):
 def test_samples_are_counts_and_repeatable():
     teacher = torch.randn(5, 30)
     one, two = (kd.sample_target(teacher, 40, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(one.ids, two.ids) and torch.equal(one.weights, two.weights)
+    chunked = kd.sample_target(teacher, 40, generator=torch.Generator().manual_seed(3), chunk_bytes=1)
+    for other in (two, chunked):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.weights, other.weights)
     counts = one.weights * 40
     assert torch.allclose(counts, counts.round(), atol=1e-5) and torch.allclose(counts.sum(-1), torch.tensor(40.0))
     ids = one.ids.masked_fill(one.ids < 0, 10**6)
@@ -163,3 +167,122 @@ def test_no_tokens(shape):
         assert target.ids.shape == target.logprobs.shape == (*shape, 4)
         assert kd.kl_div(torch.randn(*shape, 20), target) == 0
         assert kd.top_p_target(teacher, 0.5).ids.shape == kd.sample_target(teacher, 3).ids.shape == (*shape, 1)
+
+
+PRODUCERS = {
+    "top k": lambda teacher, tail="truncate": kd.top_k_target(teacher, 4, tail=tail),
+    "top p": lambda teacher, tail="truncate": kd.top_p_target(teacher, 0.7, tail=tail),
+    "top p, at most 5": lambda teacher, tail="truncate": kd.top_p_target(teacher, 0.9, max_k=5, tail=tail),
+    "samples": lambda teacher: kd.sample_target(teacher, 6, 1.5),
+}
+TAILS = ("bucket", "conditional", "renormalize", "truncate")
+STEPS = [
+    (name, form, student, tail, reduction)
+    for name in PRODUCERS
+    for form in FORMS
+    for student in ("logits", "head")
+    for tail in TAILS
+    for reduction in ("mean", "none")
+    if name != "samples" or tail == "truncate"
+]
+FEW = [
+    ("top k", "head", "head", "bucket", "mean"),
+    ("top p", "shifted", "logits", "renormalize", "none"),
+    ("samples", "logits", "logits", "truncate", "mean"),
+]
+
+
+def some(cases, few):
+    """All of them; all but the ``few`` are slow."""
+    return [pytest.param(case, marks=[] if case in few else pytest.mark.slow) for case in cases]
+
+
+def step(name, form, student, tail, reduction):
+    """(a function of the student that makes the target too, the student's tensors)"""
+    teacher, labels = FORMS[form](), torch.randint(0, 60, (3, 4))
+    labels[1, 2] = -100
+    options = {} if name == "samples" else {"tail": tail}
+
+    def loss(*given):
+        target = PRODUCERS[name](teacher, **options)
+        given = given[0] if student == "logits" else kd.LinearHead(*given)
+        return kd.distillation_loss(given, target, labels, hard_weight=0.5, reduction=reduction)
+
+    logits, head = [3 * torch.randn(3, 4, 60)], [torch.randn(3, 4, 8), torch.randn(60, 8)]
+    return loss, logits if student == "logits" else head
+
+
+def same_draws(function):
+    def seeded(*leaves):
+        torch.manual_seed(5)
+        return function(*leaves)
+
+    return seeded
+
+
+@pytest.mark.parametrize("case", some(STEPS, FEW), ids=" ".join)
+def test_a_compiled_step_makes_its_target(case):
+    assert_compiled(*step(*case), around=same_draws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FEW, ids=" ".join)
+def test_a_compiled_step_under_inductor(case):
+    assert_compiled(*step(*case), backend="inductor", around=same_draws)
+
+
+@pytest.mark.parametrize("name", some(PRODUCERS, ["top p", "samples"]))
+def test_a_compiled_target_is_the_same(name):
+    """For any number of tokens, none among them."""
+    compiled = same_draws(torch.compile(PRODUCERS[name], backend="aot_eager", fullgraph=True))
+    for tokens in (3, 5, 1, 0):
+        teacher = torch.randn(tokens, 20).requires_grad_()
+        mine, expected = compiled(teacher), same_draws(PRODUCERS[name])(teacher)
+        assert torch.equal(mine.ids, expected.ids) and torch.equal(mine.values, expected.values)
+        assert not mine.values.requires_grad and not expected.values.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_samples_follow_the_teacher(backend):
+    """Each entry as often as its probability says; two calls draw twice."""
+    rows, n = 500, 400
+    teacher = torch.tensor([0.6, 0.3991, 0.0009]).log().expand(rows, 3)
+
+    def two(student):
+        return [kd.sample_target(teacher, n) for _ in range(2)], kd.kl_div(student, teacher)
+
+    student = torch.zeros(rows, 3, requires_grad=True)
+    (one, other), _ = torch.compile(two, backend=backend, fullgraph=True)(student)
+    assert one.ids.shape != other.ids.shape or not torch.equal(one.weights, other.weights)
+    for target in (one, other):
+        weights = torch.zeros(rows, 4).scatter_add_(1, target.ids.where(target.ids >= 0, 3), target.weights)
+        p, found = teacher[0].double().exp(), weights[:, :3].double().mean(0)
+        assert ((found - p).abs() < 5 * (p * (1 - p) / (rows * n)).sqrt()).all()
+
+
+def test_a_generator_is_not_compiled():
+    teacher = torch.randn(4, 20)
+
+    def draw(teacher, generator):
+        return kd.sample_target(teacher, 5, generator=generator).ids
+
+    given = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    assert torch.equal(torch.compile(draw, backend="eager")(teacher, given()), draw(teacher, given()))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="generator cannot be compiled.*torch.manual_seed"):
+        torch.compile(draw, backend="eager", fullgraph=True)(teacher, given())
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_opcheck(form):
+    teacher = producers._given(FORMS[form](), 50, 5000)
+    torch.library.opcheck(producers._top_k, (*teacher, 4))
+    torch.library.opcheck(producers._top_p, (*teacher, 0.7, 50))
+    torch.library.opcheck(producers._sample, (*teacher, torch.randint(2**53, (12, 6)), 1.5))
+
+
+def test_the_draw_of_a_number_is_its_place_in_the_distribution():
+    """The first entry up to and excluding its own mass, the last that has any from there on."""
+    draws = torch.tensor([[0, 2**51 - 1, 2**51, 2**52, 2**53 - 1]])
+    ids = producers._inverted(torch.tensor([[0.25, 0.0, 0.75, 0.0]], dtype=torch.float64), draws)
+    assert ids.tolist() == [[0, 0, 2, 2, 2]]

@@ -187,8 +187,8 @@ BAD = [
     (lambda: kd.top_k_target(S, 11), "k=11.*1..10"),
     (lambda: kd.top_k_target(S, 0), "k=0"),
     (lambda: kd.top_p_target(S, 0.0), "p=0.0"),
-    (lambda: kd.top_p_target(S, 0.5, max_k=0), "max_k=0"),
-    (lambda: kd.sample_target(S, 0), "n=0"),
+    (lambda: kd.top_p_target(S, 0.5, max_k=0), "max_k must be > 0, got 0"),
+    (lambda: kd.sample_target(S, 0), "n must be > 0, got 0"),
     (lambda: kd.sample_target(S, 3, -1.0), "proposal_temperature=-1.0"),
     (lambda: kd.top_k_target(S, 3, vocab_size=11), "vocab_size=11.*10"),
 ]  # fmt: skip
