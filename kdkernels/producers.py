@@ -233,6 +233,7 @@ def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
         n: draws per token, at least 1; :data:`GEMMA_SAMPLES` is Gemma's 256.
         proposal_temperature: > 0; above 1 rare entries are drawn more often, with smaller weights.
         generator: on the teacher's device; torch's default if None, as it must be inside torch.compile.
+            There inductor draws other numbers for the same seed, of the same distribution.
 
     Other arguments and errors as in :func:`top_k_target`.
 

@@ -226,9 +226,10 @@ def test_a_compiled_step_makes_its_target(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FEW, ids=" ".join)
+@pytest.mark.parametrize("case", FEW[:2], ids=" ".join)
 def test_a_compiled_step_under_inductor(case):
-    assert_compiled(*step(*case), backend="inductor", around=same_draws)
+    """Not samples: inductor's random numbers are others. The next test but one is theirs."""
+    assert_compiled(*step(*case), backend="inductor")
 
 
 @pytest.mark.parametrize("name", some(PRODUCERS, ["top p", "samples"]))
@@ -249,10 +250,14 @@ def test_compiled_samples_follow_the_teacher(backend):
     teacher = torch.tensor([0.6, 0.3991, 0.0009]).log().expand(rows, 3)
 
     def two(student):
-        return [kd.sample_target(teacher, n) for _ in range(2)], kd.kl_div(student, teacher)
+        made = [kd.sample_target(teacher, n) for _ in range(2)]
+        return made, kd.kl_div(student, made[0])
 
     student = torch.zeros(rows, 3, requires_grad=True)
-    (one, other), _ = torch.compile(two, backend=backend, fullgraph=True)(student)
+    (one, other), loss = torch.compile(two, backend=backend, fullgraph=True)(student)
+    expected = kd.kl_div(student, one)
+    mine, theirs = (torch.autograd.grad(value, student)[0] for value in (loss, expected))
+    assert torch.equal(loss, expected) and torch.equal(mine, theirs) and theirs.norm() > 1e-3
     assert one.ids.shape != other.ids.shape or not torch.equal(one.weights, other.weights)
     for target in (one, other):
         weights = torch.zeros(rows, 4).scatter_add_(1, target.ids.where(target.ids >= 0, 3), target.weights)
