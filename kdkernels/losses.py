@@ -272,7 +272,8 @@ def _run_both(call: Call) -> tuple[CodistillationLoss, Tensor]:
     results, gradients = _rows(call, weights, wants, False, teacher_wants)
     wide = weights.double()
     student_loss = ops.row_loss(results, wide, call.spec).sum().to(weights.dtype)
-    teacher_loss = torch.where(wide != 0, results[:, rs.TEACHER_HARD] * wide, 0.0).sum().to(weights.dtype)
+    teacher_dtype = torch.float64 if teachers[0].dtype == torch.float64 else torch.float32
+    teacher_loss = torch.where(wide != 0, results[:, rs.TEACHER_HARD] * wide, 0.0).sum().to(teacher_dtype)
     split = sum(wants)
     if split:
         student_loss = ops.attach(student_loss, ops.wanted(own, wants), gradients[:split])
