@@ -65,6 +65,15 @@ class Call:
     def tokens(self) -> int:
         return torch.Size(self.leading).numel()
 
+    def counting(self) -> Tensor:
+        """Which tokens have a loss: not masked, and of a weight other than 0."""
+        counts = torch.ones(self.leading, dtype=torch.bool)
+        if self.labels is not None:
+            counts &= self.labels.view(self.labels.memory) != self.ignore_index
+        if self.token_weights is not None:
+            counts &= self.token_weights.view(self.token_weights.memory) != 0
+        return counts
+
     def describe(self) -> str:
         def side(s):
             if s is None or isinstance(s, kd.SparseTarget):
@@ -153,13 +162,25 @@ class Draw:
         call = Call(kind, leading, vocab, student, teacher, divergence, labels, None, ignore_index)
         if self.often(False, True):
             call.token_weights = self.laid(self.weights(leading))
+        if self.often(False, True):
+            self.spoil(call)
         self.losses(call, hard)
         self.how(call, cut)
         return call
 
+    def spoil(self, call: Call) -> None:
+        """NaN or infinities in what a model says about tokens that do not count."""
+        sides = [side for side in (call.student, call.teacher) if isinstance(side, Side)]
+        for side in sides:
+            rows = side.tensors[0].view(side.tensors[0].memory)
+            rows[~call.counting()] = self.one(torch.nan, torch.inf, -torch.inf)
+
     def logits(self, leading: tuple[int, ...], vocab: int) -> Tensor:
         z = self.normal(*leading, vocab) * self.often(2.0, 0.05, 8.0, 30.0) + self.often(0.0, 100.0, -1000.0)
-        return z.round() if self.often(False, True) else z
+        z = z.round() if self.often(False, True) else z
+        if self.often(False, True):
+            z[..., vocab - vocab // 5 :] = -torch.inf
+        return z
 
     def side(self, z: Tensor, cut: int, dtype: torch.dtype) -> Side:
         """A model whose logits are ``z``, or nearly so, with ``cut`` columns that are not to be looked at."""

@@ -7,7 +7,7 @@ given as (phi, q * psi), pointwise, so that nothing is divided by a q that is 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -253,10 +253,12 @@ def entropy_rows(z: Array, temperature: float) -> Array:
 
 def terms(student, weights: Array) -> list[Array]:
     """The size of what a gradient's terms add up to before they cancel: of weight * q in each logit."""
-    if isinstance(student, Head):
-        absolute = Head(abs(student.hidden), abs(student.weight), student.bias, abs(student.logit_scale))
-        return absolute.backward(weights[:, None] * np.exp(log_softmax(student.logits())))
-    return [weights[:, None] * np.exp(log_softmax(wide(student)))]
+    z = student.logits() if isinstance(student, Head) else wide(student)
+    q = _times(weights[:, None], np.exp(log_softmax(z)))
+    if not isinstance(student, Head):
+        return [q]
+    hidden = np.where(weights[:, None] == 0, 0, abs(student.hidden))
+    return Head(hidden, abs(student.weight), student.bias, abs(student.logit_scale)).backward(q)
 
 
 def losses(student, teacher, labels: Array | None, options: Options):
@@ -280,5 +282,7 @@ def losses(student, teacher, labels: Array | None, options: Options):
         hard, slope = cross_entropy_rows(z, safe, options.label_smoothing, options.z_loss)
         value, grad = value + options.hard_weight * hard, grad + options.hard_weight * slope
     weights = np.where(options.live, wide(options.token_weights) / WIDE(options.divisor), 0)
+    if isinstance(student, Head):  # what does not count may be NaN, and stays out of the products
+        student = replace(student, hidden=np.where(weights[:, None] == 0, 0, student.hidden))
     grad = _times((weights * options.arriving)[:, None], grad)
     return _times(weights, value), student.backward(grad) if isinstance(student, Head) else [grad]
