@@ -1,7 +1,7 @@
 """A short run of the random calls; ``python -m tests.fuzz`` makes a long one."""
 
 import pytest
-from conftest import BACKENDS
+from problems import BACKENDS
 
 from . import BACKENDS as DTYPES
 from . import judge
