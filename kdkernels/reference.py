@@ -23,7 +23,8 @@ _Logits = Union[Tensor, LinearHead, MappedLogits]
 
 def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
     """``[N, vocab]`` fp64 logits. The rows that are not ``counted`` ``[N]`` may hold anything, NaN too, and are
-    taken for 0: neither they nor their hidden states reach a product, whose 0 * NaN would be NaN."""
+    taken for 0: neither they nor their hidden states reach a product, whose 0 * NaN would be NaN. With a bias of
+    -inf, too: against a teacher's 0 it would be an infinite divergence."""
 
     def rows(t: Tensor) -> Tensor:
         return torch.where(counted[:, None], t.reshape(-1, t.shape[-1]), 0.0).double()
@@ -39,7 +40,7 @@ def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
     z = z * given.logit_scale
     if given.softcap is not None:
         z = given.softcap * torch.tanh(z / given.softcap)
-    return z[:, :vocab]
+    return torch.where(counted[:, None], z[:, :vocab], 0.0)
 
 
 def _below_top(z: Tensor) -> Tensor:

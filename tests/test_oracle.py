@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import Problem, relative
 
 import kdkernels as kd
 
@@ -93,3 +94,14 @@ def limits_meet():
         assert torch.isclose(kd.distillation_loss(s, t, divergence=divergence), expected)
     near = kd.distillation_loss(s, t, divergence=kd.AlphaBeta(1.0, 1e-6))
     assert torch.isclose(near, kl, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", [kd.AlphaBeta(0.5, -0.5), kd.AlphaBeta(0.0, 0.0)], ids=str)
+def test_a_masked_token_of_a_padded_head_has_no_gradient(divergence):
+    """Its logits are taken for 0, on both sides: where the lm_head's bias is -inf too."""
+    problem = Problem(student="head", rows="padding", dtype=torch.float64)
+    value, grads = problem.oracle(divergence=divergence)
+    eager_value, eager_grads = problem.run("eager", divergence=divergence)
+    assert torch.isclose(value, eager_value, rtol=1e-12)
+    for grad, eager_grad in zip(grads, eager_grads):
+        assert grad.isfinite().all() and grad.norm() > 1 and relative(grad, eager_grad) < 1e-12

@@ -6,7 +6,7 @@ from problems import BACKENDS
 from . import BACKENDS as DTYPES
 from . import judge
 
-CALLS = 60
+CALLS = 40
 
 
 @pytest.mark.parametrize("part", range(3))
