@@ -4,9 +4,12 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 if "triton" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    sys.path.append(str(Path(__file__).parent.parent))
+    import interpreter  # noqa: F401
 
 from . import BACKENDS, judge  # noqa: E402
 
