@@ -57,6 +57,8 @@ class Call:
     labels: Laid | None
     token_weights: Laid | None
     ignore_index: int
+    mask: Laid | None = None
+    class_weights: Laid | None = None
     options: dict[str, Any] = field(default_factory=dict)
     inplace: bool = False
     factor: Tensor = field(default_factory=lambda: torch.ones(()))
@@ -65,11 +67,18 @@ class Call:
     def tokens(self) -> int:
         return torch.Size(self.leading).numel()
 
-    def counting(self) -> Tensor:
-        """Which tokens have a loss: not masked, and of a weight other than 0."""
-        counts = torch.ones(self.leading, dtype=torch.bool)
+    def live(self) -> Tensor:
+        """Which tokens are not masked, by their label or by the mask."""
+        live = torch.ones(self.leading, dtype=torch.bool)
         if self.labels is not None:
-            counts &= self.labels.view(self.labels.memory) != self.ignore_index
+            live &= self.labels.view(self.labels.memory) != self.ignore_index
+        if self.mask is not None:
+            live &= self.mask.view(self.mask.memory) != 0
+        return live
+
+    def counting(self) -> Tensor:
+        """Which of these have a loss: their weight is not 0."""
+        counts = self.live()
         if self.token_weights is not None:
             counts &= self.token_weights.view(self.token_weights.memory) != 0
         return counts
@@ -162,6 +171,11 @@ class Draw:
         call = Call(kind, leading, vocab, student, teacher, divergence, labels, None, ignore_index)
         if self.often(False, True):
             call.token_weights = self.laid(self.weights(leading))
+        if self.often(False, True):
+            kept = self.uniform(*leading) < self.often(0.7, 0.0, 1.0)
+            call.mask = self.laid(kept.to(self.one(torch.bool, torch.int64)), unused=0)
+        if kind == "cross_entropy" and self.often(False, True):
+            call.class_weights = self.laid(self.uniform(vocab).to(torch.float32))
         if self.often(False, True):
             self.spoil(call)
         self.losses(call, hard)
@@ -269,7 +283,8 @@ class Draw:
                 "hard_weight": self.often(1.0, 0.25) if hard else 0.0,
             }
         if hard and call.kind != "codistillation":
-            options |= {"label_smoothing": self.often(0.0, 0.1, 1.0), "z_loss": self.often(0.0, 1e-4)}
+            smoothing = self.often(0.0, 0.1, 1.0) if call.class_weights is None else 0.0
+            options |= {"label_smoothing": smoothing, "z_loss": self.often(0.0, 1e-4)}
         options["reduction"] = self.often("mean", "sum", "none", "batchmean")
         if options["reduction"] in ("sum", "mean") and self.often(False, True):
             options["num_items"] = self.one(3, 2.5, torch.tensor(7), torch.tensor(4.0))
