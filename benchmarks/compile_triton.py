@@ -130,7 +130,7 @@ def call_sparse(tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400, co
     s, g = (torch.empty(1, columns, dtype=d).expand(rows, columns) for d in (tile, gradient))
     labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     ids, one = torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
-    emission = Emission(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one)
+    emission = Emission(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one)
     spec, state = Spec(NoDivergence(), **options), rs.new_state(rows, s.device)
     launch.accumulate(s, None, labels, offset=0, spec=spec, state=state, skipped=ids)
     launch.gradient(s, None, labels, weights, offset=0, vocab=columns, spec=spec, state=state, grad=g,

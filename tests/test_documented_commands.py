@@ -30,7 +30,7 @@ def documented():
     """The lines of code blocks without a language, and `commands` within sentences; without their comments."""
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
-        fence = r"^```(\w*)\n(.*?)^```$"
+        fence = r"^ *```(\w*)\n(.*?)^ *```$"
         for language, block in re.findall(fence, text, re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines() if not language else ():
                 yield from (shlex.split(part, comments=True) for part in line.split("&&"))
@@ -52,11 +52,12 @@ OURS, VERIFY = r"python -m kdkernels (?!verify)", "python -m kdkernels verify"
 SHARED = "torchrun .* -m kdkernels "
 MAKE, BENCHMARKS = "make ", r"(?:PYTHONPATH=\. |\.venv/bin/)?python -m benchmarks"
 PYTEST = "(?:python -m )?pytest "
+FUZZ = r"python -m tests\.fuzz "
 ELSEWHERE = "pip install |tensorboard --logdir"  # the network, a server
 
 
 def test_every_line_is_of_a_kind_that_is_checked_here():
-    kinds = (OURS, SHARED, VERIFY, MAKE, BENCHMARKS, PYTEST, ELSEWHERE)
+    kinds = (OURS, SHARED, VERIFY, MAKE, BENCHMARKS, PYTEST, FUZZ, ELSEWHERE)
     assert len(LINES) > 20
     assert [name for name in LINES if not any(re.match(kind, name) for kind in kinds)] == []
 
@@ -177,5 +178,12 @@ def test_benchmarks_take_these_options(line, monkeypatch, capsys):
 
 @lines(PYTEST)
 def test_pytest_finds_what_is_named(line):
-    named = [part for part in line[line.index("pytest") + 1 :] if not part.startswith("-") and part != "cuda"]
+    values = {"cuda", "slow"}  # of --device and -m
+    named = [part for part in line[line.index("pytest") + 1 :] if not part.startswith("-") and part not in values]
     assert named and all((ROOT / part).exists() for part in named)
+
+
+@lines(FUZZ)
+def test_fuzz(line):
+    done = subprocess.run([sys.executable, *line[1:], "--seconds", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout + done.stderr
