@@ -209,7 +209,8 @@ struct Decay {
   Vec left, lost;
 };
 
-// As vexp, but the polynomial is of 2^f - 1, to 1e-8 of it: where y is small n is 0 and it is all that is lost.
+// As vexp, but the polynomial is of 2^f - 1, to 1e-8 of it. Where y is small n is 0, and 1 - e^-y is the polynomial
+// alone: nothing is subtracted from 1, so no digits go.
 KD_HD Decay decay(Vec y) {
   const Vec magic = splat(12582912.0f), t = vmin(y, splat(87.0f)) * -1.44269504088896341f;
   const Vec shifted = t + magic, f = t - (shifted - magic);

@@ -129,7 +129,7 @@ class MappedLogits:
 
 
 def _check_map(given: LinearHead | MappedLogits) -> None:
-    """Its scale and cap become Python numbers, of what they may be."""
+    """Makes the scale and the cap Python numbers. An error where one is out of range, not a number, or learned."""
     owner = type(given).__name__
     object.__setattr__(given, "logit_scale", number(f"{owner}'s logit_scale", given.logit_scale))
     if given.logit_scale == 0:

@@ -168,7 +168,7 @@ class Row {
     const char *s, *t;
   };
 
-  // log of what exp((m_block - m) / T) / z is of a row: of a block's exponentials, to make them q.
+  // log(exp((m_block - m) / T) / z): a block's exponentials, relative to m_block, times exp of it are q.
   double log_share(double m_block, double m, double z) const {
     return (m_block - m) / spec_.temperature - std::log(z);
   }
