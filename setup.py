@@ -86,7 +86,9 @@ def architectures():
 
 def toolkit_libraries(compiler):
     """Where the toolkit keeps libcudart_static; nvcc may be a script far from it, and says so itself."""
-    told = subprocess.run([compiler, "--dryrun", "-c", "csrc/cuda/launch.cu"], capture_output=True, text=True).stderr
+    told = subprocess.run(
+        [compiler, "--dryrun", "-c", "csrc/cuda/launch.cu"], capture_output=True, text=True
+    ).stderr
     top = Path(re.search(r"TOP=(\S+)", told)[1]).resolve()
     found = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
     return [str(path) for path in found if (path / "libcudart_static.a").exists()]
@@ -96,8 +98,21 @@ def build_kernels(compiler, folder):
     """The object of csrc/cuda/launch.cu; all cores help."""
     made = os.path.join(folder, "cuda_launch.o")
     os.makedirs(folder, exist_ok=True)
-    command = [compiler, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0",
-               "--split-compile=0", *architectures(), "-Icsrc", "-c", "csrc/cuda/launch.cu", "-o", made]  # fmt: skip
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O3",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "--threads=0",
+        "--split-compile=0",
+        *architectures(),
+        "-Icsrc",
+        "-c",
+        "csrc/cuda/launch.cu",
+        "-o",
+        made,
+    ]
     print(" ".join(command))
     subprocess.run(command, check=True)
     return made
@@ -165,22 +180,36 @@ def extensions():
             "-Wno-maybe-uninitialized",
             "-fvisibility=hidden",
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        ],  # fmt: skip
+        ],
     )
     modules = [CppExtension("kdkernels._C", sources, **common)]
     if cuda := nvcc():
         # The CUDA runtime is linked in: whatever version torch brings, both use the same driver's context.
-        modules.append(CppExtension(
-            "kdkernels._cuda", ["csrc/cuda/bindings.cpp"], **common, libraries=["torch_cuda", "cudart_static", "rt", "dl"],
-            library_dirs=[*library_paths(), *toolkit_libraries(cuda)]))  # fmt: skip
+        modules.append(
+            CppExtension(
+                "kdkernels._cuda",
+                ["csrc/cuda/bindings.cpp"],
+                **common,
+                libraries=["torch_cuda", "cudart_static", "rt", "dl"],
+                library_dirs=[*library_paths(), *toolkit_libraries(cuda)],
+            )
+        )
     commands = PerFileFlags.with_options(use_ninja=False, no_python_abi_suffix=False)
     return modules, {"build_ext": commands}
 
 
 def isa_flags(source: str) -> list:
     if source.endswith("rows_avx512.cpp"):
-        return ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c",
-                "-mprefer-vector-width=512"]  # fmt: skip
+        return [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mavx512vl",
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-mprefer-vector-width=512",
+        ]
     return ["-mavx2", "-mfma", "-mf16c"] if source.endswith("rows_avx2.cpp") else []
 
 

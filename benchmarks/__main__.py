@@ -1,9 +1,9 @@
 """``python -m benchmarks``: measures a suite and writes JSON, tables and plots into one folder.
 
-    python -m benchmarks [--suite small|cpu|gpu] [--out FOLDER]   measure
-    python -m benchmarks report RESULT.json [--out FOLDER]        tables and plots from a result
-    python -m benchmarks publish [RESULT.json]                    commit-ready: README, results/
-    python -m benchmarks compare BEFORE.json AFTER.json           exit code 1 if more than 10% is lost
+python -m benchmarks [--suite small|cpu|gpu] [--out FOLDER]   measure
+python -m benchmarks report RESULT.json [--out FOLDER]        tables and plots from a result
+python -m benchmarks publish [RESULT.json]                    commit-ready: README, results/
+python -m benchmarks compare BEFORE.json AFTER.json           exit code 1 if more than 10% is lost
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def write_report(result: dict[str, Any], folder: Path, prefix: str = "") -> list
 
 
 def measure(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suite", choices=MINUTES, default="small")
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/SUITE-TIME)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for the gpu suite")
@@ -80,8 +81,14 @@ def measure(arguments: list[str]) -> int:
         path.write_text(json.dumps(so_far, indent=1))
         print(report.case_table(so_far["cases"][-1]), "\n", flush=True)
 
-    result = run.run_suite(options.suite, chosen, device, rounds=options.rounds or measure.ROUNDS,
-                           seconds=limit - (time.perf_counter() - start), keep=keep)  # fmt: skip
+    result = run.run_suite(
+        options.suite,
+        chosen,
+        device,
+        rounds=options.rounds or measure.ROUNDS,
+        seconds=limit - (time.perf_counter() - start),
+        keep=keep,
+    )
     path.write_text(json.dumps(result, indent=1))
     print(report.where(result))
     print(goals.table(result))
@@ -89,9 +96,12 @@ def measure(arguments: list[str]) -> int:
         print("not run, the time was up:", "; ".join(result["not_run"]))
     written = [path, *write_report(result, folder)]
     print(f"{result['seconds']:.0f} s; written:", ", ".join(str(p) for p in written))
-    ours_failed = [f"{case['name']}, {row['variant']}, {row['loss']}: {row['problem']}"
-                   for case in result["cases"] for row in case["variants"]
-                   if row["package"] == "kdkernels" and "problem" in row]  # fmt: skip
+    ours_failed = [
+        f"{case['name']}, {row['variant']}, {row['loss']}: {row['problem']}"
+        for case in result["cases"]
+        for row in case["variants"]
+        if row["package"] == "kdkernels" and "problem" in row
+    ]
     for line in ours_failed:
         print("FAILED", line, file=sys.stderr)
     return 1 if ours_failed or verified else 0

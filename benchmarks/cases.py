@@ -83,9 +83,14 @@ class Case:
         """The same case at no more than these sizes: for errors, and for tests."""
         less = lambda size, most: size if most is None else min(size, most)  # noqa: E731
         teacher = None if self.teacher_width is None else less(self.teacher_width, width and width + 16)
-        return replace(self, tokens=less(self.tokens, tokens), vocab=less(self.vocab, vocab),
-                       width=less(self.width, width), teacher_width=teacher,
-                       top_k=less(self.top_k, vocab and vocab // 8))  # fmt: skip
+        return replace(
+            self,
+            tokens=less(self.tokens, tokens),
+            vocab=less(self.vocab, vocab),
+            width=less(self.width, width),
+            teacher_width=teacher,
+            top_k=less(self.top_k, vocab and vocab // 8),
+        )
 
 
 def _both(case: Case) -> list[Case]:
@@ -152,4 +157,4 @@ SUITES: dict[str, list[Case]] = {
         replace(_GPU, dtype="float32", losses=("kl", "jsd")),
         *_over_tokens(_GPU_HIDDEN, (32768,)),
     ],
-}  # fmt: skip
+}

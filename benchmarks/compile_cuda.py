@@ -46,8 +46,19 @@ def instances(*kernels: tuple[str, str, str]) -> str:
 
 def command(architecture: str, source: Path) -> list[str]:
     """nvcc's, which says on stderr what :func:`parsed` reads."""
-    return ["nvcc", "-std=c++20", f"-arch={architecture}", "-cubin", "-O3", "-Xptxas", "-v", f"-I{CSRC}",
-            "-o", str(source.with_suffix(f".{architecture}.cubin")), str(source)]  # fmt: skip
+    return [
+        "nvcc",
+        "-std=c++20",
+        f"-arch={architecture}",
+        "-cubin",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        f"-I{CSRC}",
+        "-o",
+        str(source.with_suffix(f".{architecture}.cubin")),
+        str(source),
+    ]
 
 
 def parsed(said: str) -> list[Usage]:

@@ -42,11 +42,21 @@ CHIPS = {  # what the chip's properties would say
     "gfx942": launch.Chip("amd", 304, 4 * 2**20, 64),
 }
 DIVERGENCES = [
-    NoDivergence(), kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.5), kd.SkewKL(0.1), kd.SkewReverseKL(0.1),
-    kd.SkewReverseKL(0.1, detach_mixture=True), kd.TotalVariation(), kd.AlphaBeta(0.2, 0.7),
-    kd.AlphaBeta(0.5, 0.0), kd.AlphaBeta(0.0, 0.5), kd.AlphaBeta(0.5, -0.5), kd.AlphaBeta(0.0, 0.0),
+    NoDivergence(),
+    kd.ForwardKL(),
+    kd.ReverseKL(),
+    kd.JSD(0.5),
+    kd.SkewKL(0.1),
+    kd.SkewReverseKL(0.1),
+    kd.SkewReverseKL(0.1, detach_mixture=True),
+    kd.TotalVariation(),
+    kd.AlphaBeta(0.2, 0.7),
+    kd.AlphaBeta(0.5, 0.0),
+    kd.AlphaBeta(0.0, 0.5),
+    kd.AlphaBeta(0.5, -0.5),
+    kd.AlphaBeta(0.0, 0.0),
     kd.Mixed(0.4),
-]  # fmt: skip
+]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 #: Dtypes of (student and its teacher, gradient): logits, and a head's fp32 tile.
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
@@ -104,8 +114,16 @@ def offline(name: str) -> Iterator[list]:
         JITFunction.run, launch._chip = run, chip  # type: ignore[method-assign]
 
 
-def call(divergence: kd.divergences.Divergence, tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400,
-         columns: int = 128_256, chunked: bool = False, **options) -> None:  # fmt: skip
+def call(
+    divergence: kd.divergences.Divergence,
+    tile: torch.dtype,
+    gradient: torch.dtype,
+    *,
+    rows: int = 400,
+    columns: int = 128_256,
+    chunked: bool = False,
+    **options,
+) -> None:
     """One call of the waist on tensors whose values do not matter."""
     s, g = torch.empty(1, columns, dtype=tile), torch.empty(1, columns, dtype=gradient)
     t = torch.empty(1, columns, dtype=tile)
@@ -124,8 +142,15 @@ def call(divergence: kd.divergences.Divergence, tile: torch.dtype, gradient: tor
     launch.gradient(s, teacher, labels, weights, offset=0, vocab=columns, spec=spec, state=state, **both)
 
 
-def call_sparse(tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400, columns: int = 128_256,
-                slots: int = 64, **options) -> None:  # fmt: skip
+def call_sparse(
+    tile: torch.dtype,
+    gradient: torch.dtype,
+    *,
+    rows: int = 400,
+    columns: int = 128_256,
+    slots: int = 64,
+    **options,
+) -> None:
     """The two passes around a sparse target's outcomes."""
     s, g = (torch.empty(1, columns, dtype=d).expand(rows, columns) for d in (tile, gradient))
     labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
@@ -133,23 +158,38 @@ def call_sparse(tile: torch.dtype, gradient: torch.dtype, *, rows: int = 400, co
     emission = Emission(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one)
     spec, state = Spec(NoDivergence(), **options), rs.new_state(rows, s.device)
     launch.accumulate(s, None, labels, offset=0, spec=spec, state=state, skipped=ids)
-    launch.gradient(s, None, labels, weights, offset=0, vocab=columns, spec=spec, state=state, grad=g,
-                    teacher_grad=None, emission=emission)  # fmt: skip
+    launch.gradient(
+        s,
+        None,
+        labels,
+        weights,
+        offset=0,
+        vocab=columns,
+        spec=spec,
+        state=state,
+        grad=g,
+        teacher_grad=None,
+        emission=emission,
+    )
 
 
 def usage(kernel, target: str) -> Usage:
     name = kernel.metadata.name
     if "cubin" not in kernel.asm:
         text = kernel.asm["amdgcn"]
-        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
-                 for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}  # fmt: skip
+        found = {
+            key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
         spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
         return Usage(name, target, found["vgpr_count"], spilled, kernel.metadata.shared)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     read = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL", "SHARED")}  # type: ignore[index]
     return Usage(name, target, read["REG"], read["STACK"] + read["LOCAL"], kernel.metadata.shared)
 
@@ -198,9 +238,12 @@ def main() -> None:
                     print(u, divergence, tile, gradient, options, "SPILLS" if spills else "", flush=True)
         for name in sorted({u.kernel for u in found}):
             mine = [u for u in found if u.kernel == name]
-            print(f"{target:<7} {name:<12} {len(mine):>4} compiled, at most {max(u.registers for u in mine)} "
-                  f"registers, {max(u.spilled for u in mine)} spilled, {max(u.shared for u in mine)} bytes "
-                  "shared", flush=True)  # fmt: skip
+            print(
+                f"{target:<7} {name:<12} {len(mine):>4} compiled, at most {max(u.registers for u in mine)} "
+                f"registers, {max(u.spilled for u in mine)} spilled, {max(u.shared for u in mine)} bytes "
+                "shared",
+                flush=True,
+            )
     sys.exit(failed)
 
 

@@ -24,8 +24,10 @@ class Goal:
     at_least: bool = False
 
     def __str__(self) -> str:
-        sides = [f"{v} {'' if loss == 'floor' else loss}".strip()
-                 for v, loss in ((self.variant, self.loss), (self.against, self.against_loss))]  # fmt: skip
+        sides = [
+            f"{v} {'' if loss == 'floor' else loss}".strip()
+            for v, loss in ((self.variant, self.loss), (self.against, self.against_loss))
+        ]
         return f"{self.case}: {' / '.join(sides)}"
 
 

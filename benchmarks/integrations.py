@@ -86,9 +86,15 @@ def trl_server(tokens: int) -> Pair:
     trainer.beta, trainer.temperature, trainer.loss_add_tail = 0.0, 1.0, True
     trainer.model = SimpleNamespace(training=False)
     trainer._get_teacher_token_logprobs_from_server = lambda inputs, start: {
-        "topk_logprobs": top.values, "topk_token_ids": top.indices, "actual_logprobs": top.values[..., 0]}  # fmt: skip
-    inputs = {f"{part}_{what}": torch.ones(1, size, dtype=torch.int64) for what in ("ids", "mask")
-              for part, size in (("prompt", 1), ("completion", tokens - 1))}  # fmt: skip
+        "topk_logprobs": top.values,
+        "topk_token_ids": top.indices,
+        "actual_logprobs": top.values[..., 0],
+    }
+    inputs = {
+        f"{part}_{what}": torch.ones(1, size, dtype=torch.int64)
+        for what in ("ids", "mask")
+        for part, size in (("prompt", 1), ("completion", tokens - 1))
+    }
     model = lambda input_ids, attention_mask: SimpleNamespace(logits=s)  # noqa: E731
     return Pair(lambda: theirs(trainer, model, inputs), lambda: server_compute_loss(trainer, model, inputs))
 
@@ -120,8 +126,9 @@ def axolotl(tokens: int) -> Pair:
     top = (th @ tw.t()).log_softmax(-1).topk(SLOTS, -1)
     labels = torch.randint(0, VOCAB, (1, tokens))
     given = w, h, top.indices, top.values.log_softmax(-1), torch.ones(1, tokens, SLOTS), labels
-    theirs, ours = (m.LigerFusedLinearKLTopKLogprobLoss(beta=0.0, compiled=False)
-                    for m in (axolotl_module(), dropin))  # fmt: skip
+    theirs, ours = (
+        m.LigerFusedLinearKLTopKLogprobLoss(beta=0.0, compiled=False) for m in (axolotl_module(), dropin)
+    )
     return Pair(lambda: theirs(*given), lambda: ours(*given))
 
 
@@ -152,28 +159,75 @@ class Case(NamedTuple):
 
 
 _IMPORT = "from kdkernels.integrations"
-CASES = {case.build.__name__: case for case in (
-    Case("TRL DistillationTrainer", trl_distillation, 2048, "`trainer.train()`",
-         f"`{_IMPORT} import trl; trl.patch()`", "bf16 on a CPU: logits are rounded as the model's lm_head does"),
-    Case("TRL GKDTrainer, GOLDTrainer", trl_gkd, 512, "`trainer.train()`", "the same `trl.patch()`",
-         "bf16 logits: rows in fp32; all masked with \"mean\": 0, not NaN"),
-    Case("TRL ServerDistillationTrainer", trl_server, 512, "`trainer.train()`", "the same `trl.patch()`",
-         "the student's tail is not clamped at 1e-7"),
-    Case("Liger `LigerFusedLinearJSDLoss`", liger, 2048, "`from liger_kernel.chunked_loss import ...`",
-         f"`{_IMPORT}.liger import ...`", "a longer teacher vocabulary is cut, not met with logits of 0"),
-    Case("torchtune `ForwardKLWithChunkedOutputLoss`", torchtune, 512,
-         "`_component_: torchtune.modules.loss.ForwardKLWithChunkedOutputLoss`",
-         "`_component_: kdkernels.integrations.torchtune.ForwardKLWithChunkedOutputLoss`",
-         "the value is the KL: lower by the teacher's entropy; same gradient"),
-    Case("axolotl KD trainer", axolotl, 2048, "`trainer.train()`",
-         f"`{_IMPORT} import axolotl; axolotl.replace(trainer)`",
-         "T² is on the gradient too; padding slots take no part"),
-    Case("ModelOpt `LogitsDistillationLoss`", modelopt, 512,
-         "`from modelopt.torch.distill import LogitsDistillationLoss`",
-         f"`{_IMPORT}.modelopt import LogitsDistillationLoss`", "bf16 logits: rows in fp32"),
-    Case("your own `F.kl_div` on log-probabilities", functional, 512, "`import torch.nn.functional as F`",
-         f"`{_IMPORT} import functional as F`", "0 log 0 = 0, not NaN; not twice differentiable"),
-)}  # fmt: skip
+CASES = {
+    case.build.__name__: case
+    for case in (
+        Case(
+            "TRL DistillationTrainer",
+            trl_distillation,
+            2048,
+            "`trainer.train()`",
+            f"`{_IMPORT} import trl; trl.patch()`",
+            "bf16 on a CPU: logits are rounded as the model's lm_head does",
+        ),
+        Case(
+            "TRL GKDTrainer, GOLDTrainer",
+            trl_gkd,
+            512,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            'bf16 logits: rows in fp32; all masked with "mean": 0, not NaN',
+        ),
+        Case(
+            "TRL ServerDistillationTrainer",
+            trl_server,
+            512,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            "the student's tail is not clamped at 1e-7",
+        ),
+        Case(
+            "Liger `LigerFusedLinearJSDLoss`",
+            liger,
+            2048,
+            "`from liger_kernel.chunked_loss import ...`",
+            f"`{_IMPORT}.liger import ...`",
+            "a longer teacher vocabulary is cut, not met with logits of 0",
+        ),
+        Case(
+            "torchtune `ForwardKLWithChunkedOutputLoss`",
+            torchtune,
+            512,
+            "`_component_: torchtune.modules.loss.ForwardKLWithChunkedOutputLoss`",
+            "`_component_: kdkernels.integrations.torchtune.ForwardKLWithChunkedOutputLoss`",
+            "the value is the KL: lower by the teacher's entropy; same gradient",
+        ),
+        Case(
+            "axolotl KD trainer",
+            axolotl,
+            2048,
+            "`trainer.train()`",
+            f"`{_IMPORT} import axolotl; axolotl.replace(trainer)`",
+            "T² is on the gradient too; padding slots take no part",
+        ),
+        Case(
+            "ModelOpt `LogitsDistillationLoss`",
+            modelopt,
+            512,
+            "`from modelopt.torch.distill import LogitsDistillationLoss`",
+            f"`{_IMPORT}.modelopt import LogitsDistillationLoss`",
+            "bf16 logits: rows in fp32",
+        ),
+        Case(
+            "your own `F.kl_div` on log-probabilities",
+            functional,
+            512,
+            "`import torch.nn.functional as F`",
+            f"`{_IMPORT} import functional as F`",
+            "0 log 0 = 0, not NaN; not twice differentiable",
+        ),
+    )
+}
 SIDES = ("theirs", "ours")
 
 
@@ -203,19 +257,24 @@ def table(result: dict[str, Any]) -> str:
             f"| {case.trainer} | {case.before} | {case.after} | {theirs:.0f} → {ours:.0f} | {case.differs} |"
         )
     tokens = sorted({CASES[name].tokens for name in result["peak_bytes"]})
-    return "\n".join(lines + [
-        "",
-        f"One forward and backward, original → kdkernels, fp32, vocabulary {VOCAB}; {tokens[0]} tokens where logits",
-        f"are given (so one `[tokens, vocab]` tensor is {tokens[0] * VOCAB * 4 // 2**20} MiB; the peak holds the",
-        f"gradient), {tokens[-1]} where hidden states of width {WIDTH} are. On a GPU TRL and Liger have other kernels.",
-        f"{where['name']}, {where['date'][:10]}; {versions}.",
-    ])  # fmt: skip
+    return "\n".join(
+        lines
+        + [
+            "",
+            f"One forward and backward, original → kdkernels, fp32, vocabulary {VOCAB}; {tokens[0]} tokens where logits",
+            f"are given (so one `[tokens, vocab]` tensor is {tokens[0] * VOCAB * 4 // 2**20} MiB; the peak holds the",
+            f"gradient), {tokens[-1]} where hidden states of width {WIDTH} are. On a GPU TRL and Liger have other kernels.",
+            f"{where['name']}, {where['date'][:10]}; {versions}.",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the result here, as JSON")
-    parser.add_argument("--readme", metavar="RESULT", help="fill README's table from a result, measure nothing")
+    parser.add_argument(
+        "--readme", metavar="RESULT", help="fill README's table from a result, measure nothing"
+    )
     parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure one side in this process")
     given = parser.parse_args()
     if given.readme:

@@ -13,8 +13,21 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 #: Distributions whose versions go into a result, where they are installed.
-PACKAGES = ("torch", "triton", "numpy", "pyarrow", "trl", "transformers", "liger-kernel", "torchtune",
-            "axolotl", "nvidia-modelopt", "cut-cross-entropy", "quack-kernels", "fla-core")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pyarrow",
+    "trl",
+    "transformers",
+    "liger-kernel",
+    "torchtune",
+    "axolotl",
+    "nvidia-modelopt",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "fla-core",
+)
 _CACHES = "/sys/devices/system/cpu/cpu0/cache"
 
 

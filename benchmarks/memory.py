@@ -65,7 +65,11 @@ def peaks(case: Case, variants: list[Variant], device: str) -> list[dict[str, An
                 continue
             arguments = case, variant.key, device, torch.get_num_threads()
             try:
-                peak = peak_of(*arguments) if pool is None else pool.apply_async(peak_of, arguments).get(TIMEOUT_S)
+                peak = (
+                    peak_of(*arguments)
+                    if pool is None
+                    else pool.apply_async(peak_of, arguments).get(TIMEOUT_S)
+                )
             except multiprocessing.TimeoutError:
                 made.append({"peak_problem": "the process died, or took too long"})
             except OSError as error:

@@ -49,13 +49,20 @@ def draw(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
         panels = {title: lines for title, lines in panels.items() if lines}
         if not panels:
             continue
-        colors = {variant: f"C{i}" for i, variant in enumerate(dict.fromkeys(v for p in panels.values() for v in p))}
+        colors = {
+            variant: f"C{i}" for i, variant in enumerate(dict.fromkeys(v for p in panels.values() for v in p))
+        }
         figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
         for axis, (title, lines) in zip(axes[0], panels.items()):
             for variant, points in lines.items():
                 ours = variant.startswith("kdkernels")
-                axis.plot(*zip(*points), marker="o", label=variant, color=colors[variant],
-                          linewidth=2.5 if ours else 1.2)  # fmt: skip
+                axis.plot(
+                    *zip(*points),
+                    marker="o",
+                    label=variant,
+                    color=colors[variant],
+                    linewidth=2.5 if ours else 1.2,
+                )
             axis.set(xscale="log", yscale="log", xlabel=curve, ylabel=label, title=f"forward KL from {title}")
             axis.set_xticks(sorted({p[0] for points in lines.values() for p in points}))
             axis.xaxis.set_major_formatter(ScalarFormatter())

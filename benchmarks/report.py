@@ -48,8 +48,11 @@ def _line(row: Row) -> str:
     if "problem" in row:
         return f"| {row['loss']} | {row['variant']} | {row['problem'].replace('|', '/')} |||||||||"
     both = row["both_ms"]
-    cells = [_ms(row["forward_ms"]["median"]), _ms(row["backward_ms"]["median"]),
-             f"{_ms(both['median'])} ({_ms(both['iqr'])})"]  # fmt: skip
+    cells = [
+        _ms(row["forward_ms"]["median"]),
+        _ms(row["backward_ms"]["median"]),
+        f"{_ms(both['median'])} ({_ms(both['iqr'])})",
+    ]
     if row["floor"]:
         cells += [f"{row['to_floor']:.2f} x {row['floor']}", f"{row['percent_of_floor']:.0f}"]
         cells += [_peak(row), _units(row), f"{row['loss_error']:.1e}", _error(row)]
@@ -78,8 +81,13 @@ def _error(row: Row) -> str:
 
 def full(result: Row) -> str:
     """A whole run as one page."""
-    lines = [f"# Suite {result['suite']}", "", where(result), "",
-             "Medians over the rounds; errors are relative to the fp64 oracle, on the case's first tokens."]  # fmt: skip
+    lines = [
+        f"# Suite {result['suite']}",
+        "",
+        where(result),
+        "",
+        "Medians over the rounds; errors are relative to the fp64 oracle, on the case's first tokens.",
+    ]
     if reached := goals.table(result):
         lines += ["", "## Goals", "", reached]
     lines += ["", "## Cases"]
@@ -105,15 +113,24 @@ def figures(result: Row) -> str:
     """README's figures: one line per headline case and loss."""
     cases = [case for case in result["cases"] if case["headline"]]
     sections = (
-        ("Milliseconds, forward and backward, and the ratio to the floor of the same run (of logits: "
-         "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs). "
-         "Medians; IQR where it is more than half of that.", _time),
+        (
+            "Milliseconds, forward and backward, and the ratio to the floor of the same run (of logits: "
+            "`torch.add(s, t)`, in place `torch.add(s, t, out=g)`; of hidden states: the bare GEMMs). "
+            "Medians; IQR where it is more than half of that.",
+            _time,
+        ),
         ("Peak memory above inputs and gradients, in `[N, V]` fp32 tensors.", _units),
         ("Relative error of the gradient against the fp64 oracle.", _error),
-    )  # fmt: skip
+    )
     lines = [where(result)]
     for title, cell in sections:
-        lines += ["", title, "", f"| case | loss | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+        lines += [
+            "",
+            title,
+            "",
+            f"| case | loss | {' | '.join(COLUMNS)} |",
+            "|---" * (len(COLUMNS) + 2) + "|",
+        ]
         lines += [line for case in cases for line in _pivot(case, cell)]
     return "\n".join(lines)
 

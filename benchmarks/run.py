@@ -34,26 +34,46 @@ def run_case(case: Case, device: str, *, rounds: int = measure.ROUNDS) -> dict[s
 
 
 def _row(variant: Variant, results: dict[str, Any]) -> dict[str, Any]:
-    return {"variant": variant.label, "loss": variant.loss, "package": variant.package,
-            "inplace": variant.inplace, "floor": variant.floor or None, **results}  # fmt: skip
+    return {
+        "variant": variant.label,
+        "loss": variant.loss,
+        "package": variant.package,
+        "inplace": variant.inplace,
+        "floor": variant.floor or None,
+        **results,
+    }
 
 
 def _add_floors(rows: list[dict[str, Any]]) -> None:
     """Each time over its floor's, both from this run: ``to_floor`` 1.25 is 80 percent of the floor."""
-    floors = {row["variant"]: row["both_ms"]["median"] for row in rows if not row["floor"] and "both_ms" in row}
+    floors = {
+        row["variant"]: row["both_ms"]["median"] for row in rows if not row["floor"] and "both_ms" in row
+    }
     for row in rows:
         if row["floor"] in floors and "both_ms" in row:
             row["to_floor"] = row["both_ms"]["median"] / floors[row["floor"]]
             row["percent_of_floor"] = 100 / row["to_floor"]
 
 
-def run_suite(suite: str, cases: list[Case], device: str, *, rounds: int = measure.ROUNDS,
-              seconds: float | None = None, keep: Callable[[dict], None] = lambda so_far: None) -> dict[str, Any]:  # fmt: skip
+def run_suite(
+    suite: str,
+    cases: list[Case],
+    device: str,
+    *,
+    rounds: int = measure.ROUNDS,
+    seconds: float | None = None,
+    keep: Callable[[dict], None] = lambda so_far: None,
+) -> dict[str, Any]:
     """The cases in their order. One that would begin in the last tenth of ``seconds`` is named in the
     result and not begun: no single case takes much longer than that, but for the first ones."""
     start = time.perf_counter()
-    result: dict[str, Any] = {"schema": SCHEMA, "suite": suite, "machine": machine.describe(device),
-                              "cases": [], "not_run": []}  # fmt: skip
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "suite": suite,
+        "machine": machine.describe(device),
+        "cases": [],
+        "not_run": [],
+    }
     for case in cases:
         if seconds is not None and time.perf_counter() - start > 0.9 * seconds:
             result["not_run"].append(case.name)

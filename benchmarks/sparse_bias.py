@@ -37,7 +37,9 @@ def models(seed: int) -> tuple[Tensor, Tensor]:
     return teacher.float(), student.float()
 
 
-def targets(teacher: Tensor, variant: str, slots: int, generator: torch.Generator) -> Callable[[], kd.SparseTarget]:
+def targets(
+    teacher: Tensor, variant: str, slots: int, generator: torch.Generator
+) -> Callable[[], kd.SparseTarget]:
     """Makes the target of one step: new draws each time, or always the same top-k."""
     if variant == "sampling":
         return lambda: kd.sample_target(teacher, slots, generator=generator)
@@ -98,21 +100,30 @@ def table(result: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        name = f"{row['slots']} draws" if row["variant"] == "sampling" else f"top-k, \"{row['variant']}\""
+        name = f"{row['slots']} draws" if row["variant"] == "sampling" else f'top-k, "{row["variant"]}"'
         mean = f"{row['error_of_mean']:.3f}" + (f" ({row['draws']} draws)" if row["draws"] > 1 else "")
-        lines.append(f"| {row['slots']} | {name} | {row['error_of_one']:.3f} | {mean} | "
-                     f"{row['final_tail']:.3f} (teacher {row['teacher_tail']:.3f}) | {row['final_kl']:.3f} |")  # fmt: skip
+        lines.append(
+            f"| {row['slots']} | {name} | {row['error_of_one']:.3f} | {mean} | "
+            f"{row['final_tail']:.3f} (teacher {row['teacher_tail']:.3f}) | {row['final_kl']:.3f} |"
+        )
     dense = result["dense"]
-    lines.append(f"| all | dense | 0 | 0 | | {abs(dense['final_kl']):.3f} (before training {dense['first_kl']:.3f}) |")
-    lines += ["", f"{case['tokens']} tokens, vocabulary {case['vocab']}, {case['steps']} steps of Adam on the student's "
-              f"logits; torch {where['versions']['torch']}, {where['date'][:10]}."]  # fmt: skip
+    lines.append(
+        f"| all | dense | 0 | 0 | | {abs(dense['final_kl']):.3f} (before training {dense['first_kl']:.3f}) |"
+    )
+    lines += [
+        "",
+        f"{case['tokens']} tokens, vocabulary {case['vocab']}, {case['steps']} steps of Adam on the student's "
+        f"logits; torch {where['versions']['torch']}, {where['date'][:10]}.",
+    ]
     return "\n".join(lines)
 
 
 def run() -> dict:
     teacher, student = models(0)
-    dense = {"first_kl": kd.kl_div(student, teacher).item(),
-             "final_kl": kd.kl_div(trained(student, lambda: teacher), teacher).item()}  # fmt: skip
+    dense = {
+        "first_kl": kd.kl_div(student, teacher).item(),
+        "final_kl": kd.kl_div(trained(student, lambda: teacher), teacher).item(),
+    }
     rows = [measure(variant, slots) for slots in SLOTS for variant in VARIANTS]
     return {
         "environment": machine.describe("cpu"),

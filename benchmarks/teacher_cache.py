@@ -57,8 +57,16 @@ def unstructured(target: kd.SparseTarget, vocab: int) -> kd.SparseTarget:
 
 def write(directory: Path, target: kd.SparseTarget, length: int, vocab: int, values: str) -> TeacherCache:
     count = len(target.ids) // length
-    manifest = Manifest(model="-", tokenizer="-", vocab_size=vocab, data="-", sequences=count, method="top_k",
-                        k=K, values=values)  # fmt: skip
+    manifest = Manifest(
+        model="-",
+        tokenizer="-",
+        vocab_size=vocab,
+        data="-",
+        sequences=count,
+        method="top_k",
+        k=K,
+        values=values,
+    )
     tokens = torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(2))
     with CacheWriter(directory, manifest) as writer:
         for i in writer.todo():
@@ -71,8 +79,14 @@ def sizes(name: str, target: kd.SparseTarget) -> list[dict]:
     for values in ("uint8", "bfloat16", "float32"):
         with tempfile.TemporaryDirectory() as folder:
             cache = write(Path(folder, "cache"), target, LENGTH, VOCAB, values)
-            rows.append({"ids": name, "values": values, "bytes_per_token": cache.bytes / cache.tokens,
-                         "bytes_per_kept_id": cache.bytes / cache.tokens / K})  # fmt: skip
+            rows.append(
+                {
+                    "ids": name,
+                    "values": values,
+                    "bytes_per_token": cache.bytes / cache.tokens,
+                    "bytes_per_kept_id": cache.bytes / cache.tokens / K,
+                }
+            )
     return rows
 
 
@@ -86,10 +100,23 @@ def id_encodings(name: str, target: kd.SparseTarget) -> list[dict]:
         for encoding in ("PLAIN", "DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT"):
             column = pa.ListArray.from_arrays(offsets, pa.array(numbers.ravel(), pa.int32()))
             file = io.BytesIO()
-            pq.write_table(pa.table({"x": column}), file, compression="zstd", use_dictionary=False, row_group_size=1,
-                           write_statistics=False, column_encoding={"x.list.element": encoding})  # fmt: skip
-            rows.append({"ids": name, "stored": what, "encoding": encoding,
-                         "bytes_per_id": len(file.getvalue()) / ids.size})  # fmt: skip
+            pq.write_table(
+                pa.table({"x": column}),
+                file,
+                compression="zstd",
+                use_dictionary=False,
+                row_group_size=1,
+                write_statistics=False,
+                column_encoding={"x.list.element": encoding},
+            )
+            rows.append(
+                {
+                    "ids": name,
+                    "stored": what,
+                    "encoding": encoding,
+                    "bytes_per_id": len(file.getvalue()) / ids.size,
+                }
+            )
     return rows
 
 
@@ -97,10 +124,15 @@ def student_and_optimizer() -> tuple:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, intermediate, layers, heads = SCRATCH[DEMO["student"]]
-    student = LlamaForCausalLM(LlamaConfig(
-        vocab_size=DEMO["vocab"], hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads,
-    ))  # fmt: skip
+    student = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=DEMO["vocab"],
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+        )
+    )
     return student, torch.optim.AdamW(student.parameters(), lr=1e-3)
 
 
@@ -133,7 +165,10 @@ def speed(steps: int) -> dict:
                 reads[name].append(len(cache) * length / (time.perf_counter() - start))
             trains.append(batch * length / student_seconds(records[0]))
     best = {name: max(rates[1:]) for name, rates in {**reads, "student": trains}.items()}
-    return {"tokens_per_second": best, "reader_over_student": min(best["in order"], best["shuffled"]) / best["student"]}
+    return {
+        "tokens_per_second": best,
+        "reader_over_student": min(best["in order"], best["shuffled"]) / best["student"],
+    }
 
 
 def _batches(cache: TeacherCache, order, size: int) -> Iterator[list]:
@@ -152,7 +187,9 @@ def main() -> None:
     options = parser.parse_args()
     target = skewed(VOCAB, LENGTH * SEQUENCES)
     targets = {"skewed": target, "unstructured": unstructured(target, VOCAB)}
-    published = {name: distillkit_bytes({"exact_dtype": "bfloat16", **config}) for name, config in DISTILLKIT.items()}
+    published = {
+        name: distillkit_bytes({"exact_dtype": "bfloat16", **config}) for name, config in DISTILLKIT.items()
+    }
     result = {
         "environment": describe("cpu"),
         "case": {"k": K, "vocab": VOCAB, "length": LENGTH, "sequences": SEQUENCES},
@@ -162,17 +199,26 @@ def main() -> None:
         "id_encodings": [row for name, each in targets.items() for row in id_encodings(name, each)],
         "demo": {**DEMO, **speed(options.steps)},
     }
-    print(f"{result['environment']['name']}; K={K}, V={VOCAB}; raw {8 * K} bytes per token, DistillKit's formula "
-          + ", ".join(f"{b} ({name})" for name, b in result["distillkit_bytes_per_token"].items()))  # fmt: skip
+    print(
+        f"{result['environment']['name']}; K={K}, V={VOCAB}; raw {8 * K} bytes per token, DistillKit's formula "
+        + ", ".join(f"{b} ({name})" for name, b in result["distillkit_bytes_per_token"].items())
+    )
     for row in result["sizes"]:
-        print(f"  {row['ids']:<13} {row['values']:<9} {row['bytes_per_token']:6.1f} bytes per token, "
-              f"{row['bytes_per_kept_id']:.2f} per kept id")  # fmt: skip
+        print(
+            f"  {row['ids']:<13} {row['values']:<9} {row['bytes_per_token']:6.1f} bytes per token, "
+            f"{row['bytes_per_kept_id']:.2f} per kept id"
+        )
     print("ids alone")
     for row in result["id_encodings"]:
-        print(f"  {row['ids']:<13} {row['stored']:<5} {row['encoding']:<20} {row['bytes_per_id']:.2f} bytes per id")
+        print(
+            f"  {row['ids']:<13} {row['stored']:<5} {row['encoding']:<20} {row['bytes_per_id']:.2f} bytes per id"
+        )
     rates = result["demo"]["tokens_per_second"]
-    print("demo: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items())
-          + f"; the reader is {result['demo']['reader_over_student']:.0f} times as fast")  # fmt: skip
+    print(
+        "demo: "
+        + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items())
+        + f"; the reader is {result['demo']['reader_over_student']:.0f} times as fast"
+    )
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -32,8 +32,11 @@ def candidates(columns: int) -> list:
     from kdkernels.backends.triton.launch import Options
 
     made = itertools.product((4, 8, 16, 32), (1, 2), (1, 2, 4, 8))
-    return [Options(columns, warps, lanes, programs) for warps, lanes, programs in made
-            if warps * programs <= 32 and warps * lanes <= 64]  # fmt: skip
+    return [
+        Options(columns, warps, lanes, programs)
+        for warps, lanes, programs in made
+        if warps * programs <= 32 and warps * lanes <= 64
+    ]
 
 
 @contextlib.contextmanager
@@ -49,8 +52,14 @@ def only(option) -> Iterator[None]:
         launch._TABLE = before
 
 
-def step(s: torch.Tensor, t: torch.Tensor, g: torch.Tensor, weights: torch.Tensor,
-         divergence: kd.divergences.Divergence, option) -> None:  # fmt: skip
+def step(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    g: torch.Tensor,
+    weights: torch.Tensor,
+    divergence: kd.divergences.Divergence,
+    option,
+) -> None:
     from kdkernels.backends.triton import launch
 
     with only(option):
@@ -106,7 +115,9 @@ def main() -> None:
             print(f"  {taken:8.3f} ms  {taken / floor:5.2f} x  {name}")
         results.append(dict(tokens=tokens, vocab=vocab, dtype=dtype, family=family, ms=times))
     if arguments.out:
-        machine = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, date=str(datetime.date.today()))
+        machine = dict(
+            gpu=torch.cuda.get_device_name(), torch=torch.__version__, date=str(datetime.date.today())
+        )
         with open(arguments.out, "w") as file:
             json.dump(dict(machine=machine, results=results), file, indent=1)
 

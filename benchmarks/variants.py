@@ -113,8 +113,11 @@ def plain_from_logits(s: Tensor, t: Tensor, labels: Tensor | None, loss: str) ->
 def _names(case: Case, loss: str) -> str:
     if case.top_k:
         return "log_softmax, gather"
-    return {"ce": "F.cross_entropy", "jsd": "F.kl_div to mixture", "codistill": "F.kl_div, F.cross_entropy"}.get(
-        loss, "F.kl_div")  # fmt: skip
+    return {
+        "ce": "F.cross_entropy",
+        "jsd": "F.kl_div to mixture",
+        "codistill": "F.kl_div, F.cross_entropy",
+    }.get(loss, "F.kl_div")
 
 
 def _plain(case: Case) -> list[Variant]:
@@ -133,15 +136,18 @@ def _plain(case: Case) -> list[Variant]:
 
 
 def _ours(case: Case) -> list[Variant]:
-    made = [
-        Variant(OURS, loss, lambda step, loss=loss: our_loss(step, loss), OURS) for loss in case.losses
-    ]
+    made = [Variant(OURS, loss, lambda step, loss=loss: our_loss(step, loss), OURS) for loss in case.losses]
     if not case.width:
         made += [
-            Variant(f"{OURS} in place", loss, lambda step, loss=loss: our_loss(step, loss, inplace=True),
-                    OURS, inplace=True)
+            Variant(
+                f"{OURS} in place",
+                loss,
+                lambda step, loss=loss: our_loss(step, loss, inplace=True),
+                OURS,
+                inplace=True,
+            )
             for loss in case.losses
-        ]  # fmt: skip
+        ]
     if "codistill" in case.losses:
         made.append(Variant(f"{OURS}, two losses", "codistill", two_losses, OURS))
     return made
@@ -156,7 +162,13 @@ def _by_triton(case: Case) -> list[Variant]:
 
     forms = [(f"{OURS} triton", False)] + ([] if case.width else [(f"{OURS} triton in place", True)])
     return [
-        Variant(label, loss, partial(forward, loss=loss, **({"inplace": True} if inplace else {})), OURS, inplace=inplace)
+        Variant(
+            label,
+            loss,
+            partial(forward, loss=loss, **({"inplace": True} if inplace else {})),
+            OURS,
+            inplace=inplace,
+        )
         for label, inplace in forms
         for loss in case.losses
     ]

@@ -57,11 +57,16 @@ const RowLoops& loops(const Tensor& any) {
 
 auto loop_of(Entry entry, const RowLoops& loops) {
   switch (entry) {
-    case Entry::kFused: return loops.fused;
-    case Entry::kAccumulate: return loops.accumulate;
-    case Entry::kAccumulateValue: return loops.accumulate_value;
-    case Entry::kGradient: return loops.gradient;
-    default: return loops.fused_sparse;
+    case Entry::kFused:
+      return loops.fused;
+    case Entry::kAccumulate:
+      return loops.accumulate;
+    case Entry::kAccumulateValue:
+      return loops.accumulate_value;
+    case Entry::kGradient:
+      return loops.gradient;
+    default:
+      return loops.fused_sparse;
   }
 }
 
@@ -79,9 +84,14 @@ void advise_huge_pages(const Tensor& fresh) {
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   int64_t entry = 0;
   switch (fresh.scalar_type()) {
-    case ScalarType::Double: entry = 8; break;
-    case ScalarType::Float: entry = 4; break;
-    default: entry = 2;
+    case ScalarType::Double:
+      entry = 8;
+      break;
+    case ScalarType::Float:
+      entry = 4;
+      break;
+    default:
+      entry = 2;
   }
   const uintptr_t at = (uintptr_t)fresh.data_ptr();
   const uintptr_t begin = (at + kHuge - 1) / kHuge * kHuge;
@@ -106,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

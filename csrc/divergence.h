@@ -38,8 +38,9 @@ struct JSD {
 
 // The skewed divergences add d to phi, which sums to 0 over a row and leaves of every term its second order.
 //
-// SkewKL's psi is -p / m, to which 1 is added: 0 where p = q. But the slope, sum q p / m, is at least the mass that
-// p and q have in common; where they have little, the 1 would be nearly all of every psi and of the slope, which cancel.
+// SkewKL's psi is -p / m, to which 1 is added: 0 where p = q. But the slope, sum q p / m, is at least the
+// mass that p and q have in common; where they have little, the 1 would be nearly all of every psi and of the
+// slope, which cancel.
 struct SkewKL {
   static constexpr bool kFromProbabilities = true;
   float alpha, keep;
@@ -85,8 +86,9 @@ struct Mixed {
 };
 
 // The alpha-beta divergence without limit cases. A term is x^2 exp[s log q, a log p + b log q, s log p] with
-// s = a + b and exp[...] the divided difference of exp, and q_psi is -x exp[s log q, a log p + b log q]. Two of
-// exp's arguments differ by a x, b x or s x, so which is the highest and which the lowest depends on x's sign alone.
+// s = a + b and exp[...] the divided difference of exp, and q_psi is -x exp[s log q, a log p + b log q]. Two
+// of exp's arguments differ by a x, b x or s x, so which is the highest and which the lowest depends on x's
+// sign alone.
 struct AlphaBeta {
   static constexpr bool kFromProbabilities = false;
   // An argument of exp as a combination of the logarithms.
@@ -117,10 +119,12 @@ struct AlphaBeta {
       order(low, middle);
     }
   };
-  // The distance from one corner to another, per |x|. Below kTiny it is 0, which changes nothing of what is finite.
+  // The distance from one corner to another, per |x|. Below kTiny it is 0, which changes nothing of what is
+  // finite.
   struct Gap {
     float rate, per_rate;
-    KD_HD explicit Gap(double r) : rate(r < kTiny ? 0.0f : (float)r), per_rate(r < kTiny ? 0.0f : (float)(1 / r)) {}
+    KD_HD explicit Gap(double r)
+        : rate(r < kTiny ? 0.0f : (float)r), per_rate(r < kTiny ? 0.0f : (float)(1 / r)) {}
     KD_HD Vec of(Vec distance) const { return rate == 0.0f ? splat(0.0f) : rate * distance; }
     // The integral of e^(-rate t) over the distance.
     KD_HD Vec span(Vec distance, Vec lost) const { return rate == 0.0f ? distance : lost * per_rate; }
@@ -129,19 +133,25 @@ struct AlphaBeta {
   Power low, high;
   Gap upper, lower, outer;  // high to middle, middle to low, high to low
   float inner;              // from their center to the middle one
-  bool q_psi_upper, q_psi_lower;  // whether the two corners of q_psi are the ends of that gap; else of the outer
+  bool q_psi_upper,
+      q_psi_lower;  // whether the two corners of q_psi are the ends of that gap; else of the outer
 
   KD_HD AlphaBeta(const Spec& s, bool) : AlphaBeta(s.first, Corners(s.first, s.second)) {}
   KD_HD AlphaBeta(double a, const Corners& c)
-      : low(c.low), high(c.high), upper(c.high.of_p - c.middle.of_p), lower(c.middle.of_p - c.low.of_p),
-        outer(c.high.of_p - c.low.of_p), inner((float)(c.middle.of_p - 0.5 * (c.low.of_p + c.high.of_p))),
-        q_psi_upper(has_ends(c.high, c.middle, a)), q_psi_lower(has_ends(c.middle, c.low, a)) {}
+      : low(c.low),
+        high(c.high),
+        upper(c.high.of_p - c.middle.of_p),
+        lower(c.middle.of_p - c.low.of_p),
+        outer(c.high.of_p - c.low.of_p),
+        inner((float)(c.middle.of_p - 0.5 * (c.low.of_p + c.high.of_p))),
+        q_psi_upper(has_ends(c.high, c.middle, a)),
+        q_psi_lower(has_ends(c.middle, c.low, a)) {}
   KD_HD static bool has_ends(Corner x, Corner y, double a) {
     return (x.of_p == 0 && y.of_p == a) || (x.of_p == a && y.of_p == 0);
   }
 
-  // exp[h, t, -h] for |t| <= h < 3/8: a series whose terms are the complete symmetric polynomials of the three
-  // over (n + 2)!.
+  // exp[h, t, -h] for |t| <= h < 3/8: a series whose terms are the complete symmetric polynomials of the
+  // three over (n + 2)!.
   KD_HD static Vec series(Vec t, Vec h) {
     const Vec z = h * h;
     const Vec fourth = 1.0f / 720 + t * (1.0f / 5040 + t * (1.0f / 40320));
@@ -188,17 +198,25 @@ struct AlphaBeta {
 template <class F>
 KD_HD void with_kind(const Spec& spec, bool teacher, F&& f) {
   switch (teacher ? (int)spec.kind : kNone) {
-    case kForwardKL: return f.template operator()<kForwardKL, void>();
-    case kReverseKL: return f.template operator()<kReverseKL, void>();
-    case kJSD: return f.template operator()<kJSD, JSD>();
-    case kSkewKL: return f.template operator()<kSkewKL, SkewKL>();
+    case kForwardKL:
+      return f.template operator()<kForwardKL, void>();
+    case kReverseKL:
+      return f.template operator()<kReverseKL, void>();
+    case kJSD:
+      return f.template operator()<kJSD, JSD>();
+    case kSkewKL:
+      return f.template operator()<kSkewKL, SkewKL>();
     case kSkewReverseKL:
       if (spec.second != 0) return f.template operator()<kSkewReverseKL, SkewReverseKL<true>>();
       return f.template operator()<kSkewReverseKL, SkewReverseKL<false>>();
-    case kTotalVariation: return f.template operator()<kTotalVariation, TotalVariation>();
-    case kAlphaBeta: return f.template operator()<kAlphaBeta, AlphaBeta>();
-    case kMixed: return f.template operator()<kMixed, Mixed>();
-    default: return f.template operator()<kNone, void>();
+    case kTotalVariation:
+      return f.template operator()<kTotalVariation, TotalVariation>();
+    case kAlphaBeta:
+      return f.template operator()<kAlphaBeta, AlphaBeta>();
+    case kMixed:
+      return f.template operator()<kMixed, Mixed>();
+    default:
+      return f.template operator()<kNone, void>();
   }
 }
 

@@ -23,10 +23,15 @@ using MaybeTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kHalf;
-    default: STD_TORCH_CHECK(false, "kdkernels: rows must be fp32, bf16 or fp16"); return kFloat;
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kHalf;
+    default:
+      STD_TORCH_CHECK(false, "kdkernels: rows must be fp32, bf16 or fp16");
+      return kFloat;
   }
 }
 
@@ -111,7 +116,8 @@ struct Operators {
   }
 
   static void accumulate(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-                         const Tensor& spec, int64_t offset, const Tensor& state, const MaybeTensor& skipped) {
+                         const Tensor& spec, int64_t offset, const Tensor& state,
+                         const MaybeTensor& skipped) {
     Arguments a(student);
     a.set(teacher, labels, spec);
     a.set_ids(skipped);
@@ -149,10 +155,10 @@ struct Operators {
     Backend::run(Entry::kGradient, a.job, a.rows(), student);
   }
 
-  static void fused_sparse(const Tensor& student, const Tensor& ids, const Tensor& teacher, const Tensor& scale,
-                           const Tensor& constant, const MaybeTensor& labels, const Tensor& weights,
-                           const Tensor& spec, const Tensor& outcome_spec, const Tensor& results,
-                           const MaybeTensor& grad) {
+  static void fused_sparse(const Tensor& student, const Tensor& ids, const Tensor& teacher,
+                           const Tensor& scale, const Tensor& constant, const MaybeTensor& labels,
+                           const Tensor& weights, const Tensor& spec, const Tensor& outcome_spec,
+                           const Tensor& results, const MaybeTensor& grad) {
     Arguments a(student);
     a.set(std::nullopt, labels, spec);
     a.set_gradients(weights, grad, std::nullopt);
@@ -169,17 +175,21 @@ struct Operators {
 // `m` is a torch library, being defined.
 template <class Library>
 void define_operators(Library& m) {
-  m.def("fused(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, Tensor spec, "
-        "Tensor(c!) results, Tensor(d!)? grad, Tensor(e!)? teacher_grad) -> ()");
-  m.def("accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor spec, int offset, "
-        "Tensor(a!) state, Tensor? skipped) -> ()");
+  m.def(
+      "fused(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, Tensor spec, "
+      "Tensor(c!) results, Tensor(d!)? grad, Tensor(e!)? teacher_grad) -> ()");
+  m.def(
+      "accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor spec, int offset, "
+      "Tensor(a!) state, Tensor? skipped) -> ()");
   m.def("accumulate_value(Tensor student, Tensor teacher, Tensor spec, Tensor(a!) state) -> ()");
-  m.def("gradient(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, "
-        "Tensor spec, int offset, int vocab, Tensor state, Tensor(c!)? grad, "
-        "Tensor(d!)? teacher_grad, Tensor? ids, Tensor? rest, Tensor? kept, Tensor? lse1) -> ()");
-  m.def("fused_sparse(Tensor(a!) student, Tensor ids, Tensor teacher, Tensor scale, Tensor constant, "
-        "Tensor? labels, Tensor weights, Tensor spec, Tensor outcome_spec, Tensor(b!) results, "
-        "Tensor(c!)? grad) -> ()");
+  m.def(
+      "gradient(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, "
+      "Tensor spec, int offset, int vocab, Tensor state, Tensor(c!)? grad, "
+      "Tensor(d!)? teacher_grad, Tensor? ids, Tensor? rest, Tensor? kept, Tensor? lse1) -> ()");
+  m.def(
+      "fused_sparse(Tensor(a!) student, Tensor ids, Tensor teacher, Tensor scale, Tensor constant, "
+      "Tensor? labels, Tensor weights, Tensor spec, Tensor outcome_spec, Tensor(b!) results, "
+      "Tensor(c!)? grad) -> ()");
 }
 
 template <class Backend, class Library>

@@ -16,13 +16,13 @@
 namespace kd {
 
 struct RowState {
-  double m_s, z_s, m_t, z_t;        // maxima; sum e, e = exp((s - m_s) / T)
-  double x_s, x_t;                  // sum e x,  x = ((t - m_t) - (s - m_s)) / T
-  double e_s, e_t;                  // sum e (s - m_s) / T, sum e (t - m_t) / T
-  double z1_s, z1_t;                // sum exp(s - m_s), sum exp(t - m_t)
-  double sum_s, label_s, label_t;   // sum of the logits; the label's
+  double m_s, z_s, m_t, z_t;       // maxima; sum e, e = exp((s - m_s) / T)
+  double x_s, x_t;                 // sum e x,  x = ((t - m_t) - (s - m_s)) / T
+  double e_s, e_t;                 // sum e (s - m_s) / T, sum e (t - m_t) / T
+  double z1_s, z1_t;               // sum exp(s - m_s), sum exp(t - m_t)
+  double sum_s, label_s, label_t;  // sum of the logits; the label's
   double top_s, arg_s, top_t, arg_t;
-  double value, slope;              // second pass
+  double value, slope;  // second pass
 
   KD_HD double lse_s(double temperature) const { return m_s / temperature + log(z_s); }
   KD_HD double lse1_s() const { return m_s + log(z1_s); }
@@ -71,10 +71,12 @@ KD_HD double divergence_value(const RowState& r, int kind) {
 // Whether a divergence needs x_t: ForwardKL is made of it, SkewKL asks by it whether p and q `disagree`.
 KD_HD constexpr bool needs_x_t(int kind) { return kind == kForwardKL || kind == kSkewKL; }
 
-// Whether KL(p || q) is above 1/2, given log z_t - log z_s. Below, p and q have at least half their mass in common.
+// Whether KL(p || q) is above 1/2, given log z_t - log z_s. Below, p and q have at least half their mass in
+// common.
 KD_HD bool disagree(const RowState& r, double gap) { return !(r.x_t / r.z_t - gap <= 0.5); }
 
-// The student's cross entropy, lse being its normaliser at temperature 1 and `gap` its distance to the label's logit.
+// The student's cross entropy, lse being its normaliser at temperature 1 and `gap` its distance to the
+// label's logit.
 KD_HD double hard_term(const RowState& r, double lse, double gap, const Spec& spec, int64_t vocab) {
   const double smooth = spec.label_smoothing;
   double hard = (smooth < 1 ? (1 - smooth) * gap : 0) + spec.z_loss * lse * lse;
@@ -84,7 +86,7 @@ KD_HD double hard_term(const RowState& r, double lse, double gap, const Spec& sp
 
 // results: soft, hard, student entropy, teacher entropy, agreement, teacher's hard term.
 KD_HD void finish(const RowState& r, const Spec& spec, bool soft, bool labelled, int64_t vocab,
-                   double* results) {
+                  double* results) {
   results[2] = log(r.z_s) - r.e_s / r.z_s;
   if (soft) {
     results[0] = divergence_value(r, (int)spec.kind);
@@ -92,8 +94,10 @@ KD_HD void finish(const RowState& r, const Spec& spec, bool soft, bool labelled,
     results[4] = r.arg_s == r.arg_t;
   }
   if (!labelled) return;
-  // The maximum's distance to the label first: both may be far from 0, where a sum has no digits for a small gap.
-  if (spec.hard_weight != 0) results[1] = hard_term(r, r.lse1_s(), (r.m_s - r.label_s) + log(r.z1_s), spec, vocab);
+  // The maximum's distance to the label first: both may be far from 0, where a sum has no digits for a small
+  // gap.
+  if (spec.hard_weight != 0)
+    results[1] = hard_term(r, r.lse1_s(), (r.m_s - r.label_s) + log(r.z1_s), spec, vocab);
   if (spec.teacher_hard_weight != 0) results[5] = (r.m_t - r.label_t) + log(r.z1_t);
 }
 

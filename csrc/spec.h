@@ -4,7 +4,15 @@
 namespace kd {
 
 enum Kind {
-  kNone, kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTotalVariation, kAlphaBeta, kMixed
+  kNone,
+  kForwardKL,
+  kReverseKL,
+  kJSD,
+  kSkewKL,
+  kSkewReverseKL,
+  kTotalVariation,
+  kAlphaBeta,
+  kMixed
 };
 
 struct Spec {

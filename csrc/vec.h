@@ -53,7 +53,9 @@ KD_HD Vec vabs(Vec a) { return fabsf(a); }
 KD_HD Ints as_ints(Vec v) { return __builtin_bit_cast(Ints, v); }
 KD_HD Vec as_vec(Ints v) { return __builtin_bit_cast(Vec, v); }
 // k times `each`, of 2^k's bits without the bias; no conversion, which is a slow instruction.
-KD_HD Vec exponent_times(float each, Ints bits) { return (as_vec((bits >> 23) + 0x4b400000) - 12582912.0f) * each; }
+KD_HD Vec exponent_times(float each, Ints bits) {
+  return (as_vec((bits >> 23) + 0x4b400000) - 12582912.0f) * each;
+}
 #if defined(__CUDA_ARCH__)
 KD_HD Vec inverse(Vec b) {
   float y;
@@ -97,7 +99,9 @@ KD_HD Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
 KD_HD Ints as_ints(Vec v) { return (Ints)v; }
 KD_HD Vec as_vec(Ints v) { return (Vec)v; }
 // k times `each`, of 2^k's bits without the bias.
-KD_HD Vec exponent_times(float each, Ints bits) { return __builtin_convertvector(bits, Vec) * (each / 8388608.0f); }
+KD_HD Vec exponent_times(float each, Ints bits) {
+  return __builtin_convertvector(bits, Vec) * (each / 8388608.0f);
+}
 KD_HD Vec vabs(Vec a) { return as_vec(as_ints(a) & 0x7fffffff); }
 
 // a * b rounded: not to be fused into the subtraction after it, where two equal products must cancel.
@@ -129,7 +133,10 @@ struct Scale {
 
   Scale() = default;
   KD_HD explicit Scale(double s)
-      : scale((float)s), log2((float)(s * 1.44269504088896341)), least(bound(-200 / s)), low(bound(-87 / s)),
+      : scale((float)s),
+        log2((float)(s * 1.44269504088896341)),
+        least(bound(-200 / s)),
+        low(bound(-87 / s)),
         high(bound(88.72 / s)) {}
   KD_HD static float bound(double x) { return x < -3e38 ? -3e38f : x > 3e38 ? 3e38f : (float)x; }
 };
@@ -209,8 +216,8 @@ struct Decay {
   Vec left, lost;
 };
 
-// As vexp, but the polynomial is of 2^f - 1, to 1e-8 of it. Where y is small n is 0, and 1 - e^-y is the polynomial
-// alone: nothing is subtracted from 1, so no digits go.
+// As vexp, but the polynomial is of 2^f - 1, to 1e-8 of it. Where y is small n is 0, and 1 - e^-y is the
+// polynomial alone: nothing is subtracted from 1, so no digits go.
 KD_HD Decay decay(Vec y) {
   const Vec magic = splat(12582912.0f), t = vmin(y, splat(87.0f)) * -1.44269504088896341f;
   const Vec shifted = t + magic, f = t - (shifted - magic);

@@ -12,17 +12,25 @@ from .backends import chosen_backend
 COMMANDS = {
     "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
     "verify": ("kdkernels.verify", "every usable backend against the fp64 oracle: errors, exit code"),
-    "train": ("kdkernels.trainer.cli", "soft, hard or co-distillation of a language model (needs kdkernels[trainer])"),
-    "cache": ("kdkernels.teacher_cache.command", "a teacher's top-k or samples on disk (needs kdkernels[cache])"),
+    "train": (
+        "kdkernels.trainer.cli",
+        "soft, hard or co-distillation of a language model (needs kdkernels[trainer])",
+    ),
+    "cache": (
+        "kdkernels.teacher_cache.command",
+        "a teacher's top-k or samples on disk (needs kdkernels[cache])",
+    ),
 }
 
 
 def main(arguments: list[str]) -> None:
     lines = "\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m kdkernels", usage="%(prog)s COMMAND [-h] ...", epilog=f"commands:\n{lines}",
+        prog="python -m kdkernels",
+        usage="%(prog)s COMMAND [-h] ...",
+        epilog=f"commands:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(arguments[:1]).command
     try:

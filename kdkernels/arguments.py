@@ -150,12 +150,26 @@ def check_options(options: dict[str, Any]) -> None:
     checked(**{name: given for name, given in options.items() if name in _OPTIONS})
 
 
-def soft_spec(divergence: Divergence, temperature: float, temperature_squared: bool, soft_weight: float, *,
-              hard_weight: float, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Spec:  # fmt: skip
+def soft_spec(
+    divergence: Divergence,
+    temperature: float,
+    temperature_squared: bool,
+    soft_weight: float,
+    *,
+    hard_weight: float,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Spec:
     """What the options of a distillation loss mean for a row."""
-    given = checked(divergence=divergence, temperature=temperature, temperature_squared=temperature_squared,
-                    soft_weight=soft_weight, hard_weight=hard_weight, label_smoothing=label_smoothing,
-                    z_loss=z_loss)  # fmt: skip
+    given = checked(
+        divergence=divergence,
+        temperature=temperature,
+        temperature_squared=temperature_squared,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
     if given.pop("temperature_squared"):
         given["soft_weight"] *= given["temperature"] * given["temperature"]
     return Spec(simplified(given.pop("divergence")), **given)
@@ -163,8 +177,12 @@ def soft_spec(divergence: Divergence, temperature: float, temperature_squared: b
 
 def hard_spec(label_smoothing: float, z_loss: float) -> Spec:
     """The cross entropy alone."""
-    return Spec(NoDivergence(), soft_weight=0.0, hard_weight=1.0,
-                **checked(label_smoothing=label_smoothing, z_loss=z_loss))  # fmt: skip
+    return Spec(
+        NoDivergence(),
+        soft_weight=0.0,
+        hard_weight=1.0,
+        **checked(label_smoothing=label_smoothing, z_loss=z_loss),
+    )
 
 
 # What depends on several arguments.
@@ -210,7 +228,9 @@ def _refuse_transforms(tensors: list[Tensor]) -> None:
     if torch.compiler.is_compiling():
         return
     if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace cannot record kdkernels; torch.export.export and torch.compile can")
+        raise RuntimeError(
+            "torch.jit.trace cannot record kdkernels; torch.export.export and torch.compile can"
+        )
     if reference_asked():
         return
     if any(unpack_dual(t).tangent is not None for t in tensors):
@@ -272,8 +292,9 @@ def _check_mask(mask: Any, student: Side) -> None:
         raise ValueError(f"mask must be bool or hold 0 and 1, got {mask.dtype}")
 
 
-def _live_labels(labels: Optional[Tensor], mask: Optional[Tensor], student: Side, vocab: int,
-                 ignore_index: int) -> Optional[Tensor]:  # fmt: skip
+def _live_labels(
+    labels: Optional[Tensor], mask: Optional[Tensor], student: Side, vocab: int, ignore_index: int
+) -> Optional[Tensor]:
     """int64 ``[N]``, -1 where a token takes no part; None where all do and nobody gave a label."""
     if labels is not None:
         _check_labels(labels, student)
@@ -317,8 +338,14 @@ def _check_items(num_items: Tensor, device: torch.device) -> None:
         raise ValueError(f"num_items is on {num_items.device}, student on {device}")
 
 
-def _scale(reduction: str, num_items: Union[int, float, Tensor, None], labels: Optional[Tensor],
-           weights: Tensor, leading: torch.Size, classes: Optional[Tensor]) -> Union[Tensor, float]:  # fmt: skip
+def _scale(
+    reduction: str,
+    num_items: Union[int, float, Tensor, None],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    leading: torch.Size,
+    classes: Optional[Tensor],
+) -> Union[Tensor, float]:
     """What a token's loss is multiplied by in the reduction."""
     if num_items is not None:
         if reduction not in ("sum", "mean"):
@@ -349,14 +376,29 @@ def _check_spec(spec: Spec, labels: Optional[Tensor]) -> None:
         )
 
 
-def prepare(student: Logits, teacher: Optional[Teacher], labels: Optional[Tensor], spec: Spec, *,
-            mask: Optional[Tensor], token_weights: Optional[Tensor], class_weights: Optional[Tensor] = None,
-            reduction: str,
-            num_items: Union[int, float, Tensor, None], ignore_index: int, vocab_size: Optional[int],
-            chunk_bytes: Optional[int]) -> Call:  # fmt: skip
+def prepare(
+    student: Logits,
+    teacher: Optional[Teacher],
+    labels: Optional[Tensor],
+    spec: Spec,
+    *,
+    mask: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    class_weights: Optional[Tensor] = None,
+    reduction: str,
+    num_items: Union[int, float, Tensor, None],
+    ignore_index: int,
+    vocab_size: Optional[int],
+    chunk_bytes: Optional[int],
+) -> Call:
     """The call that these arguments describe; an error where they describe none."""
-    given = checked(reduction=reduction, num_items=num_items, ignore_index=ignore_index, vocab_size=vocab_size,
-                    chunk_bytes=DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes)  # fmt: skip
+    given = checked(
+        reduction=reduction,
+        num_items=num_items,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        chunk_bytes=DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes,
+    )
     _check_spec(spec, labels)
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)

@@ -146,7 +146,9 @@ class Divergence:
         """From ``phi``, whose derivative for log q it is; 0 where both sides are -inf."""
         padding = torch.isneginf(log_p) & torch.isneginf(log_q)
         lp, lq = log_p.masked_fill(padding, 0.0), log_q.masked_fill(padding, 0.0)
-        return _derivative(lambda p, lp, lq: self.phi(p, lq.exp(), lp, lq), p, lp, lq).masked_fill(padding, 0.0)
+        return _derivative(lambda p, lp, lq: self.phi(p, lq.exp(), lp, lq), p, lp, lq).masked_fill(
+            padding, 0.0
+        )
 
 
 def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -487,6 +489,8 @@ def simplified(divergence: Divergence) -> Divergence:
 def from_code(code: int, parameters: list[float]) -> Divergence:
     """The divergence that a ``code`` and its ``parameters`` stand for."""
     if code not in _CLASSES:
-        raise ValueError(f"no divergence is defined here whose code is {code}; import the module that defines it")
+        raise ValueError(
+            f"no divergence is defined here whose code is {code}; import the module that defines it"
+        )
     kind = _CLASSES[code]
     return kind(**dict(zip(_numbers_of(kind), parameters)))

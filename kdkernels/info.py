@@ -13,8 +13,10 @@ from .backends import backends, chosen_backend, native
 
 def main(arguments: list[str]) -> None:
     argparse.ArgumentParser(prog="python -m kdkernels info", description=__doc__).parse_args(arguments)
-    print(f"kdkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-          f"{platform.machine()}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"kdkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     for name, problem in backends().items():
         detail = f" ({native.instruction_set()})" if name == "native" and problem is None else ""
         print(f"  {name:<10} {'usable' + detail if problem is None else 'not usable: ' + problem}")

@@ -81,8 +81,9 @@ def _run(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
     return value, results
 
 
-def _rows(call: Call, weights: Tensor, wants: list[bool], inplace: bool,
-          teacher_wants: Optional[list[bool]] = None) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def _rows(
+    call: Call, weights: Tensor, wants: list[bool], inplace: bool, teacher_wants: Optional[list[bool]] = None
+) -> tuple[Tensor, list[Tensor]]:
     """Results and wanted gradients, outside autograd."""
     student, teacher = [t.detach() for t in call.student.tensors], call.teacher_tensors
     arguments = (teacher, call.labels, weights, call.spec.to_floats(), call.vocab, call.chunk_bytes)
@@ -99,9 +100,15 @@ def _rows_with_grad(call: Call, wants: list[bool], inplace: bool) -> tuple[Tenso
     if any(wants) and call.student.is_head:
         all_wants = wants + [False] * len(call.teacher_tensors)
         value, results, _ = ops.deferred(
-            call.student.tensors, call.teacher_tensors, call.labels, call.weights,
-            call.spec.to_floats(), call.vocab, call.chunk_bytes, all_wants,
-        )  # fmt: skip
+            call.student.tensors,
+            call.teacher_tensors,
+            call.labels,
+            call.weights,
+            call.spec.to_floats(),
+            call.vocab,
+            call.chunk_bytes,
+            all_wants,
+        )
         return value.reshape(leading), results
     results, gradients = _rows(call, call.weights, wants, inplace)
     value = ops.row_loss(results, call.weights, call.spec).reshape(leading)
@@ -188,14 +195,31 @@ def distillation_loss(
     >>> head = kd.LinearHead(torch.randn(4, 8, requires_grad=True), torch.randn(100, 8))
     >>> kd.distillation_loss(head, torch.randn(4, 100), temperature=2.0).backward()
     """
-    spec = soft_spec(divergence, temperature, temperature_squared, soft_weight, hard_weight=hard_weight,
-                     label_smoothing=label_smoothing, z_loss=z_loss)  # fmt: skip
+    spec = soft_spec(
+        divergence,
+        temperature,
+        temperature_squared,
+        soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
     checked(inplace=inplace, return_stats=return_stats)
     if teacher is None:
         raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
-    call = prepare(student, teacher, labels, spec, mask=mask, token_weights=token_weights,
-                    reduction=reduction, num_items=num_items, ignore_index=ignore_index,
-                    vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
+    call = prepare(
+        student,
+        teacher,
+        labels,
+        spec,
+        mask=mask,
+        token_weights=token_weights,
+        reduction=reduction,
+        num_items=num_items,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        chunk_bytes=chunk_bytes,
+    )
     if reference_asked():
         loss, results = reference.run(student, teacher, call, divergence)
     else:
@@ -238,12 +262,25 @@ def codistillation_loss(
     >>> losses = kd.codistillation_loss(s, t, torch.tensor([1, 2, -100, 3]))
     >>> (losses.student + losses.teacher).backward()
     """
-    spec = soft_spec(divergence, temperature, temperature_squared, soft_weight, hard_weight=hard_weight,
-                     label_smoothing=label_smoothing, z_loss=z_loss)  # fmt: skip
+    spec = soft_spec(
+        divergence,
+        temperature,
+        temperature_squared,
+        soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
     checked(return_stats=return_stats)
-    shared: dict[str, Any] = dict(mask=mask, token_weights=token_weights, reduction=reduction, num_items=num_items,
-                                  ignore_index=ignore_index, vocab_size=vocab_size,
-                                  chunk_bytes=chunk_bytes)  # fmt: skip
+    shared: dict[str, Any] = dict(
+        mask=mask,
+        token_weights=token_weights,
+        reduction=reduction,
+        num_items=num_items,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        chunk_bytes=chunk_bytes,
+    )
     if teacher is None or isinstance(teacher, SparseTarget):
         kind = "None" if teacher is None else "a kd.SparseTarget"
         raise TypeError(f"codistillation_loss trains its teacher, so it cannot be {kind}")
@@ -317,17 +354,28 @@ def cross_entropy(
     checked(inplace=inplace)
     if labels is None:
         raise TypeError("cross_entropy needs labels, got None")
-    call = prepare(student, None, labels, spec, mask=mask, token_weights=token_weights,
-                    class_weights=class_weights,
-                    reduction=reduction, num_items=num_items, ignore_index=ignore_index,
-                    vocab_size=vocab_size, chunk_bytes=chunk_bytes)  # fmt: skip
+    call = prepare(
+        student,
+        None,
+        labels,
+        spec,
+        mask=mask,
+        token_weights=token_weights,
+        class_weights=class_weights,
+        reduction=reduction,
+        num_items=num_items,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        chunk_bytes=chunk_bytes,
+    )
     if reference_asked():
         return reference.run(student, None, call, NoDivergence())[0]
     return _run(call, inplace)[0]
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor] = None,
-                         **options) -> Tensor:  # fmt: skip
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor] = None, **options
+) -> Tensor:
     """:func:`cross_entropy` of ``LinearHead(hidden, weight, bias)``; options are cross_entropy's.
 
     >>> import torch, kdkernels as kd
@@ -350,8 +398,9 @@ def kl_div(student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, *
     return distillation_loss(student, teacher, labels, divergence=ForwardKL(), **options)
 
 
-def js_divergence(student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, *,
-                  beta: float = 0.5, **options):  # fmt: skip
+def js_divergence(
+    student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, *, beta: float = 0.5, **options
+):
     """Generalised Jensen-Shannon divergence :class:`JSD` (beta): options as distillation_loss's.
 
     >>> import torch, kdkernels as kd

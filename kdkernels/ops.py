@@ -48,8 +48,15 @@ def _new_gradient(logits: Tensor, vocab: int) -> Tensor:
     return grad
 
 
-def _walk(student: _Rows, teacher: _Rows | SparseRows | None, labels: Optional[Tensor], weights: Tensor,
-          spec: Spec, chunk_bytes: int, preferred: str) -> Tensor:  # fmt: skip
+def _walk(
+    student: _Rows,
+    teacher: _Rows | SparseRows | None,
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: Spec,
+    chunk_bytes: int,
+    preferred: str,
+) -> Tensor:
     """All tiles of the schedule: per-row results, gradients to the two sides."""
     if isinstance(teacher, SparseRows):
         return sparse.walk(student, teacher, labels, weights, spec, chunk_bytes, preferred)
@@ -57,8 +64,7 @@ def _walk(student: _Rows, teacher: _Rows | SparseRows | None, labels: Optional[T
     dtypes = [dtype for side in sides for dtype in side.dtypes]
     backend = serving(preferred, weights.device, dtypes, divergence=spec.divergence)
     cost = sum(side.bytes_per_logit for side in sides) + backend.bytes_per_logit(dtypes)
-    tiles = plan(tokens=student.tokens, vocab=student.vocab, bytes_per_logit=cost,
-                 chunk_bytes=chunk_bytes)  # fmt: skip
+    tiles = plan(tokens=student.tokens, vocab=student.vocab, bytes_per_logit=cost, chunk_bytes=chunk_bytes)
     results = weights.new_zeros(student.tokens, rs.RESULTS, dtype=torch.float64)
     for rows in tiles.row_chunks():
         chunk = _Chunk(student, teacher, labels, weights, spec, rows, tiles)
@@ -70,8 +76,16 @@ def _walk(student: _Rows, teacher: _Rows | SparseRows | None, labels: Optional[T
 class _Chunk:
     """One chunk of tokens: either a single tile, or vocabulary chunks folded and walked again."""
 
-    def __init__(self, student: _Rows, teacher: Optional[_Rows], labels: Optional[Tensor],
-                 weights: Tensor, spec: Spec, rows: slice, tiles: Plan) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student: _Rows,
+        teacher: Optional[_Rows],
+        labels: Optional[Tensor],
+        weights: Tensor,
+        spec: Spec,
+        rows: slice,
+        tiles: Plan,
+    ) -> None:
         self.student, self.teacher, self.spec, self.rows, self.tiles = student, teacher, spec, rows, tiles
         self.labels = None if labels is None else labels[rows]
         self.weights = weights[rows]
@@ -96,8 +110,9 @@ class _Chunk:
         columns = slice(0, self.tiles.vocab)
         s, t = self._tiles(columns)
         grad, teacher_grad = self._gradient_tiles(s, t, columns)
-        results = backend.fused(s, t, self.labels, self.weights, spec=self.spec, grad=grad,
-                                teacher_grad=teacher_grad)  # fmt: skip
+        results = backend.fused(
+            s, t, self.labels, self.weights, spec=self.spec, grad=grad, teacher_grad=teacher_grad
+        )
         self._backward(grad, teacher_grad, columns)
         return results
 
@@ -124,15 +139,33 @@ class _Chunk:
     def _gradient(self, backend, columns: slice, state: Tensor) -> None:
         s, t = self._tiles(columns)
         grad, teacher_grad = self._gradient_tiles(s, t, columns)
-        backend.gradient(s, t, self.labels, self.weights, offset=columns.start,
-                         vocab=self.tiles.vocab, spec=self.spec, state=state, grad=grad,
-                         teacher_grad=teacher_grad)  # fmt: skip
+        backend.gradient(
+            s,
+            t,
+            self.labels,
+            self.weights,
+            offset=columns.start,
+            vocab=self.tiles.vocab,
+            spec=self.spec,
+            state=state,
+            grad=grad,
+            teacher_grad=teacher_grad,
+        )
         self._backward(grad, teacher_grad, columns)
 
 
-def _compute(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
-             weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
-             backend: str, inplace: bool) -> list[Tensor]:  # fmt: skip
+def _compute(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: list[float],
+    vocab: int,
+    chunk_bytes: int,
+    wants: list[bool],
+    backend: str,
+    inplace: bool,
+) -> list[Tensor]:
     """[results, *student gradients, *teacher gradients] for the inputs that ``wants`` marks."""
     told = Spec.from_floats(spec)
     if backend == "reference":
@@ -142,12 +175,14 @@ def _compute(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tens
         return made
     kind = weights.device.type
     with torch.autocast(kind, enabled=False):
-        return _compute_plain(student, teacher, labels, weights, told, vocab, chunk_bytes, wants,
-                              backend, inplace)  # fmt: skip
+        return _compute_plain(
+            student, teacher, labels, weights, told, vocab, chunk_bytes, wants, backend, inplace
+        )
 
 
-def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend,
-                   inplace) -> list[Tensor]:  # fmt: skip
+def _compute_plain(
+    student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, backend, inplace
+) -> list[Tensor]:
     student_wants, teacher_wants = wants[: len(student)], wants[len(student) :]
     grad = teacher_grad = None
     heads = len(student) > 1 or (len(teacher) > 1 and not spec.tail)
@@ -162,14 +197,29 @@ def _compute_plain(student, teacher, labels, weights, spec, vocab, chunk_bytes, 
     results = weights.new_zeros(weights.shape[0], rs.RESULTS, dtype=torch.float64)
     made: list[Tensor] = []
     if not heads:
-        _walk_logits(student[0], teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad,
-                     teacher_grad, results)  # fmt: skip
+        _walk_logits(
+            student[0],
+            teacher,
+            labels,
+            weights,
+            spec,
+            vocab,
+            chunk_bytes,
+            backend,
+            grad,
+            teacher_grad,
+            results,
+        )
         made = [g for g in (grad, teacher_grad) if g is not None]
     else:
         s = rows_of(student, vocab, student_wants, grad)
         t: _Rows | SparseRows | None = None
         if teacher:
-            t = SparseRows(teacher, spec) if spec.tail else rows_of(teacher, vocab, teacher_wants, teacher_grad)
+            t = (
+                SparseRows(teacher, spec)
+                if spec.tail
+                else rows_of(teacher, vocab, teacher_wants, teacher_grad)
+            )
         live = weights.shape[0] if masked is None else weights.shape[0] - int(masked.sum())
         if masked is None or live == weights.shape[0]:
             _leave_out(weights, s, t)
@@ -212,8 +262,9 @@ def wanted(tensors: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
     return [t for t, want in zip(tensors, wants) if want]
 
 
-def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad,
-                 teacher_grad, results) -> None:  # fmt: skip
+def _walk_logits(
+    student, teacher, labels, weights, spec, vocab, chunk_bytes, backend, grad, teacher_grad, results
+) -> None:
     """Logits on both sides, or a sparse teacher. What does not fold into ``[N, V]`` as a view is
     walked in parts, so that a shifted ``logits[:, :-1]`` costs no copy."""
     logits = [student, grad, teacher_grad] + ([] if spec.tail else teacher)
@@ -221,10 +272,19 @@ def _walk_logits(student, teacher, labels, weights, spec, vocab, chunk_bytes, ba
         per = weights.shape[0] // student.shape[0]
         for i in range(student.shape[0]):
             part = slice(i * per, (i + 1) * per)
-            _walk_logits(student[i], [t[part] if spec.tail else t[i] for t in teacher],
-                         None if labels is None else labels[part], weights[part], spec, vocab,
-                         chunk_bytes, backend, None if grad is None else grad[i],
-                         None if teacher_grad is None else teacher_grad[i], results[part])  # fmt: skip
+            _walk_logits(
+                student[i],
+                [t[part] if spec.tail else t[i] for t in teacher],
+                None if labels is None else labels[part],
+                weights[part],
+                spec,
+                vocab,
+                chunk_bytes,
+                backend,
+                None if grad is None else grad[i],
+                None if teacher_grad is None else teacher_grad[i],
+                results[part],
+            )
         return
     s = LogitRows(student, vocab, grad)
     t: LogitRows | SparseRows | None = None
@@ -240,9 +300,17 @@ def _named(choice: Optional[Tensor]) -> str:
 
 
 @torch.library.custom_op("kdkernels::rows", mutates_args=())
-def rows(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
-         spec: list[float], vocab: int, chunk_bytes: int, wants: list[bool],
-         choice: Optional[Tensor] = None) -> list[Tensor]:  # fmt: skip
+def rows(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: list[float],
+    vocab: int,
+    chunk_bytes: int,
+    wants: list[bool],
+    choice: Optional[Tensor] = None,
+) -> list[Tensor]:
     """``choice``: what :func:`deferred` gave of it; None is what is chosen in this thread now."""
     return _compute(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, _named(choice), False)
 
@@ -256,8 +324,15 @@ def _(student, teacher, labels, weights, spec, vocab, chunk_bytes, wants, choice
 
 
 @torch.library.custom_op("kdkernels::rows_", mutates_args=("student",))
-def rows_(student: Tensor, teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor,
-          spec: list[float], vocab: int, chunk_bytes: int) -> Tensor:  # fmt: skip
+def rows_(
+    student: Tensor,
+    teacher: list[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: list[float],
+    vocab: int,
+    chunk_bytes: int,
+) -> Tensor:
     _refuse_overlap(student, teacher)
     wants = [True] + [False] * len(teacher)
     chosen = chosen_backend()
@@ -276,7 +351,9 @@ def _tracing(t: Tensor) -> bool:
 
 def _batched(t: Tensor) -> bool:
     """Whether these are many backwards at once, by is_grads_batched (torch's old vmap) or torch.func.vmap."""
-    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(
+        t
+    )
 
 
 def _refuse_double_backward(tracing: bool) -> None:
@@ -351,9 +428,16 @@ attach.register_autograd(_attach_backward, setup_context=_attach_setup)
 
 
 @torch.library.custom_op("kdkernels::deferred", mutates_args=())
-def deferred(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor],
-             weights: Tensor, spec: list[float], vocab: int, chunk_bytes: int,
-             wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def deferred(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: list[float],
+    vocab: int,
+    chunk_bytes: int,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(per-row loss times weights, results, choice): the student's gradient is made in the backward.
 
     ``choice`` is the backend that served, as its place in CHOICES: a thread of autograd's has not chosen one.
@@ -420,14 +504,19 @@ def checked_labels(labels: Optional[Tensor], mask: Optional[Tensor], vocab: int,
     if mask is not None:
         mask = mask.reshape(-1)
         if mask.dtype != torch.bool:
-            require((mask != 0) & (mask != 1), mask, "mask must be bool or hold 0 and 1, found {} at token {}")
+            require(
+                (mask != 0) & (mask != 1), mask, "mask must be bool or hold 0 and 1, found {} at token {}"
+            )
     if labels is None:
         assert mask is not None
         return torch.where(mask != 0, 0, -1)
     flat = labels.reshape(-1)
     ignored = flat == ignore_index if mask is None else (flat == ignore_index) | (mask == 0)
-    require(~ignored & ((flat < 0) | (flat >= vocab)), flat,
-            f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {{}}")  # fmt: skip
+    require(
+        ~ignored & ((flat < 0) | (flat >= vocab)),
+        flat,
+        f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, found {{}}",
+    )
     if mask is None and vocab > 2:
         _warn_of_a_mask(flat)
     return torch.where(ignored, -1, flat)
@@ -463,8 +552,14 @@ def _(num_items, weights):
 
 
 @torch.library.custom_op("kdkernels::checked_target", mutates_args=())
-def checked_target(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[Tensor],
-                   vocab: int, spec: list[float]) -> Tensor:  # fmt: skip
+def checked_target(
+    ids: Tensor,
+    values: Tensor,
+    mask: Optional[Tensor],
+    labels: Optional[Tensor],
+    vocab: int,
+    spec: list[float],
+) -> Tensor:
     """A sparse target's ids ``[N, K]`` with -1 in empty slots and for masked tokens (labels of -1);
     ids and values out of range are an error as in :func:`checked_labels`. Warnings come from here too,
     since a compiler runs nothing else of it."""

@@ -64,15 +64,18 @@ def warn_if_approximate(tail: str, temperature: float) -> None:
     if temperature == 1.0 or tail not in _APPROXIMATE:
         return
     # The temperature is not named: one that is annealed would warn at every step.
-    warn(f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
-         "tail='renormalize' are exact at any temperature")  # fmt: skip
+    warn(
+        f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
+        "tail='renormalize' are exact at any temperature"
+    )
 
 
 def student_spec(spec: Spec) -> Spec:
     """What the pass over the student's logits is told: the hard term, and where log-masses are taken."""
     tempered = spec.tail in ("renormalize", "truncate")
-    return spec._replace(divergence=NoDivergence(), temperature=spec.temperature if tempered else 1.0,
-                         soft_weight=0.0)  # fmt: skip
+    return spec._replace(
+        divergence=NoDivergence(), temperature=spec.temperature if tempered else 1.0, soft_weight=0.0
+    )
 
 
 def outcome_spec(spec: Spec) -> Spec:
@@ -139,8 +142,16 @@ def missing_mass(log_t: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     return rest, torch.clamp(4 * torch.finfo(stored).eps * spread, min=_SLACK)
 
 
-def check(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[Tensor], *, vocab: int,
-          tail: str, linear: bool) -> Tensor:  # fmt: skip
+def check(
+    ids: Tensor,
+    values: Tensor,
+    mask: Optional[Tensor],
+    labels: Optional[Tensor],
+    *,
+    vocab: int,
+    tail: str,
+    linear: bool,
+) -> Tensor:
     """Ids ``[N, K]`` with -1 in every empty slot and for every masked token.
 
     ValueError on the CPU, a device-side assertion on an accelerator (looking would stop the stream)
@@ -148,26 +159,41 @@ def check(ids: Tensor, values: Tensor, mask: Optional[Tensor], labels: Optional[
     """
     ids, values = ids.reshape(-1, ids.shape[-1]), values.reshape(-1, values.shape[-1])
     nothing = 0.0 if linear else -torch.inf
-    ids = torch.where(values == nothing, -1, ids) if mask is None else torch.where(
-        (values == nothing) | ~mask.reshape(ids.shape), -1, ids)  # fmt: skip
+    ids = (
+        torch.where(values == nothing, -1, ids)
+        if mask is None
+        else torch.where((values == nothing) | ~mask.reshape(ids.shape), -1, ids)
+    )
     if labels is not None:
         ids = torch.where((labels >= 0)[:, None], ids, -1)
     live = ids != -1
     kind = "weights" if linear else "logprobs"
     good = (values > 0) & (values < torch.inf) if linear else values < torch.inf
-    require(live & ((ids < 0) | (ids >= vocab)), ids,
-            f"SparseTarget has the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot")
-    require(live & ~good, values,
-            f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
-            + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"))
+    require(
+        live & ((ids < 0) | (ids >= vocab)),
+        ids,
+        f"SparseTarget has the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot",
+    )
+    require(
+        live & ~good,
+        values,
+        f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
+        + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"),
+    )
     if tail == "bucket":
         rest, slack = missing_mass(_log_weights(ids, values, linear), values.dtype)
-        require(rest < -slack, 1 - rest,
-                "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
-                "rescale them, or take tail='conditional', 'renormalize' or 'truncate'")
+        require(
+            rest < -slack,
+            1 - rest,
+            "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
+            "rescale them, or take tail='conditional', 'renormalize' or 'truncate'",
+        )
         if ids.shape[1] >= vocab:
             distinct, _ = _distinct(ids, _log_weights(ids, values, linear))
-            require(((distinct >= 0).sum(-1) == vocab) & (rest > slack), 1 - rest,
-                    f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
-                    "rescale them, or take tail='conditional' or 'renormalize'")
+            require(
+                ((distinct >= 0).sum(-1) == vocab) & (rest > slack),
+                1 - rest,
+                f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
+                "rescale them, or take tail='conditional' or 'renormalize'",
+            )
     return ids

@@ -174,8 +174,14 @@ def _(teacher, logit_map, vocab, chunk_bytes, draws, proposal_temperature):
     return _unfilled(teacher, torch.library.get_ctx().new_dynamic_size(min=1))
 
 
-def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: Optional[int] = None,
-                 chunk_bytes: Optional[int] = None) -> SparseTarget:  # fmt: skip
+def top_k_target(
+    teacher: Logits,
+    k: int,
+    *,
+    tail: str = "bucket",
+    vocab_size: Optional[int] = None,
+    chunk_bytes: Optional[int] = None,
+) -> SparseTarget:
     """The teacher's ``k`` most probable entries of each token, with their log-probabilities.
 
     Args:
@@ -199,8 +205,15 @@ def top_k_target(teacher: Logits, k: int, *, tail: str = "bucket", vocab_size: O
     return SparseTarget(ids, logprobs, tail=tail)
 
 
-def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail: str = "bucket",
-                 vocab_size: Optional[int] = None, chunk_bytes: Optional[int] = None) -> SparseTarget:  # fmt: skip
+def top_p_target(
+    teacher: Logits,
+    p: float,
+    *,
+    max_k: Optional[int] = None,
+    tail: str = "bucket",
+    vocab_size: Optional[int] = None,
+    chunk_bytes: Optional[int] = None,
+) -> SparseTarget:
     """The fewest entries of each token that hold at least the mass ``p``: K differs by token.
 
     ``max_k`` bounds how many are kept, at the price of less mass where the teacher is undecided; it
@@ -219,9 +232,15 @@ def top_p_target(teacher: Logits, p: float, *, max_k: Optional[int] = None, tail
     return SparseTarget(ids, logprobs, tail=tail)
 
 
-def sample_target(teacher: Logits, n: int, proposal_temperature: float = 1.0, *,
-                  generator: Optional[torch.Generator] = None, vocab_size: Optional[int] = None,
-                  chunk_bytes: Optional[int] = None) -> SparseTarget:  # fmt: skip
+def sample_target(
+    teacher: Logits,
+    n: int,
+    proposal_temperature: float = 1.0,
+    *,
+    generator: Optional[torch.Generator] = None,
+    vocab_size: Optional[int] = None,
+    chunk_bytes: Optional[int] = None,
+) -> SparseTarget:
     """``n`` draws of each token with replacement: random sampling distillation (arXiv 2503.16870).
 
     Draws come from softmax(logits / proposal_temperature); an entry's weight is the sum over its
@@ -273,7 +292,9 @@ def _inverted(probabilities: Tensor, draws: Tensor) -> Tensor:
     u = draws.to(mass.dtype) * 2.0**-53 * total
     # Rounded up to the total, u would lie beyond the last entry that has any mass.
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total))).sort(-1).values
-    return torch.searchsorted(mass, u, right=True).clamp(max=mass.shape[1] - 1)  # beyond: where the mass is NaN
+    return torch.searchsorted(mass, u, right=True).clamp(
+        max=mass.shape[1] - 1
+    )  # beyond: where the mass is NaN
 
 
 def _added_up(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

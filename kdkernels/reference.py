@@ -94,8 +94,10 @@ class SparseOracle:
         everything = self.kept.all(-1)
         rest = torch.where(everything[:, None], 0.0, others).logsumexp(-1)
         rest, log_rest = (r.masked_fill(everything, -torch.inf) for r in (rest, rest_of_teacher.log()))
-        return (torch.cat([z.masked_fill(~self.kept, -torch.inf), rest[:, None]], 1),
-                torch.cat([self.log_t, log_rest[:, None]], 1))  # fmt: skip
+        return (
+            torch.cat([z.masked_fill(~self.kept, -torch.inf), rest[:, None]], 1),
+            torch.cat([self.log_t, log_rest[:, None]], 1),
+        )
 
     def rows(self, z: Tensor, divergence: Divergence, temperature: float) -> Tensor:
         """The soft term of each row, ``[N]``."""
@@ -141,8 +143,9 @@ def _entropy(logits: Tensor) -> Tensor:
     return -torch.where(log_q.exp() > 0, log_q.exp() * log_q, 0.0).sum(-1)
 
 
-def _terms(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int,
-           counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _terms(
+    student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int, counted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(soft terms ``[N]``, hard terms ``[N]``, results ``[N, RESULTS]``), all 0 for the tokens that are not
     ``counted`` ``[N]``, whose logits may be anything."""
     s = logits_of(student, vocab, counted)
@@ -171,8 +174,9 @@ def _terms(student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int,
     return soft, hard, torch.where(counted[:, None], results, 0.0)
 
 
-def rows(student, teacher, labels: Optional[Tensor], weights: Tensor, spec: Spec,
-         vocab: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def rows(
+    student, teacher, labels: Optional[Tensor], weights: Tensor, spec: Spec, vocab: int
+) -> tuple[Tensor, Tensor]:
     """(``weights`` times each row's loss ``[N]``, per-row results ``[N, RESULTS]``) of checked inputs.
 
     Weight 0 times anything is 0, of a token and of a term, in the gradient too.
@@ -203,8 +207,15 @@ def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]
     return (total * call.scale).sum().to(dtype), results
 
 
-def operator(student: list[Tensor], teacher: list[Tensor], labels: Optional[Tensor], weights: Tensor, spec: Spec,
-             vocab: int, wants: list[bool]) -> list[Tensor]:  # fmt: skip
+def operator(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: Spec,
+    vocab: int,
+    wants: list[bool],
+) -> list[Tensor]:
     """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators.
 
     An operator runs below autograd, which the oracle takes its gradients from. A thread of its own has it.

@@ -44,8 +44,15 @@ class SparseRows:
         return []
 
 
-def walk(student: LogitRows | HeadRows, target: SparseRows, labels: Optional[Tensor], weights: Tensor,
-         spec: Spec, chunk_bytes: int, preferred: str) -> Tensor:  # fmt: skip
+def walk(
+    student: LogitRows | HeadRows,
+    target: SparseRows,
+    labels: Optional[Tensor],
+    weights: Tensor,
+    spec: Spec,
+    chunk_bytes: int,
+    preferred: str,
+) -> Tensor:
     """All tiles of the schedule: per-row results, gradients to the student."""
     dtypes = student.dtypes
     backend = serving(preferred, weights.device, dtypes, "fused_sparse", spec.divergence)
@@ -53,8 +60,13 @@ def walk(student: LogitRows | HeadRows, target: SparseRows, labels: Optional[Ten
     each, per_row = student.bytes_per_logit + backend.bytes_per_logit(dtypes), target.slots * _SLOT_BYTES
     if kept_only:
         each, per_row = 0, per_row + student.bytes_per_kept * target.slots
-    tiles = plan(tokens=student.tokens, vocab=student.vocab, bytes_per_logit=each,
-                 bytes_per_row=per_row, chunk_bytes=chunk_bytes)  # fmt: skip
+    tiles = plan(
+        tokens=student.tokens,
+        vocab=student.vocab,
+        bytes_per_logit=each,
+        bytes_per_row=per_row,
+        chunk_bytes=chunk_bytes,
+    )
     results = weights.new_zeros(student.tokens, rs.RESULTS, dtype=torch.float64)
     for rows in tiles.row_chunks():
         chunk = _Chunk(student, target, labels, weights, spec, rows, tiles)
@@ -69,8 +81,16 @@ def walk(student: LogitRows | HeadRows, target: SparseRows, labels: Optional[Ten
 class _Chunk:
     """One chunk of tokens."""
 
-    def __init__(self, student: LogitRows | HeadRows, target: SparseRows, labels: Optional[Tensor],
-                 weights: Tensor, spec: Spec, rows: slice, tiles: Plan) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student: LogitRows | HeadRows,
+        target: SparseRows,
+        labels: Optional[Tensor],
+        weights: Tensor,
+        spec: Spec,
+        rows: slice,
+        tiles: Plan,
+    ) -> None:
         self.student, self.spec, self.rows, self.tiles = student, spec, rows, tiles
         self.labels = None if labels is None else labels[rows]
         self.weights = weights[rows]
@@ -82,7 +102,9 @@ class _Chunk:
         columns = slice(0, self.tiles.vocab)
         tile = self.student.tile(self.rows, columns)
         grad = self.student.gradient_tile(tile, self.rows, columns)
-        results = backend.fused_sparse(tile, self.target, self.labels, self.weights, spec=self.spec, grad=grad)
+        results = backend.fused_sparse(
+            tile, self.target, self.labels, self.weights, spec=self.spec, grad=grad
+        )
         if grad is not None:
             self.student.backward(grad, self.rows, columns)
         return results
@@ -92,8 +114,9 @@ class _Chunk:
         state = rs.new_state(self.weights.shape[0], self.weights.device)
         for columns in self.tiles.column_chunks():
             tile = self.student.tile(self.rows, columns)
-            backend.accumulate(tile, None, self.labels, offset=columns.start, spec=inner, state=state,
-                               skipped=target.ids)  # fmt: skip
+            backend.accumulate(
+                tile, None, self.labels, offset=columns.start, spec=inner, state=state, skipped=target.ids
+            )
             gather_kept(self.kept, tile, target.ids, columns.start, spec.student_map)
         results, emission = self._solve(backend, state)
         if not self.student.wants_gradient:
@@ -101,9 +124,19 @@ class _Chunk:
         for columns in self.tiles.column_chunks():
             tile = self.student.tile(self.rows, columns)
             grad = self.student.gradient_tile(tile, self.rows, columns)
-            backend.gradient(tile, None, self.labels, self.weights, offset=columns.start,
-                             vocab=self.tiles.vocab, spec=inner, state=state, grad=grad, teacher_grad=None,
-                             emission=emission)  # fmt: skip
+            backend.gradient(
+                tile,
+                None,
+                self.labels,
+                self.weights,
+                offset=columns.start,
+                vocab=self.tiles.vocab,
+                spec=inner,
+                state=state,
+                grad=grad,
+                teacher_grad=None,
+                emission=emission,
+            )
             if grad is not None:
                 self.student.backward(grad, self.rows, columns)
         return results
@@ -122,5 +155,13 @@ class _Chunk:
         return results
 
     def _solve(self, backend, state: Tensor):
-        return solve(self.target, self.kept, state, self.labels, vocab=self.tiles.vocab, spec=self.spec,
-                     fused=backend.fused, want_gradient=self.student.wants_gradient)  # fmt: skip
+        return solve(
+            self.target,
+            self.kept,
+            state,
+            self.labels,
+            vocab=self.tiles.vocab,
+            spec=self.spec,
+            fused=backend.fused,
+            want_gradient=self.student.wants_gradient,
+        )

@@ -60,13 +60,23 @@ class Spec(NamedTuple):
         """The flat form that crosses the operator boundary; ``csrc/spec.h`` reads the same order."""
         first, second, *others = self.divergence.parameters
         return [
-            float(self.divergence.code), first, second, self.temperature,
-            self.soft_weight, self.hard_weight, self.label_smoothing, self.z_loss,
-            self.student_map.scale, self.student_map.softcap,
-            self.teacher_map.scale, self.teacher_map.softcap, self.teacher_hard_weight,
-            float(_TAIL_CODES.index(self.tail)), float(self.linear),
+            float(self.divergence.code),
+            first,
+            second,
+            self.temperature,
+            self.soft_weight,
+            self.hard_weight,
+            self.label_smoothing,
+            self.z_loss,
+            self.student_map.scale,
+            self.student_map.softcap,
+            self.teacher_map.scale,
+            self.teacher_map.softcap,
+            self.teacher_hard_weight,
+            float(_TAIL_CODES.index(self.tail)),
+            float(self.linear),
             *others,  # of a divergence that no kernel knows
-        ]  # fmt: skip
+        ]
 
     @staticmethod
     def from_floats(values: list[float]) -> Spec:

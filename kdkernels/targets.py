@@ -122,8 +122,13 @@ class SparseTarget:
         last = slice(None) if any(i is Ellipsis for i in index) else Ellipsis
         return self._each(lambda t: t[(*index, last)])
 
-    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: Optional[torch.dtype] = None,
-           *, non_blocking: bool = False) -> SparseTarget:  # fmt: skip
+    def to(
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: Optional[torch.dtype] = None,
+        *,
+        non_blocking: bool = False,
+    ) -> SparseTarget:
         """The same target on another device, or with its values (ids stay int64) in another dtype.
 
         >>> target = SparseTarget(torch.tensor([[3, 7]]), torch.tensor([[-0.1, -3.0]]))
@@ -148,9 +153,11 @@ class SparseTarget:
         nothing = 0.0 if self.logprobs is None else -torch.inf
         grow = [n for have, want in zip(reversed(self.ids.shape), reversed(shape)) for n in (0, want - have)]
         mask = torch.ones_like(self.ids, dtype=torch.bool) if masked and self.mask is None else self.mask
-        return self._with(ids=F.pad(self.ids, grow, value=-1),
-                          mask=None if mask is None else F.pad(mask, grow, value=False),
-                          **{self._kind: F.pad(self.values, grow, value=nothing)})  # fmt: skip
+        return self._with(
+            ids=F.pad(self.ids, grow, value=-1),
+            mask=None if mask is None else F.pad(mask, grow, value=False),
+            **{self._kind: F.pad(self.values, grow, value=nothing)},
+        )
 
     @staticmethod
     def cat(targets: Sequence[SparseTarget], dim: int = 0) -> SparseTarget:

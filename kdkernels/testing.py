@@ -60,12 +60,23 @@ class Problem:
     from torch's global generator, on the CPU whatever the device: seed it for the same problem.
     """
 
-    def __init__(self, *, student: str = "logits", teacher: str = "logits",
-                 dtype: torch.dtype = torch.float32, vocab: int = 257,
-                 shape: tuple[int, ...] = (3, 5), width: int = 16,
-                 teacher_dtype: Optional[torch.dtype] = None, scale: float = 3.0, ignored: int = 2,
-                 rows: str = "random", bias: bool = True, device: Union[str, torch.device] = "cpu",
-                 **head) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        student: str = "logits",
+        teacher: str = "logits",
+        dtype: torch.dtype = torch.float32,
+        vocab: int = 257,
+        shape: tuple[int, ...] = (3, 5),
+        width: int = 16,
+        teacher_dtype: Optional[torch.dtype] = None,
+        scale: float = 3.0,
+        ignored: int = 2,
+        rows: str = "random",
+        bias: bool = True,
+        device: Union[str, torch.device] = "cpu",
+        **head,
+    ) -> None:
         if rows not in ROWS:
             raise ValueError(f"unknown rows {rows!r}; there are {', '.join(ROWS)}")
         for form in (student, teacher):
@@ -108,8 +119,15 @@ class Problem:
         value = loss_fn(self.side(leaves), teacher, self.labels if labels else None)
         return value, torch.autograd.grad(value.sum(), leaves)
 
-    def run(self, backend: str, *, double: bool = False, loss: Callable[..., Any] = distillation_loss,
-            labels: bool = True, **options) -> Result:  # fmt: skip
+    def run(
+        self,
+        backend: str,
+        *,
+        double: bool = False,
+        loss: Callable[..., Any] = distillation_loss,
+        labels: bool = True,
+        **options,
+    ) -> Result:
         """What kdkernels makes of it on ``backend``."""
         with use_backend(backend):
             return self.of(lambda s, t, y: loss(s, t, y, **options), double=double, labels=labels)
@@ -133,7 +151,9 @@ class Problem:
         return cap * torch.tanh(z / cap) if cap else z
 
 
-def _tensors(form: str, shape: tuple[int, ...], vocab: int, width: int, scale: float, bias: bool) -> list[Tensor]:
+def _tensors(
+    form: str, shape: tuple[int, ...], vocab: int, width: int, scale: float, bias: bool
+) -> list[Tensor]:
     if form == "logits":
         return [torch.randn(*shape, vocab) * scale]
     spread = scale / width**0.5
@@ -233,12 +253,23 @@ def _power(log_p: Tensor, a: float, log_q: Tensor, b: float) -> Tensor:
     return exponent.exp()
 
 
-def _plain_loss(s: Tensor, t: Tensor, labels: Optional[Tensor], divergence: Divergence, *,
-                temperature: float = 1.0, temperature_squared: bool = False, soft_weight: float = 1.0,
-                hard_weight: float = 0.0, label_smoothing: float = 0.0, z_loss: float = 0.0,
-                token_weights: Optional[Tensor] = None, reduction: str = "mean",
-                num_items: Union[int, float, Tensor, None] = None,
-                vocab_size: Optional[int] = None) -> Tensor:  # fmt: skip
+def _plain_loss(
+    s: Tensor,
+    t: Tensor,
+    labels: Optional[Tensor],
+    divergence: Divergence,
+    *,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Optional[Tensor] = None,
+    reduction: str = "mean",
+    num_items: Union[int, float, Tensor, None] = None,
+    vocab_size: Optional[int] = None,
+) -> Tensor:
     s, t = s[..., :vocab_size], t[..., :vocab_size]
     dtype = torch.promote_types(t.dtype, s.dtype)
     log_q, log_p = ((z / temperature).log_softmax(-1).to(dtype) for z in (s, t))
@@ -249,8 +280,9 @@ def _plain_loss(s: Tensor, t: Tensor, labels: Optional[Tensor], divergence: Dive
     rows = soft * (soft_weight * (temperature**2 if temperature_squared else 1.0))
     if hard_weight:
         assert labels is not None
-        hard = F.cross_entropy(s.flatten(0, -2), labels.flatten(), reduction="none",
-                               label_smoothing=label_smoothing)  # fmt: skip
+        hard = F.cross_entropy(
+            s.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=label_smoothing
+        )
         rows = rows + hard_weight * (hard.view_as(rows) + z_loss * s.logsumexp(-1).square())
     if token_weights is not None:
         rows = rows * token_weights
@@ -288,16 +320,19 @@ class Check:
 
     def __str__(self) -> str:
         what = self.what if self.what == "loss" else f"{self.what}, its norm"
-        return (f"{what}: {self.value:.7g}, the oracle's {self.truth:.7g}; error {self.error:.3g}, "
-                f"allowed {self.tolerance:.3g} (the plain formula's is {self.plain_error:.3g})")  # fmt: skip
+        return (
+            f"{what}: {self.value:.7g}, the oracle's {self.truth:.7g}; error {self.error:.3g}, "
+            f"allowed {self.tolerance:.3g} (the plain formula's is {self.plain_error:.3g})"
+        )
 
 
 #: A gradient this small says nothing: the comparison is then of its absolute size.
 _NEGLIGIBLE = 1e-6
 
 
-def compare(ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype,
-            projected: bool = False) -> list[Check]:  # fmt: skip
+def compare(
+    ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype, projected: bool = False
+) -> list[Check]:
     """At most twice the plain formula's error plus a few ulp, for the loss and for every gradient.
 
     ``dtype`` is the coarsest that the inputs have. ``projected``: logits were rounded to it by a
@@ -337,8 +372,9 @@ def _compare_loss(value: Tensor, truth: Tensor, plain: Tensor, projection: float
     return Check("loss", *(x[worst].item() for x in (value, truth, errors, plain_errors, tolerances)))
 
 
-def assert_exact(ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype,
-                 projected: bool = False) -> None:  # fmt: skip
+def assert_exact(
+    ours: Result, oracle: Result, plain: Result, *, dtype: torch.dtype, projected: bool = False
+) -> None:
     """:func:`compare`, as an assertion, of a problem whose gradients are far from 0."""
     for check in compare(ours, oracle, plain, dtype=dtype, projected=projected):
         assert check.ok, str(check)
@@ -402,14 +438,25 @@ def assert_matches_reference(
         for kind in rows:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                problem = Problem(student=student, teacher=teacher, dtype=dtype, vocab=vocab, shape=shape,
-                                  width=width, rows=kind, bias=bias, device=device, **(head or {}))  # fmt: skip
+                problem = Problem(
+                    student=student,
+                    teacher=teacher,
+                    dtype=dtype,
+                    vocab=vocab,
+                    shape=shape,
+                    width=width,
+                    rows=kind,
+                    bias=bias,
+                    device=device,
+                    **(head or {}),
+                )
             where = f"{kind} rows, {dtype}, {student} from {teacher}"
             _assert_matches(problem, loss_fn, labels, where, options)
 
 
-def _assert_matches(problem: Problem, loss_fn: LossFunction, labels: bool, where: str,
-                    options: dict[str, Any]) -> None:  # fmt: skip
+def _assert_matches(
+    problem: Problem, loss_fn: LossFunction, labels: bool, where: str, options: dict[str, Any]
+) -> None:
     given: list[tuple[Tensor, Tensor]] = []
 
     def watched(s: Any, t: Any, y: Optional[Tensor]) -> Tensor:

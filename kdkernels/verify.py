@@ -76,8 +76,15 @@ class Scenario:
 
     def problem(self, device: str) -> Problem:
         torch.manual_seed(0)
-        return Problem(student=self.form[0], teacher=self.form[1], dtype=self.dtype, rows=self.rows,
-                       shape=self.shape, vocab=self.vocab, device=device)  # fmt: skip
+        return Problem(
+            student=self.form[0],
+            teacher=self.form[1],
+            dtype=self.dtype,
+            rows=self.rows,
+            shape=self.shape,
+            vocab=self.vocab,
+            device=device,
+        )
 
 
 def scenarios() -> Iterator[Scenario]:
@@ -122,11 +129,20 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         s = self.scenario
         options = {k: str(v) if isinstance(v, Tensor) else v for k, v in s.options.items()}
-        return {"backend": self.backend, "case": s.label, "divergence": str(s.divergence),
-                "dtype": str(s.dtype)[6:], "student": s.form[0], "teacher": s.form[1],
-                "shape": list(s.shape), "vocab": s.vocab, "options": options,
-                "checks": [asdict(c) for c in self.checks], "broken": self.broken,
-                "skipped": self.skipped}  # fmt: skip
+        return {
+            "backend": self.backend,
+            "case": s.label,
+            "divergence": str(s.divergence),
+            "dtype": str(s.dtype)[6:],
+            "student": s.form[0],
+            "teacher": s.form[1],
+            "shape": list(s.shape),
+            "vocab": s.vocab,
+            "options": options,
+            "checks": [asdict(c) for c in self.checks],
+            "broken": self.broken,
+            "skipped": self.skipped,
+        }
 
 
 def examine(scenario: Scenario, names: list[str], device: str) -> list[Outcome]:
@@ -156,8 +172,9 @@ def beyond_32_bits(name: str, device: str, *, tokens: int = 2**14 + 8, vocab: in
 
     Needs 9 GB: bf16 logits that repeat eight rows, and their gradient; the teacher is one row.
     """
-    scenario = Scenario("N*V > 2^31", ForwardKL(), torch.bfloat16, shape=(tokens,), vocab=vocab,
-                        options=dict(reduction="sum"))  # fmt: skip
+    scenario = Scenario(
+        "N*V > 2^31", ForwardKL(), torch.bfloat16, shape=(tokens,), vocab=vocab, options=dict(reduction="sum")
+    )
     few = replace(scenario, shape=(8,)).problem(device)
     few.teacher = [few.teacher[0][:1].expand(8, vocab)]
     oracle, plain = (run(labels=False, **scenario.options) for run in (few.oracle, few.plain))
@@ -209,9 +226,15 @@ def usable(wanted: Optional[list[str]]) -> list[str]:
     return wanted or [name for name, why in there.items() if why is None]
 
 
-def verify(names: list[str], device: str, *, only: Optional[str] = None, large: bool = False,
-           seconds: float = math.inf,
-           tell: Callable[[list[Outcome]], None] = lambda row: None) -> tuple[list[Outcome], int]:  # fmt: skip
+def verify(
+    names: list[str],
+    device: str,
+    *,
+    only: Optional[str] = None,
+    large: bool = False,
+    seconds: float = math.inf,
+    tell: Callable[[list[Outcome]], None] = lambda row: None,
+) -> tuple[list[Outcome], int]:
     """(all outcomes, how many scenarios ``seconds`` left no time for).
 
     ``only`` keeps the scenarios whose divergence has it in its name. ``tell`` is called with each
@@ -263,12 +286,18 @@ def show(outcomes: list[Outcome]) -> None:
         group = [outcome for outcome in outcomes if outcome.backend == backend]
         s = group[0].scenario
         if errors := _errors(group):
-            print(f"{backend:<10}{s.label:<14}{str(s.dtype)[6:]:<10}{' from '.join(s.form):<20}{errors}", flush=True)
+            print(
+                f"{backend:<10}{s.label:<14}{str(s.dtype)[6:]:<10}{' from '.join(s.form):<20}{errors}",
+                flush=True,
+            )
     for outcome in outcomes:
         s = outcome.scenario
         for rule in outcome.broken:
-            print(f"BROKEN {outcome.backend}, {s.divergence}, {s.dtype}, {'-'.join(s.form)}, {s.label}, "
-                  f"{s.options}: {rule}", flush=True)  # fmt: skip
+            print(
+                f"BROKEN {outcome.backend}, {s.divergence}, {s.dtype}, {'-'.join(s.form)}, {s.label}, "
+                f"{s.options}: {rule}",
+                flush=True,
+            )
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -294,10 +323,15 @@ def _worst(checks: list[Check]) -> str:
 
 def report(outcomes: list[Outcome], late: int, device: str, seconds: float) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
-    return {"device": where, "torch": torch.__version__, "seconds": round(seconds, 1),
-            "verified": sum(not o.skipped for o in outcomes), "not_run": late,
-            "broken": sum(bool(o.broken) for o in outcomes),
-            "outcomes": [o.record() for o in outcomes]}  # fmt: skip
+    return {
+        "device": where,
+        "torch": torch.__version__,
+        "seconds": round(seconds, 1),
+        "verified": sum(not o.skipped for o in outcomes),
+        "not_run": late,
+        "broken": sum(bool(o.broken) for o in outcomes),
+        "outcomes": [o.record() for o in outcomes],
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -317,8 +351,14 @@ def main(arguments: list[str]) -> None:
         parser.error(str(error).splitlines()[0])
     print(f"{LEGEND}\n{'backend':<10}{'rows':<14}{'dtype':<10}{'student, teacher':<20}{_ERRORS}", flush=True)
     start = time.perf_counter()
-    outcomes, late = verify(names, options.device, only=options.divergence, large=options.large,
-                            seconds=math.inf if options.full else options.minutes * 60, tell=show)  # fmt: skip
+    outcomes, late = verify(
+        names,
+        options.device,
+        only=options.divergence,
+        large=options.large,
+        seconds=math.inf if options.full else options.minutes * 60,
+        tell=show,
+    )
     seconds = time.perf_counter() - start
     print(f"\n{table(outcomes)}\n")
     skipped: dict[tuple[str, str], int] = {}

@@ -18,7 +18,9 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 CONSTRAINTS, TORCH = HERE / "constraints.txt", HERE / "torch.json"
 HEADER = "# Written by `make lock`. torch, and Triton where torch brings none, are pinned in the Makefile.\n"
 #: What uv is not to read: indexes of this machine alone.
-PLAIN = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_FIND", "PIP_EXTRA"))}
+PLAIN = {
+    name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_FIND", "PIP_EXTRA"))
+}
 
 
 def left_to_torch(name: str) -> bool:
@@ -28,8 +30,8 @@ def left_to_torch(name: str) -> bool:
 
 def resolve(*arguments: str, given: str = "") -> list[str]:
     """One ``name==version ; marker`` a line, of the newest versions that agree on every platform and Python."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--universal", "--quiet",
-               "--no-header", "--no-annotate", *arguments]  # fmt: skip
+    options = "--no-config --universal --quiet --no-header --no-annotate".split()
+    command = [sys.executable, "-m", "uv", "pip", "compile", *options, *arguments]
     done = subprocess.run(command, input=given, env=PLAIN, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -42,15 +44,35 @@ EVERYTHING = ("pyproject.toml", "-", "--all-extras", "--group", "peers", "--grou
 def locked(torch: str) -> list[str]:
     together = resolve(*EVERYTHING, "--python-version", PYTHONS[0], given=torch)
     # One version for all Pythons: nothing is known of theirs but the files that the drop-ins stand in for.
-    alone = resolve("--group", "alone", "--no-deps", "--fork-strategy", "fewest", "--python-version", PYTHONS[0])
+    alone = resolve(
+        "--group", "alone", "--no-deps", "--fork-strategy", "fewest", "--python-version", PYTHONS[0]
+    )
     return sorted(line for line in together + alone if not left_to_torch(line.partition("==")[0]))
 
 
 def requirements_of(torch: str) -> dict:
     """What the CUDA build of it for Linux says in its metadata: PyPI's, whatever other index pip knows here."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps",
-               "--report", "-", "--target", "nowhere", "--only-binary", ":all:", "--python-version", "3.13",
-               "--platform", "manylinux_2_28_x86_64", torch]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--ignore-installed",
+        "--no-deps",
+        "--report",
+        "-",
+        "--target",
+        "nowhere",
+        "--only-binary",
+        ":all:",
+        "--python-version",
+        "3.13",
+        "--platform",
+        "manylinux_2_28_x86_64",
+        torch,
+    ]
     environment = {**PLAIN, "PIP_CONFIG_FILE": os.devnull}
     environment.pop("PIP_CONSTRAINT", None)
     found = json.loads(subprocess.check_output(command, env=environment, text=True))["install"][0]["metadata"]

@@ -25,7 +25,9 @@ def outcome(function, leaves):
     return [value.detach() for value in values], torch.autograd.grad(loss, leaves)
 
 
-def assert_compiled(function, leaves, *, backend="aot_eager", fullgraph=True, around=lambda function: function):
+def assert_compiled(
+    function, leaves, *, backend="aot_eager", fullgraph=True, around=lambda function: function
+):
     """``around`` is what is done to either function that is not to be compiled."""
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, fullgraph=fullgraph)

@@ -14,7 +14,9 @@ from kdkernels.verify import DIVERGENCES
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
-    parser.addoption("--chip", help="let native be the CUDA kernels, built for the host, on such a chip (cuda_host)")
+    parser.addoption(
+        "--chip", help="let native be the CUDA kernels, built for the host, on such a chip (cuda_host)"
+    )
     parser.addoption("--cuda-host", type=Path, help="their library, where it is built already")
 
 

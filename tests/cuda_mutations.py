@@ -13,8 +13,12 @@ def check():
     for options in (dict(divergence=kd.ForwardKL(), hard_weight=0.5), dict(divergence=kd.JSD(0.5))):
         for vocab in (37, 20001):
             problem = Problem(vocab=vocab, shape=(8,))
-            assert_exact(problem.run("native", **options), problem.oracle(**options), problem.plain(**options),
-                         dtype=torch.float32)  # fmt: skip
+            assert_exact(
+                problem.run("native", **options),
+                problem.oracle(**options),
+                problem.plain(**options),
+                dtype=torch.float32,
+            )
 
 
 @pytest.mark.parametrize("number", range(len(cuda_host.MUTATIONS)), ids=list(cuda_host.MUTATIONS))

@@ -35,9 +35,13 @@ def make_target(teacher, slots, tail, *, given="logprobs", dtype=torch.float32, 
 
 
 class SparseProblem(Problem):
-    def __init__(self, *, slots=8, tail="bucket", given="logprobs", values=torch.float32, messy=True, **options):
+    def __init__(
+        self, *, slots=8, tail="bucket", given="logprobs", values=torch.float32, messy=True, **options
+    ):
         super().__init__(**{"ignored": 3, **options})
-        self.target = make_target(self.teacher[0].float(), slots, tail, given=given, dtype=values, messy=messy)
+        self.target = make_target(
+            self.teacher[0].float(), slots, tail, given=given, dtype=values, messy=messy
+        )
         self.labels.view(-1)[1] = 0  # the token without any slot counts
         self.teacher = [self.target]
 

@@ -186,19 +186,25 @@ def test_many_backwards_at_once(backend, dtype, reduction):
 HEAD = kd.LinearHead(torch.randn(4, 6), torch.randn(10, 6))
 TRANSFORMS = {
     "grad": lambda s, t: torch.func.grad(lambda x: kd.kl_div(x, t))(s),
-    "grad of a head": lambda s, t: torch.func.grad(lambda h: kd.kl_div(kd.LinearHead(h, HEAD.weight), t))(HEAD.hidden),
+    "grad of a head": lambda s, t: torch.func.grad(lambda h: kd.kl_div(kd.LinearHead(h, HEAD.weight), t))(
+        HEAD.hidden
+    ),
     "vmap": lambda s, t: torch.func.vmap(lambda x: kd.kl_div(x, t[0]))(s),
     "vmap of both": lambda s, t: torch.func.vmap(kd.js_divergence)(s, t),
     "jacrev": lambda s, t: torch.func.jacrev(lambda x: kd.kl_div(x, t, reduction="none"))(s),
     "per sample": lambda s, t: torch.func.vmap(torch.func.grad(kd.kl_div))(s, t),
-    "co": lambda s, t: torch.func.grad(lambda x: kd.codistillation_loss(x, t, torch.tensor([1, 2, 3, 4])).student)(s),
+    "co": lambda s, t: torch.func.grad(
+        lambda x: kd.codistillation_loss(x, t, torch.tensor([1, 2, 3, 4])).student
+    )(s),
 }
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_functional_transforms_name_us_and_the_way_out(backend, transform):
     s, t = torch.randn(2, 4, 10)
-    with pytest.raises(RuntimeError, match="kdkernels.*use torch.autograd.grad.*use_backend\\('reference'\\)") as caught:
+    with pytest.raises(
+        RuntimeError, match="kdkernels.*use torch.autograd.grad.*use_backend\\('reference'\\)"
+    ) as caught:
         TRANSFORMS[transform](s, t)
     assert "\n" not in str(caught.value)
     with kd.use_backend("reference"):
@@ -304,8 +310,11 @@ def test_inplace_layouts(backend, layout, masked, teacher):
     shape, view = INPLACE[layout]
     source = torch.randn(shape, requires_grad=True)
     tokens, vocab = view(source).shape[:-1], view(source).shape[-1]
-    t = torch.randn(*tokens, vocab) if teacher == "logits" else (
-        kd.LinearHead(torch.randn(*tokens, 8), torch.randn(vocab, 8)))  # fmt: skip
+    t = (
+        torch.randn(*tokens, vocab)
+        if teacher == "logits"
+        else (kd.LinearHead(torch.randn(*tokens, 8), torch.randn(vocab, 8)))
+    )
     labels = torch.randint(0, vocab, tokens)
     if masked:
         labels.view(-1)[1::2] = -100

@@ -139,8 +139,14 @@ def test_compiled_code_asks_when_it_runs(served, case):
                 student, problem.side(leaves[len(problem.student) :]), problem.labels, divergence=kd.JSD(0.3)
             )
             return losses.student + 2 * losses.teacher
-        return kd.distillation_loss(student, problem.side(problem.teacher), problem.labels,
-                                    divergence=kd.JSD(0.3), temperature=1.5, **options)  # fmt: skip
+        return kd.distillation_loss(
+            student,
+            problem.side(problem.teacher),
+            problem.labels,
+            divergence=kd.JSD(0.3),
+            temperature=1.5,
+            **options,
+        )
 
     def result(function):
         leaves = [t.clone().requires_grad_() for t in trained]

@@ -31,13 +31,17 @@ TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
 TINY_HIDDEN = replace(TINY, width=24, teacher_width=40)
 TINY_SPARSE = replace(TINY, masked=0.0, losses=("kl",), top_k=8)
 TINY_CODISTILL = replace(TINY_HIDDEN, losses=("codistill",))
-EVERY_CASE = sorted({c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUITES.values() for c in s}, key=str)
+EVERY_CASE = sorted(
+    {c.shrunk(tokens=16, vocab=300, width=24) for s in cases.SUITES.values() for c in s}, key=str
+)
 
 
 @pytest.fixture(scope="module")
 def result():
     """A whole result of tiny cases, two of them on a curve."""
-    curve = [replace(TINY, tokens=n, masked=0.0, plot=("tokens",), headline=False, peers=False) for n in (8, 16)]
+    curve = [
+        replace(TINY, tokens=n, masked=0.0, plot=("tokens",), headline=False, peers=False) for n in (8, 16)
+    ]
     small = [TINY, TINY_HIDDEN, TINY_CODISTILL, TINY_SPARSE, *curve]
     return run.run_suite("small", small, "cpu", rounds=1)
 
@@ -140,8 +144,14 @@ def test_result_holds_everything(result):
             assert "problem" not in row, (row["variant"], row["problem"])
             assert {"forward_ms", "backward_ms", "both_ms", "rounds"} <= set(row), row
             if row["floor"]:
-                assert {"to_floor", "percent_of_floor", "peak_bytes", "peak_units", "loss_error",
-                        "gradient_error"} <= set(row), row  # fmt: skip
+                assert {
+                    "to_floor",
+                    "percent_of_floor",
+                    "peak_bytes",
+                    "peak_units",
+                    "loss_error",
+                    "gradient_error",
+                } <= set(row), row
     json.dumps(result)
 
 
@@ -172,7 +182,9 @@ def test_a_busy_machine_is_told(result):
 
 def test_compare(result, tmp_path, capsys):
     slower = json.loads(json.dumps(result))
-    row = next(r for r in slower["cases"][0]["variants"] if r["variant"] == "kdkernels" and r["loss"] == "jsd")
+    row = next(
+        r for r in slower["cases"][0]["variants"] if r["variant"] == "kdkernels" and r["loss"] == "jsd"
+    )
     row["to_floor"] *= 1.2
     _, lost = compare.compare(result, slower)
     assert len(lost) == 1 and "jsd" in lost[0]
@@ -212,8 +224,11 @@ def test_cases_have_names_of_their_own(suite):
 
 def test_goals_name_cases_and_variants_that_exist(monkeypatch):
     monkeypatch.setattr(variants.native, "cannot", lambda *_: None)
-    known = {case.name: (case, device) for device, suite in (("cpu", "cpu"), ("cuda", "gpu"))
-             for case in cases.SUITES[suite]}  # fmt: skip
+    known = {
+        case.name: (case, device)
+        for device, suite in (("cpu", "cpu"), ("cuda", "gpu"))
+        for case in cases.SUITES[suite]
+    }
     for goal in goals.GOALS:
         there = {v.key for v in variants.variants_of(*known[goal.case])[0]}
         assert {(goal.variant, goal.loss), (goal.against, goal.against_loss)} <= there, goal
@@ -231,8 +246,19 @@ def test_committed_results_fill_readme():
 
 def test_one_command(tmp_path):
     """The command in a process of its own: JSON, tables, exit code; a second run overwrites nothing."""
-    arguments = [sys.executable, "-m", "benchmarks", "--suite", "small", "--rounds", "1", "--case",
-                 "hidden [64, 256] -> 8192 float32, co", "--out", str(tmp_path)]  # fmt: skip
+    arguments = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--suite",
+        "small",
+        "--rounds",
+        "1",
+        "--case",
+        "hidden [64, 256] -> 8192 float32, co",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(arguments, cwd=command.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "6 GEMMs" in done.stdout and command.load(tmp_path / "result.json")["cases"]
@@ -245,9 +271,11 @@ def test_pytest_benchmarks(tmp_path):
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-k", "distillation", f"--benchmark-json={out}"],
-        cwd=command.ROOT, capture_output=True, text=True,
+        cwd=command.ROOT,
+        capture_output=True,
+        text=True,
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout
     assert {b["group"] for b in json.loads(out.read_text())["benchmarks"]} == {
         "hidden [64, 256] -> 8192 float32, co-distillation"

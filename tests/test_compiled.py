@@ -28,16 +28,32 @@ def cases():
         for form, function, leaves in (("logits", lambda x: x, [s]), ("head", of, head)):
             found[f"{tail} {form}"] = (lambda *x, f=function, u=target: kd.kl_div(f(*x), u, labels), leaves)
     for reduction in ("none", "sum", "mean", "batchmean"):
-        options = dict(reduction=reduction, hard_weight=0.5, label_smoothing=0.1, z_loss=1e-2, temperature=1.5,
-                       temperature_squared=True, token_weights=weights)  # fmt: skip
+        options = dict(
+            reduction=reduction,
+            hard_weight=0.5,
+            label_smoothing=0.1,
+            z_loss=1e-2,
+            temperature=1.5,
+            temperature_squared=True,
+            token_weights=weights,
+        )
         found |= {
             f"logits {reduction}": (lambda x, o=options: kd.distillation_loss(x, t, labels, **o), [s]),
-            f"head {reduction}": (lambda *x, o=options: kd.distillation_loss(of(*x), teacher, labels, **o), head),
-            f"inplace {reduction}": (lambda x, o=options: kd.distillation_loss(x * 1, t, labels, inplace=True, **o), [s]),
+            f"head {reduction}": (
+                lambda *x, o=options: kd.distillation_loss(of(*x), teacher, labels, **o),
+                head,
+            ),
+            f"inplace {reduction}": (
+                lambda x, o=options: kd.distillation_loss(x * 1, t, labels, inplace=True, **o),
+                [s],
+            ),
             f"both {reduction}": (
-                lambda x, y, *h, r=reduction: kd.codistillation_loss(of(*h), kd.LinearHead(x, y), labels, reduction=r),
-                [teacher.hidden, teacher.weight, *head]),
-        }  # fmt: skip
+                lambda x, y, *h, r=reduction: kd.codistillation_loss(
+                    of(*h), kd.LinearHead(x, y), labels, reduction=r
+                ),
+                [teacher.hidden, teacher.weight, *head],
+            ),
+        }
     return found | {
         "stats": (lambda x: kd.kl_div(x, t, labels, return_stats=True), [s]),
         "both logits": (lambda x, y: kd.codistillation_loss(x, y, labels), [s, t]),
@@ -48,7 +64,10 @@ def cases():
         "vocab_size": (lambda x: kd.js_divergence(x, t[:, :-2], vocab_size=V - 3), [s]),
         "chunks": (lambda *x: kd.kl_div(of(*x), t, labels, chunk_bytes=300), head),
         "cross_entropy": (lambda x: kd.cross_entropy(x, labels), [s]),
-        "linear_cross_entropy": (lambda h, w, b: kd.linear_cross_entropy(h, w, labels, b, reduction="none"), head),
+        "linear_cross_entropy": (
+            lambda h, w, b: kd.linear_cross_entropy(h, w, labels, b, reduction="none"),
+            head,
+        ),
         "DistillationLoss": (lambda x: kd.DistillationLoss(temperature=2.0)(x, t), [s]),
         "CodistillationLossModule": (lambda x, y: kd.CodistillationLossModule()(x, y, labels), [s, t]),
         "KLDivLoss": (lambda x: kd.KLDivLoss(reduction="sum")(x, t), [s]),
@@ -59,11 +78,25 @@ def cases():
 
 
 CASES = cases()
-FEW = ("logits mean", "logits none", "head sum", "head none", "inplace mean", "both mean", "both logits", "bucket logits",
-       "conditional head", "stats", "fp16 inplace", "linear_cross_entropy")  # fmt: skip
+FEW = (
+    "logits mean",
+    "logits none",
+    "head sum",
+    "head none",
+    "inplace mean",
+    "both mean",
+    "both logits",
+    "bucket logits",
+    "conditional head",
+    "stats",
+    "fp16 inplace",
+    "linear_cross_entropy",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in CASES]
+)
 def test_as_one_graph(name):
     assert_compiled(*CASES[name])
 

@@ -15,8 +15,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_divergences(backend, divergence, form, dtype):
     problem = Problem(student=form[0], teacher=form[1], dtype=dtype)
     options = dict(divergence=divergence, temperature=1.5, hard_weight=0.5)
-    assert_exact(problem.run(backend, **options), problem.oracle(**options),
-                 problem.plain(**options), dtype=dtype, projected="head" in form)  # fmt: skip
+    assert_exact(
+        problem.run(backend, **options),
+        problem.oracle(**options),
+        problem.plain(**options),
+        dtype=dtype,
+        projected="head" in form,
+    )
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 15, 127, 2048, 2049, 5000])
@@ -34,8 +39,14 @@ def test_widths(backend, divergence, vocab):
 def test_budgets(backend, divergence, chunk_bytes, reduction):
     """Token chunks and vocabulary chunks give the same loss and gradient."""
     problem = Problem(student="head", teacher="head", vocab=700, logit_scale=0.5, softcap=5.0)
-    options = dict(divergence=divergence, temperature=2.0, hard_weight=0.5, reduction=reduction,
-                   label_smoothing=0.1, z_loss=0.01)  # fmt: skip
+    options = dict(
+        divergence=divergence,
+        temperature=2.0,
+        hard_weight=0.5,
+        reduction=reduction,
+        label_smoothing=0.1,
+        z_loss=0.01,
+    )
     value, grads = problem.run(backend, chunk_bytes=chunk_bytes, **options)
     true_value, true_grads = problem.oracle(**options)
     assert torch.allclose(value.double(), true_value, rtol=1e-5, atol=1e-6)
@@ -79,9 +90,13 @@ def test_options(backend, form, options):
 def test_mixed_dtypes(backend, form, pair):
     problem = Problem(student=form[0], teacher=form[1], dtype=pair[0], teacher_dtype=pair[1])
     options = dict(divergence=kd.JSD(0.5))
-    assert_exact(problem.run(backend, **options), problem.oracle(**options),
-                 problem.plain(**options), dtype=min(pair, key=lambda d: -torch.finfo(d).eps),
-                 projected="head" in form)  # fmt: skip
+    assert_exact(
+        problem.run(backend, **options),
+        problem.oracle(**options),
+        problem.plain(**options),
+        dtype=min(pair, key=lambda d: -torch.finfo(d).eps),
+        projected="head" in form,
+    )
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])
@@ -130,8 +145,12 @@ def test_terms_in_fp64_under_an_offset(backend, divergence):
     problem = Problem(shape=(1, 5), vocab=300, ignored=1, dtype=torch.float64)
     problem.student, problem.teacher = [problem.student[0] + 1e4], [problem.teacher[0] - 1e4]
     options = dict(divergence=divergence, hard_weight=1.0, temperature=3.0)
-    assert_exact(problem.run(backend, **options), problem.oracle(**options), problem.plain(**options),
-                 dtype=torch.float64)  # fmt: skip
+    assert_exact(
+        problem.run(backend, **options),
+        problem.oracle(**options),
+        problem.plain(**options),
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize("offset", [1e3, -1e4])
@@ -140,13 +159,18 @@ def test_codistillation_under_an_offset(backend, offset, temperature):
     """The teacher's own cross entropy, as the student's."""
     problem = Problem(shape=(1, 5), vocab=300, ignored=1)
     teacher = problem.teacher[0] + offset
-    leaf, wide, other = teacher.clone().requires_grad_(), teacher.double().requires_grad_(), teacher.clone().requires_grad_()
+    leaf, wide, other = (
+        teacher.clone().requires_grad_(),
+        teacher.double().requires_grad_(),
+        teacher.clone().requires_grad_(),
+    )
     loss = kd.codistillation_loss(problem.student[0], leaf, problem.labels, temperature=temperature).teacher
     with kd.use_backend("reference"):
         truth = kd.cross_entropy(wide, problem.labels)
     plain = torch.nn.functional.cross_entropy(other.flatten(0, 1), problem.labels.flatten())
-    ours, oracle, theirs = ((value, torch.autograd.grad(value, x)) for value, x in
-                            ((loss, leaf), (truth, wide), (plain, other)))  # fmt: skip
+    ours, oracle, theirs = (
+        (value, torch.autograd.grad(value, x)) for value, x in ((loss, leaf), (truth, wide), (plain, other))
+    )
     assert_exact(ours, oracle, theirs, dtype=torch.float32)
     assert relative(ours[0], oracle[0]) <= 2 * relative(theirs[0], oracle[0]) + 2e-7
 
@@ -163,9 +187,14 @@ def test_codistillation(backend, form, chunk_bytes, reduction, temperature):
         leaves = [[convert(t).requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
         with kd.use_backend(name):
             losses = kd.codistillation_loss(
-                *(problem.side(side) for side in leaves), problem.labels, divergence=kd.JSD(0.5),
-                temperature=temperature, hard_weight=0.5, chunk_bytes=chunk_bytes, reduction=reduction,
-            )  # fmt: skip
+                *(problem.side(side) for side in leaves),
+                problem.labels,
+                divergence=kd.JSD(0.5),
+                temperature=temperature,
+                hard_weight=0.5,
+                chunk_bytes=chunk_bytes,
+                reduction=reduction,
+            )
         total = losses.student.sum() * 2 + losses.teacher.sum() * 3
         return losses, torch.autograd.grad(total, leaves[0] + leaves[1])
 
@@ -179,11 +208,23 @@ def test_codistillation(backend, form, chunk_bytes, reduction, temperature):
 def test_stats(backend):
     problem = Problem()
     with kd.use_backend("reference"):
-        _, truth = kd.distillation_loss(problem.student[0], problem.teacher[0], problem.labels,
-                                        hard_weight=1.0, temperature=2.0, return_stats=True)  # fmt: skip
+        _, truth = kd.distillation_loss(
+            problem.student[0],
+            problem.teacher[0],
+            problem.labels,
+            hard_weight=1.0,
+            temperature=2.0,
+            return_stats=True,
+        )
     with kd.use_backend(backend):
-        _, stats = kd.distillation_loss(problem.student[0], problem.teacher[0], problem.labels,
-                                        hard_weight=1.0, temperature=2.0, return_stats=True)  # fmt: skip
+        _, stats = kd.distillation_loss(
+            problem.student[0],
+            problem.teacher[0],
+            problem.labels,
+            hard_weight=1.0,
+            temperature=2.0,
+            return_stats=True,
+        )
     assert stats.tokens == 13 and not stats.soft.requires_grad
     for mine, true in zip(stats, truth):
         assert torch.isclose(mine.double(), true.double(), rtol=1e-5, atol=1e-6)
@@ -231,17 +272,25 @@ def test_models_that_agree(backend, divergence):
         assert_exact(ours, oracle, problem.plain(divergence), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("divergence", [kd.JSD(0.99), kd.JSD(0.01), kd.SkewKL(1e-3), kd.SkewReverseKL(1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "divergence", [kd.JSD(0.99), kd.JSD(0.01), kd.SkewKL(1e-3), kd.SkewReverseKL(1e-3)], ids=str
+)
 @pytest.mark.parametrize("sharp", ["student", "teacher"])
 def test_mixtures_of_little_of_one_side(backend, divergence, sharp):
     """Where the other side has next to nothing, the little counts: m must not be a difference of large numbers."""
     problem = Problem(vocab=3001, shape=(32,), ignored=0, scale=1.0)
     getattr(problem, sharp)[0].mul_(8)
-    assert_exact(problem.run(backend, divergence=divergence), problem.oracle(divergence=divergence),
-                 problem.plain(divergence), dtype=torch.float32)  # fmt: skip
+    assert_exact(
+        problem.run(backend, divergence=divergence),
+        problem.oracle(divergence=divergence),
+        problem.plain(divergence),
+        dtype=torch.float32,
+    )
 
 
-@pytest.mark.parametrize("divergence", [kd.SkewKL(1e-3), kd.SkewKL(0.5), kd.ForwardKL(), kd.JSD(0.5)], ids=str)
+@pytest.mark.parametrize(
+    "divergence", [kd.SkewKL(1e-3), kd.SkewKL(0.5), kd.ForwardKL(), kd.JSD(0.5)], ids=str
+)
 @pytest.mark.parametrize("sure", ["student", "teacher", "both"])
 def test_sure_models(backend, divergence, sure):
     """All but 1e-3 of one side are one token's, or of both sides but another's: what is left keeps its digits."""
@@ -250,8 +299,12 @@ def test_sure_models(backend, divergence, sure):
         if sure in (name, "both"):
             logits = getattr(problem, name)[0]
             logits[:, column] = logits.logsumexp(-1) + 7
-    assert_exact(problem.run(backend, divergence=divergence), problem.oracle(divergence=divergence),
-                 problem.plain(divergence), dtype=torch.float32)  # fmt: skip
+    assert_exact(
+        problem.run(backend, divergence=divergence),
+        problem.oracle(divergence=divergence),
+        problem.plain(divergence),
+        dtype=torch.float32,
+    )
 
 
 def test_same_inputs_same_bits(backend):
@@ -300,8 +353,9 @@ def test_leading_chunk_of_padding(backend, chunk_bytes, temperature):
     assert torch.isclose(value.double(), truth, rtol=1e-5)
     assert all(relative(mine, true) < 3e-6 for mine, true in zip(grads, true_grads))
     both = [[t.clone().requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
-    losses = kd.codistillation_loss(*(problem.side(side) for side in both), problem.labels,
-                                    chunk_bytes=chunk_bytes, **options)  # fmt: skip
+    losses = kd.codistillation_loss(
+        *(problem.side(side) for side in both), problem.labels, chunk_bytes=chunk_bytes, **options
+    )
     with kd.use_backend("reference"):
         expected = kd.cross_entropy(problem.side(problem.teacher), problem.labels)
     assert torch.isclose(losses.teacher, expected, rtol=1e-5)

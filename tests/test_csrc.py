@@ -48,8 +48,13 @@ def test_other_instruction_sets(isa):
     subprocess.run([sys.executable, "-c", check], env=environment, cwd=ROOT, check=True)
     files = ["tests/test_conformance.py", "tests/test_inputs.py", "tests/test_sparse.py"]
     suite = [*files, "-k", "native and not bits and not head"]  # what is projected is the same logits
-    done = subprocess.run([sys.executable, "-m", "pytest", "-x", *suite], env=environment, cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", *suite],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C+
 #: Chip -> what of the suite runs on it: everything once, and elsewhere what depends on how a row lies.
 LAYOUTS = "widths or adversarial or leading or equal_models or bits or begin_anywhere"
 SUITES = {
-    "small": ("tests/test_conformance.py", "native and not float64 and not float16 and not head-logits and not logits-head"),
+    "small": (
+        "tests/test_conformance.py",
+        "native and not float64 and not float16 and not head-logits and not logits-head",
+    ),
     "large": ("tests/test_sparse.py", "native and not float64 and not float16"),
     "tiny": ("tests/test_conformance.py", f"native and ({LAYOUTS})"),
     "no clusters": ("tests/test_conformance.py", f"native and ({LAYOUTS} or codistillation)"),
@@ -42,8 +45,13 @@ class Running:
     def __init__(self, command, output):
         self.output = output
         with open(output, "w") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
 
     def result(self):
         """(exit code, output)"""
@@ -51,15 +59,31 @@ class Running:
 
 
 def suite(chip, file, which, library):
-    return [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", which,
-            "--chip", chip, "--cuda-host", library]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        file,
+        "-k",
+        which,
+        "--chip",
+        chip,
+        "--cuda-host",
+        library,
+    ]
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     """Suites and compilers, all begun at once: each is one process on one core."""
     folder, library = tmp_path_factory.mktemp("cuda"), cuda_host.build()
-    made = {chip: Running(suite(chip, *rest, library), folder / f"{chip}.log") for chip, rest in SUITES.items()}
+    made = {
+        chip: Running(suite(chip, *rest, library), folder / f"{chip}.log") for chip, rest in SUITES.items()
+    }
     if shutil.which("nvcc"):
         source = folder / "representatives.cu"
         source.write_text(compile_cuda.instances(*REPRESENTATIVES))
@@ -98,8 +122,18 @@ HOPPER = (132, 227 * 1024, 16)
 A100 = (108, 163 * 1024, 1)
 
 
-@pytest.mark.parametrize("width, size, cluster", [(32000, 2, 2), (128256, 2, 8), (151936, 2, 8), (256000, 2, 8),
-                                                  (128256, 4, 8), (151936, 4, 8), (262144, 4, 16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "width, size, cluster",
+    [
+        (32000, 2, 2),
+        (128256, 2, 8),
+        (151936, 2, 8),
+        (256000, 2, 8),
+        (128256, 4, 8),
+        (151936, 4, 8),
+        (262144, 4, 16),
+    ],
+)
 def test_rows_are_on_the_chip(width, size, cluster):
     found = geometry(HOPPER, width, size, size)
     assert found["student"] and found["teacher"] and found["cluster"] == cluster

@@ -25,8 +25,13 @@ runpy.run_module("kdkernels", run_name="__main__")
 
 def information(folder):
     """What `python -m kdkernels info` says of the package in this folder."""
-    done = subprocess.run([sys.executable, "-c", ONLY_THE_COPY], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(folder)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY_THE_COPY],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,8 +41,13 @@ def tree(tmp_path_factory):
     """A copy of what git has, so that nothing is found because it lies about here."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                           check=True, capture_output=True, text=True).stdout.split("\0")  # fmt: skip
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
     copy = tmp_path_factory.mktemp("tree")
     for name in filter(None, files):
         if (ROOT / name).exists():
@@ -64,11 +74,14 @@ def test_the_source_distribution_is_what_git_has(tree, tmp_path):
     assert found - added == {str(file.relative_to(tree)) for file in tree.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("start, environment, problem", [
-    (WITHOUT_TORCH, {}, "it was built without torch"),
-    ("", {"PATH": ""}, "it was built without a C++ compiler"),
-    ("", {"CXX": "false"}, "its build failed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "start, environment, problem",
+    [
+        (WITHOUT_TORCH, {}, "it was built without torch"),
+        ("", {"PATH": ""}, "it was built without a C++ compiler"),
+        ("", {"CXX": "false"}, "its build failed"),
+    ],
+)
 def test_a_build_that_lacks_something_says_so(tree, tmp_path, start, environment, problem):
     """While it builds, and afterwards: pip shows the first to nobody."""
     made, said = build("build_wheel", tree, tmp_path / "build", start, **environment)

@@ -179,11 +179,15 @@ def test_benchmarks_take_these_options(line, monkeypatch, capsys):
 @lines(PYTEST)
 def test_pytest_finds_what_is_named(line):
     values = {"cuda", "slow"}  # of --device and -m
-    named = [part for part in line[line.index("pytest") + 1 :] if not part.startswith("-") and part not in values]
+    named = [
+        part for part in line[line.index("pytest") + 1 :] if not part.startswith("-") and part not in values
+    ]
     assert named and all((ROOT / part).exists() for part in named)
 
 
 @lines(FUZZ)
 def test_fuzz(line):
-    done = subprocess.run([sys.executable, *line[1:], "--seconds", "1"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *line[1:], "--seconds", "1"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout + done.stderr

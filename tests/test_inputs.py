@@ -40,14 +40,19 @@ BAD = [
     (lambda: kd.SkewKL(1.0), "1.0"),
     (lambda: kd.use_backend("cuda").__enter__(), "cuda.*eager"),
     (lambda: kd.kl_div(S.clone().requires_grad_(), T, inplace=True), "inplace.*leaf"),
-    (lambda: kd.kl_div(kd.LinearHead(HEAD.hidden, HEAD.weight.clone().requires_grad_()), T, inplace=True),
-     "inplace.*LinearHead"),
+    (
+        lambda: kd.kl_div(kd.LinearHead(HEAD.hidden, HEAD.weight.clone().requires_grad_()), T, inplace=True),
+        "inplace.*LinearHead",
+    ),
     (lambda: kd.kl_div(S, T, temperature=float("inf")), "temperature.*inf"),
     (lambda: kd.kl_div(S, T, temperature=torch.tensor(2.0, requires_grad=True)), "temperature requires grad"),
     (lambda: kd.kl_div(S, T, num_items=torch.tensor([1, 2, 3, 4])), r"num_items.*\(4,\)"),
     (lambda: kd.kl_div(S, T, token_weights=torch.ones(4, dtype=torch.complex64)), "token_weights.*complex64"),
     (lambda: kd.codistillation_loss(S, T, None, hard_weight=0.0), "needs labels"),
-    (lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8), softcap=float("inf")), "softcap.*finite.*inf"),
+    (
+        lambda: kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8), softcap=float("inf")),
+        "softcap.*finite.*inf",
+    ),
     (lambda: kd.AlphaBeta(0.5, float("nan")), "finite.*nan"),
     (lambda: kd.testing.Problem(student="sparse"), "sparse.*head"),
     (lambda: kd.LinearHead(*PAIR, logit_scale=LEARNED), "logit_scale requires grad.*detach"),
@@ -79,13 +84,19 @@ BAD = [
     (lambda: kd.kl_div(S.to(torch.complex64), T), "student.*complex64"),
     (lambda: kd.kl_div(S, T, Y > 0), "labels.*torch.bool.*mask="),
     (lambda: kd.kl_div(S, T, Y.float()), "labels.*int64.*float32"),
-    (lambda: kd.cross_entropy(S, T.softmax(-1)), r"labels.*class ids.*\(4, 10\).*kl_div\(student, probabilities.log"),
+    (
+        lambda: kd.cross_entropy(S, T.softmax(-1)),
+        r"labels.*class ids.*\(4, 10\).*kl_div\(student, probabilities.log",
+    ),
     (lambda: kd.kl_div(S, T, mask=torch.tensor([1, 2, 0, 1])), "mask.*0 and 1.*2 at token 1"),
     (lambda: kd.kl_div(S, T, mask=torch.tensor([1.0, float("nan"), 0.0, 1.0])), "mask.*nan at token 1"),
     (lambda: kd.kl_div(S, T, mask=torch.ones(3, dtype=torch.bool)), r"mask.*\(3,\).*\(4,\)"),
     (lambda: kd.kl_div(S, T, mask=torch.ones(4, dtype=torch.complex64)), "mask.*complex64"),
     (lambda: kd.cross_entropy(S, Y, class_weights=torch.ones(9)), r"class_weights.*\(10,\).*\(9,\)"),
-    (lambda: kd.cross_entropy(S, Y, class_weights=torch.ones(10), label_smoothing=0.1), "class_weights.*label_smoothing"),
+    (
+        lambda: kd.cross_entropy(S, Y, class_weights=torch.ones(10), label_smoothing=0.1),
+        "class_weights.*label_smoothing",
+    ),
     (lambda: kd.top_k_target(T, 11), "k=11.*1..10"),
     (lambda: kd.top_k_target(T, 2, chunk_bytes=0), "chunk_bytes.*0"),
     (lambda: kd.top_p_target(T, 0.5, chunk_bytes=-1), "chunk_bytes.*-1"),
@@ -103,10 +114,16 @@ BAD = [
     (lambda: kd.cross_entropy(S.to_mkldnn(), Y), r"student.*mkldnn.*to_dense\(\)"),
     (lambda: kd.cross_entropy(S, Y.to_sparse()), r"labels.*sparse_coo.*to_dense\(\)"),
     (lambda: kd.kl_div(S, T, mask=(Y > 0).to_sparse()), r"mask.*sparse_coo.*to_dense\(\)"),
-    (lambda: kd.kl_div(S, T, token_weights=torch.ones(4).to_sparse()), r"token_weights.*sparse_coo.*to_dense\(\)"),
+    (
+        lambda: kd.kl_div(S, T, token_weights=torch.ones(4).to_sparse()),
+        r"token_weights.*sparse_coo.*to_dense\(\)",
+    ),
     (lambda: kd.LinearHead(PAIR[0], PAIR[1].to_sparse()), r"LinearHead's weight.*sparse_coo.*to_dense\(\)"),
     (lambda: kd.LinearHead(PAIR[0].to_sparse(), PAIR[1]), r"LinearHead's hidden.*sparse_coo.*to_dense\(\)"),
-    (lambda: kd.SparseTarget(Y[:, None], S[:, :1].to_sparse()), r"SparseTarget's logprobs.*sparse_coo.*to_dense\(\)"),
+    (
+        lambda: kd.SparseTarget(Y[:, None], S[:, :1].to_sparse()),
+        r"SparseTarget's logprobs.*sparse_coo.*to_dense\(\)",
+    ),
     (lambda: kd.top_k_target(T.to_sparse(), 2), r"teacher.*sparse_coo.*to_dense\(\)"),
     (lambda: kd.top_p_target(T.to_sparse(), 0.5), r"teacher.*sparse_coo.*to_dense\(\)"),
     (lambda: kd.sample_target(T.to_sparse(), 2), r"teacher.*sparse_coo.*to_dense\(\)"),
@@ -118,7 +135,7 @@ BAD = [
     (lambda: kd.JSDivergenceLoss(beta=1.5), "beta.*1.5"),
     (lambda: autocast_head(torch.float64), "float64.*float32"),
     (lambda: kd.kl_div(autocast_head(torch.bfloat16), T), "bfloat16.*float32"),
-]  # fmt: skip
+]
 
 BAD_TYPES = [
     (lambda: kd.kl_div(S, None), "teacher.*None"),

@@ -57,15 +57,23 @@ def test_chunks_and_micro_batches_do_not_matter(backend, case, chunk_bytes, half
     s, t = logits(case)
     w = torch.eye(s.shape[1])
     whole = loss(backend, kd.ForwardKL(), s, t)
-    assert torch.allclose(loss(backend, kd.ForwardKL(), kd.LinearHead(s, w), t, chunk_bytes=chunk_bytes),
-                          whole, rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert torch.allclose(
+        loss(backend, kd.ForwardKL(), kd.LinearHead(s, w), t, chunk_bytes=chunk_bytes),
+        whole,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     parts = [loss(backend, kd.ForwardKL(), a, b) for a, b in ((s[:half], t[:half]), (s[half:], t[half:]))]
     assert torch.equal(torch.cat(parts), whole) or backend == "eager"
 
 
 @settings(max_examples=200, deadline=None)
-@given(tokens=st.integers(0, 5000), vocab=st.integers(1, 300_000), each=st.integers(0, 64),
-       budget=st.integers(1, 2**31))  # fmt: skip
+@given(
+    tokens=st.integers(0, 5000),
+    vocab=st.integers(1, 300_000),
+    each=st.integers(0, 64),
+    budget=st.integers(1, 2**31),
+)
 def test_plans_fit_and_cover(tokens, vocab, each, budget):
     tiles = plan(tokens=tokens, vocab=vocab, bytes_per_logit=each, chunk_bytes=budget)
     assert each == 0 or tokens == 0 or tiles.rows * tiles.columns * each <= max(budget, each)

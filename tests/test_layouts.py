@@ -116,8 +116,14 @@ def test_random_layouts(backend, seed):
         [t.contiguous() for t in student], teacher(lambda t: t.contiguous()), *dense, **options
     )
     with kd.use_backend("reference"):
-        truth, exact = call(student, teacher(lambda t: t.double() if t.is_floating_point() else t), labels,
-                            weights, double=True, **options)  # fmt: skip
+        truth, exact = call(
+            student,
+            teacher(lambda t: t.double() if t.is_floating_point() else t),
+            labels,
+            weights,
+            double=True,
+            **options,
+        )
     torch.testing.assert_close(loss, same, rtol=1e-6, atol=1e-6)
     assert relative(loss, truth) < 2e-6 and truth.norm() > 1e-2
     for mine, other, true in zip(grads, expected, exact, strict=True):
@@ -168,10 +174,18 @@ def test_transposed_targets(backend, tail, hard_weight, form, which):
     values, ids = torch.randn(6, VOCAB).log_softmax(-1).t().topk(5, dim=0)
     values, ids = values[None].mT, ids[None].mT
     labels = torch.randint(0, VOCAB, (1, 6))
-    expected = call(student, kd.SparseTarget(ids.contiguous(), values.contiguous(), tail=tail), labels, None,
-                    hard_weight=hard_weight)  # fmt: skip
-    target = kd.SparseTarget(ids.contiguous() if which == "values" else ids,
-                             values.contiguous() if which == "ids" else values, tail=tail)  # fmt: skip
+    expected = call(
+        student,
+        kd.SparseTarget(ids.contiguous(), values.contiguous(), tail=tail),
+        labels,
+        None,
+        hard_weight=hard_weight,
+    )
+    target = kd.SparseTarget(
+        ids.contiguous() if which == "values" else ids,
+        values.contiguous() if which == "ids" else values,
+        tail=tail,
+    )
     for chunk_bytes in (None, small_budget(backend, "sparse")):
         mine = call(student, target, labels, None, hard_weight=hard_weight, chunk_bytes=chunk_bytes)
         torch.testing.assert_close(mine[0], expected[0], rtol=1e-6, atol=0)

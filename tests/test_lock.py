@@ -24,9 +24,17 @@ MAKEFILE = dict(re.findall(r"^(\w+) \?= (.*)$", (ROOT / "Makefile").read_text(),
 
 def machine(python):
     """A Linux with this Python, for markers."""
-    return {"python_version": python, "python_full_version": f"{python}.99", "platform_system": "Linux",
-            "sys_platform": "linux", "os_name": "posix", "platform_machine": "x86_64",
-            "platform_python_implementation": "CPython", "implementation_name": "cpython", "extra": ""}  # fmt: skip
+    return {
+        "python_version": python,
+        "python_full_version": f"{python}.99",
+        "platform_system": "Linux",
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "platform_machine": "x86_64",
+        "platform_python_implementation": "CPython",
+        "implementation_name": "cpython",
+        "extra": "",
+    }
 
 
 def pins(python):
@@ -58,8 +66,12 @@ def test_one_exact_public_version_a_line():
 def test_holds_what_pyproject_asks_for(python):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    asked = [*project["project"]["dependencies"], *project["build-system"]["requires"],
-             *sum(extras.values(), []), *sum(project["dependency-groups"].values(), [])]  # fmt: skip
+    asked = [
+        *project["project"]["dependencies"],
+        *project["build-system"]["requires"],
+        *sum(extras.values(), []),
+        *sum(project["dependency-groups"].values(), []),
+    ]
     assert contradictions([one for one in asked if not one.startswith("kdkernels")], python) == []
 
 
@@ -73,9 +85,13 @@ def test_agrees_with_a_cuda_build_of_torch(python, build):
 
 def test_the_makefile_pins_the_pair_that_torch_brings():
     brought = map(Requirement, BUILDS[MAKEFILE["TORCH"]]["requires"])
-    assert [str(one.specifier) for one in brought if one.name == "triton"] == [MAKEFILE["TRITON"].replace("triton", "")]
+    assert [str(one.specifier) for one in brought if one.name == "triton"] == [
+        MAKEFILE["TRITON"].replace("triton", "")
+    ]
 
 
 def test_finds_a_contradiction():
     assert contradictions(["sympy<1", "filelock", "nowhere", "triton==1"], "3.11") == [
-        "sympy<1: " + pins("3.11")["sympy"], "nowhere: None"]  # fmt: skip
+        "sympy<1: " + pins("3.11")["sympy"],
+        "nowhere: None",
+    ]

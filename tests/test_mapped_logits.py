@@ -19,11 +19,19 @@ def plain(logits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_the_formula(backend, dtype, chunk_bytes, reduction):
     problem = Problem(dtype=dtype)
-    options = dict(hard_weight=0.5, label_smoothing=0.1, z_loss=1e-3, temperature=1.5, divergence=kd.JSD(0.3),
-                   reduction=reduction)  # fmt: skip
+    options = dict(
+        hard_weight=0.5,
+        label_smoothing=0.1,
+        z_loss=1e-3,
+        temperature=1.5,
+        divergence=kd.JSD(0.3),
+        reduction=reduction,
+    )
 
     def loss(wrap, double, **more):
-        return problem.of(lambda s, t, y: kd.distillation_loss(wrap(s), wrap(t), y, **options, **more), double=double)
+        return problem.of(
+            lambda s, t, y: kd.distillation_loss(wrap(s), wrap(t), y, **options, **more), double=double
+        )
 
     with kd.use_backend("reference"):
         value, (gradient,) = loss(plain, True)
@@ -49,7 +57,9 @@ def test_in_place(backend):
     problem = Problem()
     options = dict(hard_weight=0.5)
     whole = problem.of(lambda s, t, y: kd.distillation_loss(MappedLogits(s, **MAP), t, y, **options))
-    over = problem.of(lambda s, t, y: kd.distillation_loss(MappedLogits(s * 1, **MAP), t, y, inplace=True, **options))
+    over = problem.of(
+        lambda s, t, y: kd.distillation_loss(MappedLogits(s * 1, **MAP), t, y, inplace=True, **options)
+    )
     assert torch.equal(whole[0], over[0]) and torch.equal(whole[1][0], over[1][0])
 
 

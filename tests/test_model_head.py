@@ -13,10 +13,27 @@ pytest.importorskip("accelerate")
 from kdkernels.integrations.model_head import LogitMap, call_through_head, check_head  # noqa: E402
 
 VOCAB, IMAGE = 48, 47  #: tokens, and the one that stands for a piece of an image
-TEXT = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8,
-              patch_size=4)  # fmt: skip
+TEXT = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+)
 
 
 def make(model, config, *, dtype=torch.float64, **options):
@@ -45,15 +62,46 @@ MAPS = {
     "cohere": (lambda: causal("Cohere", logit_scale=0.3), LogitMap(0.3)),
     "granite": (lambda: causal("Granite", logits_scaling=4.0), LogitMap(0.25)),
     "hyperclovax": (lambda: causal("HyperCLOVAX", logits_scaling=4.0), LogitMap(4.0)),
-    "recurrent gemma": (lambda: causal("RecurrentGemma", num_hidden_layers=3, lru_width=32, logits_soft_cap=2.0), LogitMap(1.0, 2.0)),
-    "xlstm": (lambda: make("xLSTMForCausalLM", "xLSTMConfig", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
-                           num_heads=4, output_logit_soft_cap=3.0), LogitMap(1.0, 3.0)),
-    "falcon h1's multiplier": (lambda: causal("FalconH1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
-                                              mamba_d_state=8, lm_head_multiplier=0.7), LogitMap(0.7)),
+    "recurrent gemma": (
+        lambda: causal("RecurrentGemma", num_hidden_layers=3, lru_width=32, logits_soft_cap=2.0),
+        LogitMap(1.0, 2.0),
+    ),
+    "xlstm": (
+        lambda: make(
+            "xLSTMForCausalLM",
+            "xLSTMConfig",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_heads=4,
+            output_logit_soft_cap=3.0,
+        ),
+        LogitMap(1.0, 3.0),
+    ),
+    "falcon h1's multiplier": (
+        lambda: causal(
+            "FalconH1",
+            mamba_d_ssm=64,
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_n_groups=1,
+            mamba_d_state=8,
+            lm_head_multiplier=0.7,
+        ),
+        LogitMap(0.7),
+    ),
     "modernbert's decoder": (lambda: causal("ModernBertDecoder"), LogitMap()),
-    "llama4's text": (lambda: make("Llama4ForCausalLM", "Llama4TextConfig", **TEXT, intermediate_size_mlp=48, num_local_experts=2), LogitMap()),
-    "negative, changed after construction": (lambda: changed(causal("Cohere"), logit_scale=-0.9), LogitMap(-0.9)),
-}  # fmt: skip
+    "llama4's text": (
+        lambda: make(
+            "Llama4ForCausalLM", "Llama4TextConfig", **TEXT, intermediate_size_mlp=48, num_local_experts=2
+        ),
+        LogitMap(),
+    ),
+    "negative, changed after construction": (
+        lambda: changed(causal("Cohere"), logit_scale=-0.9),
+        LogitMap(-0.9),
+    ),
+}
 
 
 def changed(model, **attributes):
@@ -81,7 +129,9 @@ def test_what_a_model_does_to_its_logits_is_measured(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_is_measured_too(dtype):
-    assert check_head(causal("Gemma2", final_logit_softcapping=30.0, dtype=dtype)) == LogitMap(pytest.approx(1, rel=1e-6), 30.0)
+    assert check_head(causal("Gemma2", final_logit_softcapping=30.0, dtype=dtype)) == LogitMap(
+        pytest.approx(1, rel=1e-6), 30.0
+    )
 
 
 # -- what is refused ---------------------------------------------------------------------------------
@@ -125,26 +175,61 @@ def after(forward, **attributes):
 
 REFUSED = {
     "a cap in the lm_head that small logits do not meet": (
-        lambda: with_head(lambda self, z: 50 * torch.tanh(z / 50)), r"does more than hidden @ weight.T.*differ by"),
+        lambda: with_head(lambda self, z: 50 * torch.tanh(z / 50)),
+        r"does more than hidden @ weight.T.*differ by",
+    ),
     "an lm_head that is off by 1 %": (lambda: with_head(lambda self, z: 1.01 * z), "differ by 9.9e-03"),
     "a learned scale in the lm_head, 1 so far": (
-        lambda: with_head(lambda self, z: z * self.logit_scale, logit_scale=torch.ones(())), "leaves out: logit_scale"),
+        lambda: with_head(lambda self, z: z * self.logit_scale, logit_scale=torch.ones(())),
+        "leaves out: logit_scale",
+    ),
     "Dory's": (lambda: causal("Dory", head_dim=8, num_key_value_heads=4), "leaves out: logit_scale"),
     "a learned scale after it, 1 so far": (
-        lambda: after(lambda self, z: z * self.learned, learned=nn.Parameter(torch.ones(()))), "something learned"),
+        lambda: after(lambda self, z: z * self.learned, learned=nn.Parameter(torch.ones(()))),
+        "something learned",
+    ),
     "another function": (lambda: after(lambda self, z: z.sign() * z.abs().sqrt()), "does more to its logits"),
-    "a mask": (lambda: after(lambda self, z: z.index_fill(-1, torch.tensor([5]), -1e9)), "does more to its logits"),
-    "a vocabulary cut short": (lambda: after(lambda self, z: z[..., :40]), r"makes \[1, 2, 40\] of .*\[1, 2, 48\]"),
+    "a mask": (
+        lambda: after(lambda self, z: z.index_fill(-1, torch.tensor([5]), -1e9)),
+        "does more to its logits",
+    ),
+    "a vocabulary cut short": (
+        lambda: after(lambda self, z: z[..., :40]),
+        r"makes \[1, 2, 40\] of .*\[1, 2, 48\]",
+    ),
     "an encoder-decoder": (
-        lambda: make("T5ForConditionalGeneration", "T5Config", vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1,
-                     num_heads=2, decoder_start_token_id=0), "T5ForConditionalGeneration is an encoder-decoder"),
+        lambda: make(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=VOCAB,
+            d_model=16,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        ),
+        "T5ForConditionalGeneration is an encoder-decoder",
+    ),
     "no lm_head": (lambda: make("LlamaModel", "LlamaConfig", **TEXT), "has no lm_head"),
     "two lm_heads": (
-        lambda: make("MusicgenForCausalLM", "MusicgenDecoderConfig", vocab_size=VOCAB, hidden_size=32, ffn_dim=48,
-                     num_hidden_layers=1, num_attention_heads=2), "MusicgenForCausalLM.*lm_head"),
-    "compiled in place": (lambda: (model := causal("Llama"), model.compile(backend="eager"))[0], "compile the part before"),
+        lambda: make(
+            "MusicgenForCausalLM",
+            "MusicgenDecoderConfig",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        ),
+        "MusicgenForCausalLM.*lm_head",
+    ),
+    "compiled in place": (
+        lambda: (model := causal("Llama"), model.compile(backend="eager"))[0],
+        "compile the part before",
+    ),
     "compiled": (lambda: torch.compile(causal("Llama"), backend="eager"), "compile the part before"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -160,7 +245,9 @@ def test_other_models_are_refused_in_one_line(name):
 def test_inputs_that_the_forward_does_not_name_are_refused():
     """It takes **kwargs and would pass over an image in silence."""
     model, ids = causal("Llama"), token_ids()
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.forward does not name pixel_values and would ignore it"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM.forward does not name pixel_values and would ignore it"
+    ):
         call_through_head(model, {"input_ids": ids, "pixel_values": torch.ones(1)}, logits_of)
     packed = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 9])}  # attention's, which it passes on
     call_through_head(model, packed, logits_of)
@@ -191,62 +278,141 @@ def test_a_forward_that_fails_leaves_the_model_whole():
 
 
 def llava():
-    model = make("LlavaForConditionalGeneration", "LlavaConfig", text_config=transformers.LlamaConfig(**TEXT),
-                 vision_config=transformers.CLIPVisionConfig(**VISION, projection_dim=16), image_token_id=IMAGE,
-                 vision_feature_layer=-1)  # fmt: skip
+    model = make(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.CLIPVisionConfig(**VISION, projection_dim=16),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+    )
     return model, 4, {"pixel_values": torch.randn(2, 3, 8, 8)}, model.model.multi_modal_projector.linear_1
 
 
 def qwen2_vl():
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    vision = dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2,
-                  temporal_patch_size=2)  # fmt: skip
-    model = make("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", text_config={**TEXT, "rope_parameters": rope},
-                 vision_config=vision, image_token_id=IMAGE, vision_start_token_id=46, video_token_id=45)  # fmt: skip
-    pieces = {"pixel_values": torch.randn(2 * 16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    vision = dict(
+        depth=1,
+        embed_dim=16,
+        hidden_size=32,
+        num_heads=2,
+        mlp_ratio=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+    )
+    model = make(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        vision_start_token_id=46,
+        video_token_id=45,
+    )
+    pieces = {
+        "pixel_values": torch.randn(2 * 16, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
     return model, 4, pieces, model.model.visual.merger.mlp[0]
 
 
 def idefics3():
-    model = make("Idefics3ForConditionalGeneration", "Idefics3Config", text_config=transformers.LlamaConfig(**TEXT),
-                 vision_config=VISION, image_token_id=IMAGE, scale_factor=2)  # fmt: skip
-    return model, 1, {"pixel_values": torch.randn(2, 1, 3, 8, 8)}, model.model.connector.modality_projection.proj
+    model = make(
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Config",
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=VISION,
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return (
+        model,
+        1,
+        {"pixel_values": torch.randn(2, 1, 3, 8, 8)},
+        model.model.connector.modality_projection.proj,
+    )
 
 
 def smolvlm():
-    model = make("SmolVLMForConditionalGeneration", "SmolVLMConfig", text_config=transformers.LlamaConfig(**TEXT),
-                 vision_config=VISION, image_token_id=IMAGE, scale_factor=2)  # fmt: skip
-    return model, 1, {"pixel_values": torch.randn(2, 1, 3, 8, 8)}, model.model.connector.modality_projection.proj
+    model = make(
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=VISION,
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return (
+        model,
+        1,
+        {"pixel_values": torch.randn(2, 1, 3, 8, 8)},
+        model.model.connector.modality_projection.proj,
+    )
 
 
 def paligemma():
-    model = make("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", text_config={"model_type": "gemma", **TEXT},
-                 vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
-                 image_token_index=IMAGE, projection_dim=32)  # fmt: skip
+    model = make(
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaConfig",
+        text_config={"model_type": "gemma", **TEXT},
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
     return model, 4, {"pixel_values": torch.randn(2, 3, 8, 8)}, model.model.multi_modal_projector.linear
 
 
 def gemma3():
-    model = make("Gemma3ForConditionalGeneration", "Gemma3Config", text_config={**TEXT, "final_logit_softcapping": 5.0},
-                 vision_config={**VISION, "vision_use_head": False}, image_token_index=IMAGE, mm_tokens_per_image=4)  # fmt: skip
+    model = make(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        text_config={**TEXT, "final_logit_softcapping": 5.0},
+        vision_config={**VISION, "vision_use_head": False},
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+    )
     pieces = {"pixel_values": torch.randn(2, 3, 8, 8)}
     nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     return model, 4, pieces, model.model.multi_modal_projector
 
 
 def mllama():
-    text = {**TEXT, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_global_layers=1, attention_heads=2,
-                  image_size=8, patch_size=4, max_num_tiles=1, supported_aspect_ratios=[[1, 1]], vision_output_dim=32,
-                  intermediate_layers_indices=[0])  # fmt: skip
-    model = make("MllamaForConditionalGeneration", "MllamaConfig", text_config=text, vision_config=vision, image_token_index=IMAGE)
+    text = {
+        **TEXT,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        max_num_tiles=1,
+        supported_aspect_ratios=[[1, 1]],
+        vision_output_dim=32,
+        intermediate_layers_indices=[0],
+    )
+    model = make(
+        "MllamaForConditionalGeneration",
+        "MllamaConfig",
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+    )
     with torch.no_grad():  # the gates let no image in until they are trained
         for name, parameter in model.named_parameters():
             if "gate" in name and parameter.numel() == 1:
                 parameter.fill_(1.0)
-    pieces = {"pixel_values": torch.randn(2, 1, 1, 3, 8, 8), "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
-              "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
-              "cross_attention_mask": torch.ones(2, 9, 1, 1, dtype=torch.long)}  # fmt: skip
+    pieces = {
+        "pixel_values": torch.randn(2, 1, 1, 3, 8, 8),
+        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(2, 9, 1, 1, dtype=torch.long),
+    }
     return model, 0, pieces, model.model.multi_modal_projector
 
 
@@ -267,13 +433,19 @@ def test_images_are_seen(family):
     losses = []
     for image in (pieces["pixel_values"].double(), 3 * pieces["pixel_values"].double().flip(0)):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pieces, "pixel_values": image}
-        if kind := {gemma3: "token_type_ids", paligemma: "token_type_ids", qwen2_vl: "mm_token_type_ids"}.get(family):
+        if kind := {gemma3: "token_type_ids", paligemma: "token_type_ids", qwen2_vl: "mm_token_type_ids"}.get(
+            family
+        ):
             inputs[kind] = (ids == IMAGE).long()
-        ours = call_through_head(model, inputs, lambda head: kd.distillation_loss(head, said, labels, hard_weight=0.5))
+        ours = call_through_head(
+            model, inputs, lambda head: kd.distillation_loss(head, said, labels, hard_weight=0.5)
+        )
         own = model(**inputs, use_cache=False).logits
         kept = labels != -100
         log_q, log_p = own[kept].log_softmax(-1), said[kept].log_softmax(-1)
-        theirs = (log_p.exp() * (log_p - log_q)).sum(-1).mean() + 0.5 * F.cross_entropy(own[kept], labels[kept])
+        theirs = (log_p.exp() * (log_p - log_q)).sum(-1).mean() + 0.5 * F.cross_entropy(
+            own[kept], labels[kept]
+        )
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
         weight = next(projector.parameters())
         gradients = [torch.autograd.grad(loss, weight)[0] for loss in (ours, theirs)]
@@ -286,11 +458,15 @@ def test_images_are_seen(family):
 # -- routers -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, options", [
-    ("Mixtral", {"num_local_experts": 4}),
-    ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}),
-    ("GptOss", {"num_local_experts": 4}), ("JetMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}),
+        ("GptOss", {"num_local_experts": 4}),
+        ("JetMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
+    ],
+)
 def test_a_routers_loss_is_added_as_the_model_adds_it(name, options, tmp_path):
     from kdkernels.integrations.transformers import DistillationTrainer
 

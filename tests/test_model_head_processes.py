@@ -11,9 +11,21 @@ pytest.importorskip("accelerate")
 
 from kdkernels.integrations.model_head import call_through_head, check_head  # noqa: E402
 
-CONFIG = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-              num_key_value_heads=1, head_dim=8, initializer_range=0.3, lru_width=32, logits_soft_cap=2.0,
-              pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+CONFIG = dict(
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=8,
+    initializer_range=0.3,
+    lru_width=32,
+    logits_soft_cap=2.0,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def capped():
@@ -39,8 +51,10 @@ def on_rank(rank, store, ids, labels):
     mine, kept = {"input_ids": ids[rank : rank + 1]}, labels[rank : rank + 1]
     alone = capped()
     everybody = head_gradient(
-        alone, lambda labels: call_through_head(alone, {"input_ids": ids}, lambda h: kd.cross_entropy(h, labels)), labels
-    )  # fmt: skip
+        alone,
+        lambda labels: call_through_head(alone, {"input_ids": ids}, lambda h: kd.cross_entropy(h, labels)),
+        labels,
+    )
     assert everybody.norm() > 1e-3
 
     def distance(gradient):
@@ -61,7 +75,9 @@ def on_rank(rank, store, ids, labels):
     from torch.distributed.fsdp import fully_shard
 
     sharded = fully_shard(capped())
-    gradient = head_gradient(sharded, lambda y: call_through_head(sharded, mine, lambda h: kd.cross_entropy(h, y)), kept)
+    gradient = head_gradient(
+        sharded, lambda y: call_through_head(sharded, mine, lambda h: kd.cross_entropy(h, y)), kept
+    )
     assert distance(gradient) < 1e-5
     wrong = capped()
     wrong.lm_head = Doubling(32, 48, bias=False)

@@ -24,19 +24,61 @@ from kdkernels.integrations.model_head import LogitMap, call_through_head  # noq
 VOCAB = 48
 #: Sizes by the names that configs give them; each config takes those that it knows.
 TINY = dict(
-    vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3, max_position_embeddings=64,
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    sliding_window=8, num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2,
-    moe_intermediate_size=16, shared_expert_intermediate_size=16, n_shared_experts=1, n_group=1, topk_group=1,
-    q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
-    d_model=32, n_layer=2, n_layers=2, n_head=4, n_heads=4, n_embd=32, num_heads=4, state_size=8,
-    decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48,
-    mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_expand=2,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
+    max_position_embeddings=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=8,
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    moe_num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=8,
+    d_model=32,
+    n_layer=2,
+    n_layers=2,
+    n_head=4,
+    n_heads=4,
+    n_embd=32,
+    num_heads=4,
+    state_size=8,
+    decoder_layers=2,
+    decoder_attention_heads=4,
+    decoder_ffn_dim=48,
+    encoder_layers=1,
+    encoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    mamba_d_state=8,
+    mamba_n_heads=4,
+    mamba_d_head=16,
+    mamba_n_groups=1,
+    mamba_expand=2,
+)
 #: What some need beside.
 MORE = {
     "codegen": dict(rotary_dim=8),
-    "dbrx": dict(attn_config=dict(clip_qkv=8, kv_n_heads=2, rope_theta=1e4), ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)),
+    "dbrx": dict(
+        attn_config=dict(clip_qkv=8, kv_n_heads=2, rope_theta=1e4),
+        ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
+    ),
     "dory": dict(head_dim=16),
     "dots3_note": dict(num_key_value_heads=4),
     "dots3_note_text": dict(num_key_value_heads=4),
@@ -48,9 +90,13 @@ MORE = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=1),
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=32),
-    "reformer": dict(is_decoder=True, axial_pos_shape=(8, 8), axial_pos_embds_dim=(16, 16), attn_layers=["local", "local"]),
-    "roc_bert": dict(pronunciation_vocab_size=48, shape_vocab_size=48, pronunciation_embed_dim=16, shape_embed_dim=16),
-}  # fmt: skip
+    "reformer": dict(
+        is_decoder=True, axial_pos_shape=(8, 8), axial_pos_embds_dim=(16, 16), attn_layers=["local", "local"]
+    ),
+    "roc_bert": dict(
+        pronunciation_vocab_size=48, shape_vocab_size=48, pronunciation_embed_dim=16, shape_embed_dim=16
+    ),
+}
 #: Compared nowhere, and why.
 LEFT_OUT = {"reformer": "its backward asserts train mode, where its attention is drawn by chance"}
 #: Refused, and why.
@@ -89,10 +135,15 @@ def compare(model):
     """(error of the logits, of the worst parameter's gradient) beside the model's own; both relative."""
     ids = torch.randint(3, VOCAB, (2, 9))
     inputs, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.roll(-1, 1)
-    loss, logits = call_through_head(model, inputs, lambda head: (kd.cross_entropy(head, labels), logits_of(head)))
+    loss, logits = call_through_head(
+        model, inputs, lambda head: (kd.cross_entropy(head, labels), logits_of(head))
+    )
     own = model(**inputs, use_cache=False).logits
     assert own.std() > 1e-3
-    ours, theirs = gradients(loss, model), gradients(F.cross_entropy(own.flatten(0, 1).float(), labels.flatten()), model)
+    ours, theirs = (
+        gradients(loss, model),
+        gradients(F.cross_entropy(own.flatten(0, 1).float(), labels.flatten()), model),
+    )
     assert [n for n in theirs if theirs[n] is None] == [n for n in ours if ours[n] is None]
     # Some gradients are zero but for rounding: a key's bias.
     floor = 1e-3 * max(g.norm() for g in theirs.values() if g is not None)

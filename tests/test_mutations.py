@@ -32,9 +32,13 @@ MUTATIONS = {
     "no label": (eager, "_fold_label", lambda *args: None),
     "no rescale": (eager, "_fold_z1", lambda state, *args: state[:, rs.Z1_S].add_(1)),
     "no mask": (ops, "checked_labels", lambda labels, *args: labels.flatten().clamp(min=0)),
-    "no slope": (eager, "_soft_gradient", lambda s, t, spec, state: eager._distributions(s, t, spec, state)[0]),
+    "no slope": (
+        eager,
+        "_soft_gradient",
+        lambda s, t, spec, state: eager._distributions(s, t, spec, state)[0],
+    ),
     "gradient too large": (LogitMap, "backward", lambda logit_map, grad, logits: grad * 1.5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

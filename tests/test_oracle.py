@@ -45,8 +45,18 @@ def test_gradcheck(divergence):
     for backend in ("reference", "eager"):
         with kd.use_backend(backend):
             assert torch.autograd.gradcheck(
-                lambda x: kd.distillation_loss(x, t, y, divergence=divergence, temperature=1.3,
-                                               hard_weight=0.4, z_loss=0.1, label_smoothing=0.1), s)  # fmt: skip
+                lambda x: kd.distillation_loss(
+                    x,
+                    t,
+                    y,
+                    divergence=divergence,
+                    temperature=1.3,
+                    hard_weight=0.4,
+                    z_loss=0.1,
+                    label_smoothing=0.1,
+                ),
+                s,
+            )
 
 
 def test_detached_mixture_gradient():
@@ -89,8 +99,12 @@ def test_limits_meet(name):
 def limits_meet():
     s, t = torch.randn(4, 30).double(), torch.randn(4, 30).double()
     kl, reverse = (kd.distillation_loss(s, t, divergence=d) for d in (kd.ForwardKL(), kd.ReverseKL()))
-    for divergence, expected in [(kd.JSD(0.0), kl), (kd.JSD(1.0), reverse),
-                                 (kd.AlphaBeta(1.0, 0.0), kl), (kd.AlphaBeta(0.0, 1.0), reverse)]:  # fmt: skip
+    for divergence, expected in [
+        (kd.JSD(0.0), kl),
+        (kd.JSD(1.0), reverse),
+        (kd.AlphaBeta(1.0, 0.0), kl),
+        (kd.AlphaBeta(0.0, 1.0), reverse),
+    ]:
         assert torch.isclose(kd.distillation_loss(s, t, divergence=divergence), expected)
     near = kd.distillation_loss(s, t, divergence=kd.AlphaBeta(1.0, 1e-6))
     assert torch.isclose(near, kl, rtol=1e-4)

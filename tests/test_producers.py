@@ -93,7 +93,9 @@ def test_samples_are_counts_and_repeatable():
     for other in (two, chunked):
         assert torch.equal(one.ids, other.ids) and torch.equal(one.weights, other.weights)
     counts = one.weights * 40
-    assert torch.allclose(counts, counts.round(), atol=1e-5) and torch.allclose(counts.sum(-1), torch.tensor(40.0))
+    assert torch.allclose(counts, counts.round(), atol=1e-5) and torch.allclose(
+        counts.sum(-1), torch.tensor(40.0)
+    )
     ids = one.ids.masked_fill(one.ids < 0, 10**6)
     assert ((ids[:, 1:] > ids[:, :-1]) | (one.ids[:, 1:] < 0)).all(), "each id once"
 
@@ -120,9 +122,11 @@ def test_conditional_from_hidden_states_is_never_v_wide(frozen):
 
 def test_targets_of_hidden_states_stay_in_the_budget():
     teacher = kd.LinearHead(torch.randn(N, H), torch.randn(V, H))
-    for make in (lambda: kd.top_k_target(teacher, 16, chunk_bytes=2**24),
-                 lambda: kd.top_p_target(teacher, 0.5, max_k=16, chunk_bytes=2**24),
-                 lambda: kd.sample_target(teacher, 16, chunk_bytes=2**24)):  # fmt: skip
+    for make in (
+        lambda: kd.top_k_target(teacher, 16, chunk_bytes=2**24),
+        lambda: kd.top_p_target(teacher, 0.5, max_k=16, chunk_bytes=2**24),
+        lambda: kd.sample_target(teacher, 16, chunk_bytes=2**24),
+    ):
         assert peak_of(make) <= 2**24 + SLACK < UNIT
 
 
@@ -132,8 +136,10 @@ def test_committed_result_fills_the_docs():
     assert with_part(page, "bias", sparse_bias.table(json.loads(committed.read_text()))) == page
 
 
-@pytest.mark.parametrize("produce", [lambda t: kd.top_k_target(t, 3), lambda t: kd.top_p_target(t, 0.5),
-                                     lambda t: kd.sample_target(t, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "produce",
+    [lambda t: kd.top_k_target(t, 3), lambda t: kd.top_p_target(t, 0.5), lambda t: kd.sample_target(t, 4)],
+)
 def test_a_teacher_of_nan_is_refused_where_it_counts(produce):
     """Padding often is NaN: that token is masked or the loss is an error, but never quietly 0."""
     teacher = torch.randn(2, 20)
@@ -147,8 +153,11 @@ def test_a_teacher_of_nan_is_refused_where_it_counts(produce):
 @pytest.mark.parametrize("device", ["meta"])
 def test_default_devices_do_not_reach_inside(device):
     teacher, student = torch.randn(2, 3, 20)
-    made = [(lambda: kd.top_k_target(teacher, 4)), (lambda: kd.top_p_target(teacher, 0.5)),
-            (lambda: kd.sample_target(teacher, 4))]  # fmt: skip
+    made = [
+        (lambda: kd.top_k_target(teacher, 4)),
+        (lambda: kd.top_p_target(teacher, 0.5)),
+        (lambda: kd.sample_target(teacher, 4)),
+    ]
     for produce in made:
         torch.manual_seed(0)
         expected = produce()
@@ -166,7 +175,9 @@ def test_no_tokens(shape):
         target = kd.top_k_target(teacher, 4)
         assert target.ids.shape == target.logprobs.shape == (*shape, 4)
         assert kd.kl_div(torch.randn(*shape, 20), target) == 0
-        assert kd.top_p_target(teacher, 0.5).ids.shape == kd.sample_target(teacher, 3).ids.shape == (*shape, 1)
+        assert (
+            kd.top_p_target(teacher, 0.5).ids.shape == kd.sample_target(teacher, 3).ids.shape == (*shape, 1)
+        )
 
 
 PRODUCERS = {

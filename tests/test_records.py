@@ -18,7 +18,8 @@ def rows(target: SparseTarget) -> list:
     """What a target says: per token {id: logprob}, empty slots left out."""
     ids, values = target.ids.flatten(0, -2).tolist(), target.logprobs.flatten(0, -2).tolist()
     return [
-        {i: v for i, v in zip(*row, strict=True) if i >= 0 and v > -INF} for row in zip(ids, values, strict=True)
+        {i: v for i, v in zip(*row, strict=True) if i >= 0 and v > -INF}
+        for row in zip(ids, values, strict=True)
     ]
 
 
@@ -72,16 +73,19 @@ def test_vllm(form):
     assert rows(SparseTarget.from_vllm(form(PROMPT_LOGPROBS), top_k=2))[1] == approx([{3: -0.5, 1: -1.5}])[0]
 
 
-@pytest.mark.parametrize("t, entry, says", [
-    (0, {1: Logprob(-1.0, 1)}, r"prompt_logprobs\[0\] has log-probabilities, but nothing comes before"),
-    (2, None, r"prompt_logprobs\[2\] is None; only the first may be empty"),
-    (2, [(1, -1.0)], r"prompt_logprobs\[2\] is \[\(1, -1.0\)\], not a dict"),
-    (1, {1: -1.0}, r"prompt_logprobs\[1\]\[1\] is -1.0, not a Logprob"),
-    (3, {"x": Logprob(-1.0, 1)}, r"prompt_logprobs\[3\] has 'x' for a token id"),
-    (3, {-1: Logprob(-1.0, 1)}, r"prompt_logprobs\[3\] has -1 for a token id"),
-    (1, {1: Logprob(math.nan, 1)}, r"prompt_logprobs\[1\] has nan for a log-probability"),
-    (1, {1: Logprob(0.9, 1)}, r"prompt_logprobs\[1\] has 0.9 for a log-probability"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "t, entry, says",
+    [
+        (0, {1: Logprob(-1.0, 1)}, r"prompt_logprobs\[0\] has log-probabilities, but nothing comes before"),
+        (2, None, r"prompt_logprobs\[2\] is None; only the first may be empty"),
+        (2, [(1, -1.0)], r"prompt_logprobs\[2\] is \[\(1, -1.0\)\], not a dict"),
+        (1, {1: -1.0}, r"prompt_logprobs\[1\]\[1\] is -1.0, not a Logprob"),
+        (3, {"x": Logprob(-1.0, 1)}, r"prompt_logprobs\[3\] has 'x' for a token id"),
+        (3, {-1: Logprob(-1.0, 1)}, r"prompt_logprobs\[3\] has -1 for a token id"),
+        (1, {1: Logprob(math.nan, 1)}, r"prompt_logprobs\[1\] has nan for a log-probability"),
+        (1, {1: Logprob(0.9, 1)}, r"prompt_logprobs\[1\] has 0.9 for a log-probability"),
+    ],
+)
 def test_vllm_malformed(t, entry, says):
     broken = list(PROMPT_LOGPROBS)
     broken[t] = entry
@@ -99,18 +103,31 @@ def test_vllm_without_ranks():
 # --- DistillKit --------------------------------------------------------------------------------
 
 RECOMMENDED = {
-    "d": 128256, "k": 128, "exact_k": 16, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"],
-    "term_dtype": "float32", "residual_bins": [], "delta_encoding": False, "error_diffusion": False,
-}  # fmt: skip
+    "d": 128256,
+    "k": 128,
+    "exact_k": 16,
+    "exact_dtype": "bfloat16",
+    "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"],
+    "term_dtype": "float32",
+    "residual_bins": [],
+    "delta_encoding": False,
+    "error_diffusion": False,
+}
 BUDGET = RECOMMENDED | {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]}
 SMALL = {
-    "d": 1000, "k": 8, "exact_k": 2, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, "sqrt"],
-    "term_dtype": "float32", "delta_encoding": False, "normalize_t": False,
+    "d": 1000,
+    "k": 8,
+    "exact_k": 2,
+    "exact_dtype": "bfloat16",
+    "polynomial_terms": [0, 1, "sqrt"],
+    "term_dtype": "float32",
+    "delta_encoding": False,
+    "normalize_t": False,
     "residual_bins": [
         {"scale_dtype": "float16", "element_bits": 5, "num_elements": 3},
         {"scale_dtype": "float32", "element_bits": 1, "num_elements": 2},
     ],
-}  # fmt: skip
+}
 
 
 def packed(integers, bits) -> list[int]:
@@ -125,12 +142,16 @@ def distillkit_row():
         ids = [(t * 131 + 77 * j) % 1000 for j in range(8)]
         exact, curve = [-0.25 - t, -0.5 - t], [-2.0 - t, -0.25, -0.5]
         codes, signs = [0, 16 + t, 31], [1, 0]
-        row["compressed_logprobs"].append([
-            *np.array(exact, "<f4").view(np.uint8).reshape(2, 4)[:, 2:].ravel().tolist(),
-            *np.array(curve, "<f4").tobytes(),
-            *np.array(2.0**-6, "<f2").tobytes(), *packed(codes, 5),
-            *np.array(2.0**-5, "<f4").tobytes(), *packed(signs, 1),
-        ])  # fmt: skip
+        row["compressed_logprobs"].append(
+            [
+                *np.array(exact, "<f4").view(np.uint8).reshape(2, 4)[:, 2:].ravel().tolist(),
+                *np.array(curve, "<f4").tobytes(),
+                *np.array(2.0**-6, "<f2").tobytes(),
+                *packed(codes, 5),
+                *np.array(2.0**-5, "<f4").tobytes(),
+                *packed(signs, 1),
+            ]
+        )
         row["bytepacked_indices"].append(packed(ids, 10))
         residual = [(c - 16) * 2.0**-6 for c in codes] + [(2 * s - 1) * 2.0**-5 for s in signs] + [0.0]
         tail = [curve[0] + curve[1] * x + curve[2] * math.sqrt(x) + residual[x] for x in range(6)]
@@ -148,7 +169,12 @@ def test_distillkit():
 
 
 def test_distillkit_differences():
-    config = {"d": 256, "k": 3, "exact_k": 3, "residual_bins": []}  # delta_encoding and float32 are its defaults
+    config = {
+        "d": 256,
+        "k": 3,
+        "exact_k": 3,
+        "residual_bins": [],
+    }  # delta_encoding and float32 are its defaults
     row = {
         "compressed_logprobs": [list(np.array([-0.5, -1.0, -0.25], "<f4").tobytes())],
         "bytepacked_indices": [[9, 8, 7]],
@@ -162,17 +188,29 @@ def test_distillkit_published_sizes():
         assert sum(parts) + ids == published
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"compressed_logprobs": None}, "DistillKit's row has no compressed_logprobs"),
-    ({"packed_indices": [[1]]}, "legacy format"),
-    ({"bytepacked_indices": [[0] * 9] * 3}, "bytepacked_indices has 9 bytes a token; this config gives 10"),
-    ({"compressed_logprobs": [[0] * 3] * 3}, "compressed_logprobs has 3 bytes a token; this config gives 25"),
-    ({"bytepacked_indices": [[0] * 10, [255] * 10, [0] * 10]}, r"bytepacked_indices\[1\] has an id beyond d=1000"),
-    ({"bytepacked_indices": [[0] * 10, [0] * 9]}, r"tokens of \[9, 10\] bytes in bytepacked_indices"),
-    ({"bytepacked_indices": [[0] * 10]}, "3 tokens of compressed_logprobs but 1 of bytepacked_indices"),
-    ({"bytepacked_indices": [["x"] * 10] * 3}, "something else than bytes in bytepacked_indices"),
-    ({"input_ids": [1] * 9}, "9 input_ids but 3 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"compressed_logprobs": None}, "DistillKit's row has no compressed_logprobs"),
+        ({"packed_indices": [[1]]}, "legacy format"),
+        (
+            {"bytepacked_indices": [[0] * 9] * 3},
+            "bytepacked_indices has 9 bytes a token; this config gives 10",
+        ),
+        (
+            {"compressed_logprobs": [[0] * 3] * 3},
+            "compressed_logprobs has 3 bytes a token; this config gives 25",
+        ),
+        (
+            {"bytepacked_indices": [[0] * 10, [255] * 10, [0] * 10]},
+            r"bytepacked_indices\[1\] has an id beyond d=1000",
+        ),
+        ({"bytepacked_indices": [[0] * 10, [0] * 9]}, r"tokens of \[9, 10\] bytes in bytepacked_indices"),
+        ({"bytepacked_indices": [[0] * 10]}, "3 tokens of compressed_logprobs but 1 of bytepacked_indices"),
+        ({"bytepacked_indices": [["x"] * 10] * 3}, "something else than bytes in bytepacked_indices"),
+        ({"input_ids": [1] * 9}, "9 input_ids but 3 tokens"),
+    ],
+)
 def test_distillkit_malformed(change, says):
     row = {k: v for k, v in (distillkit_row()[0] | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):
@@ -182,11 +220,12 @@ def test_distillkit_malformed(change, says):
 # --- axolotl -----------------------------------------------------------------------------------
 
 DATASET_ROW = {  # chat_template.py: -inf, ids 0.. and mask 0 where there is nothing; masked prompts
-    "input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8],
+    "input_ids": [5, 6, 7, 8],
+    "labels": [-100, -100, 7, 8],
     "target_token_ids": [[0, 1], [4, 9], [7, 3], [8, 2]],
     "target_logprobs": [[-INF, -INF], [-0.5, -1.0], [-0.25, -1.75], [-0.125, -3.0]],
     "target_mask": [[0, 0], [0, 0], [1, 1], [1, 1]],
-}  # fmt: skip
+}
 BATCH = {  # collator.py: K and the sequence are filled up with -1e9, id 0 and mask 0
     "target_token_ids": torch.tensor([[[7, 3], [8, 0]], [[4, 0], [0, 0]]]),
     "target_logprobs": torch.tensor([[[-0.25, -1.75], [-0.125, -1e9]], [[-0.5, -1e9], [-1e9, -1e9]]]),
@@ -198,25 +237,37 @@ def test_axolotl_both_paddings():
     target = SparseTarget.from_axolotl(DATASET_ROW, tail="conditional")
     assert target.tail == "conditional"
     assert rows(target) == approx([{}, {}, {7: -0.25, 3: -1.75}, {8: -0.125, 2: -3.0}])
-    assert rows(SparseTarget.from_axolotl(DATASET_ROW, shift=1)) == approx([{}, {7: -0.25, 3: -1.75}, {8: -0.125, 2: -3.0}, {}])
+    assert rows(SparseTarget.from_axolotl(DATASET_ROW, shift=1)) == approx(
+        [{}, {7: -0.25, 3: -1.75}, {8: -0.125, 2: -3.0}, {}]
+    )
     batch = SparseTarget.from_axolotl(BATCH)
     assert batch.ids.shape == (2, 2, 2)
     assert rows(batch) == approx([{7: -0.25, 3: -1.75}, {8: -0.125}, {4: -0.5}, {}])
     unmasked = {name: torch.ones_like(c) if name == "target_mask" else c for name, c in BATCH.items()}
     assert rows(SparseTarget.from_axolotl(unmasked)) == rows(batch)  # -1e9 alone is empty too
     ragged = DATASET_ROW | {
-        "target_token_ids": [[0], [4, 9], [7], [8, 2]], "target_logprobs": [[-INF], [-1.0, -2.0], [-1.0], [-1.0, -2.0]],
+        "target_token_ids": [[0], [4, 9], [7], [8, 2]],
+        "target_logprobs": [[-INF], [-1.0, -2.0], [-1.0], [-1.0, -2.0]],
         "target_mask": [[0], [1, 1], [1], [1, 1]],
-    }  # fmt: skip
+    }
     assert rows(SparseTarget.from_axolotl(ragged)) == [{}, {4: -1.0, 9: -2.0}, {7: -1.0}, {8: -1.0, 2: -2.0}]
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"target_mask": None}, "axolotl's row has no target_mask"),
-    ({"target_mask": [[1, 1]] * 3}, r"shapes \(4, 2\), \(4, 2\) and \(3, 2\)"),
-    ({"target_logprobs": [[-1.0, -2.0], None, [-1.0], [-1.0]]}, r"target_logprobs\[1\] is None, not a list"),
-    ({"target_logprobs": [[-1.0, -2.0], [-1.0, math.nan], [-1.0, -2.0], [-1.0, -2.0]]}, r"target_logprobs\[\[1, 1\]\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"target_mask": None}, "axolotl's row has no target_mask"),
+        ({"target_mask": [[1, 1]] * 3}, r"shapes \(4, 2\), \(4, 2\) and \(3, 2\)"),
+        (
+            {"target_logprobs": [[-1.0, -2.0], None, [-1.0], [-1.0]]},
+            r"target_logprobs\[1\] is None, not a list",
+        ),
+        (
+            {"target_logprobs": [[-1.0, -2.0], [-1.0, math.nan], [-1.0, -2.0], [-1.0, -2.0]]},
+            r"target_logprobs\[\[1, 1\]\]",
+        ),
+    ],
+)
 def test_axolotl_malformed(change, says):
     row = {k: v for k, v in (DATASET_ROW | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):
@@ -243,15 +294,22 @@ def test_trl_server():
     assert SparseTarget.from_trl_server(SERVER, prompt_lengths=[1, 3]).ids.shape == (2, 4, 2)
 
 
-@pytest.mark.parametrize("change, options, says", [
-    ({"logprob_token_ids": None}, {}, "TRL's result has no logprob_token_ids"),
-    ({"logprobs": [[[-0.25], [-0.5, -INF]], [[-1.0, -1.5]]]}, {}, "sequence 0 has other slots in logprobs"),
-    ({"logprobs": SERVER["logprobs"][:1]}, {}, "2 sequences of ids, 1 of logprobs"),
-    ({"logprob_token_ids": [[[7, 3], [9, 0]], [["?", 0]]]}, {}, "sequence 1 has '.' for a token id"),
-    ({}, {"prompt_lengths": [1, 0]}, "sequence 1 has no prompt"),
-    ({}, {"prompt_lengths": [1]}, "and 1 of prompt_lengths"),
-    ({}, {"length": 1}, "2 tokens, more than length=1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, options, says",
+    [
+        ({"logprob_token_ids": None}, {}, "TRL's result has no logprob_token_ids"),
+        (
+            {"logprobs": [[[-0.25], [-0.5, -INF]], [[-1.0, -1.5]]]},
+            {},
+            "sequence 0 has other slots in logprobs",
+        ),
+        ({"logprobs": SERVER["logprobs"][:1]}, {}, "2 sequences of ids, 1 of logprobs"),
+        ({"logprob_token_ids": [[[7, 3], [9, 0]], [["?", 0]]]}, {}, "sequence 1 has '.' for a token id"),
+        ({}, {"prompt_lengths": [1, 0]}, "sequence 1 has no prompt"),
+        ({}, {"prompt_lengths": [1]}, "and 1 of prompt_lengths"),
+        ({}, {"length": 1}, "2 tokens, more than length=1"),
+    ],
+)
 def test_trl_server_malformed(change, options, says):
     result = {k: v for k, v in (SERVER | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):
@@ -272,13 +330,19 @@ def test_tinker(form):
     assert rows(SparseTarget.from_tinker(form)) == approx([{7: -0.25, 3: -2.0}, {}, {9: -0.5}, {}])
 
 
-@pytest.mark.parametrize("record, says", [
-    (None, "is empty: ask for it"),
-    ([[(1, -1.0)]], r"topk_prompt_logprobs\[0\] has log-probabilities, but nothing"),
-    ([None, [7, 3]], r"topk_prompt_logprobs\[1\] is \[7, 3\], not a list of"),
-    ([None, [(7, "x")]], r"topk_prompt_logprobs\[1\] has 'x' for a log-probability"),
-    (SimpleNamespace(token_ids=np.zeros((2, 3)), logprobs=np.zeros((2, 2))), r"\(2, 3\) and logprobs \(2, 2\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record, says",
+    [
+        (None, "is empty: ask for it"),
+        ([[(1, -1.0)]], r"topk_prompt_logprobs\[0\] has log-probabilities, but nothing"),
+        ([None, [7, 3]], r"topk_prompt_logprobs\[1\] is \[7, 3\], not a list of"),
+        ([None, [(7, "x")]], r"topk_prompt_logprobs\[1\] has 'x' for a log-probability"),
+        (
+            SimpleNamespace(token_ids=np.zeros((2, 3)), logprobs=np.zeros((2, 2))),
+            r"\(2, 3\) and logprobs \(2, 2\)",
+        ),
+    ],
+)
 def test_tinker_malformed(record, says):
     with pytest.raises(ValueError, match=says):
         SparseTarget.from_tinker(record)
@@ -311,13 +375,19 @@ def test_megatron():
     assert rows(SparseTarget.from_megatron(lists)) == approx(MEGATRON_ROWS + [{8: -3.0}, {}])
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"bit_17": None}, "Megatron's payload has no bit_17"),
-    ({"bit_17": torch.zeros(2, 2, 1, dtype=torch.bool)}, "micro-batch 0 has shapes"),
-    ({"indices_low": torch.zeros(2, 2, 2, dtype=torch.int32)}, "micro-batch 0 has ids in torch.int32"),
-    ({"values": torch.full((2, 2, 2), math.nan)}, "micro-batch 0 has values that are no log-probabilities"),
-    ({"values": [MEGATRON["values"]]}, "micro-batches of values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"bit_17": None}, "Megatron's payload has no bit_17"),
+        ({"bit_17": torch.zeros(2, 2, 1, dtype=torch.bool)}, "micro-batch 0 has shapes"),
+        ({"indices_low": torch.zeros(2, 2, 2, dtype=torch.int32)}, "micro-batch 0 has ids in torch.int32"),
+        (
+            {"values": torch.full((2, 2, 2), math.nan)},
+            "micro-batch 0 has values that are no log-probabilities",
+        ),
+        ({"values": [MEGATRON["values"]]}, "micro-batches of values"),
+    ],
+)
 def test_megatron_malformed(change, says):
     payload = {k: v for k, v in (MEGATRON | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):

@@ -30,8 +30,13 @@ def test_divergences(backend, tail, divergence, form, dtype):
     problem = SparseProblem(student=form, tail=tail, dtype=dtype)
     for hard_weight in (0.0, 0.5):
         options = dict(divergence=divergence, temperature=1.5, hard_weight=hard_weight)
-        assert_exact(problem.run(backend, **options), problem.oracle(**options),
-                     problem.plain(**options), dtype=dtype, projected=form == "head")  # fmt: skip
+        assert_exact(
+            problem.run(backend, **options),
+            problem.oracle(**options),
+            problem.plain(**options),
+            dtype=dtype,
+            projected=form == "head",
+        )
 
 
 @pytest.mark.parametrize("chunk_bytes", [30_000, 400_000])
@@ -73,7 +78,9 @@ def test_what_is_stored(backend, tail, values, given):
     conforms(SparseProblem(tail=tail, values=values, given=given), backend, hard_weight=0.5)
 
 
-@pytest.mark.parametrize("vocab,slots", [(1, 1), (2, 1), (2, 2), (127, 127), (2048, 1), (2049, 64), (5000, 5000)])
+@pytest.mark.parametrize(
+    "vocab,slots", [(1, 1), (2, 1), (2, 2), (127, 127), (2048, 1), (2049, 64), (5000, 5000)]
+)
 @pytest.mark.parametrize("tail", TAILS)
 def test_widths(backend, tail, vocab, slots):
     problem = SparseProblem(tail=tail, vocab=vocab, slots=slots, messy=False)
@@ -114,10 +121,14 @@ def test_options(backend, tail, form, options):
     conforms(problem, backend, **options)
 
 
-@pytest.mark.parametrize("map_options", [dict(softcap=5.0), dict(logit_scale=0.3), dict(softcap=4.0, logit_scale=-2.0)])
+@pytest.mark.parametrize(
+    "map_options", [dict(softcap=5.0), dict(logit_scale=0.3), dict(softcap=4.0, logit_scale=-2.0)]
+)
 @pytest.mark.parametrize("tail", TAILS)
 def test_logit_maps(backend, tail, map_options):
-    conforms(SparseProblem(student="head", tail=tail, **map_options), backend, temperature=1.7, hard_weight=0.5)
+    conforms(
+        SparseProblem(student="head", tail=tail, **map_options), backend, temperature=1.7, hard_weight=0.5
+    )
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])

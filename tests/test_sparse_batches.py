@@ -55,7 +55,9 @@ def test_what_does_not_join():
 def test_a_dataloader_stacks():
     items = [{"target": kd.top_k_target(t[:2], 3), "labels": torch.tensor([1, 2])} for t in TEACHERS]
     (batch,) = DataLoader(items, batch_size=3)
-    assert batch["target"].leading_shape == (3, 2) and torch.equal(batch["target"][1].ids, items[1]["target"].ids)
+    assert batch["target"].leading_shape == (3, 2) and torch.equal(
+        batch["target"][1].ids, items[1]["target"].ids
+    )
 
 
 @pytest.mark.parametrize("kind", ["logprobs", "weights", "masks"])

@@ -35,9 +35,15 @@ VOCAB = 1000
 
 def manifest(**changes) -> Manifest:
     given = {
-        "model": "teacher", "tokenizer": "t" * 8, "vocab_size": VOCAB, "data": "d" * 8, "sequences": 6,
-        "method": "top_k", "k": 8, "values": "float32",
-    }  # fmt: skip
+        "model": "teacher",
+        "tokenizer": "t" * 8,
+        "vocab_size": VOCAB,
+        "data": "d" * 8,
+        "sequences": 6,
+        "method": "top_k",
+        "k": 8,
+        "values": "float32",
+    }
     return Manifest(**(given | changes))
 
 
@@ -127,10 +133,13 @@ def test_counts_and_duplicates_are_exact():
         through(target, "count", draws=3)
 
 
-@pytest.mark.parametrize("bad, says", [
-    ({"ids": [[1, VOCAB]]}, f"token 0 has id {VOCAB} in a vocabulary of {VOCAB}"),
-    ({"logprobs": [[-1.0, float("nan")]]}, "token 0 has logprobs nan for id 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        ({"ids": [[1, VOCAB]]}, f"token 0 has id {VOCAB} in a vocabulary of {VOCAB}"),
+        ({"logprobs": [[-1.0, float("nan")]]}, "token 0 has logprobs nan for id 2"),
+    ],
+)
 def test_what_cannot_be_stored_is_refused(bad, says):
     given = {"ids": [[1, 2]], "logprobs": [[-1.0, -2.0]]} | bad
     with pytest.raises(ValueError, match=says):
@@ -246,7 +255,9 @@ def test_damaged_records_and_manifests_are_named(tmp_path):
     with pytest.raises(ValueError, match="sequence 5 is also in shard-0000-000000.parquet"):
         TeacherCache(tmp_path / "c")
     record.unlink()
-    with pytest.raises(ValueError, match="3 of 6 sequences; sequence 0 is the first that it lacks; run the command"):
+    with pytest.raises(
+        ValueError, match="3 of 6 sequences; sequence 0 is the first that it lacks; run the command"
+    ):
         TeacherCache(tmp_path / "c")
     record.write_text(text)
     path = tmp_path / "c" / "manifest.json"

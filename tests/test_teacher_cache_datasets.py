@@ -50,9 +50,11 @@ def test_another_cache_in_the_same_place_is_another_dataset(tmp_path):
 def test_a_dataset_of_the_users_own(tmp_path):
     """Padded with -1, weights, already with other columns."""
     rows = {
-        "text": ["a", "b"], "input_ids": [[1, 2], [3]],
-        "ids": [[[5, 7], [2, -1]], [[9, -1]]], "weights": [[[0.5, 0.25], [1.0, 0.0]], [[0.75, 0.0]]],
-    }  # fmt: skip
+        "text": ["a", "b"],
+        "input_ids": [[1, 2], [3]],
+        "ids": [[[5, 7], [2, -1]], [[9, -1]]],
+        "weights": [[[0.5, 0.25], [1.0, 0.0]], [[0.75, 0.0]]],
+    }
     dataset = datasets.Dataset.from_dict(rows)
     from_dataset(dataset, tmp_path / "c", **OF, tail="truncate")
     cache = TeacherCache(tmp_path / "c")

@@ -23,8 +23,16 @@ from kdkernels.trainer.settings import Problem, resolve  # noqa: E402
 
 K = 12
 DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}
-RUN = {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 3, "save_steps": 100,
-       "logging_steps": 1, "disable_tqdm": True, "learning_rate": 3e-3}  # fmt: skip
+RUN = {
+    "use_cpu": True,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "eval_steps": 3,
+    "save_steps": 100,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "learning_rate": 3e-3,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,8 +67,20 @@ def teacher(home: Path) -> str:
 def cached(home: Path, name: str, *options: str) -> Path:
     """``python -m kdkernels cache``, one sequence at a time."""
     shared = [str(part) for key, value in DATA.items() for part in (f"--{key}", value)]
-    command.main(["--teacher", teacher(home), "--data", str(home / "text"), "--out", str(home / name),
-                  "--batch_size", "1", *shared, *options])  # fmt: skip
+    command.main(
+        [
+            "--teacher",
+            teacher(home),
+            "--data",
+            str(home / "text"),
+            "--out",
+            str(home / name),
+            "--batch_size",
+            "1",
+            *shared,
+            *options,
+        ]
+    )
     return home / name
 
 
@@ -99,11 +119,14 @@ def test_the_students_loss_from_the_cache_is_that_of_the_live_teacher_exactly(ho
         patch.setattr(train.ReliableTrainer, "teacher_target", live_top_k)
         live = train.run(settings(home, "soft", "live", teacher=teacher(home)))
     assert losses(home / "from-cache") == losses(home / "live") and len(losses(home / "live")) == 6
-    assert result["eval_loss"] == live["eval_loss"] and result["eval_target_kl"] == live["eval_target_kl"] > 0.01
+    assert (
+        result["eval_loss"] == live["eval_loss"] and result["eval_target_kl"] == live["eval_target_kl"] > 0.01
+    )
     ours, theirs = weights(home / "from-cache"), weights(home / "live")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    start = models.load_model("micro", models.AutoTokenizer.from_pretrained(teacher(home)), dtype="float32",
-                              seed=42, max_length=48).state_dict()  # fmt: skip
+    start = models.load_model(
+        "micro", models.AutoTokenizer.from_pretrained(teacher(home)), dtype="float32", seed=42, max_length=48
+    ).state_dict()
     assert any(not torch.equal(ours[name], start[name]) for name in ours)
 
 
@@ -131,19 +154,28 @@ def test_a_cache_of_the_users_own_pipeline_trains(home):
 
     directory = cached(home, "mine", "--top_k", "4", "--values", "float32", "--validation_share", "0")
     of = TeacherCache(directory).manifest
-    made = from_dataset(to_dataset(directory, streaming=True), home / "via-datasets", model=of.model, values="float32",
-                        tokenizer=of.tokenizer, vocab_size=of.vocab_size)  # fmt: skip
+    made = from_dataset(
+        to_dataset(directory, streaming=True),
+        home / "via-datasets",
+        model=of.model,
+        values="float32",
+        tokenizer=of.tokenizer,
+        vocab_size=of.vocab_size,
+    )
     assert made.data == of.data
     for name, targets in (("mine-run", directory), ("via-run", home / "via-datasets")):
         from_cache(home, name, targets, validation_share=0.0, max_steps=2)
     assert losses(home / "mine-run") == losses(home / "via-run") != []
 
 
-@pytest.mark.parametrize("options, kind, values", [
-    (["--samples", "16"], "weights", "count"),
-    (["--samples", "16", "--proposal_temperature", "0.8"], "weights", "uint8"),
-    (["--top_p", "0.7"], "logprobs", "uint8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, kind, values",
+    [
+        (["--samples", "16"], "weights", "count"),
+        (["--samples", "16", "--proposal_temperature", "0.8"], "weights", "uint8"),
+        (["--top_p", "0.7"], "logprobs", "uint8"),
+    ],
+)
 def test_samples_and_top_p(home, options, kind, values):
     directory = cached(home, "-".join(options).replace("--", ""), *options)
     cache = TeacherCache(directory)
@@ -194,7 +226,12 @@ def test_ranks_share_the_work(home, monkeypatch, capsys):
 def test_the_command_that_the_cache_prints_trains_on_it(home, capsys):
     """With the same data, split and lengths; what is measured against its few outcomes has names of its own."""
     cached(home, "prints", "--top_k", "4", "--text_field", "body of it")
-    line = capsys.readouterr().out.splitlines()[-1].replace("STUDENT", "micro").replace("RUN", str(home / "printed"))
+    line = (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .replace("STUDENT", "micro")
+        .replace("RUN", str(home / "printed"))
+    )
     arguments = shlex.split(line)
     assert arguments[:4] == ["python", "-m", "kdkernels", "train"] and "body of it" in arguments
     cli.main([*arguments[4:], "--max_steps", "2", "--logging_steps", "1"])
@@ -214,7 +251,9 @@ def test_another_tokenizer_vocabulary_or_order_of_data_is_refused(home):
     made = TeacherCache(directory).manifest
     with pytest.raises(Problem, match=f"made with sequences {made.sequences}, but this run has"):
         from_cache(home, "refused-length", directory, max_length=40)
-    given = train.ingredients(settings(home, "soft", "refused-order", tokenizer=teacher(home), targets=str(directory)))
+    given = train.ingredients(
+        settings(home, "soft", "refused-order", tokenizer=teacher(home), targets=str(directory))
+    )
     assert len(CachedSequences(given.train, directory, given.tokenizer)) == made.sequences
     with pytest.raises(Problem, match=f"made with data {made.data!r}, but this run has '"):
         CachedSequences(data.Sequences(given.train.rows[::-1]), directory, given.tokenizer)
@@ -222,7 +261,11 @@ def test_another_tokenizer_vocabulary_or_order_of_data_is_refused(home):
     other.save_pretrained(home / "other-tokenizer")
     both = f"made with tokenizer {made.tokenizer!r}, but this run has {tokenizer_hash(other)!r}"
     with pytest.raises(Problem, match=both):
-        train.run(settings(home, "soft", "refused-t", tokenizer=str(home / "other-tokenizer"), targets=str(directory)))
+        train.run(
+            settings(
+                home, "soft", "refused-t", tokenizer=str(home / "other-tokenizer"), targets=str(directory)
+            )
+        )
     shutil.copytree(directory, home / "refused-nothing-held-out", ignore=shutil.ignore_patterns("validation"))
     with pytest.raises(Problem, match="no targets for the validation text; --validation_share 0"):
         from_cache(home, "refused-v", home / "refused-nothing-held-out")
@@ -243,16 +286,30 @@ def test_damage_stops_training_and_is_named(home):
     assert not (home / "from-damaged" / train.RESULT).exists()
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--top_k", "4", "--samples", "4"], "give one of --top_k, --top_p and --samples, not top_k and samples"),
-    ([], "not none"),
-    (["--top_p", "1.5"], "--top_p is at most 1"),
-    (["--top_k", "4", "--teacher", "micro"], "made from scratch and knows nothing"),
-    (["--top_k", "4", "--data", "nowhere.txt"], "no data nowhere.txt"),
-    (["--top_k", "4", "--values", "int3"], "values is one of float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (
+            ["--top_k", "4", "--samples", "4"],
+            "give one of --top_k, --top_p and --samples, not top_k and samples",
+        ),
+        ([], "not none"),
+        (["--top_p", "1.5"], "--top_p is at most 1"),
+        (["--top_k", "4", "--teacher", "micro"], "made from scratch and knows nothing"),
+        (["--top_k", "4", "--data", "nowhere.txt"], "no data nowhere.txt"),
+        (["--top_k", "4", "--values", "int3"], "values is one of float32"),
+    ],
+)
 def test_what_is_wrong_is_one_line(home, tmp_path, arguments, says):
-    given = ["--teacher", teacher(home), "--data", str(home / "text"), "--out", str(tmp_path / "c"), *arguments]
+    given = [
+        "--teacher",
+        teacher(home),
+        "--data",
+        str(home / "text"),
+        "--out",
+        str(tmp_path / "c"),
+        *arguments,
+    ]
     with pytest.raises(SystemExit) as stop:
         command.main(given)
     assert says in str(stop.value) and "\n" not in str(stop.value).strip()
@@ -279,7 +336,9 @@ def test_only_learnt_tokens_are_kept(home):
     settings = command.CacheSettings(teacher="", out="", top_k=3)
     (target,) = command.targets(model, batch, command.select(settings, [0], len(tokenizer), "bucket"))
     assert (target.ids >= 0).any(-1).tolist() == [False, True, True, True, False]
-    assert command.fingerprint(data.Sequences(rows)) != command.fingerprint(data.Sequences([(rows[0][0], rows[0][0])]))
+    assert command.fingerprint(data.Sequences(rows)) != command.fingerprint(
+        data.Sequences([(rows[0][0], rows[0][0])])
+    )
 
 
 def test_help_is_there(capsys):

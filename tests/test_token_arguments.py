@@ -30,7 +30,9 @@ def test_a_mask_is_labels_of_ignore_index(backend, kind, form, reduction):
     assert 0 < live.sum() < live.numel()
     mask = MASKS[kind](live)
     expected = problem.run(backend, reduction=reduction, divergence=kd.JSD(0.3))
-    assert same(problem.run(backend, labels=False, mask=mask, reduction=reduction, divergence=kd.JSD(0.3)), expected)
+    assert same(
+        problem.run(backend, labels=False, mask=mask, reduction=reduction, divergence=kd.JSD(0.3)), expected
+    )
     options = dict(reduction=reduction, hard_weight=0.5)
     expected = problem.run(backend, **options)
     problem.labels = torch.where(live, problem.labels, 10**6)
@@ -56,7 +58,9 @@ def test_mask_of_every_loss(name):
     with kd.use_backend(name or "auto"):
         kl = kd.kl_div(s, t, reduction="none")[live].mean()
         assert torch.allclose(kd.kl_div(s, t, mask=mask), kl)
-        assert torch.allclose(kd.js_divergence(s, t, mask=mask), kd.js_divergence(s, t, reduction="none")[live].mean())
+        assert torch.allclose(
+            kd.js_divergence(s, t, mask=mask), kd.js_divergence(s, t, reduction="none")[live].mean()
+        )
         ce = torch.nn.functional.cross_entropy(s[live], y[live])
         assert torch.allclose(kd.cross_entropy(s, y, mask=mask), ce)
         assert torch.allclose(kd.KLDivLoss()(s, t, mask=mask), kl)
@@ -81,12 +85,20 @@ def test_mask_compiles():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(s, mask), loss(s, mask))
     with pytest.raises(ValueError, match="num_items"):
-        torch.compile(lambda n: kd.kl_div(s, t, num_items=n), fullgraph=True, backend="aot_eager")(torch.tensor(0))
+        torch.compile(lambda n: kd.kl_div(s, t, num_items=n), fullgraph=True, backend="aot_eager")(
+            torch.tensor(0)
+        )
 
 
-@pytest.mark.parametrize("labels,warns", [
-    ([1, 1, 0, 0], True), ([1, 1, 1, 1], True), ([1, 1, 0, -100], False), ([1, 1, 0, 2], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels,warns",
+    [
+        ([1, 1, 0, 0], True),
+        ([1, 1, 1, 1], True),
+        ([1, 1, 0, -100], False),
+        ([1, 1, 0, 2], False),
+    ],
+)
 def test_labels_that_look_like_a_mask(labels, warns):
     s, t = torch.randn(2, 4, 30)
     with warnings.catch_warnings(record=True) as caught:
@@ -145,8 +157,9 @@ def test_codistillation_smooths_the_students_labels_only(backend, form, chunk_by
     problem = Problem(student=form, teacher=form)
     options = dict(hard_weight=0.5, label_smoothing=0.2, z_loss=0.01)
     sides = [[t.clone().requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
-    losses = kd.codistillation_loss(*(problem.side(side) for side in sides), problem.labels,
-                                    chunk_bytes=chunk_bytes, **options)  # fmt: skip
+    losses = kd.codistillation_loss(
+        *(problem.side(side) for side in sides), problem.labels, chunk_bytes=chunk_bytes, **options
+    )
     grads = torch.autograd.grad(losses.student + losses.teacher, sides[0] + sides[1])
     value, expected = problem.oracle(**options)
     problem.student = problem.teacher

@@ -58,8 +58,16 @@ def test_soft(tmp_path):
     )
     assert moved > 1e-4 and result["steps"] == 4 and result["tokens"] == 4 * 4 * 32
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert {"loss", "soft", "hard", "student_entropy", "teacher_entropy", "agreement", "tokens_per_second",
-            "peak_memory_gib"} <= lines[1].keys()  # fmt: skip
+    assert {
+        "loss",
+        "soft",
+        "hard",
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
+        "tokens_per_second",
+        "peak_memory_gib",
+    } <= lines[1].keys()
     assert lines[1]["loss"] == pytest.approx(lines[1]["soft"] + 0.5 * lines[1]["hard"], rel=1e-4)
     assert any("eval_kl" in line for line in lines)
     again = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -70,8 +78,11 @@ def test_soft(tmp_path):
 def test_hard_writes_completions_and_learns_only_them(tmp_path, monkeypatch):
     seen = []
     original = ReliableTrainer.training_step
-    monkeypatch.setattr(ReliableTrainer, "training_step",
-                        lambda self, model, inputs, n=None: (seen.append(inputs), original(self, model, inputs, n))[1])  # fmt: skip
+    monkeypatch.setattr(
+        ReliableTrainer,
+        "training_step",
+        lambda self, model, inputs, n=None: (seen.append(inputs), original(self, model, inputs, n))[1],
+    )
     run("hard", tmp_path, sampling_temperature=0.7, **WRITES)
     lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and all(
@@ -102,7 +113,9 @@ def test_co_trains_and_keeps_both_models(tmp_path):
     # Four steps are too few for the teacher's loss to be below log(vocab) after each of them.
     weights = [line["soft_weight"] for line in lines]
     assert weights[0] == 0 and max(weights) > 0.01
-    for weight, line in zip(weights[1:], lines):  # the loss that it stands for: a weight near 0 is a difference
+    for weight, line in zip(
+        weights[1:], lines
+    ):  # the loss that it stands for: a weight near 0 is a difference
         loss = pytest.approx(min(line["teacher_hard"], math.log(300)), rel=2 * torch.finfo(torch.float32).eps)
         assert (1 - weight) * math.log(300) == loss
     last = lines[-1]
@@ -136,9 +149,20 @@ def test_co_logs_kl_at_temperature_1(tmp_path):
 def test_co_takes_trainers_options_for_one_model(tmp_path, capsys):
     """Recomputed activations change no bit; the best checkpoint (here: the highest loss) is of both models."""
     run("co", tmp_path / "plain", eval_steps=2)
-    run("co", tmp_path / "other", eval_steps=2, gradient_checkpointing=True, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", greater_is_better=True)  # fmt: skip
-    losses = [line["eval_loss"] for line in read_metrics(tmp_path / "other" / "metrics.jsonl") if "eval_loss" in line]
+    run(
+        "co",
+        tmp_path / "other",
+        eval_steps=2,
+        gradient_checkpointing=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    losses = [
+        line["eval_loss"]
+        for line in read_metrics(tmp_path / "other" / "metrics.jsonl")
+        if "eval_loss" in line
+    ]
     assert losses[0] > losses[1] and losses[2] == losses[0]
     for part in ("student", "teacher"):
         best = weights(tmp_path / "plain" / "checkpoint-2" / part)
@@ -149,7 +173,9 @@ def test_co_takes_trainers_options_for_one_model(tmp_path, capsys):
 def test_lora_begins_with_the_seed_alone(tmp_path, saved):
     """A run that is killed before its first checkpoint begins anew, and must come to the same."""
     pytest.importorskip("peft")
-    given = train.ingredients(resolve("soft", options(tmp_path, student=str(saved), teacher=str(saved), lora_rank=2)))
+    given = train.ingredients(
+        resolve("soft", options(tmp_path, student=str(saved), teacher=str(saved), lora_rank=2))
+    )
     torch.manual_seed(1)
     ours = given.student().state_dict()
     torch.manual_seed(2)
@@ -166,8 +192,11 @@ def test_metrics_reach_transformers_reports(report_to, tmp_path, monkeypatch):
     logged = set()
     if report_to == "wandb":
         original = package.sdk.wandb_run.Run.log
-        monkeypatch.setattr(package.sdk.wandb_run.Run, "log",
-                            lambda self, data, *a, **k: (logged.update(data), original(self, data, *a, **k))[1])  # fmt: skip
+        monkeypatch.setattr(
+            package.sdk.wandb_run.Run,
+            "log",
+            lambda self, data, *a, **k: (logged.update(data), original(self, data, *a, **k))[1],
+        )
     run("co", tmp_path / "run", report_to=[report_to])
     if report_to == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -178,8 +207,19 @@ def test_metrics_reach_transformers_reports(report_to, tmp_path, monkeypatch):
         logged = set(events.Tags()["scalars"])
     else:
         package.finish()
-    ours = {"loss", "soft", "hard", "kl", "student_entropy", "teacher_entropy", "agreement", "teacher_hard",
-            "soft_weight", "tokens_per_second", "peak_memory_gib"}  # fmt: skip
+    ours = {
+        "loss",
+        "soft",
+        "hard",
+        "kl",
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
+        "teacher_hard",
+        "soft_weight",
+        "tokens_per_second",
+        "peak_memory_gib",
+    }
     assert {f"train/{name}" for name in ours} | {"eval/kl", "eval/hard", "eval/agreement"} <= logged
 
 
@@ -210,10 +250,15 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, saved, tokenizer
     assert result["eval_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind, expected", [
-    ("constant", [0.8, 0.8, 0.8]), ("linear", [0.2, 0.5, 0.8]), ("cosine", [0.2, 0.5, 0.8]),
-    ("warmup_stable_decay", [0.2, 0.8, 0.2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("constant", [0.8, 0.8, 0.8]),
+        ("linear", [0.2, 0.5, 0.8]),
+        ("cosine", [0.2, 0.5, 0.8]),
+        ("warmup_stable_decay", [0.2, 0.8, 0.2]),
+    ],
+)
 def test_soft_weight(kind, expected):
     schedule = SoftWeight(kind, peak=0.8, start=0.2, warmup=0.25)
     assert [schedule.at(step, 100) for step in (0, 50, 100)] == pytest.approx(expected)
@@ -238,11 +283,14 @@ def test_a_run_says_what_it_does_and_what_came_of_it(tmp_path, capsys):
     for part in (
         f"nothing to resume in {tmp_path}: a new run begins",
         f"{len(given.records):,} documents in {len(given.train):,} sequences of {tokens:,} tokens",
-        f"student micro: {parameters:,} parameters\n", f"teacher micro: {parameters:,} parameters\n",
-        f"backend {kd.explain(torch.ones(1, 2)).splitlines()[-1].split(':')[0]}", f"4 steps of 4 sequences, in {tmp_path}",
+        f"student micro: {parameters:,} parameters\n",
+        f"teacher micro: {parameters:,} parameters\n",
+        f"backend {kd.explain(torch.ones(1, 2)).splitlines()[-1].split(':')[0]}",
+        f"4 steps of 4 sequences, in {tmp_path}",
         f"step 4, {result['tokens']:,} tokens; it took {result['seconds']:.0f} s",
-        f"kl {result['eval_kl']:.4g}", f"the model is in {tmp_path / 'model'}",
-    ):  # fmt: skip
+        f"kl {result['eval_kl']:.4g}",
+        f"the model is in {tmp_path / 'model'}",
+    ):
         assert part in said, part
     run("soft", tmp_path, resume=True)
     said = capsys.readouterr().out
@@ -288,7 +336,9 @@ def test_resuming_tied_models_warns_of_nothing_but_what_is_missing(tmp_path, cap
         caplog.clear()
         trainer._issue_warnings_after_load(torch.nn.modules.module._IncompatibleKeys(missing, []))
         assert missing[1] in caplog.records[0].message
-        assert ("lm_head.weight" in caplog.records[0].message) == ("embed" in missing[1])  # its other half is missing too
+        assert ("lm_head.weight" in caplog.records[0].message) == (
+            "embed" in missing[1]
+        )  # its other half is missing too
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -343,8 +393,10 @@ def test_of_a_single_text_the_end_is_held_out(tmp_path):
 
 def test_messages_through_the_chat_template(tokenizer):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}" \
-               "{% if add_generation_prompt %}<assistant>{% endif %}"  # fmt: skip
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
     tokenizer.chat_template = template
     ((ids, labels),) = data.sequences([{"messages": messages}], tokenizer, 64).rows
@@ -376,32 +428,38 @@ def error_of(capsys, mode, folder, **values):
     return caught.value.code
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"student": "no/such/model"}, "no model no/such/model"),
-    ({"student": "{tmp}"}, "cannot load model"),
-    ({"tokenizer": "{tmp}"}, "cannot load tokenizer"),
-    ({"tokenizer": "no/such/model"}, "no tokenizer no/such/model"),
-    ({"data": ["{tmp}/nothing.txt"]}, "no data"),
-    ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
-    ({"data": ["{tmp}/empty_texts.jsonl"]}, "no text in"),
-    ({"data": ["{tmp}/short.txt"], "validation_share": 0.9}, "no sequence of 2 or more tokens"),
-    ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither a text 'text'"),
-    ({"data": ["{tmp}/torn.jsonl"]}, "cannot read"),
-    ({"divergence": "kl"}, "unknown divergence 'kl'"),
-    ({"divergence": "jsd:7"}, "divergence 'jsd:7'"),
-    ({"no_such_option": 1}, "unknown options no_such_option"),
-    ({"fsdp": True}, "fsdp only works in distributed"),
-    ({"output_dir": None}, "no --output_dir"),
-    ({"output_dir": "{tmp}/short.txt"}, "cannot write to --output_dir"),
-    ({"targets": "{tmp}", "teacher": None}, "is no teacher cache"),
-    ({"lora_modules": ["nope"], "lora_rank": 2}, "Target modules {'nope'} not found"),
-    ({"dataloader_drop_last": True, "per_device_train_batch_size": 9999}, "a batch takes 9999"),
-    ({"seed": -1}, "Seed must be between 0"),
-    ({"report_to": ["x"]}, "x is not supported"),
-    ({"load_best_model_at_end": True, "eval_steps": 2, "validation_share": 0.0}, "the best checkpoint needs text to be judged by"),
-    ({"learning_rate": 1e-3, "optim": "galore_adamw"}, "optim=galore_adamw, optim_args=None: "),
-    ({"lr_scheduler_kwargs": {"nope": 1}}, "lr_scheduler_kwargs={'nope': 1}: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"student": "no/such/model"}, "no model no/such/model"),
+        ({"student": "{tmp}"}, "cannot load model"),
+        ({"tokenizer": "{tmp}"}, "cannot load tokenizer"),
+        ({"tokenizer": "no/such/model"}, "no tokenizer no/such/model"),
+        ({"data": ["{tmp}/nothing.txt"]}, "no data"),
+        ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
+        ({"data": ["{tmp}/empty_texts.jsonl"]}, "no text in"),
+        ({"data": ["{tmp}/short.txt"], "validation_share": 0.9}, "no sequence of 2 or more tokens"),
+        ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither a text 'text'"),
+        ({"data": ["{tmp}/torn.jsonl"]}, "cannot read"),
+        ({"divergence": "kl"}, "unknown divergence 'kl'"),
+        ({"divergence": "jsd:7"}, "divergence 'jsd:7'"),
+        ({"no_such_option": 1}, "unknown options no_such_option"),
+        ({"fsdp": True}, "fsdp only works in distributed"),
+        ({"output_dir": None}, "no --output_dir"),
+        ({"output_dir": "{tmp}/short.txt"}, "cannot write to --output_dir"),
+        ({"targets": "{tmp}", "teacher": None}, "is no teacher cache"),
+        ({"lora_modules": ["nope"], "lora_rank": 2}, "Target modules {'nope'} not found"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 9999}, "a batch takes 9999"),
+        ({"seed": -1}, "Seed must be between 0"),
+        ({"report_to": ["x"]}, "x is not supported"),
+        (
+            {"load_best_model_at_end": True, "eval_steps": 2, "validation_share": 0.0},
+            "the best checkpoint needs text to be judged by",
+        ),
+        ({"learning_rate": 1e-3, "optim": "galore_adamw"}, "optim=galore_adamw, optim_args=None: "),
+        ({"lr_scheduler_kwargs": {"nope": 1}}, "lr_scheduler_kwargs={'nope': 1}: "),
+    ],
+)
 def test_error(values, message, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "empty_texts.jsonl").write_text('{"text": ""}\n' * 3)
@@ -415,12 +473,15 @@ def test_error(values, message, tmp_path, capsys):
     assert message in error_of(capsys, "soft", tmp_path, **values)
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"prompt": "a b c", "completion": ""}, None),
-    ({"prompt": "", "completion": ""}, "a sequence needs 2 or more"),
-    ({"prompt": "word " * 99, "completion": "x"}, "leaves no room"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no chat template"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"prompt": "a b c", "completion": ""}, None),
+        ({"prompt": "", "completion": ""}, "a sequence needs 2 or more"),
+        ({"prompt": "word " * 99, "completion": "x"}, "leaves no room"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no chat template"),
+    ],
+)
 def test_completion_errors(record, message, tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n")
     values = {
@@ -435,63 +496,99 @@ def test_completion_errors(record, message, tmp_path, capsys):
         train.run(resolve("hard", options(tmp_path / "run", **values)))
 
 
-@pytest.mark.parametrize("mode, values, message", [
-    *(("soft", {name: 0}, f"{name}=0 must be 1 or more") for name in (
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-        "eval_accumulation_steps", "validation_sequences")),
-    *(("hard", {name: 0}, f"{name}=0 must be 1 or more")
-      for name in ("prompts", "prompt_tokens", "generation_batch_size")),
-    *(("co", {name: value}, f"{name}={value} must be 0 or more") for value in (-1.0, math.nan, math.inf) for name in (
-        "learning_rate", "teacher_learning_rate", "soft_weight", "hard_weight", "soft_weight_start", "weight_decay",
-        "max_grad_norm", "neftune_noise_alpha")),
-    *(("soft", {"temperature": value}, f"temperature={value} must be above 0") for value in (0.0, -1.0, math.inf)),
-    *(("soft", {f"{what}_steps": -1.0}, f"{what}_steps=-1.0 must be above 0; --{what}_strategy no for never")
-      for what in ("logging", "eval", "save")),
-    ("soft", {"logging_steps": 0}, "requires non-zero --logging_steps"),
-    ("soft", {"max_steps": 0}, "max_steps=0 must be 1 or more, or -1"),
-    ("soft", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0.0 must be above 0"),
-    ("soft", {"max_length": 1}, "needs 2 tokens or more"),
-    ("soft", {"tokenizer_size": 10}, "256 bytes and the end of text"),
-    ("soft", {"validation_share": 1.0}, "is no share from 0 to below 1"),
-    ("co", {"soft_warmup": 0.6}, "is no share from 0 to 0.5"),
-    ("soft", {"save_total_limit": -1}, "save_total_limit=-1 must be 0 or more"),
-    ("soft", {"lora_rank": -1}, "lora_rank=-1 must be 0 or more"),
-    ("soft", {"lora_modules": ["q_proj"]}, "give --lora_rank too"),
-    ("soft", {"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be 0 or more"),
-    ("hard", {"sampling_temperature": -1.0}, "sampling_temperature=-1.0 must be 0 or more"),
-    ("soft", {"teacher": None}, "soft needs a --teacher, or --targets that"),
-    ("co", {"teacher": None}, "co needs a --teacher"),
-    ("compare", {"teacher": None}, "compare needs a --teacher"),
-    ("soft", {"targets": "x"}, "--teacher or --targets, not both"),
-    ("soft", {"use_cache": True}, "use_cache=True: the loss needs no cache"),
-    ("soft", {"soft_weight": 0}, "the student would learn nothing"),
-    ("co", {"soft_weight": 0, "hard_weight": 0}, "the student would learn nothing"),
-    ("soft", {"use_liger_kernel": True}, "use_liger_kernel=True: Liger's kernels need a GPU"),
-    ("soft", {"torch_compile_backend": "eager"}, "torch_compile: the loss runs inside"),
-    ("soft", {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: it needs logits"),
-    ("soft", {"resume_from_checkpoint": "x"}, "resume_from_checkpoint=x: --resume goes on from"),
-    ("soft", {"do_eval": True}, "evaluates by --eval_strategy"),
-    ("soft", {"dtype": "float16"}, "dtype=float16: there are"),
-    ("soft", {"divergence": "jsd:x"}, "divergence 'jsd:x'"),
-    ("soft", {"lr_scheduler_type": "x"}, "x is not a valid SchedulerType"),
-    ("soft", {"deepspeed": "/no/such.json"}, "/no/such.json"),
-    ("soft", {"accelerator_config": "/no/such.json"}, "/no/such.json"),
-    # what another mode has
-    ("soft", {"soft_schedule": "cosine"}, "soft_schedule=cosine: soft has none, it is of co, compare; leave it out"),
-    ("hard", {"temperature": 2.0}, "temperature=2.0: hard has none, it is of soft, co, compare"),
-    ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
-    ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
-    ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
-    ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
-    ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),
-    # YAML of other types
-    ("soft", {"temperature": [1, 2]}, "temperature=[1, 2]: one value, not a list"),
-    ("soft", {"max_length": None}, "max_length is null; leave it out for its default, 512"),
-    ("soft", {"data": None}, "data is null"),
-    ("soft", {"divergence": {"jsd": 0.5}}, "unknown divergence"),
-    ("soft", {"config": "x", "help": True, "nope": 1}, "unknown options config, help, nope"),
-    ("soft", {"mode": "co"}, "is of another mode than soft"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, values, message",
+    [
+        *(
+            ("soft", {name: 0}, f"{name}=0 must be 1 or more")
+            for name in (
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "eval_accumulation_steps",
+                "validation_sequences",
+            )
+        ),
+        *(
+            ("hard", {name: 0}, f"{name}=0 must be 1 or more")
+            for name in ("prompts", "prompt_tokens", "generation_batch_size")
+        ),
+        *(
+            ("co", {name: value}, f"{name}={value} must be 0 or more")
+            for value in (-1.0, math.nan, math.inf)
+            for name in (
+                "learning_rate",
+                "teacher_learning_rate",
+                "soft_weight",
+                "hard_weight",
+                "soft_weight_start",
+                "weight_decay",
+                "max_grad_norm",
+                "neftune_noise_alpha",
+            )
+        ),
+        *(
+            ("soft", {"temperature": value}, f"temperature={value} must be above 0")
+            for value in (0.0, -1.0, math.inf)
+        ),
+        *(
+            (
+                "soft",
+                {f"{what}_steps": -1.0},
+                f"{what}_steps=-1.0 must be above 0; --{what}_strategy no for never",
+            )
+            for what in ("logging", "eval", "save")
+        ),
+        ("soft", {"logging_steps": 0}, "requires non-zero --logging_steps"),
+        ("soft", {"max_steps": 0}, "max_steps=0 must be 1 or more, or -1"),
+        ("soft", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0.0 must be above 0"),
+        ("soft", {"max_length": 1}, "needs 2 tokens or more"),
+        ("soft", {"tokenizer_size": 10}, "256 bytes and the end of text"),
+        ("soft", {"validation_share": 1.0}, "is no share from 0 to below 1"),
+        ("co", {"soft_warmup": 0.6}, "is no share from 0 to 0.5"),
+        ("soft", {"save_total_limit": -1}, "save_total_limit=-1 must be 0 or more"),
+        ("soft", {"lora_rank": -1}, "lora_rank=-1 must be 0 or more"),
+        ("soft", {"lora_modules": ["q_proj"]}, "give --lora_rank too"),
+        ("soft", {"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be 0 or more"),
+        ("hard", {"sampling_temperature": -1.0}, "sampling_temperature=-1.0 must be 0 or more"),
+        ("soft", {"teacher": None}, "soft needs a --teacher, or --targets that"),
+        ("co", {"teacher": None}, "co needs a --teacher"),
+        ("compare", {"teacher": None}, "compare needs a --teacher"),
+        ("soft", {"targets": "x"}, "--teacher or --targets, not both"),
+        ("soft", {"use_cache": True}, "use_cache=True: the loss needs no cache"),
+        ("soft", {"soft_weight": 0}, "the student would learn nothing"),
+        ("co", {"soft_weight": 0, "hard_weight": 0}, "the student would learn nothing"),
+        ("soft", {"use_liger_kernel": True}, "use_liger_kernel=True: Liger's kernels need a GPU"),
+        ("soft", {"torch_compile_backend": "eager"}, "torch_compile: the loss runs inside"),
+        ("soft", {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: it needs logits"),
+        ("soft", {"resume_from_checkpoint": "x"}, "resume_from_checkpoint=x: --resume goes on from"),
+        ("soft", {"do_eval": True}, "evaluates by --eval_strategy"),
+        ("soft", {"dtype": "float16"}, "dtype=float16: there are"),
+        ("soft", {"divergence": "jsd:x"}, "divergence 'jsd:x'"),
+        ("soft", {"lr_scheduler_type": "x"}, "x is not a valid SchedulerType"),
+        ("soft", {"deepspeed": "/no/such.json"}, "/no/such.json"),
+        ("soft", {"accelerator_config": "/no/such.json"}, "/no/such.json"),
+        # what another mode has
+        (
+            "soft",
+            {"soft_schedule": "cosine"},
+            "soft_schedule=cosine: soft has none, it is of co, compare; leave it out",
+        ),
+        ("hard", {"temperature": 2.0}, "temperature=2.0: hard has none, it is of soft, co, compare"),
+        ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
+        ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
+        ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
+        ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
+        ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),
+        # YAML of other types
+        ("soft", {"temperature": [1, 2]}, "temperature=[1, 2]: one value, not a list"),
+        ("soft", {"max_length": None}, "max_length is null; leave it out for its default, 512"),
+        ("soft", {"data": None}, "data is null"),
+        ("soft", {"divergence": {"jsd": 0.5}}, "unknown divergence"),
+        ("soft", {"config": "x", "help": True, "nope": 1}, "unknown options config, help, nope"),
+        ("soft", {"mode": "co"}, "is of another mode than soft"),
+    ],
+)
 def test_settings_that_cannot_be(mode, values, message, tmp_path):
     """Refused before anything is read or written."""
     path = tmp_path / "settings.yaml"
@@ -502,10 +599,19 @@ def test_settings_that_cannot_be(mode, values, message, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["settings.yaml"]
 
 
-@pytest.mark.parametrize("name, value", [
-    ("max_steps", 2.5), ("max_length", 32.0), ("max_steps", "many"), ("seed", True), ("temperature", True),
-    ("temperature_squared", "perhaps"), ("learning_rate", "fast"), ("optim", "nope"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_steps", 2.5),
+        ("max_length", 32.0),
+        ("max_steps", "many"),
+        ("seed", True),
+        ("temperature", True),
+        ("temperature_squared", "perhaps"),
+        ("learning_rate", "fast"),
+        ("optim", "nope"),
+    ],
+)
 def test_a_value_of_another_type(name, value, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         resolve("soft", options(tmp_path, **{name: value}))
@@ -523,7 +629,9 @@ def test_a_config_that_cannot_be_read(text, tmp_path):
 
 
 def test_yaml_may_name_one_of_a_list(tmp_path):
-    values = options(tmp_path, data=str(PACKAGE), lora_modules="q_proj", lora_rank=2, report_to="none", eval_steps=None)
+    values = options(
+        tmp_path, data=str(PACKAGE), lora_modules="q_proj", lora_rank=2, report_to="none", eval_steps=None
+    )
     settings = resolve("soft", values)
     assert settings.data.data == [str(PACKAGE)] and settings.model.lora_modules == ["q_proj"]
     assert settings.run.report_to == [] and settings.asked["eval_steps"] is None
@@ -534,10 +642,18 @@ def test_what_the_command_line_does_not_know():
         parse("soft", ["--output_dir", "x", "--nope", "1"])
 
 
-@pytest.mark.parametrize("record", [
-    "null", "[]", '{"prompt": null, "completion": "x"}', '{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}',
-    '{"messages": ["hi"]}', '{"messages": [{"role": "user"}]}', '{"text": 5}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        "null",
+        "[]",
+        '{"prompt": null, "completion": "x"}',
+        '{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}',
+        '{"messages": ["hi"]}',
+        '{"messages": [{"role": "user"}]}',
+        '{"text": 5}',
+    ],
+)
 def test_records_of_another_shape(record, tmp_path):
     (tmp_path / "a.jsonl").write_text(record + "\n")
     with pytest.raises(Problem, match="a.jsonl line 1 has neither a text 'text' nor messages nor a prompt"):
@@ -545,8 +661,17 @@ def test_records_of_another_shape(record, tmp_path):
 
 
 def test_an_unknown_metric_names_those_there_are(tmp_path):
-    with pytest.raises(Problem, match="metric_for_best_model=nope: evaluation gives .*eval_hard.*no checkpoint yet"):
-        run("soft", tmp_path, load_best_model_at_end=True, metric_for_best_model="nope", save_steps=1, eval_steps=1)
+    with pytest.raises(
+        Problem, match="metric_for_best_model=nope: evaluation gives .*eval_hard.*no checkpoint yet"
+    ):
+        run(
+            "soft",
+            tmp_path,
+            load_best_model_at_end=True,
+            metric_for_best_model="nope",
+            save_steps=1,
+            eval_steps=1,
+        )
 
 
 def test_a_report_that_cannot_begin(tmp_path, capsys, monkeypatch):
@@ -607,7 +732,10 @@ def test_a_run_that_has_all_its_steps_takes_no_more(mode, tmp_path):
     before = weights(tmp_path / "model")
     result = run(mode, tmp_path, resume=True)
     assert_same_weights(weights(tmp_path / "model"), before)
-    assert result["steps"] == 4 and [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert result["steps"] == 4 and [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
 
 
 def test_every_token_masked(tmp_path, monkeypatch):
@@ -636,7 +764,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path, monkeypat
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-2").values())
 
 
-@pytest.mark.parametrize("line", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"], ["--fsdp", "--output_dir", "x"]])
+@pytest.mark.parametrize(
+    "line", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"], ["--fsdp", "--output_dir", "x"]]
+)
 def test_fsdp_needs_no_value(line):
     assert parser_for("co").parse_known_args(["--output_dir", "y", *line])[0].fsdp is True
     assert parser_for("co").parse_known_args(["--output_dir", "y"])[0].fsdp is None
@@ -662,32 +792,66 @@ def test_an_unknown_backend_in_the_environment_is_one_line(command, monkeypatch)
     assert "\n" not in caught.value.code
 
 
-@pytest.mark.parametrize("config, positions", [
-    (transformers.GPT2Config(n_positions=64), 64),
-    (transformers.LlamaConfig(max_position_embeddings=64), 64),
-    (transformers.LlamaConfig(max_position_embeddings=64, rope_parameters={
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}), 256),
-    (transformers.LlamaConfig(max_position_embeddings=64, rope_parameters={
-        "rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), 128),
-    (transformers.LlamaConfig(max_position_embeddings=128, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64}), 128),
-    (transformers.Gemma3TextConfig(max_position_embeddings=64), 64),
-    (transformers.BloomConfig(), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, positions",
+    [
+        (transformers.GPT2Config(n_positions=64), 64),
+        (transformers.LlamaConfig(max_position_embeddings=64), 64),
+        (
+            transformers.LlamaConfig(
+                max_position_embeddings=64,
+                rope_parameters={
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            ),
+            256,
+        ),
+        (
+            transformers.LlamaConfig(
+                max_position_embeddings=64,
+                rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            ),
+            128,
+        ),
+        (
+            transformers.LlamaConfig(
+                max_position_embeddings=128,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            ),
+            128,
+        ),
+        (transformers.Gemma3TextConfig(max_position_embeddings=64), 64),
+        (transformers.BloomConfig(), None),
+    ],
+)
 def test_positions_of(config, positions):
     assert models.positions_of(config) == positions
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_more_tokens_than_positions_is_one_line(which, tmp_path, capsys, tokenizer):
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=31, n_embd=16, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=31, n_embd=16, n_layer=1, n_head=2
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     values = {which: str(tmp_path / "gpt2")}
     for mode in ("soft", "co", "hard", "compare"):
         message = error_of(capsys, mode, tmp_path, **values)
-        assert message == f"error: --max_length 32 is more than the 31 positions of {tmp_path / 'gpt2'}: give 31 or less"
+        assert (
+            message
+            == f"error: --max_length 32 is more than the 31 positions of {tmp_path / 'gpt2'}: give 31 or less"
+        )
     run("soft", tmp_path / "fits", max_length=31, max_steps=1, **values)
 
 

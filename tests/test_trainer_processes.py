@@ -65,8 +65,15 @@ def dropout_model(tmp_path_factory):
 
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, dropout_model):
     """Killed in a step, then in the middle of a save, then left to finish: as if nothing had happened."""
-    values = dict(student=str(dropout_model), teacher="micro", max_steps=8, save_steps=2, eval_steps=3,
-                  soft_schedule="teacher_loss", gradient_accumulation_steps=2)  # fmt: skip
+    values = dict(
+        student=str(dropout_model),
+        teacher="micro",
+        max_steps=8,
+        save_steps=2,
+        eval_steps=3,
+        soft_schedule="teacher_loss",
+        gradient_accumulation_steps=2,
+    )
     whole = process("train", "co", *flags(options(tmp_path / "whole", **values)))
     assert whole.returncode == 0, whole.stderr
     command = ["train", "co", *flags(options(tmp_path / "killed", resume=True, **values))]
@@ -82,10 +89,17 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, dropout_model):
     assert not (tmp_path / "killed" / STAGING).exists()
     ours, theirs = weights(tmp_path / "killed" / "model"), weights(tmp_path / "whole" / "model")
     assert_same_weights(ours, theirs)
-    assert any(not torch.equal(tensor, weights(tmp_path / "whole" / "checkpoint-6")[name])
-               for name, tensor in theirs.items())  # fmt: skip
-    metrics = [[(line["step"], line.get("loss"), line.get("soft_weight"), line.get("eval_loss")) for line in
-                read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("whole", "killed")]  # fmt: skip
+    assert any(
+        not torch.equal(tensor, weights(tmp_path / "whole" / "checkpoint-6")[name])
+        for name, tensor in theirs.items()
+    )
+    metrics = [
+        [
+            (line["step"], line.get("loss"), line.get("soft_weight"), line.get("eval_loss"))
+            for line in read_metrics(tmp_path / run / "metrics.jsonl")
+        ]
+        for run in ("whole", "killed")
+    ]
     assert metrics[0] == metrics[1]
 
 
@@ -134,8 +148,10 @@ def micro_models(tmp_path_factory):
 def uneven(tmp_path_factory):
     """Completions of 1 to 20 words: a mean of the micro-batches' means is then not the mean over tokens."""
     words = " ".join(path.read_text() for path in sorted(PACKAGE.glob("*.py"))).split()
-    lines = [{"prompt": words[7 * i], "completion": " ".join(words[7 * i + 1 : 7 * i + 2 + i * 13 % 20])}
-             for i in range(120)]  # fmt: skip
+    lines = [
+        {"prompt": words[7 * i], "completion": " ".join(words[7 * i + 1 : 7 * i + 2 + i * 13 % 20])}
+        for i in range(120)
+    ]
     path = tmp_path_factory.mktemp("uneven") / "completions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {"data": [str(path)], "max_length": 128}
@@ -156,7 +172,11 @@ def test_two_processes_do_what_one_does(sharded, alone, uneven, tmp_path):
     script = tmp_path / "main.py"
     script.write_text(FSDP_ON_CPU)
     values = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True if sharded else None, use_cpu=None, **uneven
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        fsdp=True if sharded else None,
+        use_cpu=None,
+        **uneven,
     )
     commands = [["train", mode, *flags(options(tmp_path / mode, **values))] for mode in MODES]
     run = process(json.dumps(commands), torchrun=True, script=script)
@@ -195,11 +215,15 @@ def test_a_sharded_run_resumes_in_the_same_bits(tmp_path, uneven, micro_models):
     script.write_text(FSDP_ON_CPU)
 
     def values(folder, name, **more):
-        return options(tmp_path / folder / name, student=micro_models[0], **uneven, **SHARDED[name][1], **more)
+        return options(
+            tmp_path / folder / name, student=micro_models[0], **uneven, **SHARDED[name][1], **more
+        )
 
     def run_sharded(**more):
         more = dict(per_device_train_batch_size=4, fsdp=True, **more)
-        commands = [["train", mode, *flags(values("sharded", name, **more))] for name, (mode, _) in SHARDED.items()]
+        commands = [
+            ["train", mode, *flags(values("sharded", name, **more))] for name, (mode, _) in SHARDED.items()
+        ]
         result = process(json.dumps(commands), torchrun=True, script=script)
         assert result.returncode == 0, result.stderr
         return result.stdout.count("{'loss'")
@@ -212,7 +236,9 @@ def test_a_sharded_run_resumes_in_the_same_bits(tmp_path, uneven, micro_models):
     assert run_sharded(resume=True) == 2 * len(SHARDED)  # steps 3 and 4
     for name, (mode, _) in SHARDED.items():
         train.run(resolve(mode, values("alone", name, per_device_train_batch_size=8)))
-        resumed, whole, alone = (weights(tmp_path / each / name / "model") for each in ("sharded", "whole", "alone"))
+        resumed, whole, alone = (
+            weights(tmp_path / each / name / "model") for each in ("sharded", "whole", "alone")
+        )
         assert_same_weights(resumed, whole)
         for key, tensor in alone.items():
             torch.testing.assert_close(whole[key], tensor, rtol=0, atol=2e-5)
@@ -237,8 +263,14 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
     script, config = tmp_path / "main.py", tmp_path / "zero3.json"
     script.write_text(ZERO3_ON_CPU)
     ours = json.loads((ROOT / "examples" / "zero3.json").read_text())
-    at_once = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-    ours["zero_optimization"].update(at_once)  # a weight is let go as soon as its module is done, and be it small
+    at_once = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    ours["zero_optimization"].update(
+        at_once
+    )  # a weight is let go as soon as its module is done, and be it small
     config.write_text(json.dumps(ours))
     student, teacher = micro_models
 
@@ -246,16 +278,22 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
         return options(tmp_path / folder, student=student, teacher=teacher, **uneven, **more)
 
     cases = {"whole": {}, "lora": {"lora_rank": 2, "lora_modules": ["q_proj", "lm_head"]}}
-    commands = [["train", "soft", *flags(values(f"zero3-{name}", deepspeed=config, **case))]
-                for name, case in cases.items()]  # fmt: skip
+    commands = [
+        ["train", "soft", *flags(values(f"zero3-{name}", deepspeed=config, **case))]
+        for name, case in cases.items()
+    ]
     run = process(json.dumps(commands), torchrun=True, script=script)
     assert run.returncode == 0, run.stderr
     for name, case in cases.items():
         train.run(resolve("soft", values(f"alone-{name}", per_device_train_batch_size=8, **case)))
-        ours, theirs = (read_metrics(tmp_path / f"{run}-{name}" / "metrics.jsonl") for run in ("zero3", "alone"))
+        ours, theirs = (
+            read_metrics(tmp_path / f"{run}-{name}" / "metrics.jsonl") for run in ("zero3", "alone")
+        )
         for key in ("loss", "kl", "grad_norm", "eval_kl"):
             expected = [line[key] for line in theirs if key in line]
-            assert expected and [line[key] for line in ours if key in line] == pytest.approx(expected, rel=2e-5), key
+            assert expected and [line[key] for line in ours if key in line] == pytest.approx(
+                expected, rel=2e-5
+            ), key
         ours = weights(tmp_path / f"zero3-{name}" / "model")
         assert ours and any("lora_B" in key for key in ours) == (name == "lora")
         theirs = weights(tmp_path / f"alone-{name}" / "model")
@@ -264,7 +302,11 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
 
 
 def test_compare_reuses_what_is_there(tmp_path):
-    command = ["train", "compare", *flags(options(tmp_path / "all", max_steps=2, teacher_steps=3, eval_steps=2, **WRITES))]
+    command = [
+        "train",
+        "compare",
+        *flags(options(tmp_path / "all", max_steps=2, teacher_steps=3, eval_steps=2, **WRITES)),
+    ]
     first = process(*command)
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "all"
@@ -281,6 +323,8 @@ def test_compare_reuses_what_is_there(tmp_path):
     assert (folder / "comparison.json").read_text() == before
     stages = plan(resolve("compare", options(folder, max_steps=2, teacher_steps=3, eval_steps=2, **WRITES)))
     held_out = [train.ingredients(stage).validation.rows for stage in stages.values()]
-    assert all(rows == held_out[0] for rows in held_out)  # no teacher is trained on what students are judged by
+    assert all(
+        rows == held_out[0] for rows in held_out
+    )  # no teacher is trained on what students are judged by
     other = process(*command, "--temperature", "2.0")
     assert other.returncode == 1 and "made with other settings (temperature 1.0, now 2.0)" in other.stderr

@@ -25,18 +25,34 @@ VOCAB = 40
 def llama(seed=0, width=16, dtype=torch.float64, **options):
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, **options,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        **options,
+    )
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
 def of(name, **options):
     torch.manual_seed(0)
     config = getattr(transformers, name + "Config")(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
     return getattr(transformers, name + "ForCausalLM")(config).double().eval()
 
 
@@ -135,8 +151,9 @@ def test_torch_compile_compiles_the_part_before_the_head(backend, tmp_path):
         student = llama(dtype=torch.float32)
         args = arguments(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", logging_steps=1, **options)
         rows = rows_of(batch(rows=8)) + rows_of(batch(rows=16, seed=2))
-        trainer = DistillationTrainer(student, args, teacher=llama(seed=7, dtype=torch.float32), train_dataset=rows,
-                                      eval_dataset=rows)  # fmt: skip
+        trainer = DistillationTrainer(
+            student, args, teacher=llama(seed=7, dtype=torch.float32), train_dataset=rows, eval_dataset=rows
+        )
         trainer.train()
         loss = trainer.evaluate()["eval_loss"]
         return loss, {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -190,11 +207,14 @@ def test_without_a_teacher_it_is_cross_entropy(tmp_path):
     assert_same_gradients(gradients(ours, student), gradients(theirs, student), 1e-6)
 
 
-@pytest.mark.parametrize("lora", [
-    {"target_modules": ["q_proj", "lm_head"]},
-    {"target_modules": ["q_proj", "lm_head"], "lora_bias": True, "use_rslora": True},
-    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"], "lora_bias": True, "use_rslora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
 def test_lora_on_the_head(lora, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -242,9 +262,14 @@ def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
     expected_hard = plain_loss(student, teacher, inputs, soft=0.0, hard=1.0)
     for size in (2, 5):
         trainer = DistillationTrainer(
-            student, arguments(tmp_path, per_device_eval_batch_size=size), teacher=teacher, temperature=2.0,
-            soft_weight=0.5, hard_weight=0.25, eval_dataset=rows_of(inputs),
-        )  # fmt: skip
+            student,
+            arguments(tmp_path, per_device_eval_batch_size=size),
+            teacher=teacher,
+            temperature=2.0,
+            soft_weight=0.5,
+            hard_weight=0.25,
+            eval_dataset=rows_of(inputs),
+        )
         metrics = trainer.evaluate()
         assert metrics["eval_loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
         assert metrics["eval_kl"] == pytest.approx(expected_kl.item(), rel=1e-5)
@@ -270,18 +295,31 @@ def test_logs_hold_the_terms(tmp_path):
     assert 0 < log["student_entropy"] < math.log(VOCAB)
 
 
-@pytest.mark.parametrize("soft", [{}, {"divergence": kd.JSD(0.5), "temperature": 2.0}], ids=["is the soft term", "beside it"])
+@pytest.mark.parametrize(
+    "soft", [{}, {"divergence": kd.JSD(0.5), "temperature": 2.0}], ids=["is the soft term", "beside it"]
+)
 def test_kl_at_temperature_1_is_logged(soft, tmp_path, monkeypatch):
     """Beside another soft term it is of the logged step alone: both its micro-batches, by tokens."""
     student, teacher = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32)
     calls, seen = [], []
     original, training_step = kd.distillation_loss, DistillationTrainer.training_step
     monkeypatch.setattr(kd, "distillation_loss", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
-    monkeypatch.setattr(DistillationTrainer, "training_step",
-                        lambda self, model, inputs, n=None: (seen.append(inputs), training_step(self, model, inputs, n))[1])  # fmt: skip
-    args = arguments(tmp_path, max_steps=4, logging_steps=2, learning_rate=0.0, per_device_train_batch_size=1,
-                     gradient_accumulation_steps=2)  # fmt: skip
-    trainer = DistillationTrainer(student, args, teacher=teacher, train_dataset=rows_of(batch(rows=8)), **soft)
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "training_step",
+        lambda self, model, inputs, n=None: (seen.append(inputs), training_step(self, model, inputs, n))[1],
+    )
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        logging_steps=2,
+        learning_rate=0.0,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
+    trainer = DistillationTrainer(
+        student, args, teacher=teacher, train_dataset=rows_of(batch(rows=8)), **soft
+    )
     trainer.train()
     log = trainer.state.log_history[1]
     counted = seen[6:] if soft else seen[4:]

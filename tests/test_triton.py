@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 
 def run(file, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file]
-    done = subprocess.run(command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
@@ -52,5 +54,8 @@ def test_says_what_it_serves():
 def test_triton_is_not_imported_before_it_is_needed(module):
     code = f"import sys, torch, {module}; torch_only = 'triton' in sys.modules; print(torch_only)"
     plain = "import sys, torch; print('triton' in sys.modules)"
-    runs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, plain)]
+    runs = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True)
+        for c in (code, plain)
+    ]
     assert runs[0].stdout == runs[1].stdout

@@ -51,15 +51,20 @@ def test_forms(divergence, dtype, form):
     """On every backend: those without the formula leave it to eager."""
     problem = Problem(student=form[0], teacher=form[1], dtype=dtype)
     options = dict(divergence=divergence, temperature=1.5, hard_weight=0.5)
-    assert_exact(problem.run("auto", **options), problem.oracle(**options), problem.plain(**options),
-                 dtype=dtype, projected="head" in form)  # fmt: skip
+    assert_exact(
+        problem.run("auto", **options),
+        problem.oracle(**options),
+        problem.plain(**options),
+        dtype=dtype,
+        projected="head" in form,
+    )
 
 
 @pytest.mark.parametrize("divergence", OWN, ids=lambda d: type(d).__name__)
 @pytest.mark.parametrize("chunk_bytes", [1_000, 100_000])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_chunks_of_tokens_and_vocabulary(backend, divergence, chunk_bytes, reduction):
-    """"none" keeps the class until the backward, where the walk is repeated."""
+    """The reduction "none" keeps the class until the backward, where the walk is repeated."""
     problem = Problem(student="head", teacher="head", vocab=700, logit_scale=0.5, softcap=5.0)
     options = dict(divergence=divergence, temperature=2.0, hard_weight=0.5, reduction=reduction)
     value, grads = problem.run(backend, chunk_bytes=chunk_bytes, **options)
@@ -76,7 +81,9 @@ def test_chunks_of_tokens_and_vocabulary(backend, divergence, chunk_bytes, reduc
 def test_sparse(backend, divergence, tail, form, hard_weight):
     problem = Problem(student=form)
     target = kd.top_k_target(problem.teacher[0], 8, tail=tail)
-    options = dict(divergence=divergence, temperature=1.5 if tail == "conditional" else 1.0, hard_weight=hard_weight)
+    options = dict(
+        divergence=divergence, temperature=1.5 if tail == "conditional" else 1.0, hard_weight=hard_weight
+    )
     loss = lambda s, t, y, **o: kd.distillation_loss(s, target, y, **o)  # noqa: E731
     value, grads = problem.run(backend, loss=loss, **options)
     truth, true_grads = problem.oracle(loss=loss, **options)
@@ -84,8 +91,9 @@ def test_sparse(backend, divergence, tail, form, hard_weight):
     for mine, true in zip(grads, true_grads):
         assert true.norm() > 1e-3 and relative(mine, true) < 3e-6
     with pytest.raises(ValueError, match="defines kd.ForwardKL"):
-        kd.distillation_loss(problem.student[0], kd.top_k_target(problem.teacher[0], 8, tail="truncate"),
-                             divergence=divergence)  # fmt: skip
+        kd.distillation_loss(
+            problem.student[0], kd.top_k_target(problem.teacher[0], 8, tail="truncate"), divergence=divergence
+        )
 
 
 @pytest.mark.parametrize("divergence", OWN, ids=lambda d: type(d).__name__)
@@ -96,8 +104,9 @@ def test_codistillation(backend, divergence, form):
     def run(name, convert):
         leaves = [[convert(t).requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
         with kd.use_backend(name):
-            losses = kd.codistillation_loss(*(problem.side(side) for side in leaves), problem.labels,
-                                            divergence=divergence)  # fmt: skip
+            losses = kd.codistillation_loss(
+                *(problem.side(side) for side in leaves), problem.labels, divergence=divergence
+            )
         return losses, torch.autograd.grad(losses.student + 3 * losses.teacher, leaves[0] + leaves[1])
 
     ours, oracle = run(backend, torch.clone), run("reference", torch.Tensor.double)

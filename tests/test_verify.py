@@ -16,9 +16,15 @@ FEW = [
     verify.Scenario("random", kd.ForwardKL(), torch.bfloat16, ("head", "head")),
     verify.Scenario("equal", kd.ReverseKL(), torch.float32, rows="equal"),
     verify.Scenario("V=1", kd.TotalVariation(), torch.float32, shape=(4,), vocab=1),
-    verify.Scenario("chunked", kd.ForwardKL(), torch.float32, ("head", "head"), vocab=700,
-                    options=dict(chunk_bytes=16_000)),
-]  # fmt: skip
+    verify.Scenario(
+        "chunked",
+        kd.ForwardKL(),
+        torch.float32,
+        ("head", "head"),
+        vocab=700,
+        options=dict(chunk_bytes=16_000),
+    ),
+]
 
 
 def run(monkeypatch, tmp_path, *arguments):
@@ -147,9 +153,8 @@ def test_scenarios_cover_the_matrix():
 def own(student, teacher, labels, *, mask=True, temperature=1.0):
     """A loss as a user would write it."""
     s, t = (
-        z if isinstance(z, torch.Tensor) else F.linear(z.hidden, z.weight, z.bias)
-        for z in (student, teacher)
-    )  # fmt: skip
+        z if isinstance(z, torch.Tensor) else F.linear(z.hidden, z.weight, z.bias) for z in (student, teacher)
+    )
     log_q, log_p = (z.float().div(temperature).log_softmax(-1) for z in (s, t))
     rows = (log_p.exp() * (log_p - log_q).nan_to_num(nan=0.0)).sum(-1)
     return rows[labels != -100].mean() if mask else rows.mean()
@@ -230,5 +235,7 @@ def test_both_values_are_shown():
         log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[labels != -100].mean()
 
-    with pytest.raises(AssertionError, match=r"padding rows, .* loss: nan, the oracle's [1-9]\d*\.\d+; error nan"):
+    with pytest.raises(
+        AssertionError, match=r"padding rows, .* loss: nan, the oracle's [1-9]\d*\.\d+; error nan"
+    ):
         assert_matches_reference(naive, dtypes=[torch.float32], rows=["padding"])

@@ -19,7 +19,10 @@ def left_out(request):
     """Options that leave out the second of five tokens."""
     if request.param == "masked":
         return lambda: (torch.tensor([3, -100, 5, 7, 0]), {})
-    return lambda: (torch.tensor([3, 4, 5, 7, 0]), dict(token_weights=torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])))
+    return lambda: (
+        torch.tensor([3, 4, 5, 7, 0]),
+        dict(token_weights=torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])),
+    )
 
 
 def answers(problem, make, poison):
@@ -51,8 +54,20 @@ def agree(problem, make, backend):
 @pytest.mark.parametrize("chunk_bytes", [None, 3_000])
 def test_a_token(backend, form, reduction, chunk_bytes, left_out):
     problem, (labels, options) = Problem(student=form[0], teacher=form[1], shape=(5,), vocab=300), left_out()
-    agree(problem, lambda s, t: kd.distillation_loss(s, t, labels, divergence=kd.JSD(0.3), hard_weight=0.5,
-                                                    chunk_bytes=chunk_bytes, reduction=reduction, **options), backend)  # fmt: skip
+    agree(
+        problem,
+        lambda s, t: kd.distillation_loss(
+            s,
+            t,
+            labels,
+            divergence=kd.JSD(0.3),
+            hard_weight=0.5,
+            chunk_bytes=chunk_bytes,
+            reduction=reduction,
+            **options,
+        ),
+        backend,
+    )
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])
@@ -62,7 +77,11 @@ def test_a_token_with_a_sparse_target(backend, form, hard_weight, tail, left_out
     problem, (labels, options) = Problem(student=form, shape=(5,), vocab=60), left_out()
     values, ids = problem.teacher[0].log_softmax(-1).topk(4)
     target = kd.SparseTarget(ids, values, tail=tail)
-    agree(problem, lambda s, _: kd.distillation_loss(s, target, labels, hard_weight=hard_weight, **options), backend)
+    agree(
+        problem,
+        lambda s, _: kd.distillation_loss(s, target, labels, hard_weight=hard_weight, **options),
+        backend,
+    )
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])
@@ -77,8 +96,9 @@ def test_a_token_in_codistillation(backend, form, chunk_bytes, left_out):
             sides[0][0][1] = sides[1][0][1] = torch.nan
         leaves = [[t.requires_grad_() for t in side] for side in sides]
         with kd.use_backend(name):
-            losses = kd.codistillation_loss(*(problem.side(side) for side in leaves), labels,
-                                            chunk_bytes=chunk_bytes, **options)  # fmt: skip
+            losses = kd.codistillation_loss(
+                *(problem.side(side) for side in leaves), labels, chunk_bytes=chunk_bytes, **options
+            )
         return losses, gradients(losses.student + 2 * losses.teacher, leaves[0] + leaves[1])
 
     truth, true_grads = run("reference", False)
@@ -127,5 +147,6 @@ def test_the_hard_term(backend, name):
         (mine,) = gradients(loss, [leaf])
         assert torch.isclose(loss, truth, rtol=1e-5) and relative(mine, true) < 1e-6
         finite = torch.tensor([[0.0, 1.0, 2.0]])
-        assert torch.isclose(kd.cross_entropy(finite, torch.tensor([2]), label_smoothing=1.0),
-                             -finite.log_softmax(-1).mean())  # fmt: skip
+        assert torch.isclose(
+            kd.cross_entropy(finite, torch.tensor([2]), label_smoothing=1.0), -finite.log_softmax(-1).mean()
+        )

@@ -14,11 +14,23 @@ PACKAGE = ROOT / "kdkernels" / "backends"  #: text to train on
 def options(folder, **values):
     """A few steps of micro models on a few source files."""
     return {
-        "output_dir": str(folder), "student": "micro", "teacher": "micro", "tokenizer_size": 300,
-        "data": [str(PACKAGE)], "max_length": 32, "max_steps": 4, "logging_steps": 1, "eval_steps": 4, "save_steps": 2,
-        "per_device_train_batch_size": 4, "validation_sequences": 5, "learning_rate": 1e-3, "use_cpu": True,
-        "disable_tqdm": True, **values,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "student": "micro",
+        "teacher": "micro",
+        "tokenizer_size": 300,
+        "data": [str(PACKAGE)],
+        "max_length": 32,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "eval_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "validation_sequences": 5,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **values,
+    }
 
 
 #: What a micro teacher writes, in hard and compare.
@@ -66,8 +78,11 @@ def weights(folder):
     """Every weight of the models under a folder, by file and name."""
     from safetensors.torch import load_file
 
-    return {f"{path.parent.name}/{name}": tensor
-            for path in sorted(Path(folder).rglob("*model.safetensors")) for name, tensor in load_file(path).items()}  # fmt: skip
+    return {
+        f"{path.parent.name}/{name}": tensor
+        for path in sorted(Path(folder).rglob("*model.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_same_weights(ours, theirs):

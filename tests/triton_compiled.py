@@ -83,18 +83,31 @@ def test_aligned_rows_are_read_and_written_in_vectors(chunked):
 
 def variants():
     """How many binaries each kernel has been compiled to."""
-    return {name: len(kernel.device_caches[0][0]) for name, kernel in vars(kernels).items()
-            if hasattr(kernel, "device_caches") and kernel.device_caches}  # fmt: skip
+    return {
+        name: len(kernel.device_caches[0][0])
+        for name, kernel in vars(kernels).items()
+        if hasattr(kernel, "device_caches") and kernel.device_caches
+    }
 
 
 def test_numbers_and_shapes_compile_nothing_anew():
-    options = [dict(temperature=t, soft_weight=w, hard_weight=h) for t, w, h in
-               [(2.0, 1.0, 0.5), (3.5, 0.0, 1.0), (0.7, 2.0, 1e-3)]]  # fmt: skip
+    options = [
+        dict(temperature=t, soft_weight=w, hard_weight=h)
+        for t, w, h in [(2.0, 1.0, 0.5), (3.5, 0.0, 1.0), (0.7, 2.0, 1e-3)]
+    ]
     with offline("sm_90"):
         for i, numbers in enumerate(options):
             for rows, columns in [(400, 100_000), (401, 128_256), (4_096, 40_000)]:
                 for chunked in (False, True):
-                    call(kd.JSD(0.1 + 0.2 * i), BF16, BF16, rows=rows, columns=columns, chunked=chunked, **numbers)
+                    call(
+                        kd.JSD(0.1 + 0.2 * i),
+                        BF16,
+                        BF16,
+                        rows=rows,
+                        columns=columns,
+                        chunked=chunked,
+                        **numbers,
+                    )
         assert variants() == {"fused": 1, "fold": 1, "merge": 1, "value": 1, "merge_value": 1, "gradient": 1}
         call(kd.JSD(0.5), BF16, BF16, temperature=2.0, hard_weight=0.5, rows=400, columns=100_001)
         assert variants()["fused"] == 2  # rows that do not end on 16 bytes

@@ -84,8 +84,9 @@ def answers(problem, backend, convert):
     leaves = [convert(t).requires_grad_() for t in problem.student]
     teacher = problem.side([convert(t) for t in problem.teacher])
     with kd.use_backend(backend):
-        loss, stats = kd.distillation_loss(problem.side(leaves), teacher, problem.labels, temperature=1.5,
-                                           hard_weight=0.5, return_stats=True)  # fmt: skip
+        loss, stats = kd.distillation_loss(
+            problem.side(leaves), teacher, problem.labels, temperature=1.5, hard_weight=0.5, return_stats=True
+        )
     return loss.detach(), stats.soft, torch.autograd.grad(loss, leaves)[0]
 
 

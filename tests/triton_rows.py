@@ -37,7 +37,9 @@ def backend():
 
 def check(problem, dtype=F32, **options):
     ours, oracle = problem.run("triton", **options), problem.oracle(**options)
-    plain = problem.plain(**{k: v for k, v in options.items() if k in ("divergence", "temperature", "hard_weight")})
+    plain = problem.plain(
+        **{k: v for k, v in options.items() if k in ("divergence", "temperature", "hard_weight")}
+    )
     assert_exact(ours, oracle, plain, dtype=dtype)
 
 
@@ -60,7 +62,10 @@ def test_models_that_agree(divergence):
     problem = Problem(vocab=3001, shape=(1, 8), ignored=0, scale=4.0)
     problem.teacher = [problem.student[0] + 1e-3 * torch.randn(1, 8, 3001)]
     if isinstance(divergence, kd.TotalVariation):  # whose gradient jumps where p and q are an ulp apart
-        value, truth = problem.run("triton", divergence=divergence)[0], problem.oracle(divergence=divergence)[0]
+        value, truth = (
+            problem.run("triton", divergence=divergence)[0],
+            problem.oracle(divergence=divergence)[0],
+        )
         assert relative(value, truth) < 3e-4
     else:
         check(problem, divergence=divergence)
@@ -91,8 +96,11 @@ def test_terms_under_an_offset(options, chunk_bytes):
 
 @pytest.mark.parametrize("pair", [(BF16, F32), (F32, F16)], ids=str)
 def test_mixed_dtypes(pair):
-    check(Problem(vocab=520, dtype=pair[0], teacher_dtype=pair[1], **SMALL),
-          min(pair, key=lambda d: -torch.finfo(d).eps), divergence=kd.JSD(0.5))  # fmt: skip
+    check(
+        Problem(vocab=520, dtype=pair[0], teacher_dtype=pair[1], **SMALL),
+        min(pair, key=lambda d: -torch.finfo(d).eps),
+        divergence=kd.JSD(0.5),
+    )
 
 
 def test_vocabulary_chunks(divergence):
@@ -112,11 +120,20 @@ def test_scale_without_softcap(chunk_bytes):
     close(problem, chunk_bytes=chunk_bytes, hard_weight=1.0)
 
 
-@pytest.mark.parametrize("options", [
-    dict(reduction="none"), dict(reduction="sum"), dict(soft_weight=0.0, hard_weight=1.0), dict(labels=False),
-    dict(temperature=3.0, temperature_squared=True), dict(vocab_size=250), dict(hard_weight=1.0),
-    dict(token_weights=torch.tensor([[0.3, 0.0, 2.0]])),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(reduction="none"),
+        dict(reduction="sum"),
+        dict(soft_weight=0.0, hard_weight=1.0),
+        dict(labels=False),
+        dict(temperature=3.0, temperature_squared=True),
+        dict(vocab_size=250),
+        dict(hard_weight=1.0),
+        dict(token_weights=torch.tensor([[0.3, 0.0, 2.0]])),
+    ],
+    ids=str,
+)
 def test_options(options):
     problem = Problem(vocab=260, **SMALL)
     problem.labels.clamp_(max=249)
@@ -143,9 +160,13 @@ def test_codistillation(form, chunk_bytes, temperature):
         leaves = [[convert(t).requires_grad_() for t in side] for side in (problem.student, problem.teacher)]
         with kd.use_backend(name):
             losses = kd.codistillation_loss(
-                *(problem.side(side) for side in leaves), problem.labels, divergence=kd.JSD(0.5),
-                temperature=temperature, hard_weight=0.5, chunk_bytes=chunk_bytes,
-            )  # fmt: skip
+                *(problem.side(side) for side in leaves),
+                problem.labels,
+                divergence=kd.JSD(0.5),
+                temperature=temperature,
+                hard_weight=0.5,
+                chunk_bytes=chunk_bytes,
+            )
         return losses, torch.autograd.grad(losses.student * 2 + losses.teacher * 3, leaves[0] + leaves[1])
 
     ours, oracle = run("triton", torch.clone), run("reference", torch.Tensor.double)
@@ -185,13 +206,17 @@ class TestInPlace:
         labels = torch.tensor([3, -100, 0, vocab - 1, 7])
         wide = student[:, :vocab].double().requires_grad_()
         with kd.use_backend("reference"):
-            kd.distillation_loss(wide, teacher.double(), labels, divergence=divergence, hard_weight=1.0).backward()
+            kd.distillation_loss(
+                wide, teacher.double(), labels, divergence=divergence, hard_weight=1.0
+            ).backward()
         given = (student * 1.0).requires_grad_()
         logits = (given * 1.0)[:, :vocab]
         around = logits._base.detach()
         before = around[:, vocab:].clone()
         with kd.use_backend("triton"):
-            loss = kd.distillation_loss(logits, teacher, labels, divergence=divergence, hard_weight=1.0, inplace=True)
+            loss = kd.distillation_loss(
+                logits, teacher, labels, divergence=divergence, hard_weight=1.0, inplace=True
+            )
         loss.backward()
         assert relative(around[:, :vocab], wide.grad) < 2e-6
         assert torch.equal(around[:, vocab:], before)
@@ -214,7 +239,9 @@ class TestFewRows:
         student, teacher = torch.randn(2, 3, 9000)
         losses = []
         for multiprocessors in (1, 4, 9):
-            monkeypatch.setattr(launch, "_chip", lambda device, n=multiprocessors: launch.Chip("nvidia", n, 0, 32))
+            monkeypatch.setattr(
+                launch, "_chip", lambda device, n=multiprocessors: launch.Chip("nvidia", n, 0, 32)
+            )
             with kd.use_backend("triton"):
                 losses.append(kd.kl_div(student.double().float(), teacher))
         assert torch.allclose(torch.stack(losses), losses[0], rtol=1e-6)
@@ -225,7 +252,9 @@ class TestFewRows:
 def test_scale(dtype, factor):
     values, by = torch.randn(3, 50_001).to(dtype), torch.tensor(factor)
     scaled = launch.scale_(values.clone(), by)
-    assert torch.equal(scaled, values) if factor == 1.0 else relative(scaled, values.double() * factor) < 2**-8
+    assert (
+        torch.equal(scaled, values) if factor == 1.0 else relative(scaled, values.double() * factor) < 2**-8
+    )
 
 
 def test_divergences_are_all_here():

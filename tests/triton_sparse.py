@@ -45,7 +45,9 @@ def test_tails(backend, tail, hard_weight, dtype):
     if tail not in FORWARD_ONLY:
         options["divergence"] = kd.JSD(0.3)
     options.setdefault("divergence", kd.ForwardKL())
-    assert_exact(problem.run(backend, **options), problem.oracle(**options), problem.plain(**options), dtype=dtype)
+    assert_exact(
+        problem.run(backend, **options), problem.oracle(**options), problem.plain(**options), dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("chunk_bytes", [30_000, 400_000])

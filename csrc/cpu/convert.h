@@ -74,16 +74,22 @@ KD_HD void store_halves(const float* g, int n, uint16_t* out, Convert convert) {
 
 inline void load_floats(const char* row, DType dtype, int64_t start, int n, float* out) {
   const uint16_t* halves = (const uint16_t*)row + start;
-  if (dtype == kFloat) std::memcpy(out, (const float*)row + start, n * sizeof(float));
-  else if (dtype == kBFloat16) load_halves(halves, n, out, [](const uint16_t* p) { return from_bfloat16(p); });
-  else load_halves(halves, n, out, [](const uint16_t* p) { return from_half(p); });
+  if (dtype == kFloat)
+    std::memcpy(out, (const float*)row + start, n * sizeof(float));
+  else if (dtype == kBFloat16)
+    load_halves(halves, n, out, [](const uint16_t* p) { return from_bfloat16(p); });
+  else
+    load_halves(halves, n, out, [](const uint16_t* p) { return from_half(p); });
 }
 
 inline void store_floats(const float* g, int n, char* row, DType dtype, int64_t start) {
   uint16_t* halves = (uint16_t*)row + start;
-  if (dtype == kFloat) std::memcpy((float*)row + start, g, n * sizeof(float));
-  else if (dtype == kBFloat16) store_halves(g, n, halves, [](Vec v) { return to_bfloat16(v); });
-  else store_halves(g, n, halves, [](Vec v) { return to_half(v); });
+  if (dtype == kFloat)
+    std::memcpy((float*)row + start, g, n * sizeof(float));
+  else if (dtype == kBFloat16)
+    store_halves(g, n, halves, [](Vec v) { return to_bfloat16(v); });
+  else
+    store_halves(g, n, halves, [](Vec v) { return to_half(v); });
 }
 
 }  // namespace KD_ISA

@@ -27,8 +27,8 @@
 namespace kd {
 namespace KD_ISA {
 
-// A group is summed by itself: few small terms are then added to a lane that holds the row's largest, and what is
-// left of 1 beside a token with p = 0.999 keeps its digits.
+// A group is summed by itself: few small terms are then added to a lane that holds the row's largest, and
+// what is left of 1 beside a token with p = 0.999 keeps its digits.
 constexpr int kGroup = 16 * kLanes;
 constexpr int kAhead = 512;  // entries that the second pass fetches ahead: its four rows fill L2
 
@@ -37,9 +37,9 @@ constexpr int kAhead = 512;  // entries that the second pass fetches ahead: its 
 struct Kept {
   const int64_t* ids = nullptr;  // ascending, -1 anywhere in between: none
   int64_t count = 0;
-  double* logits = nullptr;      // of the ids in this chunk, mapped; see skip()
-  const float* grad = nullptr;   // of the soft term, before the row's weight
-  double rest = 0, lse1 = 0;     // the same for the rest as a whole; the row's normaliser at temperature 1
+  double* logits = nullptr;     // of the ids in this chunk, mapped; see skip()
+  const float* grad = nullptr;  // of the soft term, before the row's weight
+  double rest = 0, lse1 = 0;    // the same for the rest as a whole; the row's normaliser at temperature 1
 };
 
 // One row of both sides, and the passes over it.
@@ -50,7 +50,13 @@ class Row {
 
  public:
   Row(const Job& job, const Spec& spec, Source s, Source t, Scratch& scratch, int64_t label)
-      : job_(job), spec_(spec), s_(s), t_(t), scratch_(scratch), label_(label), temper_(1 / spec.temperature),
+      : job_(job),
+        spec_(spec),
+        s_(s),
+        t_(t),
+        scratch_(scratch),
+        label_(label),
+        temper_(1 / spec.temperature),
         tempered_hard_(label >= 0 && spec.hard_weight != 0 && spec.temperature != 1) {}
 
   // Take `kept` out of the row; its logits are read now, before a gradient can overwrite them.
@@ -115,8 +121,8 @@ class Row {
             sv = load(s + i) - m_s;
             tv = load(t + i) - m_t;
           }
-          const Terms terms = divergence(p, q, (tv - sv) * per_temperature + gap, tv * per_temperature - log_z_t,
-                                         sv * per_temperature - log_z_s);
+          const Terms terms = divergence(p, q, (tv - sv) * per_temperature + gap,
+                                         tv * per_temperature - log_z_t, sv * per_temperature - log_z_s);
           group_phi += terms.phi;
           group_slope += terms.q_psi;
           store(a + i, terms.q_psi);
@@ -158,7 +164,7 @@ class Row {
 
  private:
   struct Coefficients {
-    float alpha = 0, beta = 0, gamma = 0;  // soft: (e alpha - a beta) gamma
+    float alpha = 0, beta = 0, gamma = 0;   // soft: (e alpha - a beta) gamma
     float eta = 0, eta1 = 0, constant = 0;  // hard: e eta + e1 eta1 + constant
   };
 
@@ -407,7 +413,8 @@ class Range {
   }
   Row<kNone> teacher_row(int64_t i, const Spec& own) {
     const Spec& s = job.spec;
-    return {job, own, source(job.teacher, i, s.teacher_scale, s.teacher_softcap), Source{}, scratch, label(i)};
+    return {job,      own,     source(job.teacher, i, s.teacher_scale, s.teacher_softcap),
+            Source{}, scratch, label(i)};
   }
 
   // The row's sparse target, or one without ids.
@@ -436,8 +443,10 @@ template <class Divergence, int kKind>
 RowState solve(Row<kKind>& row, const Job& job, const Spec& spec, int64_t i) {
   RowState r = empty_state();
   constexpr bool kSecond = !std::is_void_v<Divergence>;
-  if (kSecond || job.grad.data) row.template fold<true>(r);
-  else row.template fold<false>(r);
+  if (kSecond || job.grad.data)
+    row.template fold<true>(r);
+  else
+    row.template fold<false>(r);
   if constexpr (kSecond) row.template value<Divergence>(r);
   finish(r, spec, kKind != kNone, job.labels != nullptr, job.vocab, job.results + i * 6);
   if (job.grad.data) row.emit(r, job.weights[i], job.grad, i);

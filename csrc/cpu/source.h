@@ -46,8 +46,7 @@ struct Source {
     const int end = padded(n);
     for (int i = n; i < end; ++i) buffer[i] = -kInf;
     if (cap != 0) {
-      for (int i = 0; i < end; i += kLanes)
-        store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * cap);
+      for (int i = 0; i < end; i += kLanes) store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * cap);
     } else if (scale != 1) {
       for (int i = 0; i < end; i += kLanes) store(buffer + i, load(buffer + i) * scale);
     }
@@ -64,12 +63,14 @@ inline Source source(const Matrix& m, int64_t i, double scale, double cap) {
 class Scratch {
  public:
   explicit Scratch(int64_t width)
-      : row_((size_t)padded(width) + kBlock), memory_(allocate(3 * row_ + 3 * kBlock)),
-        m_s((width + kBlock - 1) / kBlock), m_t(m_s.size()) {}
+      : row_((size_t)padded(width) + kBlock),
+        memory_(allocate(3 * row_ + 3 * kBlock)),
+        m_s((width + kBlock - 1) / kBlock),
+        m_t(m_s.size()) {}
 
-  float* e() { return memory_.get(); }        // exp(s - m)
-  float* a() { return e() + row_; }           // what the divergence needs beside e
-  float* e1() { return a() + row_; }          // exp at temperature 1
+  float* e() { return memory_.get(); }  // exp(s - m)
+  float* a() { return e() + row_; }     // what the divergence needs beside e
+  float* e1() { return a() + row_; }    // exp at temperature 1
   float* s_block() { return e1() + row_; }
   float* t_block() { return s_block() + kBlock; }
   float* g_block() { return t_block() + kBlock; }

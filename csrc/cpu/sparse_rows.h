@@ -15,8 +15,11 @@ constexpr int kConditional = 2;  // kdkernels/targets.py's TAILS, counted from 1
 class OutcomeRow {
  public:
   explicit OutcomeRow(const Job& job)
-      : slots_(job.sparse.slots), temperature_(job.spec.temperature), student_(padded(slots_ + 1)),
-        grad_(student_.size()), scratch_(slots_ + 1) {
+      : slots_(job.sparse.slots),
+        temperature_(job.spec.temperature),
+        student_(padded(slots_ + 1)),
+        grad_(student_.size()),
+        scratch_(slots_ + 1) {
     small_.width = small_.vocab = slots_ + 1;
     small_.spec = job.sparse.outcome_spec;
     small_.student = {(char*)student_.data(), kFloat, 0};
@@ -35,8 +38,8 @@ class OutcomeRow {
     scale_ = scale;
     std::fill(results_, results_ + 6, 0.0);
     with_kind(small_.spec, true, [&]<int kKind, class Divergence>() {
-      Row<kKind> row(small_, small_.spec, source(small_.student, 0, 1, 0), source(small_.teacher, 0, 1, 0), scratch_,
-                     -1);
+      Row<kKind> row(small_, small_.spec, source(small_.student, 0, 1, 0), source(small_.teacher, 0, 1, 0),
+                     scratch_, -1);
       KD_ISA::solve<Divergence>(row, small_, small_.spec, 0);
     });
   }
@@ -84,8 +87,10 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
     Kept kept = range.kept(i);
     row.skip(kept);
     RowState r = empty_state();
-    if (job.grad.data) row.fold<true>(r);
-    else row.fold<false>(r);
+    if (job.grad.data)
+      row.fold<true>(r);
+    else
+      row.fold<false>(r);
     const float* teacher = (const float*)job.sparse.teacher.row(i);
     const double lse = r.z_s == 0 ? -(double)kInf : r.lse_s(spec.temperature);
     const double rest = (int)spec.tail == kConditional ? (double)teacher[kept.count] : lse;

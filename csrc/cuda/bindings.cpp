@@ -3,7 +3,6 @@
 #define Py_LIMITED_API 0x030a0000
 #endif
 #include <Python.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -21,7 +20,8 @@ struct Cuda {
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "kdkernels: no current CUDA stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                    "kdkernels: no current CUDA stream");
     launch(job, entry, rows, device, stream);
   }
 };
@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) {
 }
 
 extern "C" PyMODINIT_FUNC PyInit__cuda(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

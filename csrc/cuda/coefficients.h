@@ -12,11 +12,11 @@ constexpr double kLog2eExact = 1.4426950408889634074;
 
 // What turns a pair of logits into p, q and their logarithms, and the weight of the soft term.
 struct Normal {
-  float m_s, m_t;                // maxima
-  float log2_z_s, log2_z_t;      // q = 2^((s - m_s) factor - log2_z_s)
-  float gap;                     // log z_s - log z_t; SkewKL, which needs none: 1 where p and q disagree, else 0
-  float slope;                   // subtracted from what multiplies q
-  float soft;                    // the row's weight on the divergence's gradient
+  float m_s, m_t;            // maxima
+  float log2_z_s, log2_z_t;  // q = 2^((s - m_s) factor - log2_z_s)
+  float gap;                 // log z_s - log z_t; SkewKL, which needs none: 1 where p and q disagree, else 0
+  float slope;               // subtracted from what multiplies q
+  float soft;                // the row's weight on the divergence's gradient
 };
 
 // The gradient of a cross entropy: weight * (e^(logit - lse1) - onehot). lse1 in two parts, since the
@@ -36,9 +36,9 @@ KD_DEVICE Pull pull(double weight, double onehot, double lse1) {
 
 struct Coefficients {
   Normal normal;
-  float rest;                      // times q: a sparse target's tail
+  float rest;  // times q: a sparse target's tail
   Pull hard, teacher_hard;
-  float spread;                    // label smoothing
+  float spread;  // label smoothing
 };
 
 // log of one of a state's normalisers.
@@ -55,8 +55,8 @@ KD_DEVICE Logs logs_of(const RowState& r) {
 
 // `lse1`: the student's normaliser at temperature 1. `rest`: of a sparse target, 0 without. The hard terms
 // count where the row has a label.
-KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, const Spec& spec, int kind, double weight,
-                                    bool labelled, double lse1, double rest, int64_t vocab) {
+KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, const Spec& spec, int kind,
+                                    double weight, bool labelled, double lse1, double rest, int64_t vocab) {
   Coefficients c;
   Normal& n = c.normal;
   // Of a sparse target's rest nothing may be left; then `rest` is 0 as well.

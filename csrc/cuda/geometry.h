@@ -14,10 +14,11 @@ namespace kd {
 constexpr int kMaxWarps = 16;
 constexpr int kMaxCluster = 16, kPortableCluster = 8;
 constexpr int kReserved = 12 * 1024;  // bytes before the slices: SharedMemory (staging.h)
-constexpr int kSlice = 100 * 1024;    // with kReserved, twice within a multiprocessor of sm_90; so are registers
-constexpr int kSpanUnit = 256;        // a warp's columns are a multiple of what it takes at once
+constexpr int kSlice =
+    100 * 1024;                 // with kReserved, twice within a multiprocessor of sm_90; so are registers
+constexpr int kSpanUnit = 256;  // a warp's columns are a multiple of what it takes at once
 constexpr int kMaxChunks = 16;
-constexpr int kChunk = 1024;          // columns that are copied at once; more, to keep to kMaxChunks
+constexpr int kChunk = 1024;  // columns that are copied at once; more, to keep to kMaxChunks
 
 struct Chip {
   int multiprocessors = 0;
@@ -52,11 +53,12 @@ inline Geometry laid_out(int64_t width, int cluster, int warps, int bytes, int64
 
 // `teacher_bytes` 0: there is none. `outcome_bytes`: what a sparse target needs of each block. `rows`: where
 // they are too few to fill the chip, clusters are larger.
-inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int teacher_bytes, int64_t outcome_bytes,
-                         const Chip& chip) {
+inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int teacher_bytes,
+                         int64_t outcome_bytes, const Chip& chip) {
   const int portable = std::min(chip.largest_cluster, kPortableCluster);
   int least = 1;
-  while (least < portable && rows * least < chip.multiprocessors && width > (int64_t)least * 8 * kSpanUnit) least *= 2;
+  while (least < portable && rows * least < chip.multiprocessors && width > (int64_t)least * 8 * kSpanUnit)
+    least *= 2;
   const int sides = teacher_bytes ? 2 : 1;
   for (int kept = chip.largest_cluster > 1 ? sides : 0; kept > 0; --kept) {
     const int bytes = student_bytes + (kept == 2 ? teacher_bytes : 0);

@@ -25,7 +25,8 @@ class Kept {
   KD_DEVICE bool any_in_row() const { return ids_ != nullptr; }
   KD_DEVICE bool any() const { return first_ < last_; }
 
-  // Calls f(slot, k, mine) for each kept column in [start, start + kStep); `mine` in the lane whose k-th it is.
+  // Calls f(slot, k, mine) for each kept column in [start, start + kStep); `mine` in the lane whose k-th it
+  // is.
   template <class F>
   KD_DEVICE void each(int start, F&& f) const {
     const int lane = thread_index() % kWarp;

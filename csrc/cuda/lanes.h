@@ -4,10 +4,11 @@
 // lanes, warps and blocks the sums are fp64 (row_state.h), each moved to the common maximum first.
 //
 // Arithmetic: a pair costs two exponentials here and two when the gradient is written, in all a quarter of a
-// multiprocessor's clock of its special-function unit (16 a clock). ForwardKL's instructions, counted for sm_90a,
-// take about as much of its issue slots (128 a clock): a polynomial of FMAs in the place of an exponential would
-// cost what it frees, and fp32 exponentials that are kept need twice a bf16 pair's shared memory beside it.
-// Distances to the maximum are taken before they are scaled to powers of two: logits of 1e4 keep their digits.
+// multiprocessor's clock of its special-function unit (16 a clock). ForwardKL's instructions, counted for
+// sm_90a, take about as much of its issue slots (128 a clock): a polynomial of FMAs in the place of an
+// exponential would cost what it frees, and fp32 exponentials that are kept need twice a bf16 pair's shared
+// memory beside it. Distances to the maximum are taken before they are scaled to powers of two: logits of 1e4
+// keep their digits.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +31,7 @@ struct LaneState {
 
 // What the passes are told of a Spec.
 struct Numbers {
-  float factor = 0;       // log2(e) / T
+  float factor = 0;  // log2(e) / T
   bool hard = false, teacher_hard = false, smooth = false;
   bool tempered = false;  // a hard term has a normaliser of its own
 };
@@ -110,7 +111,8 @@ KD_DEVICE void fold_tile(LaneState& r, const float (&s)[kTile][kVector], const f
   }
 }
 
-// Added column by column and not in the tile: only what is there counts, -inf where it stands for nothing not.
+// Added column by column and not in the tile: only what is there counts, -inf where it stands for nothing
+// not.
 KD_DEVICE void add_logits(LaneState& r, const float (&s)[kVector], float base, Present present) {
 #pragma unroll
   for (int k = 0; k < kVector; ++k) r.sum_s += present(k) ? s[k] - base : 0.0f;
@@ -147,10 +149,10 @@ KD_DEVICE void add_across_warp(double* v) {
 constexpr int kFoldSums = 8, kSums = 16;
 KD_DEVICE int fold_column(int i, int x_column) { return i < 2 ? 2 * i + 1 : i == 2 ? x_column : i + 3; }
 KD_DEVICE int sum_column(int i) { return i < 2 ? 2 * i + 1 : i < 11 ? i + 2 : i + 6; }
-static_assert(offsetof(RowState, z_s) == 8 && offsetof(RowState, z_t) == 3 * 8 && offsetof(RowState, x_s) == 4 * 8 &&
-              offsetof(RowState, e_s) == 6 * 8 && offsetof(RowState, sum_s) == 10 * 8 &&
-              offsetof(RowState, label_t) == 12 * 8 && offsetof(RowState, value) == 17 * 8 &&
-              offsetof(RowState, slope) == 18 * 8);
+static_assert(offsetof(RowState, z_s) == 8 && offsetof(RowState, z_t) == 3 * 8 &&
+              offsetof(RowState, x_s) == 4 * 8 && offsetof(RowState, e_s) == 6 * 8 &&
+              offsetof(RowState, sum_s) == 10 * 8 && offsetof(RowState, label_t) == 12 * 8 &&
+              offsetof(RowState, value) == 17 * 8 && offsetof(RowState, slope) == 18 * 8);
 
 // What is no sum of the lanes: the same in all of them.
 KD_DEVICE void write_tops(RowState* out, const RowState& r) {
@@ -180,8 +182,8 @@ KD_DEVICE void write_fold(RowState* out, const RowState& r) {
 
 // The warp's state from lanes' parts at common maxima.
 KD_DEVICE void write_state(RowState* out, const RowState& r) {
-  double sums[kSums] = {r.z_s, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t,
-                        r.sum_s, r.label_s, r.label_t, r.value, r.slope};
+  double sums[kSums] = {r.z_s,  r.z_t,   r.x_s,     r.x_t,     r.e_s,   r.e_t,  r.z1_s,
+                        r.z1_t, r.sum_s, r.label_s, r.label_t, r.value, r.slope};
   add_across_warp<kSums>(sums);
   const int lane = thread_index() % kWarp, i = lane / 2;
   if (lane % 2 == 0 && i < 13) ((double*)out)[sum_column(i)] = sums[0];

@@ -1,10 +1,9 @@
 // Which kernel, over which geometry, how many clusters.
-#include "launch.h"
-
 #include <map>
 #include <mutex>
 #include <tuple>
 
+#include "launch.h"
 #include "rows.cuh"
 #include "runtime.h"
 
@@ -23,11 +22,14 @@ bool is_bfloat16(const Matrix& m) { return m.data == nullptr || m.dtype == kBFlo
 
 bool is_plain(const Job& job) {
   const Spec& s = job.spec;
-  const bool mapped = s.student_scale != 1 || s.student_softcap != 0 || s.teacher_scale != 1 || s.teacher_softcap != 0;
+  const bool mapped =
+      s.student_scale != 1 || s.student_softcap != 0 || s.teacher_scale != 1 || s.teacher_softcap != 0;
   return is_bfloat16(job.student) && is_bfloat16(job.teacher) && is_bfloat16(job.grad) && !mapped;
 }
 
-Kernel kernel_of(const Job& job) { return is_plain(job) ? kernel_of<PlainBFloat16>(job) : kernel_of<Anything>(job); }
+Kernel kernel_of(const Job& job) {
+  return is_plain(job) ? kernel_of<PlainBFloat16>(job) : kernel_of<Anything>(job);
+}
 
 Numbers numbers(const Job& job) {
   const Spec& s = job.spec;
@@ -59,7 +61,8 @@ int resident(Kernel kernel, const Geometry& g, int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(kernel, g.cluster, g.warps, g.shared_bytes(), device);
   const auto found = known.find(key);
-  return found != known.end() ? found->second : known[key] = runtime::resident_clusters((const void*)kernel, g);
+  return found != known.end() ? found->second
+                              : known[key] = runtime::resident_clusters((const void*)kernel, g);
 }
 
 const void* any_kernel() { return (const void*)&rows_kernel<kForwardKL, void, PlainBFloat16>; }
@@ -69,9 +72,11 @@ const void* any_kernel() { return (const void*)&rows_kernel<kForwardKL, void, Pl
 int architecture() { return runtime::architecture(any_kernel()); }
 
 void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream) {
-  const bool closed = job.spec.kind == kForwardKL || job.spec.kind == kReverseKL || job.teacher.data == nullptr;
-  const bool nothing = (entry == Entry::kGradient && job.grad.data == nullptr && job.teacher_grad.data == nullptr) ||
-                       (entry == Entry::kAccumulateValue && closed);
+  const bool closed =
+      job.spec.kind == kForwardKL || job.spec.kind == kReverseKL || job.teacher.data == nullptr;
+  const bool nothing =
+      (entry == Entry::kGradient && job.grad.data == nullptr && job.teacher_grad.data == nullptr) ||
+      (entry == Entry::kAccumulateValue && closed);
   if (rows == 0 || job.width == 0 || nothing) return;
   if (rows > INT32_MAX / 2 || job.width > INT32_MAX / 2)
     throw std::runtime_error("kdkernels: at most 2^30 rows and columns in one call");
@@ -84,11 +89,13 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
   const int teacher_bytes = job.teacher.data == nullptr ? 0 : bytes_of(job.teacher.dtype);
   const int64_t outcome_bytes = entry == Entry::kFusedSparse ? OutcomeMemory::bytes(job.sparse.slots) : 0;
   if (kReserved + outcome_bytes > chip.shared_bytes)
-    throw std::runtime_error("kdkernels: a sparse target has too many slots for the shared memory of this device");
+    throw std::runtime_error(
+        "kdkernels: a sparse target has too many slots for the shared memory of this device");
   int clusters = 0;
   // A cluster of sixteen is the device's to grant.
   for (; clusters == 0 && chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
-    plan.geometry = geometry(places(job, rows), rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);
+    plan.geometry =
+        geometry(places(job, rows), rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);
     clusters = resident(kernel, plan.geometry, device);
   }
   if (clusters == 0) throw std::runtime_error("kdkernels: no block of the CUDA kernel fits on this device");

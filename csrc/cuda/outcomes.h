@@ -18,15 +18,17 @@ struct OutcomeMemory {
   int64_t slots;
   float* base;  // 3 * (slots + 1) floats
 
-  KD_HD static int64_t bytes(int64_t slots) { return (3 * (slots + 1) * (int64_t)sizeof(float) + 127) / 128 * 128; }
+  KD_HD static int64_t bytes(int64_t slots) {
+    return (3 * (slots + 1) * (int64_t)sizeof(float) + 127) / 128 * 128;
+  }
   KD_DEVICE float* logits(int turn) const { return base + (turn & 1) * (slots + 1); }
   KD_DEVICE float* grad() const { return base + 2 * (slots + 1); }
 };
 
 // What the emit needs of it, and the row's results so far.
 struct Solved {
-  double lse1;     // the student's normaliser at temperature 1, kept ids included
-  double rest;     // the gradient for the tail as a whole
+  double lse1;  // the student's normaliser at temperature 1, kept ids included
+  double rest;  // the gradient for the tail as a whole
   double results[6];
 };
 
@@ -48,7 +50,8 @@ KD_DEVICE int first_highest(const float* v, int64_t n) {
 
 // log(e^lse + sum e^logits), by a warp.
 KD_DEVICE double log_add(double lse, const float* logits, int64_t n) {
-  const double kept = highest_of(n, [&](int64_t i) { return (double)logits[i]; }), peak = kept > lse ? kept : lse;
+  const double kept = highest_of(n, [&](int64_t i) { return (double)logits[i]; }),
+               peak = kept > lse ? kept : lse;
   double total = thread_index() % kWarp == 0 ? exp(lse - peak) : 0;
   for (int64_t i = thread_index() % kWarp; i < n; i += kWarp) total += exp(logits[i] - peak);
 #pragma unroll
@@ -58,8 +61,8 @@ KD_DEVICE double log_add(double lse, const float* logits, int64_t n) {
 
 // The dense problem of `n` columns by a warp: the state, and where asked the gradient times `scale`.
 template <int kKind, class Divergence>
-KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec, double scale, RowState* state,
-                         float* grad) {
+KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec, double scale,
+                         RowState* state, float* grad) {
   const int lane = thread_index() % kWarp;
   Numbers numbers;
   numbers.factor = (float)(kLog2eExact / spec.temperature);
@@ -97,8 +100,8 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, const Spec& spec
 }
 
 // The outcomes of row `row`, by one warp; `r` is the row's state without the kept ids, `scratch` another.
-KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const OutcomeMemory& memory, int turn,
-                              RowState* scratch, Solved* solved) {
+KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const OutcomeMemory& memory,
+                              int turn, RowState* scratch, Solved* solved) {
   const SparseJob& sparse = job.sparse;
   const Spec& spec = job.spec;
   const int64_t slots = sparse.slots, *ids = sparse.ids + row * slots;
@@ -113,7 +116,8 @@ KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const 
     const int mine = first_highest(u, slots);
     const double best = u[mine];
     const bool ahead = best > r.m_s || (best == r.m_s && ids[mine] < (int64_t)r.arg_s);
-    agrees = ids[0] >= 0 && first_highest(teacher, slots) == mine && ((int)spec.tail == kConditional || ahead);
+    agrees =
+        ids[0] >= 0 && first_highest(teacher, slots) == mine && ((int)spec.tail == kConditional || ahead);
   }
   // Only differences count: what is near 0 keeps its digits in fp32.
   const double kept = highest_of(slots, [&](int64_t i) { return u[i] / spec.temperature; });
@@ -131,7 +135,8 @@ KD_DEVICE void solve_outcomes(const Job& job, int row, const RowState& r, const 
     finish(*scratch, sparse.outcome_spec, true, false, slots + 1, solved->results);
     solved->results[0] = sparse.scale[row] * solved->results[0] + sparse.constant[row];
     solved->results[4] = agrees;
-    if (job.labels != nullptr && spec.hard_weight != 0) solved->results[1] = hard_term(r, lse1, lse1 - r.label_s, spec, job.vocab);
+    if (job.labels != nullptr && spec.hard_weight != 0)
+      solved->results[1] = hard_term(r, lse1, lse1 - r.label_s, spec, job.vocab);
     solved->lse1 = lse1;
     solved->rest = job.grad.data == nullptr ? 0 : memory.grad()[slots];
   }

@@ -96,8 +96,10 @@ KD_DEVICE int cluster_rank() {
 // nothing there does not wait until the gradient that it wrote to memory has arrived.
 KD_DEVICE void sync_cluster(bool wrote) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (wrote) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  else asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if (wrote)
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
@@ -135,7 +137,8 @@ KD_DEVICE void publish_barriers() {
 }
 KD_DEVICE void arrive_expecting(Barrier& barrier, uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(bytes)
                : "memory");
 #endif
 }
@@ -162,10 +165,11 @@ KD_DEVICE void fence_before_copies() {
 // Global to shared; both 16-byte aligned, `bytes` a multiple of 16. Completes on `barrier`.
 KD_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
 #endif
 }
 

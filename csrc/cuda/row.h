@@ -20,8 +20,8 @@
 #include "../divergence.h"
 #include "formula.h"
 #include "kept.h"
-#include "launch.h"
 #include "lanes.h"
+#include "launch.h"
 #include "outcomes.h"
 #include "staging.h"
 
@@ -50,8 +50,12 @@ class Row {
 
  public:
   KD_DEVICE Row(const Job& job, const Plan& plan, Slice& slice)
-      : job_(job), plan_(plan), slice_(slice), shared_(*(SharedMemory*)shared_memory()),
-        lane_(thread_index() % kWarp), warp_(thread_index() / kWarp) {}
+      : job_(job),
+        plan_(plan),
+        slice_(slice),
+        shared_(*(SharedMemory*)shared_memory()),
+        lane_(thread_index() % kWarp),
+        warp_(thread_index() / kWarp) {}
 
   // The `turn`-th row that is computed; `next` (plan.rows: none) is fetched as this one is done with.
   KD_DEVICE void compute(int row, int next, int turn) {
@@ -60,8 +64,10 @@ class Row {
     next_lead_ = next < plan_.rows ? lead_of(job_, next) : 0;
     turn_ = turn;
     reversed_ = false;
-    if (plan_.folds()) fold();
-    else load_state();
+    if (plan_.folds())
+      fold();
+    else
+      load_state();
     if constexpr (kSecond)
       if (plan_.entry == Entry::kFused || plan_.entry == Entry::kAccumulateValue) value();
     write_results();
@@ -120,8 +126,7 @@ class Row {
   KD_DEVICE void each_step(bool first, bool last, int step, F&& f) {
     if (!slice_.resident()) {
       const int steps = (end() - slice_.begin() + step - 1) / step;
-      for (int i = 0; i < steps; ++i)
-        f(slice_.begin() + (reversed_ ? steps - 1 - i : i) * step, end());
+      for (int i = 0; i < steps; ++i) f(slice_.begin() + (reversed_ ? steps - 1 - i : i) * step, end());
       reversed_ = !reversed_;
       return;
     }
@@ -140,11 +145,12 @@ class Row {
 
   // Whether a step is all the row's and is read from shared memory as it is: what the hot loops ask.
   KD_DEVICE static bool is_plain(const Side& s, const Side& t, int start, int step, int end) {
-    return start >= s.lead && start + step <= end && s.resident >= 0 && (!kTeacher || t.resident >= 0) && !Types::kMapped;
+    return start >= s.lead && start + step <= end && s.resident >= 0 && (!kTeacher || t.resident >= 0) &&
+           !Types::kMapped;
   }
   template <bool kPlain>
-  KD_DEVICE static void load_both(const Side& student, const Side& teacher, int column, int count, float (&s)[kVector],
-                                  float (&t)[kVector]) {
+  KD_DEVICE static void load_both(const Side& student, const Side& teacher, int column, int count,
+                                  float (&s)[kVector], float (&t)[kVector]) {
     if constexpr (kPlain) {
       load_resident<Types>(student, column, s);
       if (kTeacher) load_resident<Types>(teacher, column, t);
@@ -169,7 +175,8 @@ class Row {
       }
       if (is_plain(student_side, teacher_side, start, kTile * kStep, end)) {
 #pragma unroll
-        for (int i = 0; i < kTile; ++i) load_both<true>(student_side, teacher_side, columns[i], kVector, s[i], t[i]);
+        for (int i = 0; i < kTile; ++i)
+          load_both<true>(student_side, teacher_side, columns[i], kVector, s[i], t[i]);
       } else {
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
@@ -202,8 +209,8 @@ class Row {
     });
   }
 
-  // What label smoothing's sum of the logits is relative to, so that it keeps its digits where all of them are
-  // far from 0: the label's logit, to which the loss compares them, or one of this chunk.
+  // What label smoothing's sum of the logits is relative to, so that it keeps its digits where all of them
+  // are far from 0: the label's logit, to which the loss compares them, or one of this chunk.
   KD_DEVICE float sum_base() const {
     const int64_t at = job_.labels[row_] - job_.offset;
     const int64_t inside = at < 0 ? 0 : at < job_.width ? at : job_.width - 1;
@@ -268,7 +275,8 @@ class Row {
       if (onto) copy_state(&parts[blocks], memory_state());
       sync_warp();
     }
-    if (blocks > 1) sync_cluster(warp_ == 0 || plan_.entry == Entry::kFusedSparse);  // share_kept is by all warps
+    if (blocks > 1)
+      sync_cluster(warp_ == 0 || plan_.entry == Entry::kFusedSparse);  // share_kept is by all warps
     if (warp_ == 0) combine(parts, blocks + onto, temperature, out);
     // Nobody writes here again before all have passed the next exchange's barrier.
     parity_ ^= 1;
@@ -295,7 +303,7 @@ class Row {
       const Logs logs = logs_of(r);
       const SparseJob& sparse = job_.sparse;
       const bool solved = plan_.entry == Entry::kFusedSparse;
-      const double lse1 = solved                    ? shared_.solved.lse1
+      const double lse1 = solved                   ? shared_.solved.lse1
                           : sparse.lse1 != nullptr ? sparse.lse1[row_]
                                                    : r.m_s + logs.z1_s;
       const double rest = solved ? shared_.solved.rest : sparse.rest != nullptr ? sparse.rest[row_] : 0;
@@ -349,7 +357,8 @@ class Row {
   }
 
   KD_DEVICE void add_value(RowState& r, const RowState& added) {
-    r.value += added.value + 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
+    r.value +=
+        added.value + 0 * (r.z_s + r.z_t);  // NaN logits stay visible whatever the formula does with them
     r.slope += added.slope;
     if (r.value != r.value) r.slope = r.value;
     if (plan_.entry != Entry::kAccumulateValue || cluster_rank() != 0) return;
@@ -431,7 +440,8 @@ class Row {
       if (k == place) g[k] -= onehot;
   }
 
-  KD_DEVICE static void through_map(const LogitMap& map, const float (&logits)[kVector], float (&g)[kVector]) {
+  KD_DEVICE static void through_map(const LogitMap& map, const float (&logits)[kVector],
+                                    float (&g)[kVector]) {
     if (map.identity()) return;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) g[k] *= map.slope(logits[k]);

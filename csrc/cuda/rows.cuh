@@ -19,7 +19,7 @@ KD_DEVICE int next_that_counts(const Job& job, const Plan& plan, int row, int st
 }
 
 template <int kKind, class Divergence, class Types>
-KD_KERNEL(kMaxWarps * kWarp)
+KD_KERNEL(kMaxWarps* kWarp)
 rows_kernel(const KD_GRID_CONSTANT Job job, const KD_GRID_CONSTANT Plan plan) {
   Slice slice(job, plan.geometry);
   Row<kKind, Divergence, Types> worker(job, plan, slice);

@@ -54,7 +54,8 @@ inline Chip chip(const void* kernel, int device) {
 }
 
 // A launch of `blocks` blocks; `attributes` is the memory for its one attribute.
-inline cudaLaunchConfig_t config(int blocks, const Geometry& g, void* stream, cudaLaunchAttribute* attributes) {
+inline cudaLaunchConfig_t config(int blocks, const Geometry& g, void* stream,
+                                 cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t c{};
   c.gridDim = dim3((unsigned)blocks);
   c.blockDim = dim3((unsigned)g.threads());
@@ -76,11 +77,13 @@ inline int resident_clusters(const void* kernel, const Geometry& g) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
         "shared memory of the kernel");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
         "shared memory of a multiprocessor");
   if (g.cluster == 1) {
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, g.threads(), (size_t)g.shared_bytes()),
-          "occupancy of the kernel");
+    check(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, g.threads(), (size_t)g.shared_bytes()),
+        "occupancy of the kernel");
     return found * attribute(cudaDevAttrMultiProcessorCount, device);
   }
   if (g.cluster > kPortableCluster &&

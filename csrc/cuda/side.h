@@ -63,10 +63,10 @@ KD_HD bool is_aligned(const void* p) { return ((uint64_t)p & 15) == 0; }
 struct Side {
   const char* row = nullptr;  // place 0, in the caller's memory
   int lead = 0;
-  int resident = -1;          // where place `first` is in shared memory; -1: read the row
+  int resident = -1;  // where place `first` is in shared memory; -1: read the row
   int first = 0;
   DType dtype = kFloat;
-  bool aligned = false;       // place 0 is at 16 bytes
+  bool aligned = false;  // place 0 is at 16 bytes
   LogitMap map;
 };
 
@@ -126,7 +126,8 @@ KD_DEVICE void load(const Side& side, int column, int count, float (&v)[kVector]
   const int size = bytes_of(Types::of(side.dtype));
   const Present present{side.lead - column, count};
   if (side.resident >= 0)
-    load_from<Types>(shared_memory() + side.resident + (column - side.first) * size, true, side.dtype, present, v);
+    load_from<Types>(shared_memory() + side.resident + (column - side.first) * size, true, side.dtype,
+                     present, v);
   else
     load_from<Types>(side.row + (int64_t)column * size, side.aligned, side.dtype, present, v);
   if constexpr (Types::kMapped) {
@@ -161,9 +162,12 @@ struct Target {
 };
 
 KD_DEVICE void store_value(char* row, DType dtype, int64_t i, float value) {
-  if (dtype == kFloat) ((float*)row)[i] = value;
-  else if (dtype == kBFloat16) ((uint16_t*)row)[i] = (uint16_t)pack_bfloat16(value, 0.0f);
-  else ((uint16_t*)row)[i] = (uint16_t)pack_half(value, 0.0f);
+  if (dtype == kFloat)
+    ((float*)row)[i] = value;
+  else if (dtype == kBFloat16)
+    ((uint16_t*)row)[i] = (uint16_t)pack_bfloat16(value, 0.0f);
+  else
+    ((uint16_t*)row)[i] = (uint16_t)pack_half(value, 0.0f);
 }
 
 template <class Types>

@@ -20,7 +20,7 @@ struct SharedMemory {
   RowState parts[2][kMaxCluster + 1];  // of the cluster's blocks, and what was there before; two turns
   RowState state, added;               // of the row, and of its second pass
   Coefficients coefficients;
-  Solved solved;                       // of a sparse target
+  Solved solved;  // of a sparse target
   Barrier chunks[kMaxWarps][kMaxChunks];
 };
 static_assert(sizeof(SharedMemory) <= kReserved && kReserved % 128 == 0);
@@ -36,7 +36,8 @@ class Slice {
     chunk_ = g.chunk;
     const int slot = g.slices_at + warp * g.bytes_per_warp;
     if (g.student_resident) student_ = slot;
-    if (g.teacher_resident) teacher_ = slot + g.span * bytes_of(job.student.dtype);  // beside the student, never alone
+    if (g.teacher_resident)
+      teacher_ = slot + g.span * bytes_of(job.student.dtype);  // beside the student, never alone
     if (kAsync && lane_ == 0) {
       for (int i = 0; i < chunks(); ++i) init(barrier(i));
       publish_barriers();
@@ -63,7 +64,8 @@ class Slice {
     const char* const teacher = start_of(job_.teacher, row, lead);
     fence_before_copies();
     sync_warp();
-    const uint32_t bytes = whole(job_.student, student, student_, n) + whole(job_.teacher, teacher, teacher_, n);
+    const uint32_t bytes =
+        whole(job_.student, student, student_, n) + whole(job_.teacher, teacher, teacher_, n);
     if (lane_ == 0) arrive_expecting(barrier(i), bytes);
     copy(job_.student, student, student_, first, n, i);
     copy(job_.teacher, teacher, teacher_, first, n, i);
@@ -94,8 +96,10 @@ class Slice {
     const uint32_t bytes = whole(m, row, slot, n);
     if (lane_ == 0 && bytes) bulk_copy(to, from, bytes, barrier(i));
     for (int k = (int)bytes / size + lane_; k < n; k += kWarp) {
-      if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k];
-      else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];
+      if (size == 4)
+        ((uint32_t*)to)[k] = ((const uint32_t*)from)[k];
+      else
+        ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];
     }
   }
 

@@ -80,8 +80,9 @@ def _fold_normalizer(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z_at: in
     return z, e, risen
 
 
-def _fold_moment(state: Tensor, at: int, *, old_mass: Tensor, decay: Tensor, shift: Tensor,
-                 fresh: Tensor) -> None:  # fmt: skip
+def _fold_moment(
+    state: Tensor, at: int, *, old_mass: Tensor, decay: Tensor, shift: Tensor, fresh: Tensor
+) -> None:
     """A sum e * v whose v moves by ``shift`` when the maxima rise; what decays to 0 is 0, inf too."""
     moved = state[:, at] + torch.where(old_mass > 0, old_mass * shift, 0.0)
     state[:, at] = torch.where(decay > 0, moved * decay, 0.0) + fresh.double()
@@ -112,8 +113,16 @@ def _written(tile: Tensor, ids: Tensor, offset: int, values: Tensor) -> Tensor:
     return F.pad(tile, (0, 1)).scatter_(1, column, values.to(tile.dtype))[:, :-1]
 
 
-def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *, offset: int,
-               spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
+def accumulate(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    *,
+    offset: int,
+    spec: Spec,
+    state: Tensor,
+    skipped: Optional[Tensor] = None,
+) -> None:
     """Fold the vocabulary chunk that begins at ``offset`` into ``state``, which leaves the ids
     ``skipped`` ``[rows, K]`` (-1: none) out of the student's maxima and normalisers."""
     dtype = _dtype(student, teacher)
@@ -124,8 +133,7 @@ def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tens
     old_m = state[:, rs.M_S].clone()
     s, e_s, up_s = _fold_normalizer(state, raw, spec, rs.M_S, rs.Z_S)
     _fold_top(state, raw, offset, rs.TOP_S, rs.ARG_S)
-    _fold_moment(state, rs.E_S, old_mass=old_s, decay=(-up_s).exp(), shift=-up_s,
-                 fresh=_masked(e_s, s))  # fmt: skip
+    _fold_moment(state, rs.E_S, old_mass=old_s, decay=(-up_s).exp(), shift=-up_s, fresh=_masked(e_s, s))
     if labels is not None and spec.hard_weight:
         _fold_z1(state, raw, rs.M_S, rs.Z1_S, old_m)
         _fold_label(state, given, labels, offset, rs.LABEL_S)
@@ -137,13 +145,10 @@ def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tens
     old_m = state[:, rs.M_T].clone()
     t, e_t, up_t = _fold_normalizer(state, raw, spec, rs.M_T, rs.Z_T)
     _fold_top(state, raw, offset, rs.TOP_T, rs.ARG_T)
-    _fold_moment(state, rs.E_T, old_mass=old_t, decay=(-up_t).exp(), shift=-up_t,
-                 fresh=_masked(e_t, t))  # fmt: skip
+    _fold_moment(state, rs.E_T, old_mass=old_t, decay=(-up_t).exp(), shift=-up_t, fresh=_masked(e_t, t))
     x = t - s
-    _fold_moment(state, rs.X_S, old_mass=old_s, decay=(-up_s).exp(), shift=up_s - up_t,
-                 fresh=_masked(e_s, x))  # fmt: skip
-    _fold_moment(state, rs.X_T, old_mass=old_t, decay=(-up_t).exp(), shift=up_s - up_t,
-                 fresh=_masked(e_t, x))  # fmt: skip
+    _fold_moment(state, rs.X_S, old_mass=old_s, decay=(-up_s).exp(), shift=up_s - up_t, fresh=_masked(e_s, x))
+    _fold_moment(state, rs.X_T, old_mass=old_t, decay=(-up_t).exp(), shift=up_s - up_t, fresh=_masked(e_t, x))
     if labels is not None and spec.teacher_hard_weight:
         _fold_z1(state, raw, rs.M_T, rs.Z1_T, old_m)
         _fold_label(state, raw, labels, offset, rs.LABEL_T)
@@ -206,8 +211,17 @@ def _emitted(raw: Tensor, emission: Emission, offset: int, spec: Spec, state: Te
     return _written(rest * emission.rest[:, None].to(raw.dtype), emission.ids, offset, emission.kept)
 
 
-def _hard_gradient(raw: Tensor, m: Tensor, log_z: Tensor, labels: Tensor, offset: int, vocab: int, *,
-                   smoothing: float, z_loss: float) -> Tensor:  # fmt: skip
+def _hard_gradient(
+    raw: Tensor,
+    m: Tensor,
+    log_z: Tensor,
+    labels: Tensor,
+    offset: int,
+    vocab: int,
+    *,
+    smoothing: float,
+    z_loss: float,
+) -> Tensor:
     grad = (_below_maximum(raw, m) - log_z[:, None].to(raw.dtype)).exp()
     if z_loss:
         grad = grad * (1 + 2 * z_loss * (m + log_z)[:, None].to(raw.dtype))
@@ -218,10 +232,20 @@ def _hard_gradient(raw: Tensor, m: Tensor, log_z: Tensor, labels: Tensor, offset
     return grad.scatter_add(1, column[:, None], -onehot[:, None])
 
 
-def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
-             weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
-             grad: Optional[Tensor], teacher_grad: Optional[Tensor],
-             emission: Optional[Emission] = None) -> None:  # fmt: skip
+def gradient(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    offset: int,
+    vocab: int,
+    spec: Spec,
+    state: Tensor,
+    grad: Optional[Tensor],
+    teacher_grad: Optional[Tensor],
+    emission: Optional[Emission] = None,
+) -> None:
     """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself).
 
     With a sparse target the soft term is ``emission``'s, and the state that of the rest.
@@ -241,24 +265,34 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
             m, log_z = state[:, rs.M_S], state[:, rs.Z1_S].log()
             if emission is not None:
                 m, log_z = emission.m1, emission.log_z1
-            hard = _hard_gradient(raw, m, log_z, labels, offset, vocab,
-                                  smoothing=spec.label_smoothing, z_loss=spec.z_loss)  # fmt: skip
+            hard = _hard_gradient(
+                raw, m, log_z, labels, offset, vocab, smoothing=spec.label_smoothing, z_loss=spec.z_loss
+            )
             total = total + hard * spec.hard_weight
         total = spec.student_map.backward(total, raw) * live[:, None]
         total = total.masked_fill(skip[:, None], 0.0)
     if teacher_grad is not None:
         assert teacher is not None and labels is not None
         raw = spec.teacher_map.logits(teacher, dtype)
-        hard = _hard_gradient(raw, state[:, rs.M_T], state[:, rs.Z1_T].log(), labels, offset, vocab,
-                              smoothing=0.0, z_loss=0.0)  # fmt: skip
+        hard = _hard_gradient(
+            raw, state[:, rs.M_T], state[:, rs.Z1_T].log(), labels, offset, vocab, smoothing=0.0, z_loss=0.0
+        )
         hard = spec.teacher_map.backward(hard * spec.teacher_hard_weight, raw)
         teacher_grad.copy_((hard * live[:, None]).masked_fill(skip[:, None], 0.0))
     if grad is not None:
         grad.copy_(total)
 
 
-def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
-          spec: Spec, grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+def fused(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+    teacher_grad: Optional[Tensor],
+) -> Tensor:
     """Whole rows: results, and the gradients where buffers are given (aliasing allowed)."""
     vocab = student.shape[1]
     state = rs.new_state(student.shape[0], student.device)
@@ -266,14 +300,40 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
     if teacher is not None and spec.divergence.closed_form is None:
         accumulate_value(student, teacher, spec=spec, state=state)
     if grad is not None or teacher_grad is not None:
-        gradient(student, teacher, labels, weights, offset=0, vocab=vocab, spec=spec, state=state,
-                 grad=grad, teacher_grad=teacher_grad)  # fmt: skip
+        gradient(
+            student,
+            teacher,
+            labels,
+            weights,
+            offset=0,
+            vocab=vocab,
+            spec=spec,
+            state=state,
+            grad=grad,
+            teacher_grad=teacher_grad,
+        )
     return rs.finish(state, spec, labels, vocab, teacher is not None)
 
 
-def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
-                 spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+def fused_sparse(
+    student: Tensor,
+    target: Outcomes,
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+) -> Tensor:
     """Whole rows with a sparse target: results, and the gradient where a buffer is given (aliasing
     allowed)."""
-    return in_two_passes(student, target, labels, weights, spec=spec, grad=grad, accumulate=accumulate,
-                         fused=fused, gradient=gradient)  # fmt: skip
+    return in_two_passes(
+        student,
+        target,
+        labels,
+        weights,
+        spec=spec,
+        grad=grad,
+        accumulate=accumulate,
+        fused=fused,
+        gradient=gradient,
+    )

@@ -91,8 +91,16 @@ def _spec(spec: Spec) -> Tensor:
     return torch.tensor(spec.to_floats(), dtype=torch.float64, device="cpu")
 
 
-def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
-          spec: Spec, grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+def fused(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+    teacher_grad: Optional[Tensor],
+) -> Tensor:
     results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
     _ops.fused(
         _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), results, grad, teacher_grad
@@ -100,39 +108,86 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
     return results
 
 
-def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
-               offset: int, spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
-    _ops.accumulate(
-        _rows(student), _rows(teacher), labels, _spec(spec), offset, state, skipped
-    )
+def accumulate(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    *,
+    offset: int,
+    spec: Spec,
+    state: Tensor,
+    skipped: Optional[Tensor] = None,
+) -> None:
+    _ops.accumulate(_rows(student), _rows(teacher), labels, _spec(spec), offset, state, skipped)
 
 
 def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
     _ops.accumulate_value(_rows(student), _rows(teacher), _spec(spec), state)
 
 
-def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
-             weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
-             grad: Optional[Tensor], teacher_grad: Optional[Tensor],
-             emission: Optional[Emission] = None) -> None:  # fmt: skip
+def gradient(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    offset: int,
+    vocab: int,
+    spec: Spec,
+    state: Tensor,
+    grad: Optional[Tensor],
+    teacher_grad: Optional[Tensor],
+    emission: Optional[Emission] = None,
+) -> None:
     _ops.gradient(
-        _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), offset, vocab, state,
-        grad, teacher_grad, *_emitted(emission),
-    )  # fmt: skip
+        _rows(student),
+        _rows(teacher),
+        labels,
+        weights.double(),
+        _spec(spec),
+        offset,
+        vocab,
+        state,
+        grad,
+        teacher_grad,
+        *_emitted(emission),
+    )
 
 
 def _emitted(emission: Optional[Emission]) -> tuple[Optional[Tensor], ...]:
     return (None,) * 4 if emission is None else (emission.ids, emission.rest, emission.kept, emission.lse1)
 
 
-def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
-                 spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+def fused_sparse(
+    student: Tensor,
+    target: Outcomes,
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+) -> Tensor:
     if student.is_cuda and target.ids.shape[1] > _MOST_SLOTS:
-        return in_two_passes(student, target, labels, weights, spec=spec, grad=grad, accumulate=accumulate,
-                             fused=fused, gradient=gradient)  # fmt: skip
+        return in_two_passes(
+            student,
+            target,
+            labels,
+            weights,
+            spec=spec,
+            grad=grad,
+            accumulate=accumulate,
+            fused=fused,
+            gradient=gradient,
+        )
     results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
     _ops.fused_sparse(
-        _rows(student), *target, labels, weights.double(), _spec(student_spec(spec)),
-        _spec(outcome_spec(spec)), results, grad,
-    )  # fmt: skip
+        _rows(student),
+        *target,
+        labels,
+        weights.double(),
+        _spec(student_spec(spec)),
+        _spec(outcome_spec(spec)),
+        results,
+        grad,
+    )
     return results

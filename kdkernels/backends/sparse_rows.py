@@ -41,8 +41,17 @@ def gather_kept(kept: Tensor, tile: Tensor, ids: Tensor, offset: int, logit_map:
     torch.where(inside, found, kept, out=kept)
 
 
-def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor], *, vocab: int,
-          spec: Spec, fused: Callable[..., Tensor], want_gradient: bool) -> tuple[Tensor, Emission]:  # fmt: skip
+def solve(
+    target: Outcomes,
+    kept: Tensor,
+    state: Tensor,
+    labels: Optional[Tensor],
+    *,
+    vocab: int,
+    spec: Spec,
+    fused: Callable[..., Tensor],
+    want_gradient: bool,
+) -> tuple[Tensor, Emission]:
     """Per-row results and what the second pass emits.
 
     ``kept``: the student's logits (mapped, untempered) at ``target.ids``, -inf where there is none.
@@ -61,8 +70,9 @@ def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor
     student = student - student.amax(-1, keepdim=True).clamp(min=rs.NOTHING)
     student = student.to(teacher.dtype)
     grad = torch.empty_like(student) if want_gradient else None
-    solved = fused(student, teacher, labels, target.scale, spec=outcome_spec(spec), grad=grad,
-                   teacher_grad=None)  # fmt: skip
+    solved = fused(
+        student, teacher, labels, target.scale, spec=outcome_spec(spec), grad=grad, teacher_grad=None
+    )
     results = solved.clone()
     results[:, rs.SOFT] = target.scale * solved[:, rs.SOFT] + target.constant
     results[:, rs.AGREEMENT] = _agreement(target, kept, state, spec)
@@ -70,7 +80,9 @@ def solve(target: Outcomes, kept: Tensor, state: Tensor, labels: Optional[Tensor
     if spec.hard_weight:
         z1 = state[:, rs.Z1_S] * (state[:, rs.M_S] - m1).exp()
         log_z1 = (z1 + (kept.double() - m1[:, None]).exp().sum(-1)).log()
-        results[:, rs.HARD] = rs.hard_term(state, m1 + log_z1, (m1 - state[:, rs.LABEL_S]) + log_z1, spec, vocab)
+        results[:, rs.HARD] = rs.hard_term(
+            state, m1 + log_z1, (m1 - state[:, rs.LABEL_S]) + log_z1, spec, vocab
+        )
     if labels is not None:
         results = torch.where((labels >= 0)[:, None], results, 0.0)
     if grad is None:
@@ -92,18 +104,39 @@ def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Ten
     return agree.double()
 
 
-def in_two_passes(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *, spec: Spec,
-                  grad: Optional[Tensor], accumulate: Callable[..., None], fused: Callable[..., Tensor],
-                  gradient: Callable[..., None]) -> Tensor:  # fmt: skip
+def in_two_passes(
+    student: Tensor,
+    target: Outcomes,
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+    accumulate: Callable[..., None],
+    fused: Callable[..., Tensor],
+    gradient: Callable[..., None],
+) -> Tensor:
     """Whole rows by a backend's entry points: results, and the gradient where a buffer is given."""
     inner, vocab = student_spec(spec), student.shape[1]
     state = rs.new_state(student.shape[0], student.device)
     accumulate(student, None, labels, offset=0, spec=inner, state=state, skipped=target.ids)
     kept = torch.full_like(target.teacher[:, :-1], -torch.inf)
     gather_kept(kept, student, target.ids, 0, spec.student_map)
-    results, emission = solve(target, kept, state, labels, vocab=vocab, spec=spec, fused=fused,
-                              want_gradient=grad is not None)  # fmt: skip
+    results, emission = solve(
+        target, kept, state, labels, vocab=vocab, spec=spec, fused=fused, want_gradient=grad is not None
+    )
     if grad is not None:
-        gradient(student, None, labels, weights, offset=0, vocab=vocab, spec=inner, state=state, grad=grad,
-                 teacher_grad=None, emission=emission)  # fmt: skip
+        gradient(
+            student,
+            None,
+            labels,
+            weights,
+            offset=0,
+            vocab=vocab,
+            spec=inner,
+            state=state,
+            grad=grad,
+            teacher_grad=None,
+            emission=emission,
+        )
     return results

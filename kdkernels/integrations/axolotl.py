@@ -78,12 +78,19 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         temperature) and mask ``[B, N, K]``, labels ``[B, N]`` not yet shifted."""
         student = (student_hidden_states, lm_head_weight, student_bias)
         # The log-probabilities are at T already: so are the student's logits, and the loss is taken at 1.
-        target = SparseTarget(target_token_ids.long(), target_logprobs, mask=target_mask.bool(),
-                              tail="conditional" if self.normalize_topk else "truncate")  # fmt: skip
+        target = SparseTarget(
+            target_token_ids.long(),
+            target_logprobs,
+            mask=target_mask.bool(),
+            tail="conditional" if self.normalize_topk else "truncate",
+        )
         loss: Any = distillation_loss(
-            head(*student, logit_scale=1 / self.temperature), target, divergence=JSD(self.beta),
-            soft_weight=self.weight_soft_loss * self.temperature**2, reduction="sum",
-        )  # fmt: skip
+            head(*student, logit_scale=1 / self.temperature),
+            target,
+            divergence=JSD(self.beta),
+            soft_weight=self.weight_soft_loss * self.temperature**2,
+            reduction="sum",
+        )
         if self.compute_ce_loss and self.weight_hard_loss:
             labels = nn.functional.pad(true_labels[:, 1:], (0, 1), value=self.ignore_index)
             hard = cross_entropy(head(*student), labels, reduction="sum", ignore_index=self.ignore_index)
@@ -100,6 +107,15 @@ def replace(trainer: Any) -> None:
     theirs = getattr(trainer, "_kd_loss_fn", None)
     if type(theirs).__name__ != LigerFusedLinearKLTopKLogprobLoss.__name__:
         raise TypeError(f"expected a trainer with axolotl's _kd_loss_fn, found {theirs!r} in {type(trainer)}")
-    names = ("weight_hard_loss", "weight_soft_loss", "temperature", "beta", "ignore_index", "compiled",
-             "chunk_size", "compute_ce_loss", "normalize_topk")  # fmt: skip
+    names = (
+        "weight_hard_loss",
+        "weight_soft_loss",
+        "temperature",
+        "beta",
+        "ignore_index",
+        "compiled",
+        "chunk_size",
+        "compute_ce_loss",
+        "normalize_topk",
+    )
     trainer._kd_loss_fn = LigerFusedLinearKLTopKLogprobLoss(**{name: getattr(theirs, name) for name in names})

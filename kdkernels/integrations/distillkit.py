@@ -76,8 +76,9 @@ def sparse_kl_div(
     return kl_div(logits, target, mask=mask, temperature=temperature, reduction="sum")
 
 
-def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] = None,
-                 temperature: float = 1.0) -> Tensor:  # fmt: skip
+def dense_kl_div(
+    logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] = None, temperature: float = 1.0
+) -> Tensor:
     """The sum over tokens of KL(teacher || student), both ``[B, T, V]`` logits.
 
     >>> dense_kl_div(torch.randn(1, 3, 50), torch.randn(1, 3, 50), temperature=2.0).shape
@@ -90,8 +91,12 @@ def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] =
 class KLDLoss:
     """DistillKit's loss class "kl": T^2 times the sum, divided by the tokens."""
 
-    def __init__(self, temperature: float, missing_probability_handling: Any = "zero",
-                 sparse_chunk_length: Optional[int] = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        temperature: float,
+        missing_probability_handling: Any = "zero",
+        sparse_chunk_length: Optional[int] = None,
+    ) -> None:
         self.temperature, self.missing = temperature, missing_probability_handling
         self.chunk_length = sparse_chunk_length
 
@@ -115,10 +120,15 @@ class KLDLoss:
             total = dense_kl_div(logits, signal.logits, mask, self.temperature)
         else:
             total = sparse_kl_div(
-                logits, signal.sparse_ids, signal.sparse_values, mask, missing=self.missing,
-                log_target=signal.log_values, temperature=self.temperature,
+                logits,
+                signal.sparse_ids,
+                signal.sparse_values,
+                mask,
+                missing=self.missing,
+                log_target=signal.log_values,
+                temperature=self.temperature,
                 target_generation_temperature=signal.generation_temperature,
-            )  # fmt: skip
+            )
         if num_items_in_batch is None:
             num_items_in_batch = logits.shape[:-1].numel() if mask is None else (mask != 0).sum().clamp(min=1)
         return total * self.temperature**2 / num_items_in_batch

@@ -102,8 +102,9 @@ def _(x, t, mask, name, summed):
 
 
 @torch.library.custom_op("kdkernels::slopes", mutates_args=())
-def _slopes(x: Tensor, t: Tensor, mask: Optional[Tensor], arriving: Tensor, name: str,
-            wants: list[bool]) -> list[Tensor]:  # fmt: skip
+def _slopes(
+    x: Tensor, t: Tensor, mask: Optional[Tensor], arriving: Tensor, name: str, wants: list[bool]
+) -> list[Tensor]:
     """The terms' derivatives for x and for t, where they are wanted, times ``arriving``."""
     made = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
     for a, b, g, m, *outs in _pieces(x, t, arriving, mask, *made):
@@ -190,7 +191,9 @@ def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Optional[Tens
         if any(unpack_dual(z).tangent is not None for z in (x, t)):
             raise RuntimeError("this loss has no forward-mode derivative; F.kl_div has")
         if any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in (x, t)):
-            raise RuntimeError("torch.func (grad, vmap, jacrev, ...) cannot transform this loss; it can F.kl_div")
+            raise RuntimeError(
+                "torch.func (grad, vmap, jacrev, ...) cannot transform this loss; it can F.kl_div"
+            )
     batch = x.shape[0] if x.dim() else 1
     x, t = torch.broadcast_tensors(x, t)
     mask = None if rows is None else rows[..., None].expand(x.shape)

@@ -44,11 +44,18 @@ def _kept(shift_labels: Optional[Tensor], ignore_index: int) -> Optional[Tensor]
 def _refuse(**asked: Any) -> None:
     for name, value in asked.items():
         if value is not None and value is not False:
-            raise ValueError(f"{name} is Liger's only: leave it out, kdkernels' cross entropy does not have it")
+            raise ValueError(
+                f"{name} is Liger's only: leave it out, kdkernels' cross entropy does not have it"
+            )
 
 
-def liger_jsd(input: Tensor, target: Tensor, shift_labels: Optional[Tensor] = None, beta: float = 0.5,
-              ignore_index: int = -100) -> Tensor:  # fmt: skip
+def liger_jsd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Optional[Tensor] = None,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+) -> Tensor:
     """Mean generalised JSD over unmasked tokens of log-probabilities (or logits) ``[BT, V]``, student first.
 
     >>> s, t = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
@@ -57,8 +64,15 @@ def liger_jsd(input: Tensor, target: Tensor, shift_labels: Optional[Tensor] = No
     return js_divergence(input, target, mask=_kept(shift_labels, ignore_index), beta=beta)
 
 
-def liger_kl_div(input: Tensor, target: Tensor, size_average: bool = True, reduce: bool = True,
-                 reduction: str = "mean", log_target: bool = False, eps: float = 1e-10) -> Tensor:  # fmt: skip
+def liger_kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool = True,
+    reduce: bool = True,
+    reduction: str = "mean",
+    log_target: bool = False,
+    eps: float = 1e-10,
+) -> Tensor:
     """:func:`kdkernels.integrations.functional.kl_div`; ``size_average``, ``reduce`` and ``eps`` do nothing.
 
     >>> liger_kl_div(torch.randn(4, 10).log_softmax(-1), torch.rand(4, 10).softmax(-1)).shape
@@ -67,8 +81,13 @@ def liger_kl_div(input: Tensor, target: Tensor, size_average: bool = True, reduc
     return kl_div(input, target, reduction=reduction, log_target=log_target)
 
 
-def liger_tvd(input: Tensor, target: Tensor, shift_labels: Optional[Tensor] = None, reduction: str = "mean",
-              ignore_index: int = -100) -> Tensor:  # fmt: skip
+def liger_tvd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Optional[Tensor] = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
     """1/2 |p - q| of probabilities ``[BT, V]``: each, or over unmasked tokens their sum, the sum per token
     ("batchmean") or per entry ("mean"). The target is a constant.
 
@@ -100,8 +119,13 @@ def liger_fused_linear_jsd(
     >>> h, w = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8)
     >>> liger_fused_linear_jsd(h, w, torch.randn(4, 6), torch.randn(10, 6), temperature=2.0).backward()
     """
-    return js_divergence(head(student_input, student_weight), head(teacher_input, teacher_weight),
-                         mask=_kept(shift_labels, ignore_index), beta=jsd_beta, temperature=temperature)  # fmt: skip
+    return js_divergence(
+        head(student_input, student_weight),
+        head(teacher_input, teacher_weight),
+        mask=_kept(shift_labels, ignore_index),
+        beta=jsd_beta,
+        temperature=temperature,
+    )
 
 
 def liger_fused_linear_kl_div(
@@ -127,8 +151,12 @@ def liger_fused_linear_kl_div(
         raise ValueError(f"reduction must be one of batchmean, mean, sum, got {reduction!r}")
     # The target is at the temperature already: only the student's logits are divided by it.
     student = head(student_input, student_weight, logit_scale=1 / temperature)
-    loss = kl_of_logits(student, target.to(torch.promote_types(target.dtype, torch.float32)).log(),
-                        mask=_kept(shift_labels, ignore_index), reduction="sum" if reduction == "sum" else "mean")  # fmt: skip
+    loss = kl_of_logits(
+        student,
+        target.to(torch.promote_types(target.dtype, torch.float32)).log(),
+        mask=_kept(shift_labels, ignore_index),
+        reduction="sum" if reduction == "sum" else "mean",
+    )
     return loss / target.shape[-1] if reduction == "mean" else loss
 
 
@@ -152,10 +180,20 @@ def liger_cross_entropy(
     >>> liger_cross_entropy(torch.randn(3, 10), torch.tensor([1, -100, 2]), softcap=30.0).shape
     torch.Size([])
     """
-    _refuse(weight=weight, return_z_loss=return_z_loss, return_token_accuracy=return_token_accuracy,
-            return_predicted_tokens=return_predicted_tokens)  # fmt: skip
-    return cross_entropy(MappedLogits(input, softcap=softcap), target, label_smoothing=label_smoothing,
-                         z_loss=lse_square_scale, reduction=reduction, ignore_index=ignore_index)  # fmt: skip
+    _refuse(
+        weight=weight,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )
+    return cross_entropy(
+        MappedLogits(input, softcap=softcap),
+        target,
+        label_smoothing=label_smoothing,
+        z_loss=lse_square_scale,
+        reduction=reduction,
+        ignore_index=ignore_index,
+    )
 
 
 def liger_fused_linear_cross_entropy(
@@ -181,10 +219,21 @@ def liger_fused_linear_cross_entropy(
     >>> h, w = torch.randn(3, 8, requires_grad=True), torch.randn(10, 8)
     >>> liger_fused_linear_cross_entropy(h, w, torch.tensor([1, -100, 2])).backward()
     """
-    _refuse(ce_weight=ce_weight, return_z_loss=return_z_loss, use_token_scaling=use_token_scaling,
-            return_token_accuracy=return_token_accuracy, return_predicted_tokens=return_predicted_tokens)  # fmt: skip
-    return cross_entropy(head(input, weight, bias, softcap=softcap), target, label_smoothing=label_smoothing,
-                         z_loss=lse_square_scale, reduction=reduction, ignore_index=ignore_index)  # fmt: skip
+    _refuse(
+        ce_weight=ce_weight,
+        return_z_loss=return_z_loss,
+        use_token_scaling=use_token_scaling,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )
+    return cross_entropy(
+        head(input, weight, bias, softcap=softcap),
+        target,
+        label_smoothing=label_smoothing,
+        z_loss=lse_square_scale,
+        reduction=reduction,
+        ignore_index=ignore_index,
+    )
 
 
 class LigerJSD(nn.Module):
@@ -223,31 +272,68 @@ class LigerTVDLoss(nn.Module):
 class LigerFusedLinearJSD(nn.Module):
     """:func:`liger_fused_linear_jsd` as a module."""
 
-    def __init__(self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0,
-                 accum_dtype: Optional[torch.dtype] = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: Optional[torch.dtype] = None,
+    ) -> None:
         super().__init__()
         self.jsd_beta, self.ignore_index = jsd_beta, ignore_index
         self.temperature, self.accum_dtype = temperature, accum_dtype
 
-    def forward(self, student_input: Tensor, student_weight: Tensor, teacher_input: Tensor,
-                teacher_weight: Tensor, shift_labels: Optional[Tensor]) -> Tensor:  # fmt: skip
-        return liger_fused_linear_jsd(student_input, student_weight, teacher_input, teacher_weight,
-                                      shift_labels, self.jsd_beta, self.ignore_index, self.temperature)  # fmt: skip
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Optional[Tensor],
+    ) -> Tensor:
+        return liger_fused_linear_jsd(
+            student_input,
+            student_weight,
+            teacher_input,
+            teacher_weight,
+            shift_labels,
+            self.jsd_beta,
+            self.ignore_index,
+            self.temperature,
+        )
 
 
 class LigerFusedLinearKLDivLoss(nn.Module):
     """:func:`liger_fused_linear_kl_div` as a module."""
 
-    def __init__(self, reduction: str = "batchmean", ignore_index: int = -100, temperature: float = 1.0,
-                 eps: float = 1e-10, accum_dtype: Optional[torch.dtype] = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        eps: float = 1e-10,
+        accum_dtype: Optional[torch.dtype] = None,
+    ) -> None:
         super().__init__()
         self.reduction, self.ignore_index, self.temperature = reduction, ignore_index, temperature
         self.eps, self.accum_dtype = eps, accum_dtype
 
-    def forward(self, student_input: Tensor, student_weight: Tensor, target: Tensor,
-                shift_labels: Optional[Tensor] = None) -> Tensor:  # fmt: skip
-        return liger_fused_linear_kl_div(student_input, student_weight, target, shift_labels,
-                                         self.reduction, self.ignore_index, self.temperature)  # fmt: skip
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        target: Tensor,
+        shift_labels: Optional[Tensor] = None,
+    ) -> Tensor:
+        return liger_fused_linear_kl_div(
+            student_input,
+            student_weight,
+            target,
+            shift_labels,
+            self.reduction,
+            self.ignore_index,
+            self.temperature,
+        )
 
 
 class LigerFusedCETVDLoss(nn.Module):
@@ -262,52 +348,95 @@ class LigerFusedCETVDLoss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
         shared: dict[str, Any] = dict(reduction="none", ignore_index=self.ignore_index)
-        tvd: Any = distillation_loss(student_logits, teacher_logits, target, divergence=TotalVariation(), **shared)
+        tvd: Any = distillation_loss(
+            student_logits, teacher_logits, target, divergence=TotalVariation(), **shared
+        )
         return cross_entropy(student_logits, target, **shared), tvd
 
 
 class LigerCrossEntropyLoss(nn.Module):
     """:func:`liger_cross_entropy` as a module; options are its keyword arguments."""
 
-    def __init__(self, weight: Optional[Tensor] = None, ignore_index: int = -100, lse_square_scale: float = 0.0,
-                 label_smoothing: float = 0.0, reduction: str = "mean", softcap: Optional[float] = None,
-                 return_z_loss: bool = False, return_token_accuracy: bool = False,
-                 return_predicted_tokens: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        weight: Optional[Tensor] = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: Optional[float] = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
         super().__init__()
-        _refuse(weight=weight, return_z_loss=return_z_loss, return_token_accuracy=return_token_accuracy,
-                return_predicted_tokens=return_predicted_tokens)  # fmt: skip
+        _refuse(
+            weight=weight,
+            return_z_loss=return_z_loss,
+            return_token_accuracy=return_token_accuracy,
+            return_predicted_tokens=return_predicted_tokens,
+        )
         self.ignore_index, self.lse_square_scale = ignore_index, lse_square_scale
         self.label_smoothing, self.reduction, self.softcap = label_smoothing, reduction, softcap
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor:
         return liger_cross_entropy(
-            _input, target, ignore_index=self.ignore_index, lse_square_scale=self.lse_square_scale,
-            label_smoothing=self.label_smoothing, reduction=self.reduction, softcap=self.softcap,
-        )  # fmt: skip
+            _input,
+            target,
+            ignore_index=self.ignore_index,
+            lse_square_scale=self.lse_square_scale,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            softcap=self.softcap,
+        )
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """:func:`liger_fused_linear_cross_entropy` as a module; the weight comes first, as in Liger."""
 
-    def __init__(self, ce_weight: Optional[Tensor] = None, ignore_index: int = -100,
-                 lse_square_scale: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean",
-                 softcap: Optional[float] = None, return_z_loss: bool = False,
-                 accum_dtype: Optional[torch.dtype] = None, use_token_scaling: bool = False,
-                 return_token_accuracy: bool = False, return_predicted_tokens: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        ce_weight: Optional[Tensor] = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: Optional[float] = None,
+        return_z_loss: bool = False,
+        accum_dtype: Optional[torch.dtype] = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
         super().__init__()
-        _refuse(ce_weight=ce_weight, return_z_loss=return_z_loss, use_token_scaling=use_token_scaling,
-                return_token_accuracy=return_token_accuracy, return_predicted_tokens=return_predicted_tokens)  # fmt: skip
+        _refuse(
+            ce_weight=ce_weight,
+            return_z_loss=return_z_loss,
+            use_token_scaling=use_token_scaling,
+            return_token_accuracy=return_token_accuracy,
+            return_predicted_tokens=return_predicted_tokens,
+        )
         self.ignore_index, self.lse_square_scale = ignore_index, lse_square_scale
         self.label_smoothing, self.reduction, self.softcap = label_smoothing, reduction, softcap
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Optional[Tensor] = None
+    ) -> Tensor:
         return liger_fused_linear_cross_entropy(
-            _input, lin_weight, target, bias, ignore_index=self.ignore_index,
-            lse_square_scale=self.lse_square_scale, label_smoothing=self.label_smoothing,
-            reduction=self.reduction, softcap=self.softcap,
-        )  # fmt: skip
+            _input,
+            lin_weight,
+            target,
+            bias,
+            ignore_index=self.ignore_index,
+            lse_square_scale=self.lse_square_scale,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            softcap=self.softcap,
+        )
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -321,9 +450,17 @@ class LigerFusedLinearJSDLoss(nn.Module):
     >>> loss(h, w, torch.randn(4, 6), torch.randn(10, 6), torch.tensor([1, -100, 2, 3])).backward()
     """
 
-    def __init__(self, weight_hard_loss: float = 0.5, weight_soft_loss: float = 0.5, beta: float = 0.5,
-                 ignore_index: int = -100, temperature: float = 1.0, compiled: bool = True,
-                 chunk_size: int = 1024, return_soft_hard_loss: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
         super().__init__()
         self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
         self.ignore_index, self.temperature = ignore_index, temperature
@@ -341,12 +478,20 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias: Optional[Tensor] = None,
     ) -> Union[Tensor, tuple[Tensor, Tensor, Tensor]]:
         student = head(student_input, student_weight, student_bias)
-        shared: dict[str, Any] = dict(ignore_index=self.ignore_index, vocab_size=self._vocab(student_weight, teacher_weight))
+        shared: dict[str, Any] = dict(
+            ignore_index=self.ignore_index, vocab_size=self._vocab(student_weight, teacher_weight)
+        )
         loss, stats = distillation_loss(
-            student, head(teacher_input, teacher_weight, teacher_bias), true_labels, divergence=JSD(self.beta),
-            temperature=self.temperature, soft_weight=self.weight_soft_loss, hard_weight=self.weight_hard_loss,
-            return_stats=True, **shared,
-        )  # fmt: skip
+            student,
+            head(teacher_input, teacher_weight, teacher_bias),
+            true_labels,
+            divergence=JSD(self.beta),
+            temperature=self.temperature,
+            soft_weight=self.weight_soft_loss,
+            hard_weight=self.weight_hard_loss,
+            return_stats=True,
+            **shared,
+        )
         if not self.return_soft_hard_loss:
             return loss
         hard = stats.hard

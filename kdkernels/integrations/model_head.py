@@ -42,7 +42,11 @@ class LogitMap:
     softcap: Optional[float] = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.scale * x if self.softcap is None else self.softcap * torch.tanh(self.scale * x / self.softcap)
+        return (
+            self.scale * x
+            if self.softcap is None
+            else self.softcap * torch.tanh(self.scale * x / self.softcap)
+        )
 
 
 #: Of the models that were checked.
@@ -113,7 +117,9 @@ def check_head(model: nn.Module) -> LogitMap:
         nonlocal given
         linear = _linear_head(head, hidden, LogitMap())
         if linear.leading_shape != ids.shape:
-            raise ValueError(f"{name} hands its lm_head hidden states {list(hidden.shape)} for tokens {list(ids.shape)}; {_WAY_OUT}")
+            raise ValueError(
+                f"{name} hands its lm_head hidden states {list(hidden.shape)} for tokens {list(ids.shape)}; {_WAY_OUT}"
+            )
         _check_linear(name, head, project, linear, hidden)
         given = _logits_of_every_size(linear)
         torch.set_grad_enabled(True)  # shows what is learned between here and the logits
@@ -143,8 +149,10 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Any, nn.Module]:
     own: Any = extract_model_from_parallel(model)
     causal_lm = own.get_base_model() if _is_peft(own) else own
     if is_compiled_module(own) or any(m._compiled_call_impl is not None for m in (own, causal_lm)):
-        raise ValueError("the whole model is compiled, and its lm_head is replaced at every call; compile the part before "
-                         "it instead: model.base_model.compile()")  # fmt: skip
+        raise ValueError(
+            "the whole model is compiled, and its lm_head is replaced at every call; compile the part before "
+            "it instead: model.base_model.compile()"
+        )
     name = type(causal_lm).__name__
     if getattr(causal_lm.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder, whose labels are not shifted input_ids; {_WAY_OUT}")
@@ -153,12 +161,21 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Any, nn.Module]:
     except (AttributeError, NotImplementedError):
         head = None
     if not isinstance(head, nn.Module) or isinstance(head, (nn.Embedding, nn.ModuleList)):
-        raise ValueError(f"{name} has no lm_head: get_output_embeddings() gives {type(head).__name__}; {_WAY_OUT}")
+        raise ValueError(
+            f"{name} has no lm_head: get_output_embeddings() gives {type(head).__name__}; {_WAY_OUT}"
+        )
     return own, causal_lm, head
 
 
-def _run(model: nn.Module, own: nn.Module, causal_lm: Any, head: nn.Module, inputs: dict[str, Any],
-         forward: Callable[[Tensor], tuple[Any, Tensor]], finish: Callable[[Any, Any], Any]) -> Any:  # fmt: skip
+def _run(
+    model: nn.Module,
+    own: nn.Module,
+    causal_lm: Any,
+    head: nn.Module,
+    inputs: dict[str, Any],
+    forward: Callable[[Tensor], tuple[Any, Tensor]],
+    finish: Callable[[Any, Any], Any],
+) -> Any:
     """``model(**inputs)`` with its lm_head's forward replaced by one that gives (result, logits to go on with).
 
     What leaves the lm_head and the model must pass by the hooks of sharding, which look for tensors with a gradient
@@ -172,7 +189,9 @@ def _run(model: nn.Module, own: nn.Module, causal_lm: Any, head: nn.Module, inpu
 
     def leave_model(module: nn.Module, arguments: Any, output: Any) -> Any:
         if len(results) != 1:
-            raise ValueError(f"{type(causal_lm).__name__} calls its lm_head {len(results)} times in a forward, not once; {_WAY_OUT}")
+            raise ValueError(
+                f"{type(causal_lm).__name__} calls its lm_head {len(results)} times in a forward, not once; {_WAY_OUT}"
+            )
         return finish(results[0], output)
 
     hooks = head.register_forward_hook(leave_head), own.register_forward_hook(leave_model, prepend=True)
@@ -189,15 +208,21 @@ def _named(causal_lm: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     names, passes_on = _signature(type(causal_lm))  # type: ignore[arg-type]
     known = names | _PASSED_ON if passes_on else names
     if unknown := [name for name in inputs if name not in known]:
-        raise ValueError(f"{type(causal_lm).__name__}.forward does not name {', '.join(unknown)} and would ignore it: "
-                         f"leave it out of the batch, or use the model that takes it (it takes {', '.join(sorted(names))})")  # fmt: skip
+        raise ValueError(
+            f"{type(causal_lm).__name__}.forward does not name {', '.join(unknown)} and would ignore it: "
+            f"leave it out of the batch, or use the model that takes it (it takes {', '.join(sorted(names))})"
+        )
     return {**inputs, **{n: v for n, v in (("use_cache", False), ("return_dict", True)) if n in known}}
 
 
 @cache
 def _signature(cls: Any) -> tuple[frozenset[str], bool]:
     """(names of a class's forward and of those that it may call by super(), whether it takes others)."""
-    forwards = [inspect.signature(c.forward) for c in cls.__mro__ if issubclass(c, PreTrainedModel) and "forward" in vars(c)]
+    forwards = [
+        inspect.signature(c.forward)
+        for c in cls.__mro__
+        if issubclass(c, PreTrainedModel) and "forward" in vars(c)
+    ]
     named = (p.name for f in forwards for p in f.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD)
     passes_on = any(p.kind == p.VAR_KEYWORD for p in forwards[0].parameters.values())
     return frozenset(named) - {"self"}, passes_on
@@ -212,8 +237,10 @@ def _router_loss(causal_lm: Any, output: Any) -> Optional[Tensor]:
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             if hasattr(place, name):
                 return getattr(place, name) * loss
-    raise ValueError(f"{type(causal_lm).__name__} returns an aux_loss and names no router_aux_loss_coef; "
-                     "set output_router_logits=False in its config")  # fmt: skip
+    raise ValueError(
+        f"{type(causal_lm).__name__} returns an aux_loss and names no router_aux_loss_coef; "
+        "set output_router_logits=False in its config"
+    )
 
 
 @contextlib.contextmanager
@@ -255,8 +282,10 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Te
     if head.disable_adapters or head.merged:
         return hidden, weight, bias
     if not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
-        raise ValueError(f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
-                         f"{list(getattr(head, 'lora_variant', {}).values())}")  # fmt: skip
+        raise ValueError(
+            f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
+            f"{list(getattr(head, 'lora_variant', {}).values())}"
+        )
     parts, columns = [hidden], [weight]
     for name in head.active_adapters:
         if name not in head.lora_A:
@@ -273,19 +302,34 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Te
 def _plain_weights(head: Any) -> tuple[Tensor, Optional[Tensor]]:
     kind, weight = type(head).__name__, getattr(head, "weight", None)
     # What parametrizations compute of their own parameters is the weight.
-    others = [n for n, _ in head.named_parameters() if n not in ("weight", "bias") and not n.startswith("parametrizations.")]
+    others = [
+        n
+        for n, _ in head.named_parameters()
+        if n not in ("weight", "bias") and not n.startswith("parametrizations.")
+    ]
     if others:
-        raise ValueError(f"the lm_head ({kind}) has parameters that a LinearHead leaves out: {', '.join(others)}; {_WAY_OUT}")
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
-        raise ValueError(f"the lm_head ({kind}) has no floating weight [V, H] in reach of its forward (offloaded or "
-                         f"quantized, perhaps); {_WAY_OUT}")  # fmt: skip
+        raise ValueError(
+            f"the lm_head ({kind}) has parameters that a LinearHead leaves out: {', '.join(others)}; {_WAY_OUT}"
+        )
+    if (
+        not isinstance(weight, Tensor)
+        or weight.dim() != 2
+        or not weight.is_floating_point()
+        or weight.is_meta
+    ):
+        raise ValueError(
+            f"the lm_head ({kind}) has no floating weight [V, H] in reach of its forward (offloaded or "
+            f"quantized, perhaps); {_WAY_OUT}"
+        )
     return weight, getattr(head, "bias", None)
 
 
 # -- measuring what a model does to its logits ---------------------------------------------------------
 
 
-def _check_linear(name: str, head: nn.Module, project: Callable[[Tensor], Tensor], linear: kd.LinearHead, hidden: Tensor) -> None:
+def _check_linear(
+    name: str, head: nn.Module, project: Callable[[Tensor], Tensor], linear: kd.LinearHead, hidden: Tensor
+) -> None:
     """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100."""
     largest = nn.functional.linear(linear.hidden, linear.weight, linear.bias).abs().max().item()
     for factor in (1.0, 100 / max(largest, 1e-3)):
@@ -293,11 +337,17 @@ def _check_linear(name: str, head: nn.Module, project: Callable[[Tensor], Tensor
         parts = head_weights(head, hidden * factor)
         actual = nn.functional.linear(*parts)
         if actual.shape != expected.shape:
-            raise ValueError(f"{name}'s lm_head ({type(head).__name__}) gives {list(expected.shape)}, its weight {list(actual.shape)}; {_WAY_OUT}")
-        error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+            raise ValueError(
+                f"{name}'s lm_head ({type(head).__name__}) gives {list(expected.shape)}, its weight {list(actual.shape)}; {_WAY_OUT}"
+            )
+        error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(
+            min=1e-30
+        )
         if not error <= _tolerance(expected):
-            raise ValueError(f"{name}'s lm_head ({type(head).__name__}) does more than hidden @ weight.T + bias: logits "
-                             f"differ by {error:.1e} of the largest; {_WAY_OUT}")  # fmt: skip
+            raise ValueError(
+                f"{name}'s lm_head ({type(head).__name__}) does more than hidden @ weight.T + bias: logits "
+                f"differ by {error:.1e} of the largest; {_WAY_OUT}"
+            )
 
 
 def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:
@@ -311,9 +361,13 @@ def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:
 def _measured(name: str, given: Tensor, logits: Any) -> LogitMap:
     """The LogitMap that makes ``logits`` of ``given``: its cap shows where those are largest, its slope where smallest."""
     if not isinstance(logits, Tensor) or logits.shape != given.shape:
-        raise ValueError(f"{name} makes {list(getattr(logits, 'shape', []))} of its lm_head's {list(given.shape)}; {_WAY_OUT}")
+        raise ValueError(
+            f"{name} makes {list(getattr(logits, 'shape', []))} of its lm_head's {list(given.shape)}; {_WAY_OUT}"
+        )
     if logits.requires_grad:
-        raise ValueError(f"{name} does something learned to its logits, which would get no gradient; {_WAY_OUT}")
+        raise ValueError(
+            f"{name} does something learned to its logits, which would get no gradient; {_WAY_OUT}"
+        )
     tolerance, x, y = _tolerance(logits), given.double().flatten(), logits.double().flatten()
     scale, largest = (y[0] / x[0]).item(), y[-1].abs().item()
     found = LogitMap(scale)
@@ -322,8 +376,10 @@ def _measured(name: str, given: Tensor, logits: Any) -> LogitMap:
     expected = found(x)
     error, at = ((y - expected) / expected).abs().max(0)
     if not error <= tolerance:
-        raise ValueError(f"{name} does more to its logits than a linear head with logit_scale and softcap: it makes "
-                         f"{y[at]:.4g} of {x[at]:.4g}, where {found} makes {expected[at]:.4g}; {_WAY_OUT}")  # fmt: skip
+        raise ValueError(
+            f"{name} does more to its logits than a linear head with logit_scale and softcap: it makes "
+            f"{y[at]:.4g} of {x[at]:.4g}, where {found} makes {expected[at]:.4g}; {_WAY_OUT}"
+        )
     return found
 
 

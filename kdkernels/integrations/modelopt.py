@@ -36,8 +36,13 @@ class LogitsDistillationLoss(_Loss):
         self._temperature, self._reduction = temperature, reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        loss = kl_div(logits_s, logits_t, temperature=self._temperature, temperature_squared=True,
-                      reduction=self._reduction)  # fmt: skip
+        loss = kl_div(
+            logits_s,
+            logits_t,
+            temperature=self._temperature,
+            temperature_squared=True,
+            reduction=self._reduction,
+        )
         return loss / logits_s.shape[-1] if self._reduction == "mean" else loss
 
 
@@ -66,8 +71,13 @@ class LogitsKLLoss(_Loss):
     def forward(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, bool, bool]:
         if isinstance(predictions, tuple):
             predictions, targets = predictions[0], targets[0]
-        loss: Any = distillation_loss(predictions, self._teacher(targets), divergence=self._divergence,
-                                      temperature=self._temperature, reduction="none")  # fmt: skip
+        loss: Any = distillation_loss(
+            predictions,
+            self._teacher(targets),
+            divergence=self._divergence,
+            temperature=self._temperature,
+            reduction="none",
+        )
         return loss.transpose(0, 1).contiguous(), self._tp_reduce, False
 
     def _teacher(self, targets: Tensor) -> Tensor | SparseTarget:
@@ -79,8 +89,9 @@ class TopKLogitsKLLoss(LogitsKLLoss):
 
     _tp_reduce = False
 
-    def __init__(self, model_config: Any = None, temperature: float = 1.0, reverse: bool = False,
-                 top_k: int = 1024) -> None:  # fmt: skip
+    def __init__(
+        self, model_config: Any = None, temperature: float = 1.0, reverse: bool = False, top_k: int = 1024
+    ) -> None:
         super().__init__(model_config, temperature, reverse)
         self.top_k = top_k
 

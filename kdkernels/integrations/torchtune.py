@@ -34,16 +34,24 @@ class _Loss(nn.Module):
     def _sum(self, student: Tensor, teacher: Tensor, labels: Tensor, num_items: Tensor | None):
         """The sum over unmasked tokens, divided by ``num_items`` where it is given."""
         flat, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-        return distillation_loss(flat, teacher, labels.flatten(), divergence=self.divergence, reduction="sum",
-                                 num_items=num_items, ignore_index=self.ignore_index)  # fmt: skip
+        return distillation_loss(
+            flat,
+            teacher,
+            labels.flatten(),
+            divergence=self.divergence,
+            reduction="sum",
+            num_items=num_items,
+            ignore_index=self.ignore_index,
+        )
 
     def _items(self, labels: Tensor) -> Tensor:
         return (labels != self.ignore_index).sum().clamp(min=1)
 
 
 class _WholeLoss(_Loss):
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
-                normalize: bool = True) -> Tensor:  # fmt: skip
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
+    ) -> Tensor:
         return self._sum(student_logits, teacher_logits, labels, self._items(labels) if normalize else None)
 
 
@@ -57,7 +65,8 @@ class _ChunkedLoss(_Loss):
     def forward(self, student_logits: list[Tensor], teacher_logits: list[Tensor], labels: Tensor) -> Tensor:
         batch, items = max(labels.shape[0], 1), self._items(labels)
         lengths, teachers = (
-            [piece.shape[:-1].numel() // batch for piece in pieces] for pieces in (student_logits, teacher_logits)
+            [piece.shape[:-1].numel() // batch for piece in pieces]
+            for pieces in (student_logits, teacher_logits)
         )
         if lengths != teachers or sum(lengths) != labels.shape[1]:
             raise ValueError(
@@ -122,7 +131,9 @@ class ReverseKLWithChunkedOutputLoss(_ChunkedLoss):
 class SymmetricKLWithChunkedOutputLoss(_ChunkedLoss):
     """:class:`SymmetricKLLoss` of chunked logits."""
 
-    def __init__(self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
+    def __init__(
+        self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100
+    ) -> None:
         super().__init__(_symmetric(sym_kd_ratio), num_output_chunks, ignore_index)
 
 

@@ -133,28 +133,44 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             return call_through_head(self.teacher, model_inputs(inputs), outliving)
 
-    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any],
-                     with_router: Optional[Callable[[Any, Tensor], Any]] = None) -> Any:  # fmt: skip
+    def student_call(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        function: Callable[..., Any],
+        with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+    ) -> Any:
         """``function(student's LinearHead, teacher's target)``, run inside the wrapped model's forward."""
         target = self.teacher_target(inputs)
         model = getattr(model, "_orig_mod", model)  # see _compile_below_the_head
-        return call_through_head(model, model_inputs(inputs), lambda head: function(head, target), with_router)
+        return call_through_head(
+            model, model_inputs(inputs), lambda head: function(head, target), with_router
+        )
 
     def batch_loss(self, student: kd.LinearHead, target: Any, labels: Tensor, num_items: Any) -> Tensor:
         """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
         shared = {"num_items": num_items, **self.hard_options, **self.cut}
         if target is None:
             if not self.hard_weight:
-                raise ValueError("no teacher and no target_ids in the batch, and hard_weight=0: nothing to learn; "
-                                 "give teacher=, batches with targets, or hard_weight=1.0")  # fmt: skip
+                raise ValueError(
+                    "no teacher and no target_ids in the batch, and hard_weight=0: nothing to learn; "
+                    "give teacher=, batches with targets, or hard_weight=1.0"
+                )
             hard = kd.cross_entropy(student, labels, **shared)
             tokens = (labels >= 0).sum()
             self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
             return self.hard_weight * hard
         result: Any = kd.distillation_loss(
-            student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
-            hard_weight=self.hard_weight, return_stats=True, **self.soft_options, **shared,
-        )  # fmt: skip
+            student,
+            target,
+            labels,
+            divergence=self.divergence,
+            soft_weight=self.soft_weight,
+            hard_weight=self.hard_weight,
+            return_stats=True,
+            **self.soft_options,
+            **shared,
+        )
         loss, stats = result
         self.log_stats(stats, student, target, labels)
         return loss
@@ -226,12 +242,25 @@ class DistillationTrainer(Trainer):
             student, target, labels, hard_weight=1.0, return_stats=True, **self.cut
         )
         loss: Any = kd.distillation_loss(
-            student, target, labels, divergence=self.divergence, soft_weight=self.soft_weight,
-            hard_weight=self.hard_weight, reduction="sum", **self.soft_options, **self.hard_options, **self.cut,
-        )  # fmt: skip
+            student,
+            target,
+            labels,
+            divergence=self.divergence,
+            soft_weight=self.soft_weight,
+            hard_weight=self.hard_weight,
+            reduction="sum",
+            **self.soft_options,
+            **self.hard_options,
+            **self.cut,
+        )
         stats = plain[1]
-        means = {"kl": stats.soft, "hard": stats.hard, "student_entropy": stats.student_entropy,
-                 "teacher_entropy": stats.teacher_entropy, "agreement": stats.agreement}  # fmt: skip
+        means = {
+            "kl": stats.soft,
+            "hard": stats.hard,
+            "student_entropy": stats.student_entropy,
+            "teacher_entropy": stats.teacher_entropy,
+            "agreement": stats.agreement,
+        }
         sums = _named({name: mean * tokens for name, mean in means.items()}, target)
         return {"loss": loss, **sums, "tokens": tokens}
 
@@ -276,7 +305,9 @@ class DistillationTrainer(Trainer):
         own: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         causal_lm = own.get_base_model() if hasattr(own, "get_base_model") else own
         if causal_lm.base_model is causal_lm:
-            raise ValueError(f"torch_compile compiles a model's base_model, and {type(causal_lm).__name__} has none; leave it out")
+            raise ValueError(
+                f"torch_compile compiles a model's base_model, and {type(causal_lm).__name__} has none; leave it out"
+            )
         causal_lm.base_model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
     def _placed(self, teacher: Any) -> nn.Module:
@@ -339,7 +370,9 @@ def _named(statistics: dict[str, Tensor], target: Any) -> dict[str, Tensor]:
     """What is measured against a sparse target is about its few outcomes, not about the vocabulary: ``target_kl``, ..."""
     if not isinstance(target, kd.SparseTarget):
         return statistics
-    return {name if name in ("soft", "hard") else f"target_{name}": value for name, value in statistics.items()}
+    return {
+        name if name in ("soft", "hard") else f"target_{name}": value for name, value in statistics.items()
+    }
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -364,9 +397,15 @@ def _inference_engine(teacher: PreTrainedModel, student_config: dict[str, Any]) 
     """The student's ZeRO-3 for a frozen model: an engine without an optimizer, whose hooks gather each layer as it runs."""
     import deepspeed
 
-    zero = {name: value for name, value in student_config["zero_optimization"].items()
-            if value != "auto" and name != "offload_optimizer"}  # fmt: skip
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
-              "bf16": {"enabled": teacher.dtype == torch.bfloat16},
-              "fp16": {"enabled": teacher.dtype == torch.float16}}  # fmt: skip
+    zero = {
+        name: value
+        for name, value in student_config["zero_optimization"].items()
+        if value != "auto" and name != "offload_optimizer"
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": teacher.dtype == torch.bfloat16},
+        "fp16": {"enabled": teacher.dtype == torch.float16},
+    }
     return deepspeed.initialize(model=teacher, config=config)[0]

@@ -73,15 +73,29 @@ def chunked_divergence_loss(
         zero3(student_lm_head_weight, student_lm_head_bias),
         zero3(teacher_lm_head_weight, teacher_lm_head_bias),
     ):
-        student = head(student_hidden_states, student_lm_head_weight, student_lm_head_bias,
-                       logit_scale=student_logit_scale, softcap=student_final_logit_softcapping)  # fmt: skip
-        teacher = head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias,
-                       logit_scale=teacher_logit_scale, softcap=teacher_final_logit_softcapping)  # fmt: skip
+        student = head(
+            student_hidden_states,
+            student_lm_head_weight,
+            student_lm_head_bias,
+            logit_scale=student_logit_scale,
+            softcap=student_final_logit_softcapping,
+        )
+        teacher = head(
+            teacher_hidden_states,
+            teacher_lm_head_weight,
+            teacher_lm_head_bias,
+            logit_scale=teacher_logit_scale,
+            softcap=teacher_final_logit_softcapping,
+        )
         loss, stats = js_divergence(
-            student, teacher, mask=completion_mask != 0, beta=beta, temperature=temperature,
+            student,
+            teacher,
+            mask=completion_mask != 0,
+            beta=beta,
+            temperature=temperature,
             num_items=_items(num_items_in_batch, student_hidden_states),
             return_stats=True,
-        )  # fmt: skip
+        )
     return loss, stats.student_entropy * stats.tokens, stats.tokens
 
 
@@ -109,10 +123,14 @@ def generalized_jsd_loss(
     elif reduction == "batchmean" and labels is not None:
         reduction = "mean"
     loss = js_divergence(
-        student_logits, teacher_logits, mask=None if labels is None else labels != IGNORED,
-        beta=beta, temperature=temperature, reduction=reduction,
+        student_logits,
+        teacher_logits,
+        mask=None if labels is None else labels != IGNORED,
+        beta=beta,
+        temperature=temperature,
+        reduction=reduction,
         num_items=_items(num_items_in_batch, student_logits),
-    )  # fmt: skip
+    )
     return loss / student_logits.shape[-1] if per_term else loss
 
 
@@ -132,8 +150,9 @@ def gold_generalized_jsd_loss(
     terms are taken as they are: nothing is saved there.
     """
     if not logits_are_probs:
-        return generalized_jsd_loss(student_logits, teacher_logits, labels, beta, temperature,
-                                    reduction, num_items_in_batch)  # fmt: skip
+        return generalized_jsd_loss(
+            student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch
+        )
     log_q, log_p = (x.clamp_min(1e-8).log() for x in (student_logits, teacher_logits))
     terms = _terms(log_q, log_p, beta, labels)
     if num_items_in_batch is not None:
@@ -180,7 +199,9 @@ def server_compute_loss(
     """
     prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
     prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
-    labels = torch.cat([torch.full_like(prompt, IGNORED), completion.where(completion_mask.bool(), IGNORED)], 1)
+    labels = torch.cat(
+        [torch.full_like(prompt, IGNORED), completion.where(completion_mask.bool(), IGNORED)], 1
+    )
     inputs = {
         **inputs,
         "input_ids": torch.cat([prompt, completion], 1),
@@ -198,16 +219,19 @@ def server_compute_loss(
     tokens = F.pad(inputs["input_ids"][:, window], around)
     kept = F.pad(labels[:, window] != IGNORED, around)
     loss = js_divergence(
-        MappedLogits(logits, 1 / self.temperature), _server_target(self, told, logits, tokens, kept),
-        mask=kept, beta=self.beta,
-    )  # fmt: skip
+        MappedLogits(logits, 1 / self.temperature),
+        _server_target(self, told, logits, tokens, kept),
+        mask=kept,
+        beta=self.beta,
+    )
     if self.model.training:
         loss = loss / self.current_gradient_accumulation_steps
     return (loss, outputs) if return_outputs else loss
 
 
-def _server_target(trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor,
-                   kept: Tensor) -> SparseTarget:  # fmt: skip
+def _server_target(
+    trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor, kept: Tensor
+) -> SparseTarget:
     """The forward KL looks at the teacher's top k; other betas at its top 1 and the sampled token,
     beta = 1 at the sampled token alone."""
     tail = "bucket" if trainer.loss_add_tail else "conditional"
@@ -259,13 +283,25 @@ class _Target(NamedTuple):
 
 _TARGETS = (
     _Target("trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss),
-    _Target("trl.experimental.gkd.gkd_trainer", "GKDTrainer", "generalized_jsd_loss",
-            staticmethod(generalized_jsd_loss)),
-    _Target("trl.experimental.gold.gold_trainer", "GOLDTrainer", "generalized_jsd_loss",
-            staticmethod(gold_generalized_jsd_loss)),
-    _Target("trl.experimental.server_distillation.server_distillation_trainer", "ServerDistillationTrainer",
-            "compute_loss", server_compute_loss),
-)  # fmt: skip
+    _Target(
+        "trl.experimental.gkd.gkd_trainer",
+        "GKDTrainer",
+        "generalized_jsd_loss",
+        staticmethod(generalized_jsd_loss),
+    ),
+    _Target(
+        "trl.experimental.gold.gold_trainer",
+        "GOLDTrainer",
+        "generalized_jsd_loss",
+        staticmethod(gold_generalized_jsd_loss),
+    ),
+    _Target(
+        "trl.experimental.server_distillation.server_distillation_trainer",
+        "ServerDistillationTrainer",
+        "compute_loss",
+        server_compute_loss,
+    ),
+)
 
 #: What stood in the place of each target, while it is patched.
 _originals: dict[_Target, Any] = {}

@@ -30,8 +30,12 @@ class CacheSettings:
     max_k: int = option(0, "of --top_p: at most so many tokens; 0 is no limit")
     samples: int = option(0, "keep what so many draws from the teacher give, an unbiased gradient")
     proposal_temperature: float = option(1.0, "of --samples; other than 1 they get importance weights")
-    tail: Optional[str] = option(None, "bucket, conditional, renormalize or truncate; default bucket, truncate for samples")
-    values: Optional[str] = option(None, "float32, bfloat16, uint8 or count; default uint8, count for samples")
+    tail: Optional[str] = option(
+        None, "bucket, conditional, renormalize or truncate; default bucket, truncate for samples"
+    )
+    values: Optional[str] = option(
+        None, "float32, bfloat16, uint8 or count; default uint8, count for samples"
+    )
     tokenizer: Optional[str] = option(None, "folder or name; default: the teacher's")
     dtype: str = option("float32", "of the teacher: float32 or bfloat16")
     batch_size: int = option(8, "sequences that the teacher reads at a time")
@@ -44,10 +48,13 @@ def main(arguments: list[str]) -> None:
     for part, title in zip(parts, ("cache", "data, as train reads it")):
         part._argument_group_name = title
     parser = HfArgumentParser(
-        parts, prog="python -m kdkernels cache", formatter_class=HelpFormatter, allow_abbrev=False,
+        parts,
+        prog="python -m kdkernels cache",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
         usage="%(prog)s --teacher MODEL --data ... --top_k 64 | --top_p P | --samples N --out DIR",
         description="Targets for `train soft --targets DIR`. torchrun shares the work; a killed run goes on.",
-    )  # fmt: skip
+    )
     settings, data_settings = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     try:
         run(settings, data_settings)
@@ -89,7 +96,9 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
 def check(settings: CacheSettings) -> str:
     """The method; and what is wrong with the settings is a :class:`Problem`."""
     if settings.teacher in SCRATCH:
-        raise Problem(f"--teacher {settings.teacher} is made from scratch and knows nothing; give a trained model")
+        raise Problem(
+            f"--teacher {settings.teacher} is made from scratch and knows nothing; give a trained model"
+        )
     methods = [name for name in ("top_k", "top_p", "samples") if getattr(settings, name)]
     if len(methods) != 1:
         raise Problem(f"give one of --top_k, --top_p and --samples, not {' and '.join(methods) or 'none'}")
@@ -100,15 +109,23 @@ def check(settings: CacheSettings) -> str:
 
 def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences: data.Sequences) -> Manifest:
     sampled, plain = method == "samples", settings.proposal_temperature == 1
-    k = {"top_k": settings.top_k, "top_p": settings.max_k or len(tokenizer), "samples": settings.samples}[method]
+    k = {"top_k": settings.top_k, "top_p": settings.max_k or len(tokenizer), "samples": settings.samples}[
+        method
+    ]
     return Manifest(
-        model=settings.teacher, tokenizer=tokenizer_hash(tokenizer), vocab_size=len(tokenizer),
-        data=fingerprint(sequences), sequences=len(sequences), method=method,
-        k=k if sampled else min(k, len(tokenizer)), kind="weights" if sampled else "logprobs",
-        top_p=settings.top_p or None, proposal_temperature=settings.proposal_temperature,
+        model=settings.teacher,
+        tokenizer=tokenizer_hash(tokenizer),
+        vocab_size=len(tokenizer),
+        data=fingerprint(sequences),
+        sequences=len(sequences),
+        method=method,
+        k=k if sampled else min(k, len(tokenizer)),
+        kind="weights" if sampled else "logprobs",
+        top_p=settings.top_p or None,
+        proposal_temperature=settings.proposal_temperature,
         tail=settings.tail or ("truncate" if sampled else "bucket"),
         values=settings.values or ("count" if sampled and plain else "uint8"),
-    )  # fmt: skip
+    )
 
 
 def fingerprint(sequences: data.Sequences) -> str:
@@ -123,7 +140,7 @@ def ranks() -> dict[str, int]:
 def load_teacher(settings: CacheSettings, tokenizer: Any, max_length: int) -> Any:
     teacher = models.load_model(
         settings.teacher, tokenizer, dtype=settings.dtype, seed=settings.seed, max_length=max_length
-    )  # fmt: skip
+    )
     if (device := torch.accelerator.current_accelerator()) is not None and torch.accelerator.is_available():
         teacher.to(torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))))
     teacher.requires_grad_(False).eval()
@@ -131,7 +148,9 @@ def load_teacher(settings: CacheSettings, tokenizer: Any, max_length: int) -> An
     return teacher
 
 
-def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings: CacheSettings, tokenizer: Any) -> None:
+def write(
+    writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings: CacheSettings, tokenizer: Any
+) -> None:
     todo, collate = writer.todo(), data.Collator(tokenizer.pad_token_id)
     mine = range(writer.rank, len(sequences), writer.world_size)
     lengths = {index: len(sequences.rows[index][0]) for index in mine}
@@ -139,7 +158,9 @@ def write(writer: CacheWriter, teacher: Any, sequences: data.Sequences, settings
     total = sum(lengths.values())
     with bar(total=total, initial=done, unit=" tok", unit_scale=True, desc=writer.directory.name) as progress:
         for batch in _batches(todo, settings.batch_size):
-            inputs = {n: t.to(teacher.device) for n, t in collate([sequences[index] for index in batch]).items()}
+            inputs = {
+                n: t.to(teacher.device) for n, t in collate([sequences[index] for index in batch]).items()
+            }
             said = targets(teacher, inputs, select(settings, batch, len(tokenizer), writer.manifest.tail))
             for index, target in zip(batch, said):
                 writer.write(index, sequences.rows[index][0], target[: lengths[index]])
@@ -185,9 +206,14 @@ def report(directory: Path) -> None:
     """What is kept, and in how many bytes."""
     cache = TeacherCache(directory)
     kept = sum(shard.kept for shard in cache.shards)
-    print(f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {kept / cache.tokens:.1f} ids kept per token")
+    print(
+        f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {kept / cache.tokens:.1f} ids kept per token"
+    )
     lines = [
-        (f"measured, {cache.manifest.values} ({cache.bytes / max(kept, 1):.2f} per kept id)", cache.bytes / cache.tokens),
+        (
+            f"measured, {cache.manifest.values} ({cache.bytes / max(kept, 1):.2f} per kept id)",
+            cache.bytes / cache.tokens,
+        ),
         ("raw, int32 and float32", 8 * kept / cache.tokens),
     ]
     for name, per_token in lines:

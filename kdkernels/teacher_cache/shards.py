@@ -63,11 +63,19 @@ def schema(manifest: Manifest) -> pa.Schema:
 
 def open_writer(path: Path, manifest: Manifest) -> pq.ParquetWriter:
     # Small numbers in wide types then cost what their low byte costs.
-    encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in schema(manifest).names if name in LISTS}
+    encoding = {
+        f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in schema(manifest).names if name in LISTS
+    }
     return pq.ParquetWriter(
-        path, schema(manifest), compression="zstd", use_dictionary=False, write_statistics=False,
-        column_encoding=encoding, write_page_checksum=True, data_page_version="2.0",
-    )  # fmt: skip
+        path,
+        schema(manifest),
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        column_encoding=encoding,
+        write_page_checksum=True,
+        data_page_version="2.0",
+    )
 
 
 def to_table(rows: list[tuple[int, Columns]], manifest: Manifest) -> pa.Table:

@@ -44,9 +44,14 @@ class CacheWriter:
     _kept: int
 
     def __init__(
-        self, directory: Path | str, manifest: Manifest, *, rank: int = 0, world_size: int = 1,
+        self,
+        directory: Path | str,
+        manifest: Manifest,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
         shard_tokens: int = 2**18,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
         self.directory, self.manifest, self.shard_tokens = Path(directory), manifest, shard_tokens
@@ -107,9 +112,14 @@ class CacheWriter:
             )
         try:
             columns = codec.encode(
-                kept, token_ids, values, kind=manifest.kind, dtype=manifest.values,
-                vocab_size=manifest.vocab_size, draws=manifest.k,
-            )  # fmt: skip
+                kept,
+                token_ids,
+                values,
+                kind=manifest.kind,
+                dtype=manifest.values,
+                vocab_size=manifest.vocab_size,
+                draws=manifest.k,
+            )
         except ValueError as error:
             raise ValueError(f"sequence {index}: {error}") from None
         self._pending.append((index, {"input_ids": ids.astype(np.int32)} | columns))
@@ -128,9 +138,14 @@ class CacheWriter:
         with self._whole_or_nothing(self._rows):
             self._file.close()
             shard = Shard(
-                self._path.name, shards.sha256(self._temporary), self._temporary.stat().st_size, self._tokens,
-                self._kept, self._rows, self.manifest.digest(),
-            )  # fmt: skip
+                self._path.name,
+                shards.sha256(self._temporary),
+                self._temporary.stat().st_size,
+                self._tokens,
+                self._kept,
+                self._rows,
+                self.manifest.digest(),
+            )
             shards.publish(self._temporary, self._path)
             shards.commit(self.directory, shard)
         self._last = shard

@@ -21,10 +21,17 @@ class CachedSequences(Dataset):
         self.rows = sequences.rows
         self.sequences = sequences
         try:
-            self.cache = TeacherCache(directory, require={
-                "tokenizer": tokenizer_hash(tokenizer), "vocab_size": len(tokenizer),
-                "sequences": len(sequences), "data": fingerprint(sequences), "temperature": 1.0, "shift": 1,
-            })  # fmt: skip
+            self.cache = TeacherCache(
+                directory,
+                require={
+                    "tokenizer": tokenizer_hash(tokenizer),
+                    "vocab_size": len(tokenizer),
+                    "sequences": len(sequences),
+                    "data": fingerprint(sequences),
+                    "temperature": 1.0,
+                    "shift": 1,
+                },
+            )
         except (ValueError, OSError) as error:
             raise Problem(str(error)) from error
 
@@ -55,9 +62,14 @@ def with_targets(directory: str, options: dict[str, Any]) -> dict[str, Any]:
     validation: Any = options["eval_dataset"]
     if len(validation):
         if not Path(directory, "validation").exists():
-            raise Problem(f"{directory} has no targets for the validation text; --validation_share 0 trains without it")
+            raise Problem(
+                f"{directory} has no targets for the validation text; --validation_share 0 trains without it"
+            )
         validation = CachedSequences(validation, Path(directory, "validation"), tokenizer)
     return {
-        **options, "train_dataset": training, "eval_dataset": validation, "tail": training.cache.manifest.tail,
+        **options,
+        "train_dataset": training,
+        "eval_dataset": validation,
+        "tail": training.cache.manifest.tail,
         "data_collator": TargetCollator(tokenizer.pad_token_id),
-    }  # fmt: skip
+    }

@@ -31,8 +31,12 @@ class Pair(nn.Module):
         self.config = student.config
         self._no_split_modules = sorted({n for m in (student, teacher) for n in m._no_split_modules or ()})
 
-    def forward(self, function: Callable[[kd.LinearHead, kd.LinearHead], Any],
-                with_router: Optional[Callable[[Any, Tensor], Any]] = None, **inputs: Any) -> Any:  # fmt: skip
+    def forward(
+        self,
+        function: Callable[[kd.LinearHead, kd.LinearHead], Any],
+        with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+        **inputs: Any,
+    ) -> Any:
         """``function(student's head, teacher's head)``, called inside both lm_heads' forwards."""
         return call_through_head(
             self.student,
@@ -101,8 +105,15 @@ class CodistillationTrainer(ReliableTrainer):
     ``teacher/``, each of which from_pretrained loads.
     """
 
-    def __init__(self, pair: Pair, args: Any, *, soft_schedule: SoftWeight, teacher_learning_rate: float,
-                 **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        pair: Pair,
+        args: Any,
+        *,
+        soft_schedule: SoftWeight,
+        teacher_learning_rate: float,
+        **options: Any,
+    ) -> None:
         super().__init__(pair, args, teacher=None, **options)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise Problem("co trains two models at once: use DDP, or FSDP with fsdp_version 2")
@@ -122,21 +133,36 @@ class CodistillationTrainer(ReliableTrainer):
 
     # -- the loss -------------------------------------------------------------------------------
 
-    def student_call(self, model: nn.Module, inputs: dict[str, Any], function: Callable[..., Any],
-                     with_router: Optional[Callable[[Any, Tensor], Any]] = None) -> Any:  # fmt: skip
+    def student_call(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        function: Callable[..., Any],
+        with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+    ) -> Any:
         return model(function, with_router, **model_inputs(inputs))
 
     def batch_loss(
         self, student: kd.LinearHead, target: kd.LinearHead, labels: Tensor, num_items: Any
     ) -> Tensor:
         self._used_soft_weight = self.soft_schedule.at(
-            self.state.global_step, self.state.max_steps, teacher_loss=self.teacher_loss,
+            self.state.global_step,
+            self.state.max_steps,
+            teacher_loss=self.teacher_loss,
             vocab=self.cut["vocab_size"] or target.vocab_size,
-        )  # fmt: skip
+        )
         result: Any = kd.codistillation_loss(
-            student, target, labels, divergence=self.divergence, soft_weight=self._used_soft_weight,
-            hard_weight=self.hard_weight, num_items=num_items, return_stats=True, **self.soft_options, **self.cut,
-        )  # fmt: skip
+            student,
+            target,
+            labels,
+            divergence=self.divergence,
+            soft_weight=self._used_soft_weight,
+            hard_weight=self.hard_weight,
+            num_items=num_items,
+            return_stats=True,
+            **self.soft_options,
+            **self.cut,
+        )
         losses, stats = result
         self.log_stats(stats, student, target, labels)
         self._sums.add({"teacher_hard": losses.teacher.detach() * num_items})
@@ -179,8 +205,10 @@ class CodistillationTrainer(ReliableTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         pair = self.accelerator.unwrap_model(model)
-        norms = [self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
-                 for part in (pair.student, pair.teacher)]  # fmt: skip
+        norms = [
+            self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+            for part in (pair.student, pair.teacher)
+        ]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
@@ -189,9 +217,15 @@ class CodistillationTrainer(ReliableTrainer):
         folder = Path(output_dir or str(self.args.output_dir))
         pair = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         for name, part in (("student", pair.student), ("teacher", pair.teacher)):
-            own = None if state_dict is None else {
-                key.removeprefix(name + "."): value for key, value in state_dict.items() if key.startswith(name + ".")
-            }  # fmt: skip
+            own = (
+                None
+                if state_dict is None
+                else {
+                    key.removeprefix(name + "."): value
+                    for key, value in state_dict.items()
+                    if key.startswith(name + ".")
+                }
+            )
             part.save_pretrained(folder / name, state_dict=own)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder / name)

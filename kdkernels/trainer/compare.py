@@ -51,8 +51,10 @@ def compare(settings: Settings) -> None:
     write_whole(folder / train.METRICS, "".join(lines))
     report.draw(folder / report.PICTURE, curves, comparison)
     write_whole(folder / "report.md", report.text(comparison))
-    print(f"\n{report.table(comparison)}\n\n{report.verdict(comparison)}\n\n"
-          f"Report, picture, metrics and models are in {folder}/")  # fmt: skip
+    print(
+        f"\n{report.table(comparison)}\n\n{report.verdict(comparison)}\n\n"
+        f"Report, picture, metrics and models are in {folder}/"
+    )
 
 
 # -- the stages -------------------------------------------------------------------------------------
@@ -74,11 +76,17 @@ def plan(settings: Settings) -> dict[str, Settings]:
     stages = {}
     if scratch:
         stages["teacher"] = stage(
-            "hard", "teacher", student=settings.model.teacher, teacher=None, completions=None, lora_rank=0,
-            lora_modules=["all-linear"], seed=settings.run.seed + 1,
+            "hard",
+            "teacher",
+            student=settings.model.teacher,
+            teacher=None,
+            completions=None,
+            lora_rank=0,
+            lora_modules=["all-linear"],
+            seed=settings.run.seed + 1,
             max_steps=settings.run.teacher_steps or settings.run.max_steps,
             learning_rate=settings.loss.teacher_learning_rate,
-        )  # fmt: skip
+        )
     stages["plain"] = stage("hard", "plain", teacher=None, completions=None)
     stages["soft"] = stage("soft", "soft", teacher=teacher)
     stages["hard"] = stage("hard", "hard", teacher=teacher)
@@ -124,7 +132,9 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
     from transformers.utils import logging
 
     parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a stage is not left behind
+    threading.Thread(
+        target=lambda: (parent.join(), os._exit(1)), daemon=True
+    ).start()  # a stage is not left behind
     logging.disable_progress_bar()
     try:
         train.run(resolve(mode, asked))
@@ -144,14 +154,20 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     for name in report.STUDENTS:
         result = json.loads((stages[name].output_dir / train.RESULT).read_text())
         metrics = evaluated(given, teacher, model_folder(stages[name]))
-        speed = [line["tokens_per_second"] for line in read_metrics(stages[name].output_dir / train.METRICS)
-                 if "tokens_per_second" in line]  # fmt: skip
+        speed = [
+            line["tokens_per_second"]
+            for line in read_metrics(stages[name].output_dir / train.METRICS)
+            if "tokens_per_second" in line
+        ]
         rows[name] = {
-            "validation_loss": metrics["eval_hard"], "kl_to_teacher": metrics["eval_kl"],
-            "agreement": metrics["eval_agreement"], "tokens": result["tokens"], "seconds": result["seconds"],
+            "validation_loss": metrics["eval_hard"],
+            "kl_to_teacher": metrics["eval_kl"],
+            "agreement": metrics["eval_agreement"],
+            "tokens": result["tokens"],
+            "seconds": result["seconds"],
             "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else None,
             "peak_memory_bytes": result["peak_memory_bytes"],
-        }  # fmt: skip
+        }
     own = evaluated(given, teacher, str(reference.model.teacher))
     co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
     return {
@@ -172,9 +188,13 @@ def model_folder(settings: Settings) -> str:
 def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, float]:
     arguments = resolve("soft", {**given.settings.asked, "report_to": ["none"], "disable_tqdm": True}).run
     trainer = ReliableTrainer(
-        models.load_trained(folder, given.tokenizer, given.settings), arguments, teacher=teacher,
-        eval_dataset=given.validation, data_collator=data.Collator(given.tokenizer.pad_token_id), **given.cut(),
-    )  # fmt: skip
+        models.load_trained(folder, given.tokenizer, given.settings),
+        arguments,
+        teacher=teacher,
+        eval_dataset=given.validation,
+        data_collator=data.Collator(given.tokenizer.pad_token_id),
+        **given.cut(),
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer.evaluate()
 
@@ -182,9 +202,16 @@ def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, 
 def environment(settings: Settings) -> dict[str, Any]:
     device = settings.run.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "kdkernels": kd.__version__, "python": platform.python_version(),
-            "instruction_set": kd.instruction_set(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "machine": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kdkernels": kd.__version__,
+        "python": platform.python_version(),
+        "instruction_set": kd.instruction_set(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def cpu_name() -> str:

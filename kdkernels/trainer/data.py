@@ -75,12 +75,18 @@ def _record(row: Any, text_field: str, where: str) -> Record:
         if _is_chat(row.get("messages")):
             return {"messages": row["messages"]}
         prompt, completion = row.get("prompt"), row.get("completion")
-        if all(isinstance(part, str) for part in (prompt, completion)) or _is_chat(prompt) and _is_chat(completion):
+        if (
+            all(isinstance(part, str) for part in (prompt, completion))
+            or _is_chat(prompt)
+            and _is_chat(completion)
+        ):
             return {"prompt": prompt, "completion": completion}
         if isinstance(row.get(text_field), str):
             return {"text": row[text_field]}
-    raise Problem(f"{where} has neither a text {text_field!r} nor messages nor a prompt and a completion, which are "
-                  "texts or lists of messages, {role, content}")  # fmt: skip
+    raise Problem(
+        f"{where} has neither a text {text_field!r} nor messages nor a prompt and a completion, which are "
+        "texts or lists of messages, {role, content}"
+    )
 
 
 def _is_chat(messages: Any) -> bool:
@@ -150,8 +156,10 @@ def _completion(
     if len(ids) < 2:
         raise Problem(f"example {index} has {len(ids)} token(s): a sequence needs 2 or more")
     if len(prompt) >= max_length:
-        raise Problem(f"example {index}: its prompt of {len(prompt)} tokens leaves no room for a completion in "
-                      f"--max_length {max_length}")  # fmt: skip
+        raise Problem(
+            f"example {index}: its prompt of {len(prompt)} tokens leaves no room for a completion in "
+            f"--max_length {max_length}"
+        )
     labels = [IGNORE] * len(prompt) + completion
     if all(label == IGNORE for label in labels[1:]):
         raise Problem(f"example {index} has an empty completion: every token is masked")

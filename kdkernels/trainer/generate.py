@@ -15,8 +15,9 @@ from .progress import bar, say
 from .settings import Problem, Settings, one_line
 
 
-def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records: list[Record],
-                      packed: Sequences) -> Path:  # fmt: skip
+def write_completions(
+    settings: Settings, teacher: Any, tokenizer: Any, records: list[Record], packed: Sequences
+) -> Path:
     """A .jsonl of what ``teacher`` adds to prompts. Goes on where a killed run left off; never overwrites."""
     options = settings.generation
     path = Path(options.completions or settings.output_dir / "completions.jsonl")
@@ -33,8 +34,14 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
         _keep_lines(part, done)
     teacher = teacher.to(settings.run.device).eval()
     with part.open("a") as file:
-        for start in bar(iterable=range(done, len(prompts), size), desc="teacher writes", initial=done // size,
-                         total=-(-len(prompts) // size), unit=" batches", disable=settings.run.disable_tqdm):  # fmt: skip
+        for start in bar(
+            iterable=range(done, len(prompts), size),
+            desc="teacher writes",
+            initial=done // size,
+            total=-(-len(prompts) // size),
+            unit=" batches",
+            disable=settings.run.disable_tqdm,
+        ):
             set_seed(settings.run.seed + start)
             batch = prompts[start : start + size]
             texts = complete(settings, teacher, tokenizer, [text for _, text in batch])
@@ -45,8 +52,9 @@ def write_completions(settings: Settings, teacher: Any, tokenizer: Any, records:
     return path
 
 
-def make_prompts(settings: Settings, records: list[Record], tokenizer: Any,
-                 packed: Sequences) -> list[tuple[Any, str]]:  # fmt: skip
+def make_prompts(
+    settings: Settings, records: list[Record], tokenizer: Any, packed: Sequences
+) -> list[tuple[Any, str]]:
     """(what to keep, the text to continue): the prompts of the data, or the beginnings of its text."""
     count = settings.generation.prompts
     if kind_of(records[0]) != "text":
@@ -79,17 +87,22 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     room = settings.data.max_length - batch["input_ids"].shape[1] - 1  # and the end of text
     if room < 1:
-        raise Problem(f"a prompt of {batch['input_ids'].shape[1]} tokens leaves no room in "
-                      f"max_length={settings.data.max_length}")  # fmt: skip
+        raise Problem(
+            f"a prompt of {batch['input_ids'].shape[1]} tokens leaves no room in "
+            f"max_length={settings.data.max_length}"
+        )
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     )
     with torch.inference_mode():
         ids = teacher.generate(
             **{name: tensor.to(teacher.device) for name, tensor in batch.items() if name != "token_type_ids"},
-            max_new_tokens=room, use_cache=True, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id, **sampling,
-        )  # fmt: skip
+            max_new_tokens=room,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -50,7 +50,9 @@ def positions_of(config: Any) -> Optional[int]:
 
 def parameters(model: Any, *, trained: bool = False) -> int:
     """How many numbers a model has, or trains. Of ZeRO-3's shards the whole is counted."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
+    return sum(
+        getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained
+    )
 
 
 def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path) -> Any:
@@ -83,9 +85,11 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
@@ -95,18 +99,30 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
     if name in SCRATCH:
         hidden, intermediate, layers, heads = SCRATCH[name]
         set_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate,
-            num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=max(max_length, 2048), tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )).to(getattr(torch, dtype))  # fmt: skip
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                max_position_embeddings=max(max_length, 2048),
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ).to(getattr(torch, dtype))
     model = _pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype))
     weight = model.get_output_embeddings().weight
-    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 the weight itself is an empty shard
+    vocabulary = getattr(weight, "ds_shape", weight.shape)[
+        0
+    ]  # under ZeRO-3 the weight itself is an empty shard
     if vocabulary < len(tokenizer):
-        raise Problem(f"model {name} has a vocabulary of {vocabulary}, the tokenizer {len(tokenizer)}: "
-                      "they do not belong together")  # fmt: skip
+        raise Problem(
+            f"model {name} has a vocabulary of {vocabulary}, the tokenizer {len(tokenizer)}: "
+            "they do not belong together"
+        )
     return model
 
 
@@ -116,8 +132,13 @@ def load_trained(folder: str, tokenizer: Any, settings: Settings) -> Any:
         return load_model(folder, tokenizer, dtype=settings.model.dtype, seed=0, max_length=2)
     from peft import PeftModel
 
-    base = load_model(settings.model.student, tokenizer, dtype=settings.model.dtype, seed=settings.run.seed,
-                      max_length=settings.data.max_length)  # fmt: skip
+    base = load_model(
+        settings.model.student,
+        tokenizer,
+        dtype=settings.model.dtype,
+        seed=settings.run.seed,
+        max_length=settings.data.max_length,
+    )
     return PeftModel.from_pretrained(base, folder)
 
 
@@ -143,8 +164,10 @@ def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
             return cls.from_pretrained(name, **options)
     except Problem as problem:
         if not Path(name).exists():
-            raise Problem(f"no {what} {name}: not a folder here, and not found under this name "
-                          f"(scratch models are {', '.join(SCRATCH)})") from problem  # fmt: skip
+            raise Problem(
+                f"no {what} {name}: not a folder here, and not found under this name "
+                f"(scratch models are {', '.join(SCRATCH)})"
+            ) from problem
         raise
 
 

@@ -62,7 +62,9 @@ class ReliableTrainer(DistillationTrainer):
         return Path(str(self.args.output_dir))
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint: Trainer adds a step
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed from the last checkpoint: Trainer adds a step
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*arguments, **options)
@@ -123,8 +125,10 @@ class ReliableTrainer(DistillationTrainer):
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
-            raise Problem(f"metric_for_best_model={self.args.metric_for_best_model}: evaluation gives "
-                          f"{', '.join(sorted(metrics))}; {self._last_good()}") from error  # fmt: skip
+            raise Problem(
+                f"metric_for_best_model={self.args.metric_for_best_model}: evaluation gives "
+                f"{', '.join(sorted(metrics))}; {self._last_good()}"
+            ) from error
 
     # -- what options ask of libraries ----------------------------------------------------------
 
@@ -167,8 +171,10 @@ class ReliableTrainer(DistillationTrainer):
         step = self.state.global_step + 1
         kept = self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt"
         torch.save({name: tensor.cpu() for name, tensor in inputs.items()}, kept)
-        raise Problem(f"step {step}: {what} is {value}; the batch is kept in {kept}, weights were not updated; "
-                      f"{self._last_good()}")  # fmt: skip
+        raise Problem(
+            f"step {step}: {what} is {value}; the batch is kept in {kept}, weights were not updated; "
+            f"{self._last_good()}"
+        )
 
     # -- logs ----------------------------------------------------------------------------------
 

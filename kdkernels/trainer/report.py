@@ -11,8 +11,10 @@ PICTURE = "curves.png"
 
 
 def table(comparison: dict[str, Any]) -> str:
-    lines = ["| student | validation loss | KL to teacher | top-1 agreement | tokens | tokens/s | peak memory |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| student | validation loss | KL to teacher | top-1 agreement | tokens | tokens/s | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in comparison["students"].items():
         speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
         lines.append(
@@ -27,8 +29,10 @@ def verdict(comparison: dict[str, Any]) -> str:
     students = comparison["students"]
     plain, soft = students["plain"]["validation_loss"], students["soft"]["validation_loss"]
     outcome = "beats" if soft < plain else "does not beat"
-    return (f"Soft distillation {outcome} the student without a teacher: validation loss {soft:.3f} against {plain:.3f} "
-            f"(the teacher: {comparison['teacher']['validation_loss']:.3f}).")  # fmt: skip
+    return (
+        f"Soft distillation {outcome} the student without a teacher: validation loss {soft:.3f} against {plain:.3f} "
+        f"(the teacher: {comparison['teacher']['validation_loss']:.3f})."
+    )
 
 
 def text(comparison: dict[str, Any]) -> str:
@@ -45,11 +49,17 @@ agreement are against the same teacher for all.
 * Hard: {settings["prompts"]:,} completions by the teacher, repeated to the budget.
 * Co: soft weight {settings["soft_schedule"]} from {settings["soft_weight_start"]:g} to {settings["soft_weight"]:g}.
 """
-    return "\n".join([
-        "# Soft, hard and co-distillation at one token budget\n", table(comparison), "", verdict(comparison), notes,
-        f"![validation loss]({PICTURE})\n",
-        f"Measured on {machine(comparison)}, transformers {where['transformers']}, Python {where['python']}.\n",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Soft, hard and co-distillation at one token budget\n",
+            table(comparison),
+            "",
+            verdict(comparison),
+            notes,
+            f"![validation loss]({PICTURE})\n",
+            f"Measured on {machine(comparison)}, transformers {where['transformers']}, Python {where['python']}.\n",
+        ]
+    )
 
 
 def machine(comparison: dict[str, Any]) -> str:
@@ -68,8 +78,13 @@ def draw(path: Path, curves: dict[str, list[dict[str, Any]]], comparison: dict[s
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label in STUDENTS.items():
         lines = [line for line in curves[name] if "eval_hard" in line]
-        axes.plot([line["num_input_tokens_seen"] for line in lines], [line["eval_hard"] for line in lines],
-                  marker="o", markersize=3, label=label)  # fmt: skip
+        axes.plot(
+            [line["num_input_tokens_seen"] for line in lines],
+            [line["eval_hard"] for line in lines],
+            marker="o",
+            markersize=3,
+            label=label,
+        )
     axes.axhline(comparison["teacher"]["validation_loss"], color="gray", linestyle="--", label="the teacher")
     axes.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")
     axes.legend()

@@ -27,10 +27,15 @@ MODES = {
     "compare": "the three and a student without a teacher, at the same token budget: a table and a picture",
 }
 DIVERGENCES = {
-    "forward_kl": kd.ForwardKL, "reverse_kl": kd.ReverseKL, "jsd": kd.JSD, "skew_kl": kd.SkewKL,
-    "skew_reverse_kl": kd.SkewReverseKL, "total_variation": kd.TotalVariation, "alpha_beta": kd.AlphaBeta,
+    "forward_kl": kd.ForwardKL,
+    "reverse_kl": kd.ReverseKL,
+    "jsd": kd.JSD,
+    "skew_kl": kd.SkewKL,
+    "skew_reverse_kl": kd.SkewReverseKL,
+    "total_variation": kd.TotalVariation,
+    "alpha_beta": kd.AlphaBeta,
     "mixed": kd.Mixed,
-}  # fmt: skip
+}
 #: Llama-style models made from scratch: hidden_size, intermediate_size, layers, heads.
 SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
 
@@ -70,9 +75,7 @@ class ModelSettings:
     teacher: Optional[str] = option(
         None, "the same for the teacher; hard needs none if --data holds its completions"
     )
-    targets: Optional[str] = option(
-        None, "what `python -m kdkernels cache` wrote, instead of a teacher"
-    )
+    targets: Optional[str] = option(None, "what `python -m kdkernels cache` wrote, instead of a teacher")
     tokenizer: Optional[str] = option(
         None, "folder or name; default: the student's, else the teacher's, else trained"
     )
@@ -94,7 +97,9 @@ class DataSettings:
     )
     text_field: str = option("text", "column of .jsonl and .parquet that holds text")
     max_length: int = option(512, "tokens per sequence; text is packed into sequences of this length")
-    validation_share: float = option(0.05, "share of the documents (of a single text: of its end) that is held out")
+    validation_share: float = option(
+        0.05, "share of the documents (of a single text: of its end) that is held out"
+    )
     validation_sequences: int = option(256, "at most this many sequences are evaluated")
 
 
@@ -152,8 +157,18 @@ class RunSettings(TrainingArguments):
 
 
 #: What --help shows of TrainingArguments, beside what RunSettings sets; --help_all shows the rest.
-_SHOWN = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
-          "max_grad_norm", "seed", "bf16", "fsdp", "use_cpu", *RunSettings.__annotations__)  # fmt: skip
+_SHOWN = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fsdp",
+    "use_cpu",
+    *RunSettings.__annotations__,
+)
 
 
 @dataclass
@@ -208,20 +223,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join(names) if names else super()._format_action_invocation(action)
 
 
-_PARTS = {"models": ModelSettings, "data": DataSettings, "loss": LossSettings,
-          "what the teacher writes": GenerationSettings,
-          "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings}  # fmt: skip
+_PARTS = {
+    "models": ModelSettings,
+    "data": DataSettings,
+    "loss": LossSettings,
+    "what the teacher writes": GenerationSettings,
+    "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings,
+}
 _FIELDS = {each.name: each for part in _PARTS.values() for each in dataclasses.fields(part)}
 _HINTS = {name: hint for part in _PARTS.values() for name, hint in typing.get_type_hints(part).items()}
 #: Options that some modes alone have: a soft term, a teacher that trains, a teacher that writes.
 _MODES_OF: dict[str, tuple[str, ...]] = {
     "targets": ("soft",),
-    **dict.fromkeys(("divergence", "temperature", "temperature_squared", "soft_weight", "hard_weight"),
-                    ("soft", "co", "compare")),
-    **dict.fromkeys(("soft_schedule", "soft_weight_start", "soft_warmup", "teacher_learning_rate"), ("co", "compare")),
+    **dict.fromkeys(
+        ("divergence", "temperature", "temperature_squared", "soft_weight", "hard_weight"),
+        ("soft", "co", "compare"),
+    ),
+    **dict.fromkeys(
+        ("soft_schedule", "soft_weight_start", "soft_warmup", "teacher_learning_rate"), ("co", "compare")
+    ),
     **{each.name: ("hard", "compare") for each in dataclasses.fields(GenerationSettings)},
     "teacher_steps": ("compare",),
-}  # fmt: skip
+}
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
@@ -229,10 +252,13 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     for title, part in _PARTS.items():
         part._argument_group_name = title  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        parts, prog=f"python -m kdkernels train {mode}", formatter_class=HelpFormatter,
-        usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]", description=f"{mode}: {MODES[mode]}.",
+        parts,
+        prog=f"python -m kdkernels train {mode}",
+        formatter_class=HelpFormatter,
+        usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]",
+        description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument("--config", help="YAML of options; those on the command line go before it")
     parser.add_argument("--help_all", action="store_true", help="every option of TrainingArguments too")
     ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
@@ -240,8 +266,11 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
     for action in parser._actions:
         if action.type is string_to_bool:  # also those whose default is None: `--fsdp` is `--fsdp true`
             action.nargs, action.const = "?", True
-        if action.dest in _FIELDS and (mode not in modes_of(action.dest) or not show_all and (
-                action.dest not in shown or action.option_strings[0].startswith("--no_"))):  # fmt: skip
+        if action.dest in _FIELDS and (
+            mode not in modes_of(action.dest)
+            or not show_all
+            and (action.dest not in shown or action.option_strings[0].startswith("--no_"))
+        ):
             action.help = argparse.SUPPRESS
     return parser
 
@@ -258,8 +287,12 @@ def parse(mode: str, arguments: list[str]) -> Settings:
     return resolve(mode, {} if path is None else _yaml(Path(path), mode), arguments, parser)
 
 
-def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
-            parser: Optional[HfArgumentParser] = None) -> Settings:  # fmt: skip
+def resolve(
+    mode: str,
+    values: dict[str, Any],
+    arguments: Sequence[str] = (),
+    parser: Optional[HfArgumentParser] = None,
+) -> Settings:
     """Settings from ``values`` (as a config.yaml holds them), under those of the command line."""
     parser = parser or parser_for(mode)
     line = [*_as_arguments(values, parser), *arguments]
@@ -267,7 +300,9 @@ def resolve(mode: str, values: dict[str, Any], arguments: Sequence[str] = (),
         given, unknown = parser.parse_known_args(line)
         if unknown:
             raise Problem(f"unknown options {' '.join(unknown)}; see --help_all")
-        model, data, loss, generation, run, _ = parser.parse_args_into_dataclasses(line, look_for_args_file=False)
+        model, data, loss, generation, run, _ = parser.parse_args_into_dataclasses(
+            line, look_for_args_file=False
+        )
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise Problem(" ".join(str(error).split())) from error
     asked = {name: value for name, value in vars(given).items() if name in _FIELDS}
@@ -322,21 +357,57 @@ _COUNT: _Range = ("must be 1 or more", lambda value: value >= 1)
 _SIZE: _Range = ("must be 0 or more, and finite", lambda value: 0 <= value < math.inf)
 _ABOVE_0: _Range = ("must be above 0, and finite", lambda value: 0 < value < math.inf)
 _RANGES: dict[str, _Range] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "eval_accumulation_steps", "validation_sequences", "prompts", "prompt_tokens",
-                     "generation_batch_size"), _COUNT),
-    **dict.fromkeys(("learning_rate", "teacher_learning_rate", "soft_weight", "hard_weight", "soft_weight_start",
-                     "weight_decay", "max_grad_norm", "sampling_temperature", "lora_rank", "teacher_steps",
-                     "save_total_limit", "dataloader_num_workers", "neftune_noise_alpha"), _SIZE),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "validation_sequences",
+            "prompts",
+            "prompt_tokens",
+            "generation_batch_size",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate",
+            "teacher_learning_rate",
+            "soft_weight",
+            "hard_weight",
+            "soft_weight_start",
+            "weight_decay",
+            "max_grad_norm",
+            "sampling_temperature",
+            "lora_rank",
+            "teacher_steps",
+            "save_total_limit",
+            "dataloader_num_workers",
+            "neftune_noise_alpha",
+        ),
+        _SIZE,
+    ),
     **dict.fromkeys(("num_train_epochs", "temperature"), _ABOVE_0),
-    "max_length": ("is too short: a sequence needs 2 tokens or more to predict one", lambda value: value >= 2),
-    "tokenizer_size": ("is too small: 256 bytes and the end of text are 257 tokens", lambda value: value >= 257),
+    "max_length": (
+        "is too short: a sequence needs 2 tokens or more to predict one",
+        lambda value: value >= 2,
+    ),
+    "tokenizer_size": (
+        "is too small: 256 bytes and the end of text are 257 tokens",
+        lambda value: value >= 257,
+    ),
     "validation_share": ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
-    "soft_warmup": ("is no share from 0 to 0.5 (it rises in one and falls in another)", lambda value: 0 <= value <= 0.5),
+    "soft_warmup": (
+        "is no share from 0 to 0.5 (it rises in one and falls in another)",
+        lambda value: 0 <= value <= 0.5,
+    ),
     "max_steps": ("must be 1 or more, or -1 for num_train_epochs", lambda value: value == -1 or value >= 1),
-    **{f"{what}_steps": (f"must be above 0; --{what}_strategy no for never", _ABOVE_0[1])
-       for what in ("logging", "eval", "save")},
-}  # fmt: skip
+    **{
+        f"{what}_steps": (f"must be above 0; --{what}_strategy no for never", _ABOVE_0[1])
+        for what in ("logging", "eval", "save")
+    },
+}
 
 #: Options of TrainingArguments that would be passed over, and what to do instead.
 _REFUSED = {
@@ -344,8 +415,11 @@ _REFUSED = {
     "label_smoothing_factor": "it needs logits, which are never held; leave it out",
     "use_cache": "the loss needs no cache, and the saved config keeps what the model's own says; leave it out",
     "batch_eval_metrics": "it needs logits, which are never held; leave it out",
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "every run trains, and evaluates by --eval_strategy; leave it out"),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"),
+        "every run trains, and evaluates by --eval_strategy; leave it out",
+    ),
+}
 
 
 def check(settings: Settings) -> None:
@@ -357,21 +431,30 @@ def check(settings: Settings) -> None:
         if value == _default(_FIELDS[name]):
             continue
         if mode not in modes_of(name):
-            raise Problem(f"{name}={value}: {mode} has none, it is of {', '.join(modes_of(name))}; leave it out")
+            raise Problem(
+                f"{name}={value}: {mode} has none, it is of {', '.join(modes_of(name))}; leave it out"
+            )
         if name in _REFUSED:
             raise Problem(f"{name}={value}: {_REFUSED[name]}")
         what, holds = _RANGES.get(name, ("", bool))
         if what and value is not None and not holds(value):
             raise Problem(f"{name}={value} {what}")
     if run.torch_compile:  # its backend and mode turn it on
-        raise Problem("torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
-                      "leave it out")  # fmt: skip
+        raise Problem(
+            "torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
+            "leave it out"
+        )
     if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
         where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"
-        raise Problem(f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
-                      "(the loss is fused without them)")  # fmt: skip
-    weights = (loss.soft_weight, 1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
-               loss.soft_weight_start if mode == "co" else 0.0)  # fmt: skip
+        raise Problem(
+            f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
+            "(the loss is fused without them)"
+        )
+    weights = (
+        loss.soft_weight,
+        1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
+        loss.soft_weight_start if mode == "co" else 0.0,
+    )
     if not any(weights):
         raise Problem("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
     if mode != "hard" and settings.model.teacher is None and settings.model.targets is None:
@@ -382,10 +465,14 @@ def check(settings: Settings) -> None:
     if settings.model.dtype not in ("float32", "bfloat16"):
         raise Problem(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
     if settings.model.lora_modules != ["all-linear"] and not settings.model.lora_rank:
-        raise Problem(f"lora_modules={' '.join(settings.model.lora_modules)} without LoRA: give --lora_rank too")
+        raise Problem(
+            f"lora_modules={' '.join(settings.model.lora_modules)} without LoRA: give --lora_rank too"
+        )
     completions = settings.generation.completions
     if completions is not None and settings.model.teacher is None:
-        raise Problem(f"completions={completions}, but no --teacher writes them; text that is there already is --data")
+        raise Problem(
+            f"completions={completions}, but no --teacher writes them; text that is there already is --data"
+        )
     if completions is not None and Path(completions).suffix != ".jsonl":
         raise Problem(f"completions={completions}: the name must end in .jsonl")
     divergence_of(loss.divergence)

@@ -36,8 +36,9 @@ class Ingredients:
 
     def model(self, name: str, seed: int) -> Any:
         settings = self.settings
-        return models.load_model(name, self.tokenizer, dtype=settings.model.dtype, seed=seed,
-                                 max_length=settings.data.max_length)  # fmt: skip
+        return models.load_model(
+            name, self.tokenizer, dtype=settings.model.dtype, seed=seed, max_length=settings.data.max_length
+        )
 
     def student(self) -> Any:
         settings, seed = self.settings, self.settings.run.seed
@@ -48,59 +49,94 @@ class Ingredients:
 
     def loss_options(self) -> dict[str, Any]:
         loss = self.settings.loss
-        return {"divergence": divergence_of(loss.divergence), "temperature": loss.temperature,
-                "temperature_squared": loss.temperature_squared, "soft_weight": loss.soft_weight,
-                "hard_weight": loss.hard_weight, **self.cut()}  # fmt: skip
+        return {
+            "divergence": divergence_of(loss.divergence),
+            "temperature": loss.temperature,
+            "temperature_squared": loss.temperature_squared,
+            "soft_weight": loss.soft_weight,
+            "hard_weight": loss.hard_weight,
+            **self.cut(),
+        }
 
     def cut(self) -> dict[str, int]:
         """Models' vocabularies are often padded beyond the tokenizer's; the padding takes no part."""
         return {"vocab_size": len(self.tokenizer)}
 
     def trainer_options(self) -> dict[str, Any]:
-        return {"train_dataset": self.train, "eval_dataset": self.validation, "processing_class": self.tokenizer,
-                "data_collator": data.Collator(self.tokenizer.pad_token_id),
-                "callbacks": [MetricsFile(self.settings.output_dir / METRICS)]}  # fmt: skip
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.validation,
+            "processing_class": self.tokenizer,
+            "data_collator": data.Collator(self.tokenizer.pad_token_id),
+            "callbacks": [MetricsFile(self.settings.output_dir / METRICS)],
+        }
 
 
 def soft(given: Ingredients) -> ReliableTrainer:
     """The student learns the teacher's distribution over every token."""
     if given.settings.model.targets is not None:
         return from_cache(given, given.settings.model.targets)
-    return ReliableTrainer(given.student(), given.settings.run, teacher=given.teacher(),
-                           **given.loss_options(), **given.trainer_options())  # fmt: skip
+    return ReliableTrainer(
+        given.student(),
+        given.settings.run,
+        teacher=given.teacher(),
+        **given.loss_options(),
+        **given.trainer_options(),
+    )
 
 
 def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
     """The same from what the teacher said once; it is not loaded."""
     from .cached import with_targets  # needs pyarrow
 
-    return ReliableTrainer(given.student(), given.settings.run, teacher=None, **given.loss_options(),
-                           **with_targets(targets, given.trainer_options()))  # fmt: skip
+    return ReliableTrainer(
+        given.student(),
+        given.settings.run,
+        teacher=None,
+        **given.loss_options(),
+        **with_targets(targets, given.trainer_options()),
+    )
 
 
 def hard(given: Ingredients) -> ReliableTrainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
     if given.settings.model.teacher is not None:
         if is_deepspeed_zero3_enabled():
-            raise Problem("hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
-                          "then give that run's completions.jsonl as --data and no --teacher")  # fmt: skip
+            raise Problem(
+                "hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
+                "then give that run's completions.jsonl as --data and no --teacher"
+            )
         with given.settings.run.main_process_first(desc="completions"):
-            path = write_completions(given.settings, given.teacher(), given.tokenizer, given.records, given.train)
+            path = write_completions(
+                given.settings, given.teacher(), given.tokenizer, given.records, given.train
+            )
         written = data.read(data.DataSettings(data=[str(path)]))
         given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
         say(f"the teacher's completions: {summary.size(given.train)}")
-    return ReliableTrainer(given.student(), given.settings.run, teacher=None, soft_weight=0.0, hard_weight=1.0,
-                           **given.cut(), **given.trainer_options())  # fmt: skip
+    return ReliableTrainer(
+        given.student(),
+        given.settings.run,
+        teacher=None,
+        soft_weight=0.0,
+        hard_weight=1.0,
+        **given.cut(),
+        **given.trainer_options(),
+    )
 
 
 def co(given: Ingredients) -> ReliableTrainer:
     """Both models train: the teacher on the text, the student on the text and on the teacher."""
     loss = given.settings.loss
     return CodistillationTrainer(
-        Pair(given.student(), given.teacher()), given.settings.run,
-        soft_schedule=SoftWeight(loss.soft_schedule, loss.soft_weight, loss.soft_weight_start, loss.soft_warmup),
-        teacher_learning_rate=loss.teacher_learning_rate, **given.loss_options(), **given.trainer_options(),
-    )  # fmt: skip
+        Pair(given.student(), given.teacher()),
+        given.settings.run,
+        soft_schedule=SoftWeight(
+            loss.soft_schedule, loss.soft_weight, loss.soft_weight_start, loss.soft_warmup
+        ),
+        teacher_learning_rate=loss.teacher_learning_rate,
+        **given.loss_options(),
+        **given.trainer_options(),
+    )
 
 
 BUILD = {"soft": soft, "hard": hard, "co": co}
@@ -128,8 +164,13 @@ def run(settings: Settings) -> dict[str, Any]:
             (folder / CONFIG).unlink(missing_ok=True)  # what could not begin is not a run
         raise
     seconds = time.perf_counter() - start
-    result = {"mode": settings.mode, "steps": trainer.state.global_step, "seconds": seconds,
-              "tokens": trainer.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}  # fmt: skip
+    result = {
+        "mode": settings.mode,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "peak_memory_bytes": peak_memory(),
+    }
     if trainer.eval_dataset:
         result.update(trainer.evaluate())
     with models.one_line(f"cannot write {folder / 'model'}"):
@@ -155,7 +196,10 @@ def build(settings: Settings) -> ReliableTrainer:
         given = ingredients(settings)
         summary.of_data(settings, given.records, given.train, given.validation)
         trainer = BUILD[settings.mode](given)
-    except (ValueError, ImportError) as error:  # what Trainer or DistillationTrainer refuses, or a missing extra
+    except (
+        ValueError,
+        ImportError,
+    ) as error:  # what Trainer or DistillationTrainer refuses, or a missing extra
         raise Problem(" ".join(str(error).split())) from error
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise Problem(
@@ -163,7 +207,9 @@ def build(settings: Settings) -> ReliableTrainer:
         )
     rows, batch = len(trainer.train_dataset), args.train_batch_size * args.world_size  # type: ignore[arg-type]
     if args.dataloader_drop_last and rows < batch:
-        raise Problem(f"dataloader_drop_last drops the only batch: {rows} sequences, and a batch takes {batch}")
+        raise Problem(
+            f"dataloader_drop_last drops the only batch: {rows} sequences, and a batch takes {batch}"
+        )
     judged = args.load_best_model_at_end or args.save_strategy == "best"
     if judged and not trainer.eval_dataset:
         raise Problem("the best checkpoint needs text to be judged by: --validation_share above 0")
@@ -198,9 +244,11 @@ def check_same_settings(settings: Settings) -> None:
         n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
     )
     if changed:
-        raise Problem(f"{folder} was made with other settings ("
-                      + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
-                      + "); choose another --output_dir")  # fmt: skip
+        raise Problem(
+            f"{folder} was made with other settings ("
+            + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
+            + "); choose another --output_dir"
+        )
 
 
 def ingredients(settings: Settings) -> Ingredients:

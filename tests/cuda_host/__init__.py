@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -32,20 +33,27 @@ MUTATIONS = {
     ),
     "the columns after the last sixteen bytes are not copied": (
         "staging.h",
-        "if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k];\n"
-        "      else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];",
+        "if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k]; "
+        "else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];",
         "",
     ),
     "what is before the row in its first sixteen bytes counts": (
-        "side.h", "return k >= before && k < count;", "return k < count;"),
+        "side.h",
+        "return k >= before && k < count;",
+        "return k < count;",
+    ),
     "a chunk is not waited for": ("row.h", "if (first) slice_.await(i, turn_);", ""),
     "the exchange has no second buffer": ("row.h", "parity_ ^= 1;", ""),
-    "the gradient is zero": ("row.h", "store<Types>(to, column, count, g);", "store<Types>(to, column, count, t);"),
+    "the gradient is zero": (
+        "row.h",
+        "store<Types>(to, column, count, g);",
+        "store<Types>(to, column, count, t);",
+    ),
     "the label is not subtracted": ("row.h", "if (k == place) g[k] -= onehot;", ""),
     "the lanes' maxima are not shared": ("lanes.h", "r.z_s = lane.z_s * by_s;", "r.z_s = lane.z_s;"),
     "sums are not moved to a new maximum": ("lanes.h", "r.z_s *= by_s;", ""),
     "the second pass is not added": ("row.h", "r.slope += added.slope;", ""),
-}  # fmt: skip
+}
 
 
 def compiler():
@@ -55,27 +63,29 @@ def compiler():
 def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build/cuda_host") -> Path:
     """The path of the library, built from ``csrc`` where it is older than its sources."""
     made = folder / "kdkernels_cuda_host.so"
-    headers = [p for where in (csrc, HERE) for p in where.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    headers = [
+        p for where in (csrc, HERE) for p in where.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    ]
     if made.exists() and made.stat().st_mtime > max(p.stat().st_mtime for p in headers):
         return made
     folder.mkdir(parents=True, exist_ok=True)
     packages = Path(torch.__file__).parent
-    flags = [
-        "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DKD_CUDA_HOST",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{csrc}", f"-I{csrc}/cuda", f"-I{HERE}",
-        f"-I{packages}/include", f"-I{sysconfig.get_paths()['include']}",
-    ]  # fmt: skip
+    plain = "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wno-psabi -DKD_CUDA_HOST"
+    folders = [csrc, csrc / "cuda", HERE, packages / "include", sysconfig.get_paths()["include"]]
+    flags = [*plain.split(), "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{f}" for f in folders)]
     sources = [csrc / "cuda/launch.cu", HERE / "fibers.cpp", HERE / "bindings_host.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     running = [
-        subprocess.Popen([compiler(), *flags, "-x", "c++", "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [compiler(), *flags, "-x", "c++", "-c", source, "-o", made], stderr=subprocess.PIPE, text=True
+        )
         for source, made in zip(sources, objects)
     ]
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-5000:]
-    link = [compiler(), "-shared", *objects, f"-L{packages}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-o", made]
-    subprocess.run(link, check=True)
+    libraries = [f"-L{packages}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([compiler(), "-shared", *objects, *libraries, "-o", made], check=True)
     return made
 
 
@@ -85,8 +95,10 @@ def mutated(folder: Path) -> Path:
     texts: dict[str, str] = {}
     for number, (file, there, instead) in enumerate(MUTATIONS.values()):
         text = texts.get(file) or (folder / "cuda" / file).read_text()
-        assert text.count(there) >= 1, f"{there!r} is not in {file}"
-        texts[file] = text.replace(there, f"if (host::mutation == {number}) {{ {instead} }} else {{ {there} }}", 1)
+        found = re.search(r"\s+".join(map(re.escape, there.split())), text)
+        assert found, f"{there!r} is not in {file}"
+        either = f"if (host::mutation == {number}) {{ {instead} }} else {{ {there} }}"
+        texts[file] = text[: found.start()] + either + text[found.end() :]
     for file, text in texts.items():
         (folder / "cuda" / file).write_text(text)
     return folder

@@ -1,4 +1,5 @@
-// The operators of the CUDA backend on CPU tensors, by the fibers of fibers.cpp, and the chip that tests describe.
+// The operators of the CUDA backend on CPU tensors, by the fibers of fibers.cpp, and the chip that tests
+// describe.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
@@ -11,7 +12,9 @@ namespace kd {
 namespace {
 
 struct Host {
-  static void run(Entry entry, const Job& job, int64_t rows, const Tensor&) { launch(job, entry, rows, 0, nullptr); }
+  static void run(Entry entry, const Job& job, int64_t rows, const Tensor&) {
+    launch(job, entry, rows, 0, nullptr);
+  }
 };
 
 void set_chip(int64_t multiprocessors, int64_t shared_bytes, int64_t largest_cluster, int64_t clusters) {
@@ -22,10 +25,11 @@ void set_chip(int64_t multiprocessors, int64_t shared_bytes, int64_t largest_clu
 void set_mutation(int64_t number) { host::mutation = (int)number; }
 
 // cluster, warps, span, chunk, student resident, teacher resident, bytes of shared memory.
-void geometry_of(int64_t width, int64_t rows, int64_t student_bytes, int64_t teacher_bytes, const Tensor& out) {
+void geometry_of(int64_t width, int64_t rows, int64_t student_bytes, int64_t teacher_bytes,
+                 const Tensor& out) {
   const Geometry g = geometry(width, rows, (int)student_bytes, (int)teacher_bytes, 0, runtime::host_chip);
-  const int64_t found[] = {g.cluster, g.warps, g.span, g.chunk, g.student_resident, g.teacher_resident,
-                           g.shared_bytes()};
+  const int64_t found[] = {g.cluster,          g.warps,         g.span, g.chunk, g.student_resident,
+                           g.teacher_resident, g.shared_bytes()};
   STD_TORCH_CHECK(out.numel() == 7 && out.scalar_type() == ScalarType::Long, "seven numbers");
   std::memcpy(out.data_ptr(), found, sizeof found);
 }
@@ -49,6 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda_host, CompositeExplicitAutograd, m) {
 }
 
 extern "C" PyMODINIT_FUNC PyInit_kdkernels_cuda_host(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "kdkernels_cuda_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "kdkernels_cuda_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

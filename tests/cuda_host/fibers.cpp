@@ -171,7 +171,6 @@ int grid_blocks() { return cluster->grid; }
 int cluster_blocks() { return cluster->blocks; }
 char* shared_memory(int rank) { return cluster->members[rank].aligned; }
 
-
 static Warp& my_warp() { return cluster->members[current->rank].warps[current->thread / kWarp]; }
 void meet_warp() { meet(my_warp().meeting); }
 void meet_block() { meet(cluster->members[current->rank].meeting); }
@@ -203,7 +202,8 @@ void settle(Phase& p) {
 
 void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0) {
-    std::fprintf(stderr, "a bulk copy of %u bytes from %p to %p: all must be multiples of 16\n", bytes, from, to);
+    std::fprintf(stderr, "a bulk copy of %u bytes from %p to %p: all must be multiples of 16\n", bytes, from,
+                 to);
     std::abort();
   }
   cluster->copies[&barrier].push_back({to, from, bytes});
@@ -257,7 +257,8 @@ void prepare(Cluster& c, int64_t shared_bytes) {
 
 }  // namespace
 
-void run(int blocks, int threads, int cluster_blocks, int64_t shared_bytes, const std::function<void()>& thread) {
+void run(int blocks, int threads, int cluster_blocks, int64_t shared_bytes,
+         const std::function<void()>& thread) {
   body = &thread;
   for (int first = 0; first < blocks; first += cluster_blocks) {
     Cluster c;

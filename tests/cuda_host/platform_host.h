@@ -78,7 +78,8 @@ inline int lowest_of_warp(int value) {
 }
 inline int lowest_bit(unsigned mask) { return __builtin_ffs((int)mask) - 1; }
 
-// The hardware's errs by up to two units in the last place, but not at 0; so does this, as the argument decides.
+// The hardware's errs by up to two units in the last place, but not at 0; so does this, as the argument
+// decides.
 inline float fast_exp2(float x) {
   const float y = exp2f(x);
   if (y < 1.17549435e-38f) return 0.0f;
@@ -103,7 +104,9 @@ inline uint32_t bfloat16_bits(float x) {
   std::memcpy(&bits, &x, 4);
   return x != x ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
-inline uint32_t pack_bfloat16(float low, float high) { return bfloat16_bits(low) | bfloat16_bits(high) << 16; }
+inline uint32_t pack_bfloat16(float low, float high) {
+  return bfloat16_bits(low) | bfloat16_bits(high) << 16;
+}
 inline uint32_t pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 
 inline void store_streaming(void* to, uint4 value) { *(uint4*)to = value; }

@@ -18,7 +18,8 @@ void run(int blocks, int threads, int cluster, int64_t shared_bytes, const std::
 inline Chip chip(const void*, int) { return host_chip; }
 inline int architecture(const void*) { return 90; }
 inline int resident_clusters(const void*, const Geometry& g) {
-  return g.cluster <= host_chip.largest_cluster && g.shared_bytes() <= host_chip.shared_bytes ? host_clusters : 0;
+  return g.cluster <= host_chip.largest_cluster && g.shared_bytes() <= host_chip.shared_bytes ? host_clusters
+                                                                                              : 0;
 }
 
 template <class... Arguments>

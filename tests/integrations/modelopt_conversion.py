@@ -62,5 +62,10 @@ if __name__ == "__main__":
 
     from kdkernels.integrations import modelopt as dropin
 
-    torch.save([[run(mtd, m.LogitsDistillationLoss(2.0), per_layer=layer) for m in (dropin, mtd)]
-                for layer in (False, True)], sys.argv[1])  # fmt: skip
+    torch.save(
+        [
+            [run(mtd, m.LogitsDistillationLoss(2.0), per_layer=layer) for m in (dropin, mtd)]
+            for layer in (False, True)
+        ],
+        sys.argv[1],
+    )

@@ -29,7 +29,13 @@ def batch(dtype=torch.float64, *, masked=True):
     mask = torch.ones(B, N, K)
     if masked:
         mask[:, -1] = 0
-    return ([x.to(dtype) for x in (hidden, weight, bias)], top.indices, top.values.log_softmax(-1), mask, labels)
+    return (
+        [x.to(dtype) for x in (hidden, weight, bias)],
+        top.indices,
+        top.values.log_softmax(-1),
+        mask,
+        labels,
+    )
 
 
 def run(cls, given, *, bias=True, **options):
@@ -48,15 +54,17 @@ def run(cls, given, *, bias=True, **options):
 def test_as_theirs_at_temperature_one(beta, weights, bias):
     given = batch()
     options = dict(weight_hard_loss=weights[0], weight_soft_loss=weights[1], beta=beta, bias=bias)
-    assert_same(run(dropin.LigerFusedLinearKLTopKLogprobLoss, given, **options),
-                run(original, given, **options), 2e-6)  # fmt: skip
+    assert_same(
+        run(dropin.LigerFusedLinearKLTopKLogprobLoss, given, **options), run(original, given, **options), 2e-6
+    )
 
 
 def test_without_renormalizing():
     given = batch()
     options = dict(beta=0.0, normalize_topk=False, weight_hard_loss=0.0, weight_soft_loss=1.0)
-    assert_same(run(dropin.LigerFusedLinearKLTopKLogprobLoss, given, **options),
-                run(original, given, **options), 2e-6)  # fmt: skip
+    assert_same(
+        run(dropin.LigerFusedLinearKLTopKLogprobLoss, given, **options), run(original, given, **options), 2e-6
+    )
     with pytest.raises(ValueError, match="ForwardKL"):
         run(dropin.LigerFusedLinearKLTopKLogprobLoss, given, beta=0.5, normalize_topk=False)
 
@@ -66,15 +74,23 @@ def test_without_renormalizing():
 def test_difference_t_squared_is_on_the_gradient(temperature, normalize_topk):
     """The same loss; axolotl's gradient of the soft term is smaller by T^2."""
     given = batch()
-    options = dict(temperature=temperature, beta=0.0, weight_hard_loss=0.0, weight_soft_loss=1.0,
-                   normalize_topk=normalize_topk)  # fmt: skip
+    options = dict(
+        temperature=temperature,
+        beta=0.0,
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        normalize_topk=normalize_topk,
+    )
     ours = run(dropin.LigerFusedLinearKLTopKLogprobLoss, given, **options)
     values, gradients = run(original, given, **options)
     assert_same(ours, (values, [g * temperature**2 for g in gradients]), 2e-6)
     # And the difference quotient of its own loss says who is right.
     (hidden, *head), step = given[0], 3e-3
     ahead, behind = ([hidden + sign * step * ours[1][0] / ours[1][0].norm(), *head] for sign in (1, -1))
-    rise = run(original, (ahead, *given[1:]), **options)[0][0] - run(original, (behind, *given[1:]), **options)[0][0]
+    rise = (
+        run(original, (ahead, *given[1:]), **options)[0][0]
+        - run(original, (behind, *given[1:]), **options)[0][0]
+    )
     assert rise / (2 * step) == pytest.approx(ours[1][0].norm().item(), rel=5e-3)
 
 
@@ -86,8 +102,10 @@ def test_difference_padding_slots_take_no_part():
     logprobs = logprobs.masked_fill(mask == 0, -torch.inf).log_softmax(-1)
     other = torch.where(mask == 0, (ids + 1) % V, ids)
     options = dict(beta=0.0, weight_hard_loss=0.0, weight_soft_loss=1.0)
-    ours, theirs = ([run(cls, (leaves, i, logprobs, mask, labels), **options) for i in (ids, other)]
-                    for cls in (dropin.LigerFusedLinearKLTopKLogprobLoss, original))  # fmt: skip
+    ours, theirs = (
+        [run(cls, (leaves, i, logprobs, mask, labels), **options) for i in (ids, other)]
+        for cls in (dropin.LigerFusedLinearKLTopKLogprobLoss, original)
+    )
     assert_same(ours[0], ours[1], 1e-12)
     assert relative(theirs[0][0][0], theirs[1][0][0]) > 1e-2
     cut = run(original, (leaves, ids[..., :-2], logprobs[..., :-2], mask[..., :-2], labels), **options)
@@ -108,8 +126,13 @@ def test_replace():
     dropin.replace(trainer)
     ours = trainer._kd_loss_fn
     assert isinstance(ours, dropin.LigerFusedLinearKLTopKLogprobLoss)
-    assert (ours.weight_hard_loss, ours.weight_soft_loss, ours.temperature, ours.beta, ours.normalize_topk) == (
-        0.25, 0.75, 2.0, 0.0, False)  # fmt: skip
+    assert (
+        ours.weight_hard_loss,
+        ours.weight_soft_loss,
+        ours.temperature,
+        ours.beta,
+        ours.normalize_topk,
+    ) == (0.25, 0.75, 2.0, 0.0, False)
     with pytest.raises(TypeError, match="_kd_loss_fn"):
         dropin.replace(SimpleNamespace())
     with pytest.raises(ValueError, match="temperature"):

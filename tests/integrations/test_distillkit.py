@@ -39,10 +39,28 @@ def formula(logits, ids, values, mask, *, missing, temperature=1.0, teacher_at=1
 def test_sparse_kl_div(missing, temperatures):
     student, ids, values, mask = batch()
     temperature, teacher_at, student_at = temperatures
-    ours = outcome(dropin.sparse_kl_div, [student], ids, values, mask, missing=missing, temperature=temperature,
-                   target_generation_temperature=teacher_at, student_generation_temperature=student_at)  # fmt: skip
-    theirs = outcome(formula, [student], ids, values, mask, missing=missing, temperature=temperature,
-                     teacher_at=teacher_at, student_at=student_at)  # fmt: skip
+    ours = outcome(
+        dropin.sparse_kl_div,
+        [student],
+        ids,
+        values,
+        mask,
+        missing=missing,
+        temperature=temperature,
+        target_generation_temperature=teacher_at,
+        student_generation_temperature=student_at,
+    )
+    theirs = outcome(
+        formula,
+        [student],
+        ids,
+        values,
+        mask,
+        missing=missing,
+        temperature=temperature,
+        teacher_at=teacher_at,
+        student_at=student_at,
+    )
     assert_same(ours, theirs, 3e-6)
 
 
@@ -60,9 +78,12 @@ def test_difference_half_precision_is_tempered_in_fp32(missing):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_teacher_logits(temperature):
     student, ids, values, mask = batch(log_target=False)
-    ours = outcome(dropin.sparse_kl_div, [student], ids, values, mask[..., 0], log_target=False,
-                   temperature=temperature)  # fmt: skip
-    assert_same(ours, outcome(formula, [student], ids, values, mask, missing="zero", temperature=temperature), 1e-6)
+    ours = outcome(
+        dropin.sparse_kl_div, [student], ids, values, mask[..., 0], log_target=False, temperature=temperature
+    )
+    assert_same(
+        ours, outcome(formula, [student], ids, values, mask, missing="zero", temperature=temperature), 1e-6
+    )
     with pytest.raises(ValueError, match="missing='zero'"):
         dropin.sparse_kl_div(student, ids, values, log_target=False, missing="symmetric_uniform")
     with pytest.raises(ValueError, match="missing must be one of"):
@@ -91,7 +112,9 @@ def test_dense_kl_div(temperature):
         log_q, log_p = ((z / temperature).log_softmax(-1) for z in (s, teacher))
         return (F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * mask[..., 0]).sum()
 
-    assert_same(outcome(dropin.dense_kl_div, [student], teacher, mask, temperature), outcome(plain, [student]), 1e-11)
+    assert_same(
+        outcome(dropin.dense_kl_div, [student], teacher, mask, temperature), outcome(plain, [student]), 1e-11
+    )
 
 
 class Missing(enum.Enum):
@@ -110,12 +133,21 @@ def test_loss_class(items, masked):
     assert loss.name() == "kl" and not loss.requires_hidden_states()
     count = items or (mask.sum() if masked else B * T)
     every = mask if masked else torch.ones(B, T, 1, dtype=torch.bool)
-    signal = SimpleNamespace(sparse_ids=ids, sparse_values=values, log_values=True, generation_temperature=1.0)
-    ours = outcome(lambda s: loss(SimpleNamespace(logits=s), signal, mask, num_items_in_batch=items), [student])
-    theirs = outcome(lambda s: 4 * formula(s, ids, values, every, missing="bucket", temperature=2.0) / count,
-                     [student])  # fmt: skip
+    signal = SimpleNamespace(
+        sparse_ids=ids, sparse_values=values, log_values=True, generation_temperature=1.0
+    )
+    ours = outcome(
+        lambda s: loss(SimpleNamespace(logits=s), signal, mask, num_items_in_batch=items), [student]
+    )
+    theirs = outcome(
+        lambda s: 4 * formula(s, ids, values, every, missing="bucket", temperature=2.0) / count, [student]
+    )
     assert_same(ours, theirs, 3e-6)
-    dense = outcome(lambda s: loss(SimpleNamespace(logits=s), SimpleNamespace(logits=2 * student), mask,
-                                   num_items_in_batch=items), [student])  # fmt: skip
+    dense = outcome(
+        lambda s: loss(
+            SimpleNamespace(logits=s), SimpleNamespace(logits=2 * student), mask, num_items_in_batch=items
+        ),
+        [student],
+    )
     plain = outcome(lambda s: 4 * dropin.dense_kl_div(s, 2 * student, mask, 2.0) / count, [student])
     assert_same(dense, plain, 1e-12)

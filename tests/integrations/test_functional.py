@@ -42,8 +42,13 @@ def test_values_and_both_gradients(log_target, reduction, shape):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), log_target=st.booleans(), reduction=st.sampled_from(REDUCTIONS),
-       shape=st.lists(st.integers(1, 6), min_size=1, max_size=4), piece=st.integers(1, 50))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    log_target=st.booleans(),
+    reduction=st.sampled_from(REDUCTIONS),
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    piece=st.integers(1, 50),
+)
 def test_any_shape_in_any_pieces(seed, log_target, reduction, shape, piece):
     torch.manual_seed(seed)
     x, t = sides(shape, log_target)
@@ -60,8 +65,11 @@ def test_any_shape_in_any_pieces(seed, log_target, reduction, shape, piece):
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"size_average": a, "reduce": r} for a in (None, True, False)
-                                     for r in (None, True, False)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"size_average": a, "reduce": r} for a in (None, True, False) for r in (None, True, False)],
+    ids=str,
+)
 def test_deprecated_arguments(options):
     x, t = sides((4, 6), False)
     assert_same(outcome(functional.kl_div, [x, t], **options), outcome(F.kl_div, [x, t], **options), 1e-12)
@@ -81,7 +89,9 @@ def test_the_rest_is_torchs():
         if not name.startswith("__") and name != "kl_div" and name not in vars(functional):
             assert getattr(functional, name) is getattr(F, name)
     assert set(dir(F)) <= set(dir(functional))
-    for name in {n for n, x in vars(functional).items() if callable(x)} & {n for n, x in vars(F).items() if callable(x)}:
+    for name in {n for n, x in vars(functional).items() if callable(x)} & {
+        n for n, x in vars(F).items() if callable(x)
+    }:
         assert name == "kl_div" or getattr(functional, name) is getattr(F, name), f"{name} hides torch's"
     from kdkernels.integrations.functional import log_softmax
 
@@ -93,8 +103,11 @@ def test_the_rest_is_torchs():
 @pytest.mark.parametrize("shapes", [((3, 5), (5,)), ((1, 5), (4, 5)), ((3, 1), (3, 4))])
 def test_broadcasting(shapes):
     x, t = torch.randn(shapes[0], dtype=torch.float64), torch.rand(shapes[1], dtype=torch.float64)
-    assert_same(outcome(functional.kl_div, [x, t], reduction="batchmean"),
-                outcome(F.kl_div, [x, t], reduction="batchmean"), 1e-12)  # fmt: skip
+    assert_same(
+        outcome(functional.kl_div, [x, t], reduction="batchmean"),
+        outcome(F.kl_div, [x, t], reduction="batchmean"),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

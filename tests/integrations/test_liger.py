@@ -42,25 +42,49 @@ def cases():
     transformers = "liger_kernel.transformers"
     for beta in (0.0, 0.3, 1.0):
         for mask in (None, labels()):
-            yield {"original": f"{transformers}.jsd:LigerJSD", "options": {"beta": beta}, "leaves": [0],
-                   "arguments": [log_probs(), log_probs(), mask], "log_softmax": True}  # fmt: skip
+            yield {
+                "original": f"{transformers}.jsd:LigerJSD",
+                "options": {"beta": beta},
+                "leaves": [0],
+                "arguments": [log_probs(), log_probs(), mask],
+                "log_softmax": True,
+            }
             for temperature in (1.0, 2.0):
-                yield {"original": f"{transformers}.fused_linear_jsd:LigerFusedLinearJSD", "leaves": [0, 1],
-                       "options": {"jsd_beta": beta, "temperature": temperature},
-                       "arguments": [*hidden(), *hidden(24), mask]}  # fmt: skip
+                yield {
+                    "original": f"{transformers}.fused_linear_jsd:LigerFusedLinearJSD",
+                    "leaves": [0, 1],
+                    "options": {"jsd_beta": beta, "temperature": temperature},
+                    "arguments": [*hidden(), *hidden(24), mask],
+                }
     for reduction in ("batchmean", "mean", "sum"):
         for temperature, mask in ((1.0, None), (2.0, labels())):
-            yield {"original": f"{transformers}.fused_linear_kl_div:LigerFusedLinearKLDivLoss", "leaves": [0, 1],
-                   "options": {"reduction": reduction, "temperature": temperature},
-                   "arguments": [*hidden(), log_probs().exp(), mask]}  # fmt: skip
-    yield {"original": f"{transformers}.fused_ce_tvd:LigerFusedCETVDLoss", "options": {}, "leaves": [0],
-           "arguments": [2 * torch.randn(N, V), 2 * torch.randn(N, V), labels()], "both": True}  # fmt: skip
+            yield {
+                "original": f"{transformers}.fused_linear_kl_div:LigerFusedLinearKLDivLoss",
+                "leaves": [0, 1],
+                "options": {"reduction": reduction, "temperature": temperature},
+                "arguments": [*hidden(), log_probs().exp(), mask],
+            }
+    yield {
+        "original": f"{transformers}.fused_ce_tvd:LigerFusedCETVDLoss",
+        "options": {},
+        "leaves": [0],
+        "arguments": [2 * torch.randn(N, V), 2 * torch.randn(N, V), labels()],
+        "both": True,
+    }
     for options in ({}, {"label_smoothing": 0.1}, {"lse_square_scale": 1e-2}, {"reduction": "sum"}):
-        yield {"original": f"{transformers}.cross_entropy:LigerCrossEntropyLoss", "options": options,
-               "leaves": [0], "arguments": [3 * torch.randn(N, V), labels()]}  # fmt: skip
+        yield {
+            "original": f"{transformers}.cross_entropy:LigerCrossEntropyLoss",
+            "options": options,
+            "leaves": [0],
+            "arguments": [3 * torch.randn(N, V), labels()],
+        }
         h, w = hidden()
-        yield {"original": f"{transformers}.fused_linear_cross_entropy:LigerFusedLinearCrossEntropyLoss",
-               "options": options, "leaves": [0, 1, 3], "arguments": [w, h, labels(), torch.randn(V)]}  # fmt: skip
+        yield {
+            "original": f"{transformers}.fused_linear_cross_entropy:LigerFusedLinearCrossEntropyLoss",
+            "options": options,
+            "leaves": [0, 1, 3],
+            "arguments": [w, h, labels(), torch.randn(V)],
+        }
 
 
 CASES = list(cases())
@@ -74,8 +98,10 @@ def originals(tmp_path_factory):
     torch.save(CASES, folder / "cases.pt")
     subprocess.run(
         [sys.executable, HERE / "liger_originals.py", folder / "cases.pt", folder / "outcomes.pt"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}, check=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
+        check=True,
+        timeout=300,
+    )
     return torch.load(folder / "outcomes.pt")
 
 
@@ -87,8 +113,9 @@ def to_logits(case, result):
     return values, [gradient - case["arguments"][0].exp() * gradient.sum(-1, keepdim=True)]
 
 
-@pytest.mark.parametrize("index", range(len(CASES)),
-                         ids=[f"{c['original'].split(':')[1]}-{i}" for i, c in enumerate(CASES)])  # fmt: skip
+@pytest.mark.parametrize(
+    "index", range(len(CASES)), ids=[f"{c['original'].split(':')[1]}-{i}" for i, c in enumerate(CASES)]
+)
 def test_beside_the_original(index, originals):
     case, theirs = CASES[index], originals[index]
     loss = getattr(dropin, case["original"].split(":")[1])(**case["options"])
@@ -128,9 +155,13 @@ def test_softcap_of_half_precision_is_not_rounded_again(dtype, reduction):
     truth = outcome(dropin.liger_cross_entropy, [logits.double()], targets, **options)
     ours = outcome(dropin.liger_cross_entropy, [logits], targets, **options)
     formula = lambda z: F.cross_entropy(30 * torch.tanh(z / 30), targets, label_smoothing=0.1)  # noqa: E731
-    assert relative(ours[0][0], truth[0][0]) < 1e-6 and relative(ours[1][0], truth[1][0]) < 2 ** (-8 if dtype == torch.bfloat16 else -10)
+    assert relative(ours[0][0], truth[0][0]) < 1e-6 and relative(ours[1][0], truth[1][0]) < 2 ** (
+        -8 if dtype == torch.bfloat16 else -10
+    )
     rounded = outcome(formula, [logits])
-    assert relative(rounded[1][0], outcome(formula, [logits.double()])[1][0]) > 2 * relative(ours[1][0], truth[1][0])
+    assert relative(rounded[1][0], outcome(formula, [logits.double()])[1][0]) > 2 * relative(
+        ours[1][0], truth[1][0]
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
@@ -141,8 +172,12 @@ def test_total_variation(reduction, masked):
 
     def formula(p):
         each = 0.5 * (p - q).abs() * kept
-        return {"none": each, "sum": each.sum(), "batchmean": each.sum() / kept.sum(),
-                "mean": each.sum() / kept.sum() / V}[reduction]  # fmt: skip
+        return {
+            "none": each,
+            "sum": each.sum(),
+            "batchmean": each.sum() / kept.sum(),
+            "mean": each.sum() / kept.sum() / V,
+        }[reduction]
 
     assert_same(outcome(dropin.LigerTVDLoss(reduction), [p], q, mask), outcome(formula, [p]), 1e-6)
     with pytest.raises(ValueError, match="unknown reduction"):
@@ -162,8 +197,13 @@ def chunked(module, student, teacher, true_labels, bias, **options):
 @pytest.mark.parametrize("parts", [False, True])
 def test_chunked_jsd(beta, temperature, weights, parts):
     given = hidden(), hidden(24), labels()
-    options = dict(beta=beta, temperature=temperature, weight_hard_loss=weights[0], weight_soft_loss=weights[1],
-                   return_soft_hard_loss=parts)  # fmt: skip
+    options = dict(
+        beta=beta,
+        temperature=temperature,
+        weight_hard_loss=weights[0],
+        weight_soft_loss=weights[1],
+        return_soft_hard_loss=parts,
+    )
     for bias in (False, True):
         ours, theirs = (chunked(m, *given, bias, **options) for m in (dropin, chunked_loss))
         assert_same(ours, theirs, 3e-5)
@@ -193,10 +233,13 @@ def test_difference_chunks_are_added_in_fp32():
     th, tw = torch.randn(512, 24).bfloat16(), (torch.randn(V, 24) * 0.5).bfloat16()
     targets = torch.randint(0, V, (512,))
     leaf = w.double().requires_grad_()
-    truth = torch.autograd.grad(kd.js_divergence(kd.LinearHead(h.double(), leaf),
-                                                 kd.LinearHead(th.double(), tw.double())), leaf)[0]  # fmt: skip
+    truth = torch.autograd.grad(
+        kd.js_divergence(kd.LinearHead(h.double(), leaf), kd.LinearHead(th.double(), tw.double())), leaf
+    )[0]
     options = dict(weight_hard_loss=0.0, weight_soft_loss=1.0, chunk_size=8)
-    ours, theirs = (chunked(m, [h, w], [th, tw], targets, False, **options)[1][1] for m in (dropin, chunked_loss))
+    ours, theirs = (
+        chunked(m, [h, w], [th, tw], targets, False, **options)[1][1] for m in (dropin, chunked_loss)
+    )
     assert 2 * relative(ours, truth) < relative(theirs, truth)
 
 
@@ -208,9 +251,11 @@ def test_jsd_takes_logits_as_well():
 
 def test_nothing_left_is_zero():
     mask = torch.full((N,), -100)
-    for value in (dropin.liger_jsd(log_probs(), log_probs(), mask),
-                  dropin.liger_tvd(log_probs().exp(), log_probs().exp(), mask),
-                  dropin.liger_fused_linear_jsd(*hidden(), *hidden(), mask)):  # fmt: skip
+    for value in (
+        dropin.liger_jsd(log_probs(), log_probs(), mask),
+        dropin.liger_tvd(log_probs().exp(), log_probs().exp(), mask),
+        dropin.liger_fused_linear_jsd(*hidden(), *hidden(), mask),
+    ):
         assert value == 0
 
 
@@ -245,7 +290,9 @@ def test_signatures():
         wanted = file.parent.name == "transformers" or file.name == "jsd_loss.py"
         if wanted and file.suffix == ".py":
             theirs |= signatures(ast.parse(file.read_text()))
-    shared = {name for name in ours if name.split(".")[-1] in ("__init__", "forward") or name.startswith("liger_")}
+    shared = {
+        name for name in ours if name.split(".")[-1] in ("__init__", "forward") or name.startswith("liger_")
+    }
     assert len(shared) > 20
     for name in shared - {"LigerKLDIVLoss.__init__"}:
         assert ours[name] == theirs[name], name

@@ -29,7 +29,8 @@ def logits(shape=(3, 4, 29)):
 def test_logits_distillation_loss(reduction, temperature, shape):
     student, teacher = logits(shape)
     ours, theirs = (
-        outcome(m.LogitsDistillationLoss(temperature, reduction), [student], teacher) for m in (dropin, original)
+        outcome(m.LogitsDistillationLoss(temperature, reduction), [student], teacher)
+        for m in (dropin, original)
     )
     assert_same(ours, theirs, 1e-11)
 
@@ -38,8 +39,10 @@ def test_their_conversion_takes_it(tmp_path):
     """A model that ``mtd.convert`` wraps, distilled whole and at a layer: the loss and the gradient are theirs."""
     subprocess.run(
         [sys.executable, HERE / "modelopt_conversion.py", tmp_path / "outcomes.pt"],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])}, check=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        check=True,
+        timeout=300,
+    )
     for ours, theirs in torch.load(tmp_path / "outcomes.pt"):
         assert theirs[1].norm() > 1e-3
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
@@ -78,7 +81,8 @@ def test_top_k_logits_kl_loss(temperature, reverse, top_k):
 def test_signature_and_refusals():
     ours, theirs = (inspect.signature(m.LogitsDistillationLoss.__init__) for m in (dropin, original))
     assert [(p.name, p.default) for p in ours.parameters.values()] == [
-        (p.name, p.default) for p in theirs.parameters.values()]  # fmt: skip
+        (p.name, p.default) for p in theirs.parameters.values()
+    ]
     with pytest.raises(ValueError, match="tensor_model_parallel_size=2"):
         dropin.LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=2))
     with pytest.raises(ValueError, match="top_k=30 is larger"):

@@ -61,9 +61,16 @@ def test_chunked_losses(name):
 
 
 @pytest.mark.parametrize("name", CHUNKED)
-@pytest.mark.parametrize("tokens, cut", [(50, lambda x: x.tensor_split(8, 1)), (7, lambda x: x.split([1, 4, 2], 1)),
-                                         (9, lambda x: [y.flatten(0, 1) for y in x.chunk(2, 1)]), (3, lambda x: [x]),
-                                         (3, lambda x: x.tensor_split(8, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens, cut",
+    [
+        (50, lambda x: x.tensor_split(8, 1)),
+        (7, lambda x: x.split([1, 4, 2], 1)),
+        (9, lambda x: [y.flatten(0, 1) for y in x.chunk(2, 1)]),
+        (3, lambda x: [x]),
+        (3, lambda x: x.tensor_split(8, 1)),
+    ],
+)
 def test_pieces_of_any_lengths(name, tokens, cut):
     student, teacher = 3 * torch.randn(2, B, tokens, V)
     labels = torch.randint(0, V, (B, tokens))
@@ -132,7 +139,10 @@ def test_padding_of_minus_infinity(name):
 def test_signatures(name):
     for method in ("__init__", "forward"):
         ours, theirs = (
-            [(p.name, p.default) for p in inspect.signature(getattr(getattr(m, name), method)).parameters.values()]
+            [
+                (p.name, p.default)
+                for p in inspect.signature(getattr(getattr(m, name), method)).parameters.values()
+            ]
             for m in (dropin, original)
         )
         assert ours == theirs

@@ -46,23 +46,41 @@ def heads(dtype=torch.float32, *, bias=False):
 
 def chunked(function, student, teacher, mask, beta, **options):
     def call(hidden, weight, bias=None):
-        return function(hidden, teacher[0], weight, teacher[1], mask, beta, student_lm_head_bias=bias,
-                        teacher_lm_head_bias=teacher[2] if len(teacher) > 2 else None, **options)  # fmt: skip
+        return function(
+            hidden,
+            teacher[0],
+            weight,
+            teacher[1],
+            mask,
+            beta,
+            student_lm_head_bias=bias,
+            teacher_lm_head_bias=teacher[2] if len(teacher) > 2 else None,
+            **options,
+        )
 
     return outcome(call, student)
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("options", [
-    {}, {"temperature": 2.5}, {"num_items_in_batch": 29}, {"num_items_in_batch": torch.tensor(29.0)},
-    {"student_logit_scale": 0.25, "teacher_logit_scale": 0.5},
-    {"student_final_logit_softcapping": 5.0, "teacher_final_logit_softcapping": 7.0, "temperature": 0.7},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 2.5},
+        {"num_items_in_batch": 29},
+        {"num_items_in_batch": torch.tensor(29.0)},
+        {"student_logit_scale": 0.25, "teacher_logit_scale": 0.5},
+        {"student_final_logit_softcapping": 5.0, "teacher_final_logit_softcapping": 7.0, "temperature": 0.7},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_divergence(beta, options, bias):
     student, teacher, mask = heads(bias=bias)
-    ours, theirs = (chunked(f, student, teacher, mask, beta, **options)
-                    for f in (dropin.chunked_divergence_loss, their_chunked))  # fmt: skip
+    ours, theirs = (
+        chunked(f, student, teacher, mask, beta, **options)
+        for f in (dropin.chunked_divergence_loss, their_chunked)
+    )
     assert_same(ours, theirs, FP32)
     assert ours[0][1] > 0 and ours[0][2] == mask.sum() and ours[0][2].dtype == theirs[0][2].dtype
 
@@ -70,8 +88,10 @@ def test_chunked_divergence(beta, options, bias):
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_chunked_divergence_masks(mask_dtype):
     student, teacher, mask = heads()
-    ours, theirs = (chunked(f, student, teacher, mask.to(mask_dtype), 0.5)
-                    for f in (dropin.chunked_divergence_loss, their_chunked))  # fmt: skip
+    ours, theirs = (
+        chunked(f, student, teacher, mask.to(mask_dtype), 0.5)
+        for f in (dropin.chunked_divergence_loss, their_chunked)
+    )
     assert_same(ours, theirs, FP32)
     poisoned = [torch.where(mask[..., None], student[0], torch.inf), student[1]]
     again = chunked(dropin.chunked_divergence_loss, poisoned, teacher, mask, 0.5)
@@ -81,8 +101,10 @@ def test_chunked_divergence_masks(mask_dtype):
 @pytest.mark.parametrize("items", [None, 7])
 def test_chunked_divergence_all_masked(items):
     student, teacher, mask = heads()
-    ours, theirs = (chunked(f, student, teacher, mask & False, 0.5, num_items_in_batch=items)
-                    for f in (dropin.chunked_divergence_loss, their_chunked))  # fmt: skip
+    ours, theirs = (
+        chunked(f, student, teacher, mask & False, 0.5, num_items_in_batch=items)
+        for f in (dropin.chunked_divergence_loss, their_chunked)
+    )
     assert_same(ours, theirs, 0.0, zero_gradient=True)
 
 
@@ -101,14 +123,18 @@ def test_chunked_divergence_frozen_head_and_master_weights():
 def test_chunked_divergence_under_autocast(beta):
     student, teacher, mask = heads()
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = (chunked(f, student, teacher, mask, beta)
-                        for f in (dropin.chunked_divergence_loss, their_chunked))  # fmt: skip
+        ours, theirs = (
+            chunked(f, student, teacher, mask, beta) for f in (dropin.chunked_divergence_loss, their_chunked)
+        )
     assert ours[0][0].dtype == theirs[0][0].dtype == torch.float32
     assert_same(ours, theirs, 0.05)
 
 
-CASES = [dict(reduction=r, num_items_in_batch=n) for r in ("batchmean", "sum", "mean", "none")
-         for n in (None, 11, torch.tensor(11))]  # fmt: skip
+CASES = [
+    dict(reduction=r, num_items_in_batch=n)
+    for r in ("batchmean", "sum", "mean", "none")
+    for n in (None, 11, torch.tensor(11))
+]
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -119,13 +145,19 @@ def test_generalized_jsd(beta, labelled, case):
     options = dict(labels=masked() if labelled else None, beta=beta, temperature=1.7, **case)
     pairs = [(dropin.generalized_jsd_loss, their_gkd), (dropin.gold_generalized_jsd_loss, their_gold)]
     for ours, theirs in pairs:
-        assert_same(outcome(ours, [student], teacher, **options),
-                    outcome(theirs, [student], teacher, **options), FP64)  # fmt: skip
+        assert_same(
+            outcome(ours, [student], teacher, **options), outcome(theirs, [student], teacher, **options), FP64
+        )
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), beta=st.floats(0, 1), temperature=st.floats(0.3, 8),
-       scale=st.floats(0.1, 30), shape=st.sampled_from([(1, 1, 2), (2, 3, 5), (7, 65), (2, 1, 129)]))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    beta=st.floats(0, 1),
+    temperature=st.floats(0.3, 8),
+    scale=st.floats(0.1, 30),
+    shape=st.sampled_from([(1, 1, 2), (2, 3, 5), (7, 65), (2, 1, 129)]),
+)
 def test_generalized_jsd_over_random_inputs(seed, beta, temperature, scale, shape):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "st")
@@ -147,16 +179,23 @@ def test_gold_on_probabilities(beta, labelled, case):
     student, teacher = (z.softmax(-1)[..., :20] * 0.9 for z in logits())
     student[..., 0], teacher[..., 1] = 0.0, 1e-12
     options = dict(labels=masked() if labelled else None, beta=beta, logits_are_probs=True, **case)
-    assert_same(outcome(dropin.gold_generalized_jsd_loss, [student], teacher, **options),
-                outcome(their_gold, [student], teacher, **options), 1e-9)  # fmt: skip
+    assert_same(
+        outcome(dropin.gold_generalized_jsd_loss, [student], teacher, **options),
+        outcome(their_gold, [student], teacher, **options),
+        1e-9,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum"])
 def test_all_masked_is_zero_as_theirs(reduction):
     student, teacher = logits()
     options = dict(labels=masked(all_of_it=True), reduction=reduction)
-    assert_same(outcome(dropin.generalized_jsd_loss, [student], teacher, **options),
-                outcome(their_gkd, [student], teacher, **options), 0.0, zero_gradient=True)  # fmt: skip
+    assert_same(
+        outcome(dropin.generalized_jsd_loss, [student], teacher, **options),
+        outcome(their_gkd, [student], teacher, **options),
+        0.0,
+        zero_gradient=True,
+    )
 
 
 def test_difference_all_masked_mean_is_not_nan():
@@ -207,19 +246,27 @@ def test_minillm_single_step(reduction, with_mask):
         return {"batchmean": by_batch, "sum": terms.sum(), "mean": terms.mean(), "none": terms}[reduction]
 
     for they in (teacher, teacher.log_softmax(-1)):
-        ours = outcome(lambda s, t=they: dropin.minillm_single_step_loss(
-            None, s.log_softmax(-1), t, mask, reduction), [student])  # fmt: skip
+        ours = outcome(
+            lambda s, t=they: dropin.minillm_single_step_loss(None, s.log_softmax(-1), t, mask, reduction),
+            [student],
+        )
         assert_same(ours, outcome(formula, [student]), FP64)
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    (dropin.chunked_divergence_loss, their_chunked),
-    (dropin.generalized_jsd_loss, their_gkd),
-    (dropin.gold_generalized_jsd_loss, their_gold),
-], ids=["distillation", "gkd", "gold"])  # fmt: skip
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (dropin.chunked_divergence_loss, their_chunked),
+        (dropin.generalized_jsd_loss, their_gkd),
+        (dropin.gold_generalized_jsd_loss, their_gold),
+    ],
+    ids=["distillation", "gkd", "gold"],
+)
 def test_signatures(ours, theirs):
-    ours, theirs = ([(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
-                    for f in (ours, theirs))  # fmt: skip
+    ours, theirs = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
+        for f in (ours, theirs)
+    )
     assert ours == theirs
 
 

@@ -37,8 +37,12 @@ def fake_trainer(beta, temperature, tail, told):
 def batch(*, all_masked=False):
     prompt_mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]])
     kept = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]]) * (not all_masked)
-    return {"prompt_ids": torch.randint(0, V, (B, P)), "prompt_mask": prompt_mask,
-            "completion_ids": torch.randint(0, V, (B, C)), "completion_mask": kept}  # fmt: skip
+    return {
+        "prompt_ids": torch.randint(0, V, (B, P)),
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(0, V, (B, C)),
+        "completion_mask": kept,
+    }
 
 
 def server(inputs, k, *, holes=False):
@@ -53,7 +57,11 @@ def server(inputs, k, *, holes=False):
     if holes:
         top[:, ::2, -1] = -torch.inf
         top[0, P - start + 1] = -torch.inf
-    return {"topk_logprobs": top, "topk_token_ids": ids, "actual_logprobs": actual.masked_fill(~kept, -torch.inf)}
+    return {
+        "topk_logprobs": top,
+        "topk_token_ids": ids,
+        "actual_logprobs": actual.masked_fill(~kept, -torch.inf),
+    }
 
 
 def loss_of(function, trainer, inputs, logits):
@@ -71,7 +79,9 @@ def test_loss(beta, k, temperature, tail):
     told = server(inputs, k)
     trainer = fake_trainer(beta, temperature, tail, told)
     logits = torch.randn(B, P + C, V)
-    ours, theirs = (loss_of(f, trainer, inputs, logits) for f in (dropin.server_compute_loss, their_compute_loss))
+    ours, theirs = (
+        loss_of(f, trainer, inputs, logits) for f in (dropin.server_compute_loss, their_compute_loss)
+    )
     if not tail and (beta == 1 or k == 1 and beta == 0):  # one outcome with all the mass: nothing to learn
         assert_same(ours, theirs, 1e-6, zero_gradient=True)
     elif tail and k == V:  # TRL clamps what is left of the student to 1e-7, with its gradient
@@ -86,8 +96,9 @@ def test_top_one_is_the_sampled_token():
     told["topk_token_ids"] = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[:, 2:, None]
     told["topk_logprobs"] = told["actual_logprobs"][..., None]
     trainer, logits = fake_trainer(0.5, 1.0, True, told), torch.randn(B, P + C, V)
-    assert_same(*(loss_of(f, trainer, inputs, logits)
-                  for f in (dropin.server_compute_loss, their_compute_loss)), 5e-5)  # fmt: skip
+    assert_same(
+        *(loss_of(f, trainer, inputs, logits) for f in (dropin.server_compute_loss, their_compute_loss)), 5e-5
+    )
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -95,17 +106,24 @@ def test_empty_slots(tail):
     inputs = batch()
     trainer = fake_trainer(0.0, 1.0, tail, server(inputs, 4, holes=True))
     logits = torch.randn(B, P + C, V)
-    assert_same(*(loss_of(f, trainer, inputs, logits)
-                  for f in (dropin.server_compute_loss, their_compute_loss)), 5e-5)  # fmt: skip
+    assert_same(
+        *(loss_of(f, trainer, inputs, logits) for f in (dropin.server_compute_loss, their_compute_loss)), 5e-5
+    )
 
 
 def test_all_masked():
     inputs = batch(all_masked=True)
-    told = {"topk_logprobs": torch.full((B, 2, 3), -torch.inf), "actual_logprobs": torch.full((B, 2), -torch.inf),
-            "topk_token_ids": torch.zeros(B, 2, 3, dtype=torch.int64)}  # fmt: skip
+    told = {
+        "topk_logprobs": torch.full((B, 2, 3), -torch.inf),
+        "actual_logprobs": torch.full((B, 2), -torch.inf),
+        "topk_token_ids": torch.zeros(B, 2, 3, dtype=torch.int64),
+    }
     trainer, logits = fake_trainer(0.0, 1.0, True, told), torch.randn(B, P + C, V)
-    assert_same(*(loss_of(f, trainer, inputs, logits)
-                  for f in (dropin.server_compute_loss, their_compute_loss)), 0.0, zero_gradient=True)  # fmt: skip
+    assert_same(
+        *(loss_of(f, trainer, inputs, logits) for f in (dropin.server_compute_loss, their_compute_loss)),
+        0.0,
+        zero_gradient=True,
+    )
 
 
 @pytest.mark.parametrize("beta, missing", [(0.5, "actual-token"), (0.5, "top-1"), (1.0, "actual-token")])
@@ -145,15 +163,30 @@ def test_twenty_steps_agree(beta, k, tmp_path, monkeypatch):
     for context in (contextlib.nullcontext, dropin.patch):
         with context():
             args = ServerDistillationConfig(
-                output_dir=str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2,
-                max_steps=20, learning_rate=1e-3, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
-                disable_tqdm=True, seed=3, save_strategy="no", beta=beta, loss_top_k=k,
-                max_completion_length=8, teacher_model_server_url="http://teacher",
-            )  # fmt: skip
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                max_steps=20,
+                learning_rate=1e-3,
+                logging_steps=1,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+                seed=3,
+                save_strategy="no",
+                beta=beta,
+                loss_top_k=k,
+                max_completion_length=8,
+                teacher_model_server_url="http://teacher",
+            )
             made = ServerDistillationTrainer(
-                model=tiny.model(), args=args, train_dataset=tiny.prompts(), eval_dataset=tiny.prompts(8),
+                model=tiny.model(),
+                args=args,
+                train_dataset=tiny.prompts(),
+                eval_dataset=tiny.prompts(8),
                 processing_class=tiny.tokenizer(),
-            )  # fmt: skip
+            )
             made.train()
             losses = torch.tensor([line["loss"] for line in made.state.log_history if "loss" in line])
             results.append((losses, made.evaluate()["eval_loss"]))
@@ -164,9 +197,12 @@ def test_twenty_steps_agree(beta, k, tmp_path, monkeypatch):
 
 
 def test_memory_falls():
-    inputs = {"prompt_ids": torch.zeros(1, 1, dtype=torch.int64), "prompt_mask": torch.ones(1, 1, dtype=torch.int64),
-              "completion_ids": torch.zeros(1, 255, dtype=torch.int64),
-              "completion_mask": torch.ones(1, 255, dtype=torch.int64)}  # fmt: skip
+    inputs = {
+        "prompt_ids": torch.zeros(1, 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(1, 1, dtype=torch.int64),
+        "completion_ids": torch.zeros(1, 255, dtype=torch.int64),
+        "completion_mask": torch.ones(1, 255, dtype=torch.int64),
+    }
     logits = torch.randn(1, 256, 65536)
     top = (logits[:, :-1] + torch.randn(1, 255, 65536)).log_softmax(-1).topk(8, -1)
     told = {"topk_logprobs": top.values, "topk_token_ids": top.indices, "actual_logprobs": top.values[..., 0]}

@@ -24,8 +24,16 @@ def on_rank(rank, store, hidden, weights, biases, mask):
         leaves = [hidden[0].clone(), student[0], teacher[0]]
         for leaf in leaves:
             leaf.requires_grad_()
-        values = function(leaves[0], hidden[1], leaves[1], student[1], mask, 0.5,
-                          student_lm_head_bias=leaves[2], teacher_lm_head_bias=teacher[1])  # fmt: skip
+        values = function(
+            leaves[0],
+            hidden[1],
+            leaves[1],
+            student[1],
+            mask,
+            0.5,
+            student_lm_head_bias=leaves[2],
+            teacher_lm_head_bias=teacher[1],
+        )
         values[0].backward()
         grads = [leaf.grad.full_tensor() if shard and i else leaf.grad for i, leaf in enumerate(leaves)]
         return [v.detach() for v in values], grads

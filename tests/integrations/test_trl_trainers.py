@@ -22,19 +22,40 @@ STEPS = 20
 TRAINERS = {
     "distillation": (DistillationTrainer, DistillationConfig, tiny.prompts, dict(max_completion_length=8)),
     "gkd": (GKDTrainer, GKDConfig, tiny.conversations, dict(max_new_tokens=8, lmbda=0.5, max_length=48)),
-    "gold": (GOLDTrainer, GOLDConfig, tiny.conversations,
-             dict(max_completion_length=8, lmbda=0.5, max_length=48)),
-}  # fmt: skip
+    "gold": (
+        GOLDTrainer,
+        GOLDConfig,
+        tiny.conversations,
+        dict(max_completion_length=8, lmbda=0.5, max_length=48),
+    ),
+}
 
 
 def trainer(kind, folder, student=None, **options):
     cls, config, data, own = TRAINERS[kind]
     options = dict(max_steps=STEPS, save_strategy="no", beta=0.5, **own) | options
-    args = config(output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2,
-                  per_device_eval_batch_size=4, learning_rate=1e-3, logging_steps=1, report_to="none",
-                  use_cpu=True, bf16=False, disable_tqdm=True, seed=3, **options)  # fmt: skip
-    return cls(model=student or tiny.model(), teacher_model=tiny.model(48, seed=1), args=args,
-               train_dataset=data(), eval_dataset=data(8), processing_class=tiny.tokenizer())  # fmt: skip
+    args = config(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=3,
+        **options,
+    )
+    return cls(
+        model=student or tiny.model(),
+        teacher_model=tiny.model(48, seed=1),
+        args=args,
+        train_dataset=data(),
+        eval_dataset=data(8),
+        processing_class=tiny.tokenizer(),
+    )
 
 
 def history(made, key="loss"):
@@ -119,7 +140,9 @@ def test_memory_of_the_chunked_loss_falls():
     mask = torch.ones(1, 512)
 
     def step():
-        distillation_trainer._chunked_divergence_loss(hidden, t_hidden, weight, t_weight, mask, 0.5)[0].backward()
+        distillation_trainer._chunked_divergence_loss(hidden, t_hidden, weight, t_weight, mask, 0.5)[
+            0
+        ].backward()
 
     theirs = peak_of(step)
     with dropin.patch():

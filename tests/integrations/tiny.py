@@ -17,18 +17,32 @@ def tokenizer():
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(SPECIAL + alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>",
-                                   padding_side="left", chat_template=TEMPLATE)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        chat_template=TEMPLATE,
+    )
 
 
 def model(width=32, *, seed=0, vocab=None):
     tok = tokenizer()
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=vocab or len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, eos_token_id=2,
-        pad_token_id=0, bos_token_id=None, tie_word_embeddings=False, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=vocab or len(tok),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -41,7 +55,14 @@ def prompts(count=16):
 def conversations(count=16):
     from datasets import Dataset
 
-    return Dataset.from_list([
-        {"messages": [{"role": "user", "content": f"{i} plus {i + 1}"},
-                      {"role": "assistant", "content": f"is {2 * i + 1}, " + "so" * (i % 3)}]}
-        for i in range(count)])  # fmt: skip
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{i} plus {i + 1}"},
+                    {"role": "assistant", "content": f"is {2 * i + 1}, " + "so" * (i % 3)},
+                ]
+            }
+            for i in range(count)
+        ]
+    )

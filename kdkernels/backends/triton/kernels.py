@@ -61,8 +61,18 @@ def _weight(weights, row, live):
 
 
 @triton.jit
-def _rows(F: tl.constexpr, student, student_stride, teacher, teacher_stride, grad, grad_stride, teacher_grad,
-          teacher_grad_stride, row):  # fmt: skip
+def _rows(
+    F: tl.constexpr,
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    grad,
+    grad_stride,
+    teacher_grad,
+    teacher_grad_stride,
+    row,
+):
     """The row in each matrix; one that F says is not there has the student's pointer, which nobody uses."""
     s_row = row_pointer(F, student, student_stride, row)
     t_row, g_row, h_row = s_row, s_row, s_row
@@ -81,10 +91,38 @@ def _store_results(pointer, results, mask):
         tl.store(pointer + i, results[i], mask)
 
 
-_SIZES = ["student_stride", "teacher_stride", "grad_stride", "teacher_grad_stride", "rows", "columns", "part",
-          "parts", "offset", "vocab", "count", "slots", "kept_stride"]  # fmt: skip
-_POINTERS = ["student", "teacher", "labels", "weights", "grad", "teacher_grad", "state", "partial", "results",
-             "values", "factor", "ids", "kept", "rest", "lse1"]
+_SIZES = [
+    "student_stride",
+    "teacher_stride",
+    "grad_stride",
+    "teacher_grad_stride",
+    "rows",
+    "columns",
+    "part",
+    "parts",
+    "offset",
+    "vocab",
+    "count",
+    "slots",
+    "kept_stride",
+]
+_POINTERS = [
+    "student",
+    "teacher",
+    "labels",
+    "weights",
+    "grad",
+    "teacher_grad",
+    "state",
+    "partial",
+    "results",
+    "values",
+    "factor",
+    "ids",
+    "kept",
+    "rest",
+    "lse1",
+]
 
 
 def _kernel(function):
@@ -97,9 +135,25 @@ def _kernel(function):
 
 
 @_kernel
-def fused(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride, teacher_grad,
-          teacher_grad_stride, results, rows, columns, numbers,
-          F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def fused(
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    labels,
+    weights,
+    grad,
+    grad_stride,
+    teacher_grad,
+    teacher_grad_stride,
+    results,
+    rows,
+    columns,
+    numbers,
+    F: tl.constexpr,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+):
     """Whole rows: results ``[rows, 6]`` and, where F says so, weights * d(loss)/d(logits).
 
     Geometry: as many programs as the chip holds at a time, each going from row to row, so that the
@@ -119,8 +173,18 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         label, live = _label(F, labels, row, 0)
         weight = _weight(weights, row, live)
-        s_row, t_row, g_row, h_row = _rows(F, student, student_stride, teacher, teacher_stride, grad, grad_stride,
-                                           teacher_grad, teacher_grad_stride, row)  # fmt: skip
+        s_row, t_row, g_row, h_row = _rows(
+            F,
+            student,
+            student_stride,
+            teacher,
+            teacher_stride,
+            grad,
+            grad_stride,
+            teacher_grad,
+            teacher_grad_stride,
+            row,
+        )
         results_row = results + row * RESULTS
         if live:
             r = fold_row(F, s_row, t_row, labels, 0, label, 0, columns, 0, numbers, LANES, K)
@@ -131,8 +195,24 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
             if weight != 0.0:
                 tl.debug_barrier()
                 none = Emission(labels, 0, labels, 0.0, 0.0)
-                gradient_row(F, r, s_row, t_row, g_row, h_row, none, label, weight, 0, columns, 0, columns,
-                             numbers, LANES, K)  # fmt: skip
+                gradient_row(
+                    F,
+                    r,
+                    s_row,
+                    t_row,
+                    g_row,
+                    h_row,
+                    none,
+                    label,
+                    weight,
+                    0,
+                    columns,
+                    0,
+                    columns,
+                    numbers,
+                    LANES,
+                    K,
+                )
         else:
             zero = tl.zeros([1], tl.float64)
             _store_results(results_row + tl.arange(0, 1), (zero, zero, zero, zero, zero, zero), None)
@@ -142,8 +222,27 @@ def fused(student, student_stride, teacher, teacher_stride, labels, weights, gra
 
 @triton.jit
 def _with_value(r, value, slope):
-    return RowState(r.m_s, r.z_s, r.m_t, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t, r.sum_s,
-                    r.label_s, r.label_t, r.top_s, r.arg_s, r.top_t, r.arg_t, value, slope)  # fmt: skip
+    return RowState(
+        r.m_s,
+        r.z_s,
+        r.m_t,
+        r.z_t,
+        r.x_s,
+        r.x_t,
+        r.e_s,
+        r.e_t,
+        r.z1_s,
+        r.z1_t,
+        r.sum_s,
+        r.label_s,
+        r.label_t,
+        r.top_s,
+        r.arg_s,
+        r.top_t,
+        r.arg_t,
+        value,
+        slope,
+    )
 
 
 @triton.jit
@@ -155,9 +254,24 @@ def _part(columns, part, TILE: tl.constexpr):
 
 
 @_kernel
-def fold(student, student_stride, teacher, teacher_stride, labels, ids, slots, partial, rows, columns, part,
-         offset, numbers,
-         F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def fold(
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    labels,
+    ids,
+    slots,
+    partial,
+    rows,
+    columns,
+    part,
+    offset,
+    numbers,
+    F: tl.constexpr,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+):
     """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t.
 
     ``ids [rows, slots]``, where F says so, are left out of the student's maxima and sums.
@@ -179,8 +293,7 @@ def fold(student, student_stride, teacher, teacher_stride, labels, ids, slots, p
 
 
 @_kernel
-def merge(partial, state, labels, rows, parts, temperature: tl.float64,
-          F: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def merge(partial, state, labels, rows, parts, temperature: tl.float64, F: tl.constexpr, ROWS: tl.constexpr):
     """The parts' states into ``state [rows, 19]``, first to last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
@@ -195,8 +308,21 @@ def merge(partial, state, labels, rows, parts, temperature: tl.float64,
 
 
 @_kernel
-def value(student, student_stride, teacher, teacher_stride, state, partial, rows, columns, part,
-          numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def value(
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    state,
+    partial,
+    rows,
+    columns,
+    part,
+    numbers,
+    F: tl.constexpr,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+):
     """``partial [parts, rows, 2]``: each part's value and slope. One read of s and t."""
     row = tl.program_id(0)
     begin, end = _part(columns, part, LANES * K)
@@ -226,8 +352,7 @@ def merge_value(partial, state, rows, parts, ROWS: tl.constexpr):
 
 
 @_kernel
-def finish(state, labels, results, rows, vocab, numbers,
-           F: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def finish(state, labels, results, rows, vocab, numbers, F: tl.constexpr, ROWS: tl.constexpr):
     """``results [rows, 6]`` from finished states, 0 in skipped rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -242,9 +367,33 @@ def finish(state, labels, results, rows, vocab, numbers,
 
 
 @_kernel
-def gradient(student, student_stride, teacher, teacher_stride, labels, weights, grad, grad_stride,
-             teacher_grad, teacher_grad_stride, ids, slots, kept, kept_stride, rest, lse1, state, columns, part,
-             offset, vocab, numbers, F: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def gradient(
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    labels,
+    weights,
+    grad,
+    grad_stride,
+    teacher_grad,
+    teacher_grad_stride,
+    ids,
+    slots,
+    kept,
+    kept_stride,
+    rest,
+    lse1,
+    state,
+    columns,
+    part,
+    offset,
+    vocab,
+    numbers,
+    F: tl.constexpr,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+):
     """weights * d(loss)/d(logits) of a chunk from finished states; 0 in skipped rows.
 
     With a sparse target the soft term is ``rest`` times the softmax of the rest, and ``kept`` at ``ids``.
@@ -254,16 +403,47 @@ def gradient(student, student_stride, teacher, teacher_stride, labels, weights, 
     label, live = _label(F, labels, row, offset)
     weight = _weight(weights, row, live)
     begin, end = _part(columns, part, LANES * K)
-    s_row, t_row, g_row, h_row = _rows(F, student, student_stride, teacher, teacher_stride, grad, grad_stride,
-                                       teacher_grad, teacher_grad_stride, row)  # fmt: skip
+    s_row, t_row, g_row, h_row = _rows(
+        F,
+        student,
+        student_stride,
+        teacher,
+        teacher_stride,
+        grad,
+        grad_stride,
+        teacher_grad,
+        teacher_grad_stride,
+        row,
+    )
     if weight != 0.0:
         r = load_state(state + row.to(tl.int64) * COLUMNS, None)
         emission = Emission(ids, 0, kept, 0.0, 0.0)
         if F.sparse:
-            emission = Emission(ids + slots.to(tl.int64) * row, slots, kept + kept_stride.to(tl.int64) * row,
-                                tl.load(rest + row), tl.load(lse1 + row))  # fmt: skip
-        gradient_row(F, r, s_row, t_row, g_row, h_row, emission, label, weight, begin, end, offset, vocab,
-                     numbers, LANES, K)  # fmt: skip
+            emission = Emission(
+                ids + slots.to(tl.int64) * row,
+                slots,
+                kept + kept_stride.to(tl.int64) * row,
+                tl.load(rest + row),
+                tl.load(lse1 + row),
+            )
+        gradient_row(
+            F,
+            r,
+            s_row,
+            t_row,
+            g_row,
+            h_row,
+            emission,
+            label,
+            weight,
+            begin,
+            end,
+            offset,
+            vocab,
+            numbers,
+            LANES,
+            K,
+        )
     else:
         zero_row(F, g_row, h_row, begin, end, LANES, K)
 

@@ -79,9 +79,16 @@ def _chip(device: torch.device) -> Chip:
 class _Tiles:
     """The tensors of a call and what follows from their shapes: tiles, programs, arguments."""
 
-    def __init__(self, student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
-                 spec: Spec, grad: Optional[Tensor] = None, teacher_grad: Optional[Tensor] = None,
-                 sparse: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Optional[Tensor],
+        labels: Optional[Tensor],
+        spec: Spec,
+        grad: Optional[Tensor] = None,
+        teacher_grad: Optional[Tensor] = None,
+        sparse: bool = False,
+    ) -> None:
         self.student, self.teacher = _adjacent(student), None if teacher is None else _adjacent(teacher)
         self.labels = None if labels is None else labels.contiguous()
         self.grad, self.teacher_grad, self.spec = grad, teacher_grad, spec
@@ -97,8 +104,15 @@ class _Tiles:
         self.tile = self.lanes * self.k
         pair = [t for t in (self.student, self.teacher) if t is not None]
         self.pair_bytes = self.columns * sum(t.element_size() for t in pair)
-        self.flags = _flags(spec, teacher is not None, labels is not None, grad is not None,
-                            teacher_grad is not None, sparse, aligned)  # fmt: skip
+        self.flags = _flags(
+            spec,
+            teacher is not None,
+            labels is not None,
+            grad is not None,
+            teacher_grad is not None,
+            sparse,
+            aligned,
+        )
         self.numbers = _numbers(spec)
         self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
         self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
@@ -168,8 +182,9 @@ def _variant(spec: Spec) -> int:
     return 0
 
 
-def _flags(spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bool, sparse: bool,
-           aligned: bool) -> Flags:  # fmt: skip
+def _flags(
+    spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bool, sparse: bool, aligned: bool
+) -> Flags:
     hard, teacher_hard = labels and spec.hard_weight != 0, labels and spec.teacher_hard_weight != 0
     return Flags(
         kind=spec.divergence.code if teacher else 0,
@@ -219,8 +234,16 @@ def _over_rows(rows: int) -> tuple[int]:
     return (-(-rows // _OVER_ROWS["ROWS"]),)
 
 
-def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], weights: Tensor, *,
-          spec: Spec, grad: Optional[Tensor], teacher_grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+def fused(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+    teacher_grad: Optional[Tensor],
+) -> Tensor:
     """Whole rows: one launch, or where rows are too few to fill the chip one a pass over parts of them."""
     tiles = _Tiles(student, teacher, labels, spec, grad, teacher_grad)
     results = student.new_empty(tiles.rows, rs.RESULTS, dtype=torch.float64)
@@ -231,9 +254,17 @@ def fused(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], 
             _fused_in_parts(tiles, weights.contiguous(), results)
         else:
             kernels.fused[(tiles.programs,)](
-                *tiles.inputs, tiles.labels, weights.contiguous(), *tiles.gradients, results, tiles.rows,
-                tiles.columns, tiles.numbers, **tiles.block, **tiles.compile,
-            )  # fmt: skip
+                *tiles.inputs,
+                tiles.labels,
+                weights.contiguous(),
+                *tiles.gradients,
+                results,
+                tiles.rows,
+                tiles.columns,
+                tiles.numbers,
+                **tiles.block,
+                **tiles.compile,
+            )
     return results
 
 
@@ -243,9 +274,15 @@ def _fused_in_parts(tiles: _Tiles, weights: Tensor, results: Tensor) -> None:
     if not tiles.closed:
         _value(tiles, state)
     kernels.finish[_over_rows(tiles.rows)](
-        state, tiles.labels, results, tiles.rows, tiles.columns, tiles.numbers,
-        F=tiles.flags, **_OVER_ROWS,
-    )  # fmt: skip
+        state,
+        tiles.labels,
+        results,
+        tiles.rows,
+        tiles.columns,
+        tiles.numbers,
+        F=tiles.flags,
+        **_OVER_ROWS,
+    )
     if tiles.grad is not None or tiles.teacher_grad is not None:
         _gradient(tiles, weights, 0, tiles.columns, state, None)
 
@@ -254,42 +291,88 @@ def _fold(tiles: _Tiles, offset: int, state: Tensor, skipped: Optional[Tensor]) 
     parts, part = tiles.parts
     partial = state.new_empty(parts, tiles.rows, rs.COLUMNS)
     kernels.fold[(tiles.rows, parts)](
-        *tiles.inputs, tiles.labels, *_slots(skipped), partial, tiles.rows, tiles.columns, part, offset,
-        tiles.numbers, **tiles.block, **tiles.compile,
-    )  # fmt: skip
+        *tiles.inputs,
+        tiles.labels,
+        *_slots(skipped),
+        partial,
+        tiles.rows,
+        tiles.columns,
+        part,
+        offset,
+        tiles.numbers,
+        **tiles.block,
+        **tiles.compile,
+    )
     kernels.merge[_over_rows(tiles.rows)](
-        partial, state, tiles.labels, tiles.rows, parts, tiles.spec.temperature,
-        F=tiles.flags, **_OVER_ROWS,
-    )  # fmt: skip
+        partial,
+        state,
+        tiles.labels,
+        tiles.rows,
+        parts,
+        tiles.spec.temperature,
+        F=tiles.flags,
+        **_OVER_ROWS,
+    )
 
 
 def _value(tiles: _Tiles, state: Tensor) -> None:
     parts, part = tiles.parts
     partial = state.new_empty(parts, tiles.rows, 2)
     kernels.value[(tiles.rows, parts)](
-        *tiles.inputs, state, partial, tiles.rows, tiles.columns, part,
-        tiles.numbers, **tiles.block, **tiles.compile,
-    )  # fmt: skip
-    kernels.merge_value[_over_rows(tiles.rows)](
-        partial, state, tiles.rows, parts, **_OVER_ROWS
+        *tiles.inputs,
+        state,
+        partial,
+        tiles.rows,
+        tiles.columns,
+        part,
+        tiles.numbers,
+        **tiles.block,
+        **tiles.compile,
     )
+    kernels.merge_value[_over_rows(tiles.rows)](partial, state, tiles.rows, parts, **_OVER_ROWS)
 
 
-def _gradient(tiles: _Tiles, weights: Tensor, offset: int, vocab: int, state: Tensor,
-              emission: Optional[Emission]) -> None:  # fmt: skip
+def _gradient(
+    tiles: _Tiles, weights: Tensor, offset: int, vocab: int, state: Tensor, emission: Optional[Emission]
+) -> None:
     parts, part = tiles.parts
     emitted: tuple = (None, 0, None, 0, None, None)
     if emission is not None:
         kept = _adjacent(emission.kept)
-        emitted = (*_slots(emission.ids), kept, kept.stride(0), emission.rest.contiguous(), emission.lse1.contiguous())
+        emitted = (
+            *_slots(emission.ids),
+            kept,
+            kept.stride(0),
+            emission.rest.contiguous(),
+            emission.lse1.contiguous(),
+        )
     kernels.gradient[(tiles.rows, parts)](
-        *tiles.inputs, tiles.labels, weights, *tiles.gradients, *emitted, state, tiles.columns, part, offset, vocab,
-        tiles.numbers, **tiles.block, **tiles.compile,
-    )  # fmt: skip
+        *tiles.inputs,
+        tiles.labels,
+        weights,
+        *tiles.gradients,
+        *emitted,
+        state,
+        tiles.columns,
+        part,
+        offset,
+        vocab,
+        tiles.numbers,
+        **tiles.block,
+        **tiles.compile,
+    )
 
 
-def accumulate(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor], *,
-               offset: int, spec: Spec, state: Tensor, skipped: Optional[Tensor] = None) -> None:  # fmt: skip
+def accumulate(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    *,
+    offset: int,
+    spec: Spec,
+    state: Tensor,
+    skipped: Optional[Tensor] = None,
+) -> None:
     """Fold the vocabulary chunk that begins at ``offset`` into ``state``, without the ids ``skipped``."""
     tiles = _Tiles(student, teacher, labels, spec, sparse=skipped is not None)
     if tiles.rows:
@@ -305,10 +388,20 @@ def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Ten
             _value(tiles, state)
 
 
-def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor],
-             weights: Tensor, *, offset: int, vocab: int, spec: Spec, state: Tensor,
-             grad: Optional[Tensor], teacher_grad: Optional[Tensor],
-             emission: Optional[Emission] = None) -> None:  # fmt: skip
+def gradient(
+    student: Tensor,
+    teacher: Optional[Tensor],
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    offset: int,
+    vocab: int,
+    spec: Spec,
+    state: Tensor,
+    grad: Optional[Tensor],
+    teacher_grad: Optional[Tensor],
+    emission: Optional[Emission] = None,
+) -> None:
     """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself)."""
     tiles = _Tiles(student, teacher, labels, spec, grad, teacher_grad, sparse=emission is not None)
     if tiles.rows and (grad is not None or teacher_grad is not None):
@@ -316,11 +409,27 @@ def gradient(student: Tensor, teacher: Optional[Tensor], labels: Optional[Tensor
             _gradient(tiles, weights.contiguous(), offset, vocab, state, emission)
 
 
-def fused_sparse(student: Tensor, target: Outcomes, labels: Optional[Tensor], weights: Tensor, *,
-                 spec: Spec, grad: Optional[Tensor]) -> Tensor:  # fmt: skip
+def fused_sparse(
+    student: Tensor,
+    target: Outcomes,
+    labels: Optional[Tensor],
+    weights: Tensor,
+    *,
+    spec: Spec,
+    grad: Optional[Tensor],
+) -> Tensor:
     """Whole rows with a sparse target: two reads and a write of the student's logits."""
-    return in_two_passes(student, target, labels, weights, spec=spec, grad=grad, accumulate=accumulate,
-                         fused=fused, gradient=gradient)  # fmt: skip
+    return in_two_passes(
+        student,
+        target,
+        labels,
+        weights,
+        spec=spec,
+        grad=grad,
+        accumulate=accumulate,
+        fused=fused,
+        gradient=gradient,
+    )
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
@@ -328,5 +437,7 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     if values.numel():
         programs = min(-(-values.numel() // _SCALED), 8 * _chip(values.device).multiprocessors)
         with torch.cuda.device_of(values):
-            kernels.scale[(programs,)](values, factor, values.numel(), TILE=_SCALED, num_warps=8, **_NO_FUSION)
+            kernels.scale[(programs,)](
+                values, factor, values.numel(), TILE=_SCALED, num_warps=8, **_NO_FUSION
+            )
     return values

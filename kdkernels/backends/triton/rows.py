@@ -144,8 +144,20 @@ def _with_kept(g, columns, ids, kept, slot, begin, weight):
 
 
 @triton.jit
-def _top_column(F: tl.constexpr, pointer, group, top, end, gain, cap, ids, slots, offset, MAP: tl.constexpr,
-                K: tl.constexpr):  # fmt: skip
+def _top_column(
+    F: tl.constexpr,
+    pointer,
+    group,
+    top,
+    end,
+    gain,
+    cap,
+    ids,
+    slots,
+    offset,
+    MAP: tl.constexpr,
+    K: tl.constexpr,
+):
     """The first column of the group whose logit is ``top``, read again."""
     columns = group + tl.arange(0, K)
     raw = tl.load(pointer + columns, mask=columns < end, other=-float("inf"))
@@ -167,13 +179,27 @@ def _label_logit(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
 def _sum_base(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
     """What label smoothing's sum of the logits is relative to, so that it keeps its digits where all of
     them are far from 0: the label's logit, to which the loss compares them, or one of these columns."""
-    base = mapped(tl.load(pointer + tl.minimum(tl.maximum(label, begin), end - 1)).to(tl.float32), gain, cap, MAP)
+    base = mapped(
+        tl.load(pointer + tl.minimum(tl.maximum(label, begin), end - 1)).to(tl.float32), gain, cap, MAP
+    )
     return tl.where(base - base == 0.0, base, 0.0)
 
 
 @triton.jit
-def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offset, numbers,
-             LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def fold_row(
+    F: tl.constexpr,
+    s_row,
+    t_row,
+    ids,
+    slots,
+    label,
+    begin,
+    end,
+    offset,
+    numbers,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+):
     """First pass: the row's state from its columns [begin, end); each logit is read once.
 
     ``label`` counts from the tensor's first column, ``ids``, arg_s and arg_t from the vocabulary's
@@ -194,26 +220,68 @@ def fold_row(F: tl.constexpr, s_row, t_row, ids, slots, label, begin, end, offse
             s, slot = _without(s, offset + columns, ids, slot, slots, offset + start + LANES * K)
         lanes = fold(F, lanes, s, t, given, base, group, inside, numbers.factor)
     r = across_lanes(F, lanes, numbers.factor)
-    arg_s = _top_column(F, s_row, r.arg_s, r.top_s, end, numbers.student_gain, numbers.student_cap, ids, slots,
-                        offset, F.student_map, K)  # fmt: skip
+    arg_s = _top_column(
+        F,
+        s_row,
+        r.arg_s,
+        r.top_s,
+        end,
+        numbers.student_gain,
+        numbers.student_cap,
+        ids,
+        slots,
+        offset,
+        F.student_map,
+        K,
+    )
     arg_t = arg_s
     if F.kind:
-        arg_t = _top_column(F, t_row, r.arg_t, r.top_t, end, numbers.teacher_gain, numbers.teacher_cap, ids,
-                            slots, offset, F.teacher_map, K)  # fmt: skip
+        arg_t = _top_column(
+            F,
+            t_row,
+            r.arg_t,
+            r.top_t,
+            end,
+            numbers.teacher_gain,
+            numbers.teacher_cap,
+            ids,
+            slots,
+            offset,
+            F.teacher_map,
+            K,
+        )
     sum_s, label_s, label_t = r.sum_s, r.label_s, r.label_t
     if F.smooth:
         sum_s += tl.cast(base, tl.float64) * (end - begin)
     if F.hard:
-        label_s = _label_logit(s_row, label, begin, end, numbers.student_gain, numbers.student_cap,
-                               F.student_map)  # fmt: skip
+        label_s = _label_logit(
+            s_row, label, begin, end, numbers.student_gain, numbers.student_cap, F.student_map
+        )
     if F.teacher_hard:
-        label_t = _label_logit(t_row, label, begin, end, numbers.teacher_gain, numbers.teacher_cap,
-                               F.teacher_map)  # fmt: skip
+        label_t = _label_logit(
+            t_row, label, begin, end, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map
+        )
     return RowState(
-        r.m_s, r.z_s, r.m_t, r.z_t, r.x_s, r.x_t, r.e_s, r.e_t, r.z1_s, r.z1_t, sum_s, label_s, label_t,
-        r.top_s, (offset + arg_s).to(tl.float64), r.top_t, (offset + arg_t).to(tl.float64),
-        r.value, r.slope,
-    )  # fmt: skip
+        r.m_s,
+        r.z_s,
+        r.m_t,
+        r.z_t,
+        r.x_s,
+        r.x_t,
+        r.e_s,
+        r.e_t,
+        r.z1_s,
+        r.z1_t,
+        sum_s,
+        label_s,
+        label_t,
+        r.top_s,
+        (offset + arg_s).to(tl.float64),
+        r.top_t,
+        (offset + arg_t).to(tl.float64),
+        r.value,
+        r.slope,
+    )
 
 
 class Normalizers(NamedTuple):
@@ -227,7 +295,9 @@ class Normalizers(NamedTuple):
     log_z_s: tl.tensor
     log_z_t: tl.tensor
     gap: tl.tensor  # log z_s - log z_t
-    disagree: tl.tensor  # whether KL(p || q) is above 1/2: below, they have at least half their mass in common
+    disagree: (
+        tl.tensor
+    )  # whether KL(p || q) is above 1/2: below, they have at least half their mass in common
 
 
 @triton.jit
@@ -255,8 +325,7 @@ def _distributions(s, t, n, factor):
 
 
 @triton.jit
-def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers,
-              LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers, LANES: tl.constexpr, K: tl.constexpr):
     """Second pass, for divergences without a closed form: (value, slope) of the columns [begin, end).
 
     It runs backwards: what the first pass read last is what L2 still holds.
@@ -302,8 +371,24 @@ class Emission(NamedTuple):
 
 
 @triton.jit
-def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, emission, label, weight, begin,
-                 end, offset, vocab, numbers, LANES: tl.constexpr, K: tl.constexpr):  # fmt: skip
+def gradient_row(
+    F: tl.constexpr,
+    r,
+    s_row,
+    t_row,
+    grad_row,
+    teacher_grad_row,
+    emission,
+    label,
+    weight,
+    begin,
+    end,
+    offset,
+    vocab,
+    numbers,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+):
     """Last pass: weight * d(loss)/d(raw logits) of the columns [begin, end), from the finished state.
 
     It runs against the pass before it: backwards after the first, forwards after the second.
@@ -337,12 +422,20 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, e
         if F.kind <= REVERSE_KL:
             start = begin + (tiles - 1 - i) * (LANES * K)
         group, columns, inside = _columns(F, start, end, LANES, K)
-        s = _logits(s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map,
-                    "evict_first")  # fmt: skip
+        s = _logits(
+            s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map, "evict_first"
+        )
         t = s
         if F.kind:
-            t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map,
-                        "evict_first")  # fmt: skip
+            t = _logits(
+                t_row,
+                columns,
+                inside,
+                numbers.teacher_gain,
+                numbers.teacher_cap,
+                F.teacher_map,
+                "evict_first",
+            )
         p, q, x, log_p, log_q = _distributions(s, t, n, numbers.factor)
         here = (label >= start) & (label < start + LANES * K)
         if F.grad:
@@ -354,8 +447,15 @@ def gradient_row(F: tl.constexpr, r, s_row, t_row, grad_row, teacher_grad_row, e
                 g = times(soft, q_psi)
             if F.sparse:
                 g = tl.exp2(exponent(s, n.m_s, numbers.factor)) * rest
-                g, slot = _with_kept(g, offset + columns, emission.ids, emission.kept, slot, offset + start,
-                                     weight.to(tl.float32))  # fmt: skip
+                g, slot = _with_kept(
+                    g,
+                    offset + columns,
+                    emission.ids,
+                    emission.kept,
+                    slot,
+                    offset + start,
+                    weight.to(tl.float32),
+                )
             if F.hard:
                 g += tl.exp2(exponent(s, m1_s, factor1)) * pull.to(tl.float32)
                 if F.smooth:
@@ -379,5 +479,8 @@ def zero_row(F: tl.constexpr, grad_row, teacher_grad_row, begin, end, LANES: tl.
         if F.grad:
             tl.store(grad_row + columns, tl.zeros([LANES, K], grad_row.dtype.element_ty), mask=inside)
         if F.teacher_grad:
-            tl.store(teacher_grad_row + columns, tl.zeros([LANES, K], teacher_grad_row.dtype.element_ty),
-                     mask=inside)  # fmt: skip
+            tl.store(
+                teacher_grad_row + columns,
+                tl.zeros([LANES, K], teacher_grad_row.dtype.element_ty),
+                mask=inside,
+            )

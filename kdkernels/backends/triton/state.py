@@ -66,8 +66,27 @@ def empty_lanes(LANES: tl.constexpr):
     zero = tl.zeros([LANES], tl.float32)
     lowest = tl.full([LANES], LOWEST, tl.float32)
     first = tl.zeros([LANES], tl.int32)
-    return RowState(lowest, zero, lowest, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
-                    zero, first, zero, first, zero, zero)  # fmt: skip
+    return RowState(
+        lowest,
+        zero,
+        lowest,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        first,
+        zero,
+        first,
+        zero,
+        zero,
+    )
 
 
 @triton.jit
@@ -90,8 +109,16 @@ def raised(r, m_s, m_t, up_s, up_t, decay_s, decay_t, decay1_s, decay1_t):
         faded(r.e_t - r.z_t * up_t, decay_t),
         r.z1_s * decay1_s,
         r.z1_t * decay1_t,
-        r.sum_s, r.label_s, r.label_t, r.top_s, r.arg_s, r.top_t, r.arg_t, r.value, r.slope,
-    )  # fmt: skip
+        r.sum_s,
+        r.label_s,
+        r.label_t,
+        r.top_s,
+        r.arg_s,
+        r.top_t,
+        r.arg_t,
+        r.value,
+        r.slope,
+    )
 
 
 @triton.jit
@@ -235,21 +262,35 @@ def merged(a, b, temperature):
 def _risen(r, m_s, m_t, temperature):
     down1_s, down1_t = r.m_s - m_s, r.m_t - m_t
     down_s, down_t = down1_s / temperature, down1_t / temperature
-    return raised(r, m_s, m_t, -down_s, -down_t, tl.exp(down_s), tl.exp(down_t), tl.exp(down1_s), tl.exp(down1_t))
+    return raised(
+        r, m_s, m_t, -down_s, -down_t, tl.exp(down_s), tl.exp(down_t), tl.exp(down1_s), tl.exp(down1_t)
+    )
 
 
 @triton.jit
 def load_state(pointer, mask):
     """The state at ``pointer``, one address or a vector of them."""
     return RowState(
-        tl.load(pointer, mask), tl.load(pointer + 1, mask), tl.load(pointer + 2, mask),
-        tl.load(pointer + 3, mask), tl.load(pointer + 4, mask), tl.load(pointer + 5, mask),
-        tl.load(pointer + 6, mask), tl.load(pointer + 7, mask), tl.load(pointer + 8, mask),
-        tl.load(pointer + 9, mask), tl.load(pointer + 10, mask), tl.load(pointer + 11, mask),
-        tl.load(pointer + 12, mask), tl.load(pointer + 13, mask), tl.load(pointer + 14, mask),
-        tl.load(pointer + 15, mask), tl.load(pointer + 16, mask), tl.load(pointer + 17, mask),
+        tl.load(pointer, mask),
+        tl.load(pointer + 1, mask),
+        tl.load(pointer + 2, mask),
+        tl.load(pointer + 3, mask),
+        tl.load(pointer + 4, mask),
+        tl.load(pointer + 5, mask),
+        tl.load(pointer + 6, mask),
+        tl.load(pointer + 7, mask),
+        tl.load(pointer + 8, mask),
+        tl.load(pointer + 9, mask),
+        tl.load(pointer + 10, mask),
+        tl.load(pointer + 11, mask),
+        tl.load(pointer + 12, mask),
+        tl.load(pointer + 13, mask),
+        tl.load(pointer + 14, mask),
+        tl.load(pointer + 15, mask),
+        tl.load(pointer + 16, mask),
+        tl.load(pointer + 17, mask),
         tl.load(pointer + 18, mask),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
