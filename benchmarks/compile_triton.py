@@ -25,9 +25,9 @@ from triton.runtime.jit import JITFunction
 import kdkernels as kd
 from kdkernels.backends import row_state as rs
 from kdkernels.backends.sparse_rows import Emission
+from kdkernels.backends.spec import LogitMap, Spec
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
-from kdkernels.spec import LogitMap, Spec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -25,7 +25,7 @@ import torch
 
 import kdkernels as kd
 from benchmarks.machine import describe
-from kdkernels.records import distillkit_bytes
+from kdkernels.targets.records import distillkit_bytes
 from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, stack
 from kdkernels.trainer.settings import SCRATCH
 

@@ -19,7 +19,7 @@ from typing import Callable, Iterator
 import torch
 
 import kdkernels as kd
-from kdkernels.spec import Spec
+from kdkernels.backends.spec import Spec
 
 #: (tokens, vocabulary), narrow to wide, as models have them.
 SHAPES = [(65_536, 1024), (16_384, 32_000), (8192, 128_256), (8192, 256_000), (64, 256_000)]

@@ -19,7 +19,7 @@ struct Matrix {
   KD_HD char* row(int64_t i) const { return data + i * stride * (dtype == kFloat ? 4 : 2); }
 };
 
-// A sparse target (kdkernels/outcomes.py), and what becomes of it between the passes.
+// A sparse target (kdkernels/backends/outcomes.py), and what becomes of it between the passes.
 struct SparseJob {
   const int64_t* ids = nullptr;  // [rows, slots], ascending, -1: none; left out of the student's sums
   int64_t slots = 0;

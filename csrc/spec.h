@@ -1,4 +1,4 @@
-// The numbers of a loss, in the order of kdkernels/spec.py's Spec.to_floats.
+// The numbers of a loss, in the order of kdkernels/backends/spec.py's Spec.to_floats.
 #pragma once
 
 namespace kd {

@@ -10,14 +10,17 @@ from .backends import chosen_backend
 
 #: Command -> (module, what it does). Imported when called: a command may need an extra.
 COMMANDS = {
-    "info": ("kdkernels.info", "which backends are usable here, and why the others are not"),
-    "verify": ("kdkernels.verify", "every usable backend against the fp64 oracle: errors, exit code"),
+    "info": ("kdkernels.commands.info", "which backends are usable here, and why the others are not"),
+    "verify": (
+        "kdkernels.commands.verify",
+        "every usable backend against the fp64 oracle: errors, exit code",
+    ),
     "train": (
-        "kdkernels.trainer.cli",
+        "kdkernels.commands.train",
         "soft, hard or co-distillation of a language model (needs kdkernels[trainer])",
     ),
     "cache": (
-        "kdkernels.teacher_cache.command",
+        "kdkernels.commands.cache",
         "a teacher's top-k or samples on disk (needs kdkernels[cache])",
     ),
 }

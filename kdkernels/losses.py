@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .arguments import Call, Logits, Teacher, checked, hard_spec, prepare, side, soft_spec
+from . import reference
 from .backends import candidates, chosen_backend, reference_asked
 from .backends import row_state as rs
+from .core import autograd
+from .core.layout import overlaps_itself
+from .core.request import Call, Logits, Teacher, checked, hard_spec, prepare, side, soft_spec
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead
-from .layout import overlaps_itself
 from .targets import SparseTarget
 
 
@@ -75,9 +76,9 @@ def _run(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
         return (rows * call.scale).sum().to(rows.dtype), results
     weights = (call.weights * call.scale).to(call.weights.dtype)
     results, gradients = _rows(call, weights, wants, inplace)
-    value = ops.row_loss(results, weights.double(), call.spec).sum().to(weights.dtype)
+    value = autograd.row_loss(results, weights.double(), call.spec).sum().to(weights.dtype)
     if any(wants):
-        value = ops.attach(value, ops.wanted(call.student.tensors, wants), gradients)
+        value = autograd.attach(value, autograd.wanted(call.student.tensors, wants), gradients)
     return value, results
 
 
@@ -88,9 +89,9 @@ def _rows(
     student, teacher = [t.detach() for t in call.student.tensors], call.teacher_tensors
     arguments = (teacher, call.labels, weights, call.spec.to_floats(), call.vocab, call.chunk_bytes)
     if inplace and any(wants):
-        return ops.rows_(student[0], *arguments), student
+        return autograd.rows_(student[0], *arguments), student
     wants = wants + (teacher_wants or [False] * len(teacher))
-    results, *gradients = ops.rows(student, *arguments, wants)
+    results, *gradients = autograd.rows(student, *arguments, wants)
     return results, gradients
 
 
@@ -99,7 +100,7 @@ def _rows_with_grad(call: Call, wants: list[bool], inplace: bool) -> tuple[Tenso
     leading = call.student.leading
     if any(wants) and call.student.is_head:
         all_wants = wants + [False] * len(call.teacher_tensors)
-        value, results, _ = ops.deferred(
+        value, results, _ = autograd.deferred(
             call.student.tensors,
             call.teacher_tensors,
             call.labels,
@@ -111,9 +112,9 @@ def _rows_with_grad(call: Call, wants: list[bool], inplace: bool) -> tuple[Tenso
         )
         return value.reshape(leading), results
     results, gradients = _rows(call, call.weights, wants, inplace)
-    value = ops.row_loss(results, call.weights, call.spec).reshape(leading)
+    value = autograd.row_loss(results, call.weights, call.spec).reshape(leading)
     if any(wants):
-        value = ops.attach(value, call.student.tensors, gradients)
+        value = autograd.attach(value, call.student.tensors, gradients)
     return value, results
 
 
@@ -166,7 +167,7 @@ def distillation_loss(
         labels: int64 ``[...]``; tokens at ``ignore_index`` leave both terms. Not shifted here.
         divergence: one of the classes in :mod:`kdkernels.divergences`.
         temperature: both distributions of the soft term are taken at logits / temperature. For a
-            SparseTarget see :mod:`kdkernels.outcomes`; where it is an approximation, a warning says so.
+            SparseTarget see :mod:`kdkernels.backends.outcomes`; where it is an approximation, a warning says so.
         temperature_squared: multiply the soft term (value and gradient) by temperature^2
             (Hinton et al., 2015).
         soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels.
@@ -308,14 +309,16 @@ def _run_both(call: Call) -> tuple[CodistillationLoss, Tensor]:
     weights = (call.weights * call.scale).to(call.weights.dtype)
     results, gradients = _rows(call, weights, wants, False, teacher_wants)
     wide = weights.double()
-    student_loss = ops.row_loss(results, wide, call.spec).sum().to(weights.dtype)
+    student_loss = autograd.row_loss(results, wide, call.spec).sum().to(weights.dtype)
     teacher_dtype = torch.float64 if teachers[0].dtype == torch.float64 else torch.float32
     teacher_loss = torch.where(wide != 0, results[:, rs.TEACHER_HARD] * wide, 0.0).sum().to(teacher_dtype)
     split = sum(wants)
     if split:
-        student_loss = ops.attach(student_loss, ops.wanted(own, wants), gradients[:split])
+        student_loss = autograd.attach(student_loss, autograd.wanted(own, wants), gradients[:split])
     if any(teacher_wants):
-        teacher_loss = ops.attach(teacher_loss, ops.wanted(teachers, teacher_wants), gradients[split:])
+        teacher_loss = autograd.attach(
+            teacher_loss, autograd.wanted(teachers, teacher_wants), gradients[split:]
+        )
     return CodistillationLoss(student_loss, teacher_loss), results
 
 

@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional
 from torch import nn
 
 from . import losses
-from .arguments import check_options
+from .core.request import check_options
 
 
 def _keywords(function: Optional[Callable[..., Any]]) -> list[str]:

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .arguments import checked, common_vocab, side
 from .backends import chosen_backend, serving
 from .backends import row_state as rs
+from .backends.spec import LogitMap, Spec
 from .checks import integer, number, positive_integer
+from .core import autograd
+from .core.request import checked, common_vocab, side
+from .core.schedule import DEFAULT_CHUNK_BYTES
 from .divergences import NoDivergence
 from .heads import LinearHead
-from .schedule import DEFAULT_CHUNK_BYTES
-from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
 #: Samples per token in Gemma 2 and 3 (arXiv 2408.00118, 2503.19786): ``sample_target(teacher, GEMMA_SAMPLES)``.
@@ -88,7 +88,7 @@ def _collect(given: _Given, nothing: float, select: _Select, least: int = 1) -> 
     one K, which is ``least`` where there is no token."""
     leading, device = given.teacher[0].shape[:-1], given.teacher[0].device
     step = max(given.chunk_bytes // (given.vocab * 8 * _TEMPORARIES), 1)
-    source = ops.rows_of(given.teacher, given.vocab, [], None)
+    source = autograd.rows_of(given.teacher, given.vocab, [], None)
     logit_map, columns = LogitMap(*given.logit_map), slice(0, given.vocab)
     # Written into place: small results that outlive each chunk would leave the heap in pieces.
     slots = 0 if source.tokens else least

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .backends import row_state as rs
+from .backends.outcomes import LEAST_TAIL
+from .backends.spec import LogitMap, Spec
 from .divergences import Divergence, NoDivergence, simplified
 from .heads import LinearHead, MappedLogits
-from .outcomes import LEAST_TAIL
-from .spec import LogitMap, Spec
 from .targets import SparseTarget
 
 _Logits = Union[Tensor, LinearHead, MappedLogits]

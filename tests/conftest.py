@@ -7,9 +7,9 @@ import torch
 from problems import BACKENDS
 
 import kdkernels as kd
-from kdkernels import ops
 from kdkernels.backends import native
-from kdkernels.verify import DIVERGENCES
+from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.core import autograd
 
 
 def pytest_addoption(parser):
@@ -39,14 +39,14 @@ def cuda_on_the_host(request):
         native._ops = cuda_host.load(request.config.getoption("--cuda-host") or cuda_host.build())
         cuda_host.set_chip(chip)
         # What a kernel leaves unwritten shows.
-        new_gradient = ops._new_gradient
+        new_gradient = autograd._new_gradient
 
         def poisoned(logits, vocab):
             grad = new_gradient(logits, vocab)
             grad[..., :vocab] = torch.nan
             return grad
 
-        ops._new_gradient = poisoned
+        autograd._new_gradient = poisoned
 
 
 @pytest.fixture(params=BACKENDS)

@@ -5,9 +5,9 @@ import torch
 from problems import Problem, relative
 
 import kdkernels as kd
-from kdkernels import ops
+from kdkernels.backends.spec import Spec
+from kdkernels.core import autograd
 from kdkernels.divergences import ForwardKL
-from kdkernels.spec import Spec
 
 
 def test_retained_graph_gives_the_same_gradient_twice(backend):
@@ -94,7 +94,7 @@ def test_frozen_parts_get_no_gradient(backend, frozen):
 
 
 def test_frozen_head_costs_no_weight_product(backend, monkeypatch):
-    from kdkernels.heads import HeadRows
+    from kdkernels.core.rows import HeadRows
 
     monkeypatch.setattr(HeadRows, "_backward_weight", lambda *a: pytest.fail("dW was computed"))
     problem = Problem(student="head")
@@ -103,7 +103,7 @@ def test_frozen_head_costs_no_weight_product(backend, monkeypatch):
 
 
 def test_no_grad_computes_no_gradient(backend, monkeypatch):
-    from kdkernels.heads import HeadRows
+    from kdkernels.core.rows import HeadRows
 
     monkeypatch.setattr(HeadRows, "backward", lambda *a: pytest.fail("a gradient was computed"))
     problem = Problem(student="head")
@@ -139,17 +139,17 @@ def test_opcheck(form):
             return [torch.randn(4, 20, requires_grad=grad)]
         return [torch.randn(4, 6, requires_grad=grad), torch.randn(20, 6, requires_grad=grad)]
 
-    torch.library.opcheck(ops.rows, _arguments(tensors(False), [torch.randn(4, 20)]))
-    torch.library.opcheck(ops.deferred, _arguments(tensors(True), [torch.randn(4, 20)]))
+    torch.library.opcheck(autograd.rows, _arguments(tensors(False), [torch.randn(4, 20)]))
+    torch.library.opcheck(autograd.deferred, _arguments(tensors(True), [torch.randn(4, 20)]))
     gradients = [torch.randn_like(t) for t in tensors(False)]
-    torch.library.opcheck(ops.attach, (torch.randn(()), tensors(True), gradients))
+    torch.library.opcheck(autograd.attach, (torch.randn(()), tensors(True), gradients))
     labels, mask = torch.tensor([[1, -100, 2]]), torch.tensor([[1, 1, 0]])
     for given in ((labels, None), (labels, mask), (None, mask)):
-        torch.library.opcheck(ops.checked_labels, (*given, 20, -100))
-    torch.library.opcheck(ops.checked_items, (torch.tensor(3), torch.rand(4)))
+        torch.library.opcheck(autograd.checked_labels, (*given, 20, -100))
+    torch.library.opcheck(autograd.checked_items, (torch.tensor(3), torch.rand(4)))
     if form == "logits":
         student, teacher, *rest = _arguments(tensors(False), [torch.randn(4, 20)])
-        torch.library.opcheck(ops.rows_, (student[0], teacher, *rest[:5]))
+        torch.library.opcheck(autograd.rows_, (student[0], teacher, *rest[:5]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

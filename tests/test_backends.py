@@ -10,8 +10,9 @@ from problems import Problem
 from sparse_problems import SparseProblem
 
 import kdkernels as kd
-from kdkernels import ops, reference, sparse
+from kdkernels import reference
 from kdkernels.backends import chosen_backend
+from kdkernels.core import autograd, sparse
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def served(monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
 
-    spy(ops, "serving", lambda module: module.name)
+    spy(autograd, "serving", lambda module: module.name)
     spy(sparse, "serving", lambda module: module.name)
     spy(reference, "operator", lambda _: "reference")
     return names

@@ -1,6 +1,6 @@
 """The CUDA C++ backend without a GPU: its source run on the host, compiled for GPUs, and broken on purpose.
 
-On the host a CUDA thread is a fiber (tests/cuda_host); the conformance suite itself runs there, in
+On the host a CUDA thread is a fiber (tests/support/cuda_host); the conformance suite itself runs there, in
 processes of their own, on chips of several sizes, so that rows are laid out in every way there is.
 """
 
@@ -159,5 +159,7 @@ def test_every_layout_covers_the_row_and_fits(chip, sizes):
 
 def test_mutations_are_seen(running, tmp_path):
     library = cuda_host.build(cuda_host.mutated(tmp_path / "csrc"), tmp_path / "built")
-    code, said = Running(suite("small", "tests/cuda_mutations.py", "", library), tmp_path / "log").result()
+    code, said = Running(
+        suite("small", "tests/isolated/cuda_mutations.py", "", library), tmp_path / "log"
+    ).result()
     assert code == 0, said[-20_000:]

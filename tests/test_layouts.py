@@ -8,7 +8,7 @@ from problems import relative
 from sparse_problems import TAILS, make_target
 
 import kdkernels as kd
-from kdkernels.layout import overlap, overlaps_itself
+from kdkernels.core.layout import overlap, overlaps_itself
 
 TOKENS, VOCAB, WIDTH = (3, 4), 70, 8
 

@@ -5,10 +5,10 @@ import torch
 from problems import Problem, assert_exact
 
 import kdkernels as kd
-from kdkernels import heads, ops
 from kdkernels.backends import eager
 from kdkernels.backends import row_state as rs
-from kdkernels.spec import LogitMap
+from kdkernels.backends.spec import LogitMap
+from kdkernels.core import autograd, rows
 
 OPTIONS = dict(divergence=kd.JSD(0.3), temperature=1.5, hard_weight=0.5)
 
@@ -27,11 +27,11 @@ def zeroed(method):
 
 
 MUTATIONS = {
-    "zero gradient": (heads.HeadRows, "gradients", zeroed(heads.HeadRows.gradients)),
-    "gradient scaled twice": (ops, "_scaled", lambda g, factor, reuse: g * 2),
+    "zero gradient": (rows.HeadRows, "gradients", zeroed(rows.HeadRows.gradients)),
+    "gradient scaled twice": (autograd, "_scaled", lambda g, factor, reuse: g * 2),
     "no label": (eager, "_fold_label", lambda *args: None),
     "no rescale": (eager, "_fold_z1", lambda state, *args: state[:, rs.Z1_S].add_(1)),
-    "no mask": (ops, "checked_labels", lambda labels, *args: labels.flatten().clamp(min=0)),
+    "no mask": (autograd, "checked_labels", lambda labels, *args: labels.flatten().clamp(min=0)),
     "no slope": (
         eager,
         "_soft_gradient",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdkernels import SparseTarget
-from kdkernels.records import distillkit_bytes
+from kdkernels.targets.records import distillkit_bytes
 
 INF = math.inf
 

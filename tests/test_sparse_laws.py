@@ -12,9 +12,9 @@ from problems import BACKENDS, assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
-from kdkernels import heads, ops, outcomes
-from kdkernels.backends import eager, sparse_rows
-from kdkernels.spec import Spec
+from kdkernels.backends import eager, outcomes, sparse_rows
+from kdkernels.backends.spec import Spec
+from kdkernels.core import autograd, rows
 
 quick = settings(max_examples=12, deadline=None)
 cases = st.tuples(st.integers(1, 5), st.integers(2, 200), st.integers(0, 10**6), st.floats(0.1, 8.0))
@@ -300,12 +300,12 @@ def test_opcheck(tail):
     labels, weights = torch.tensor([1, -1, 2, 3]), torch.rand(4)
     spec = Spec(kd.ForwardKL(), hard_weight=0.5, tail=tail).to_floats()
     ids, values = torch.randint(0, 20, (4, 3)), -torch.rand(4, 3) - 2
-    torch.library.opcheck(ops.checked_target, (ids, values, ids > 3, labels, 20, spec))
+    torch.library.opcheck(autograd.checked_target, (ids, values, ids > 3, labels, 20, spec))
     for student in ([torch.randn(4, 20)], [torch.randn(4, 6), torch.randn(20, 6)]):
         rest = ([ids, values], labels, weights, spec, 20, 2**20, [True] * len(student) + [False] * 2)
-        torch.library.opcheck(ops.rows, (student, *rest))
-        torch.library.opcheck(ops.deferred, ([t.requires_grad_() for t in student], *rest))
-    torch.library.opcheck(ops.rows_, (torch.randn(4, 20), *rest[:6]))
+        torch.library.opcheck(autograd.rows, (student, *rest))
+        torch.library.opcheck(autograd.deferred, ([t.requires_grad_() for t in student], *rest))
+    torch.library.opcheck(autograd.rows_, (torch.randn(4, 20), *rest[:6]))
 
 
 def test_gradcheck(divergence):
@@ -355,7 +355,7 @@ MUTATIONS = {
         "check",
         lambda ids, values, mask, *rest, **o: CHECK(ids, values, None, *rest, **o),
     ),
-    "zero gradient": (heads.HeadRows, "gradients", lambda self: [torch.zeros_like(t) for t in self.given]),
+    "zero gradient": (rows.HeadRows, "gradients", lambda self: [torch.zeros_like(t) for t in self.given]),
     "kept gradient lost": (sparse_rows, "solve", emission(kept=0)),
     "rest's gradient lost": (sparse_rows, "solve", emission(rest=0)),
     "kept ids not left out": (eager, "accumulate", lambda *a, skipped=None, **o: ACCUMULATE(*a, **o)),

@@ -14,9 +14,11 @@ for name in ("pyarrow", "transformers", "accelerate", "tokenizers"):
     pytest.importorskip(name)
 
 import kdkernels as kd  # noqa: E402
+from kdkernels.commands import cache as cache_command  # noqa: E402
+from kdkernels.commands import train as train_command  # noqa: E402
 from kdkernels.integrations.transformers import call_through_head, row_of  # noqa: E402
-from kdkernels.teacher_cache import TeacherCache, command, stack, tokenizer_hash  # noqa: E402
-from kdkernels.trainer import cli, data, models, train  # noqa: E402
+from kdkernels.teacher_cache import TeacherCache, stack, tokenizer_hash  # noqa: E402
+from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
 from kdkernels.trainer.reliable import read_metrics  # noqa: E402
 from kdkernels.trainer.settings import Problem, resolve  # noqa: E402
@@ -67,7 +69,7 @@ def teacher(home: Path) -> str:
 def cached(home: Path, name: str, *options: str) -> Path:
     """``python -m kdkernels cache``, one sequence at a time."""
     shared = [str(part) for key, value in DATA.items() for part in (f"--{key}", value)]
-    command.main(
+    cache_command.main(
         [
             "--teacher",
             teacher(home),
@@ -191,7 +193,7 @@ def test_samples_and_top_p(home, options, kind, values):
 
 def test_draws_do_not_depend_on_where_a_run_was_interrupted(home, monkeypatch):
     whole = TeacherCache(cached(home, "whole", "--samples", "8"))
-    written, wrote = command.CacheWriter.write, []
+    written, wrote = cache_command.CacheWriter.write, []
 
     def interrupted(writer, index, *rest):
         if len(wrote) == 5:
@@ -200,7 +202,7 @@ def test_draws_do_not_depend_on_where_a_run_was_interrupted(home, monkeypatch):
         written(writer, index, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.CacheWriter, "write", interrupted)
+        patch.setattr(cache_command.CacheWriter, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cached(home, "parts", "--samples", "8")
     with pytest.raises(ValueError, match=f"has 5 of {len(whole)} sequences"):
@@ -234,7 +236,7 @@ def test_the_command_that_the_cache_prints_trains_on_it(home, capsys):
     )
     arguments = shlex.split(line)
     assert arguments[:4] == ["python", "-m", "kdkernels", "train"] and "body of it" in arguments
-    cli.main([*arguments[4:], "--max_steps", "2", "--logging_steps", "1"])
+    train_command.main([*arguments[4:], "--max_steps", "2", "--logging_steps", "1"])
     said = capsys.readouterr().out
     assert f"what it said is in {home / 'prints'}" in said and "target_kl" in said and " kl" not in said
     result = json.loads((home / "printed" / train.RESULT).read_text())
@@ -311,7 +313,7 @@ def test_what_is_wrong_is_one_line(home, tmp_path, arguments, says):
         *arguments,
     ]
     with pytest.raises(SystemExit) as stop:
-        command.main(given)
+        cache_command.main(given)
     assert says in str(stop.value) and "\n" not in str(stop.value).strip()
     assert not list(tmp_path.glob("c/shard*"))
 
@@ -319,7 +321,7 @@ def test_what_is_wrong_is_one_line(home, tmp_path, arguments, says):
 def test_what_is_there_is_not_made_again(home, monkeypatch):
     cached(home, "twice", "--top_k", "4")
     before = {path: path.stat().st_mtime_ns for path in (home / "twice").rglob("*.parquet")}
-    monkeypatch.setattr(command, "load_teacher", None)  # not needed, not called
+    monkeypatch.setattr(cache_command, "load_teacher", None)  # not needed, not called
     cached(home, "twice", "--top_k", "4")
     assert {path: path.stat().st_mtime_ns for path in (home / "twice").rglob("*.parquet")} == before
     (home / "empty.txt").write_text("")
@@ -333,17 +335,19 @@ def test_only_learnt_tokens_are_kept(home):
     tokenizer = models.AutoTokenizer.from_pretrained(teacher(home))
     model = models.load_model(teacher(home), tokenizer, dtype="float32", seed=0, max_length=48).eval()
     batch = data.Collator(0)([data.Sequences(rows)[0]])
-    settings = command.CacheSettings(teacher="", out="", top_k=3)
-    (target,) = command.targets(model, batch, command.select(settings, [0], len(tokenizer), "bucket"))
+    settings = cache_command.CacheSettings(teacher="", out="", top_k=3)
+    (target,) = cache_command.targets(
+        model, batch, cache_command.select(settings, [0], len(tokenizer), "bucket")
+    )
     assert (target.ids >= 0).any(-1).tolist() == [False, True, True, True, False]
-    assert command.fingerprint(data.Sequences(rows)) != command.fingerprint(
+    assert cache_command.fingerprint(data.Sequences(rows)) != cache_command.fingerprint(
         data.Sequences([(rows[0][0], rows[0][0])])
     )
 
 
 def test_help_is_there(capsys):
-    for main, arguments in ((command.main, ["--help"]), (cli.main, ["soft", "--help"])):
+    for main, arguments in ((cache_command.main, ["--help"]), (train_command.main, ["soft", "--help"])):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "targets" in capsys.readouterr().out
-    assert "kdkernels.teacher_cache.command" in sys.modules
+    assert "kdkernels.commands.cache" in sys.modules

@@ -13,11 +13,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from kdkernels.integrations import transformers as integration  # noqa: E402
-from kdkernels.integrations.transformers import (  # noqa: E402
-    DistillationTrainer,
-    call_through_head,
-    shifted_labels,
-)
+from kdkernels.integrations.transformers import DistillationTrainer, call_through_head, shifted_labels  # noqa: E402
 
 VOCAB = 40
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def run(file, **environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "isolated" / file]
     done = subprocess.run(
         command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True
     )
@@ -50,7 +50,7 @@ def test_says_what_it_serves():
     assert "cuda" in backend.cannot(torch.device("mps"), [torch.float32])
 
 
-@pytest.mark.parametrize("module", ["kdkernels", "kdkernels.info"])
+@pytest.mark.parametrize("module", ["kdkernels", "kdkernels.commands.info"])
 def test_triton_is_not_imported_before_it_is_needed(module):
     code = f"import sys, torch, {module}; torch_only = 'triton' in sys.modules; print(torch_only)"
     plain = "import sys, torch; print('triton' in sys.modules)"

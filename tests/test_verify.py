@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels import verify
 from kdkernels.backends import eager
+from kdkernels.commands import verify
 from kdkernels.testing import ROWS, assert_matches_reference
 
 FEW = [

@@ -9,7 +9,7 @@
 namespace kd {
 namespace KD_ISA {
 
-constexpr int kConditional = 2;  // kdkernels/targets.py's TAILS, counted from 1
+constexpr int kConditional = 2;  // kdkernels/targets/sparse_target.py's TAILS, counted from 1
 
 // One row of K + 1 outcomes as a dense problem, and the memory for it.
 class OutcomeRow {

@@ -3,7 +3,7 @@
 // The fold leaves the kept ids out of the row's state and puts their logits here, in every block of the
 // cluster. When the state is the whole row's, one warp of each block solves the outcomes, a dense row a few
 // vectors long, with the functions of any row; all blocks come to the same bits. Then the row is emitted
-// from the chip. What is solved, and why, is in kdkernels/outcomes.py.
+// from the chip. What is solved, and why, is in kdkernels/backends/outcomes.py.
 #pragma once
 
 #include "formula.h"
@@ -11,7 +11,7 @@
 
 namespace kd {
 
-constexpr int kConditional = 2;  // kdkernels/targets.py's TAILS, counted from 1
+constexpr int kConditional = 2;  // kdkernels/targets/sparse_target.py's TAILS, counted from 1
 
 // Per block, after SharedMemory; the logits twice, since another block may be a row ahead.
 struct OutcomeMemory {

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergences import SkewKL
-from ..outcomes import Outcomes
-from ..spec import Spec
 from . import row_state as rs
+from .outcomes import Outcomes
 from .sparse_rows import Emission, in_two_passes
+from .spec import Spec
 
 name = "eager"
 #: Tiles alive at once in the widest formula (alpha-beta).

@@ -13,10 +13,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..outcomes import Outcomes, outcome_spec, student_spec
-from ..spec import Spec
 from . import row_state as rs
+from .outcomes import Outcomes, outcome_spec, student_spec
 from .sparse_rows import Emission, in_two_passes
+from .spec import Spec
 
 name = "native"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

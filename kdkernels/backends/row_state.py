@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..spec import Spec
+from .spec import Spec
 
 # fmt: off
 M_S, Z_S, M_T, Z_T = 0, 1, 2, 3     # maxima and sum e, student and teacher

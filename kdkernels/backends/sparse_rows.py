@@ -1,6 +1,6 @@
 """Between the two passes over a row with a sparse target: its outcomes, solved as a dense problem.
 
-A backend's pass over the student's logits skips the kept ids (:class:`kdkernels.outcomes.Outcomes`),
+A backend's pass over the student's logits skips the kept ids (:class:`kdkernels.backends.outcomes.Outcomes`),
 so that the state holds the normaliser of the rest alone: subtracting the kept mass afterwards would
 leave nothing of a small rest. This module is plain torch on ``[rows, K + 1]``.
 """
@@ -12,9 +12,9 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..outcomes import Outcomes, outcome_spec, student_spec
-from ..spec import LogitMap, Spec
 from . import row_state as rs
+from .outcomes import Outcomes, outcome_spec, student_spec
+from .spec import LogitMap, Spec
 
 
 class Emission(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .. import ops
+from ..core import autograd
 
 #: Elements that are worked on at a time: on a CPU what stays in its cache, elsewhere what
 #: hides the launches.
@@ -125,12 +125,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
-    if torch.is_grad_enabled() and not ops._tracing(arriving):
+    if torch.is_grad_enabled() and not autograd._tracing(arriving):
         raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
     x, t, mask = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
     arriving = arriving.expand(x.shape)
-    if ops._batched(arriving):  # torch has a rule for its own functions only
+    if autograd._batched(arriving):  # torch has a rule for its own functions only
         slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
         made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
     else:

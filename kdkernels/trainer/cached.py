@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..commands.cache import fingerprint
 from ..teacher_cache import TeacherCache, stack, tokenizer_hash
-from ..teacher_cache.command import fingerprint
 from . import data
 from .settings import Problem
 

@@ -87,7 +87,7 @@ def soft(given: Ingredients) -> ReliableTrainer:
 
 def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
     """The same from what the teacher said once; it is not loaded."""
-    from .cached import with_targets  # needs pyarrow
+    from .cached import with_targets
 
     return ReliableTrainer(
         given.student(),

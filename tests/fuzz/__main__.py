@@ -8,7 +8,7 @@ from pathlib import Path
 
 if "triton" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    sys.path.append(str(Path(__file__).parent.parent))
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     import interpreter  # noqa: F401
 
 from . import BACKENDS, judge  # noqa: E402

@@ -19,7 +19,7 @@ import kdkernels as kd
 from kdkernels.integrations import liger as dropin
 
 chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
-HERE = Path(__file__).parent
+ISOLATED, SUPPORT = (Path(__file__).parents[1] / name for name in ("isolated", "support"))
 N, V, H = 7, 65, 16
 
 
@@ -97,8 +97,8 @@ def originals(tmp_path_factory):
     folder = tmp_path_factory.mktemp("liger")
     torch.save(CASES, folder / "cases.pt")
     subprocess.run(
-        [sys.executable, HERE / "liger_originals.py", folder / "cases.pt", folder / "outcomes.pt"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
+        [sys.executable, ISOLATED / "liger_originals.py", folder / "cases.pt", folder / "outcomes.pt"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ISOLATED}"},
         check=True,
         timeout=300,
     )

@@ -38,7 +38,7 @@ def test_logits_distillation_loss(reduction, temperature, shape):
 def test_their_conversion_takes_it(tmp_path):
     """A model that ``mtd.convert`` wraps, distilled whole and at a layer: the loss and the gradient are theirs."""
     subprocess.run(
-        [sys.executable, HERE / "modelopt_conversion.py", tmp_path / "outcomes.pt"],
+        [sys.executable, HERE.parent / "isolated" / "modelopt_conversion.py", tmp_path / "outcomes.pt"],
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
         check=True,
         timeout=300,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...divergences import AlphaBeta, SkewReverseKL
-from ...outcomes import Outcomes
-from ...spec import LogitMap, Spec
 from .. import row_state as rs
+from ..outcomes import Outcomes
 from ..sparse_rows import Emission, in_two_passes
+from ..spec import LogitMap, Spec
 from . import kernels
 from .divergences import TINY
 from .rows import IDENTITY, SCALE, SOFTCAP, Flags, Numbers

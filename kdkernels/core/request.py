@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from . import ops
-from .backends import reference_asked
-from .checks import (
+from ..backends import reference_asked
+from ..backends.outcomes import check_divergence
+from ..backends.spec import LogitMap, Spec
+from ..checks import (
     DTYPES,
     check_constant,
     check_one_number,
@@ -23,12 +24,11 @@ from .checks import (
     positive_integer,
     shown,
 )
-from .divergences import JSD, Divergence, NoDivergence, simplified
-from .heads import LinearHead, MappedLogits
-from .outcomes import check_divergence
+from ..divergences import JSD, Divergence, NoDivergence, simplified
+from ..heads import LinearHead, MappedLogits
+from ..targets import SparseTarget
+from . import autograd
 from .schedule import DEFAULT_CHUNK_BYTES
-from .spec import LogitMap, Spec
-from .targets import SparseTarget
 
 Logits = Union[Tensor, LinearHead, MappedLogits]
 Teacher = Union[Logits, SparseTarget]
@@ -257,7 +257,7 @@ def _target_side(
     values = target.values.detach().reshape(-1, target.slots)
     given = Side([target.ids, values], LogitMap(), target.leading_shape, vocab)
     _check_sides(student, given)
-    ids = ops.checked_target(target.ids, values, target.mask, labels, vocab, spec.to_floats())
+    ids = autograd.checked_target(target.ids, values, target.mask, labels, vocab, spec.to_floats())
     return replace(given, tensors=[ids, values])
 
 
@@ -302,7 +302,7 @@ def _live_labels(
         _check_mask(mask, student)
     if labels is None and mask is None:
         return None
-    return ops.checked_labels(labels, mask, vocab, ignore_index)
+    return autograd.checked_labels(labels, mask, vocab, ignore_index)
 
 
 def _token_weights(token_weights: Any, student: Side, dtype: torch.dtype) -> Tensor:
@@ -352,7 +352,7 @@ def _scale(
             raise ValueError(f"num_items divides the sum; it contradicts reduction={reduction!r}")
         if isinstance(num_items, Tensor):
             _check_items(num_items, weights.device)
-            return 1.0 / ops.checked_items(num_items.reshape(()), weights)
+            return 1.0 / autograd.checked_items(num_items.reshape(()), weights)
         return 1.0 / num_items
     if reduction == "mean":
         if classes is not None:

@@ -15,10 +15,10 @@ from transformers import HfArgumentParser
 import kdkernels as kd
 
 from ..integrations.transformers import call_through_head, check_head, model_inputs, row_of, shifted_labels
+from ..teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
 from ..trainer import data, models
 from ..trainer.progress import bar
 from ..trainer.settings import SCRATCH, DataSettings, HelpFormatter, ModelSettings, Problem, option
-from . import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
 
 
 @dataclass

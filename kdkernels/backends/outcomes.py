@@ -24,8 +24,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .checks import require, warn
-from .divergences import Divergence, ForwardKL, NoDivergence, simplified
+from ..checks import require, warn
+from ..divergences import Divergence, ForwardKL, NoDivergence, simplified
 from .spec import Spec
 
 #: The tail's mass where the stored weights leave none, rounding included: far less than any of them

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 KIB = 1024
 #: Name -> multiprocessors, shared memory of a block, largest cluster, clusters at once.
 CHIPS = {

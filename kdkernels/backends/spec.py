@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, from_code
-from .targets import TAILS
+from ..divergences import Divergence, from_code
+from ..targets import TAILS
 
 _TAIL_CODES = ("", *TAILS)
 

@@ -11,13 +11,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .backends import row_state as rs
-from .backends import serving
-from .backends.sparse_rows import gather_kept, solve
-from .heads import HeadRows, LogitRows
-from .outcomes import Outcomes, outcomes, student_spec
+from ..backends import row_state as rs
+from ..backends import serving
+from ..backends.outcomes import Outcomes, outcomes, student_spec
+from ..backends.sparse_rows import gather_kept, solve
+from ..backends.spec import Spec
+from .rows import HeadRows, LogitRows
 from .schedule import Plan, plan
-from .spec import Spec
 
 #: Temporaries per slot: distinct ids, log-masses in fp64, and the outcome problem.
 _SLOT_BYTES = 256

@@ -17,15 +17,16 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from . import outcomes, reference, sparse
-from .backends import CHOICES, chosen_backend, serving, triton
-from .backends import row_state as rs
-from .checks import require, warn
-from .heads import HALF, HeadRows, LogitRows
+from .. import reference
+from ..backends import CHOICES, chosen_backend, outcomes, serving, triton
+from ..backends import row_state as rs
+from ..backends.spec import Spec
+from ..checks import require, warn
+from . import sparse
 from .layout import flat, folds, overlap
+from .rows import HALF, HeadRows, LogitRows
 from .schedule import Plan, plan
 from .sparse import SparseRows
-from .spec import Spec
 
 _Rows = LogitRows | HeadRows
 #: What is widened to fp32 at a time where a half-precision gradient is scaled: 4 MiB of it.
@@ -41,7 +42,7 @@ def rows_of(tensors: list[Tensor], vocab: int, wants: list[bool], grad: Optional
 def _new_gradient(logits: Tensor, vocab: int) -> Tensor:
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.device.type == "cpu":
-        from .backends import native
+        from ..backends import native
 
         native.advise_huge_pages(grad)
     grad[..., vocab:].zero_()

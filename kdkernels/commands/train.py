@@ -12,7 +12,7 @@ import torch.distributed
 def main(arguments: list[str]) -> None:
     from transformers.utils import logging
 
-    from .settings import MODES, Problem, parse
+    from ..trainer.settings import MODES, Problem, parse
 
     logging.disable_progress_bar()  # of loading and writing; training has its own
 
@@ -28,11 +28,11 @@ def main(arguments: list[str]) -> None:
     try:
         settings = parse(mode, arguments[1:])
         if mode == "compare":
-            from .compare import compare
+            from ..trainer.compare import compare
 
             compare(settings)
         else:
-            from .train import run
+            from ..trainer.train import run
 
             run(settings)
             atexit.register(leave_group)

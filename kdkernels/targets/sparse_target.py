@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import _utils as data_utils
 
+from ..checks import check_tensor
 from . import records
-from .checks import check_tensor
 
 #: What happens to the mass that was not stored; the last two are defined for the forward KL only.
 TAILS = ("bucket", "conditional", "renormalize", "truncate")
@@ -193,38 +193,38 @@ class SparseTarget:
         masked = wide[0].mask is not None
         return SparseTarget.stack([t._padded((longest, *t.ids.shape[1:]), masked) for t in wide])
 
-    # What other programs wrote; kdkernels.records says what shape each of them has.
+    # What other programs wrote; kdkernels.targets.records says what shape each of them has.
 
     @classmethod
     def from_vllm(cls, prompt_logprobs, *, top_k: Optional[int] = None, tail: str = "bucket") -> SparseTarget:
-        """[T, K] of vLLM's ``prompt_logprobs`` of one prompt; see :func:`kdkernels.records.vllm`."""
+        """[T, K] of vLLM's ``prompt_logprobs`` of one prompt; see :func:`kdkernels.targets.records.vllm`."""
         return cls(*records.vllm(prompt_logprobs, top_k=top_k), tail=tail)
 
     @classmethod
     def from_distillkit(cls, row, config, *, tail: str = "bucket") -> SparseTarget:
-        """[T, K] of a row of DistillKit's captured logits; see :func:`kdkernels.records.distillkit`."""
+        """[T, K] of a row of DistillKit's captured logits; see :func:`kdkernels.targets.records.distillkit`."""
         return cls(*records.distillkit(row, config), tail=tail)
 
     @classmethod
     def from_axolotl(cls, row, *, shift: int = 0, tail: str = "bucket") -> SparseTarget:
-        """[T, K] or [B, T, K] of axolotl's columns; see :func:`kdkernels.records.axolotl`."""
+        """[T, K] or [B, T, K] of axolotl's columns; see :func:`kdkernels.targets.records.axolotl`."""
         return cls(*records.axolotl(row, shift=shift), tail=tail)
 
     @classmethod
     def from_trl_server(
         cls, result, *, prompt_lengths=None, length: Optional[int] = None, tail: str = "bucket"
     ) -> SparseTarget:
-        """[B, T, K] of what TRL's teacher server answers; see :func:`kdkernels.records.trl_server`."""
+        """[B, T, K] of what TRL's teacher server answers; see :func:`kdkernels.targets.records.trl_server`."""
         return cls(*records.trl_server(result, prompt_lengths=prompt_lengths, length=length), tail=tail)
 
     @classmethod
     def from_tinker(cls, topk_prompt_logprobs, *, tail: str = "bucket") -> SparseTarget:
-        """[T, K] of tinker's ``topk_prompt_logprobs``; see :func:`kdkernels.records.tinker`."""
+        """[T, K] of tinker's ``topk_prompt_logprobs``; see :func:`kdkernels.targets.records.tinker`."""
         return cls(*records.tinker(topk_prompt_logprobs), tail=tail)
 
     @classmethod
     def from_megatron(cls, payload, *, tail: str = "bucket") -> SparseTarget:
-        """[B, S, K] of Megatron-LM's cached logits; see :func:`kdkernels.records.megatron`."""
+        """[B, S, K] of Megatron-LM's cached logits; see :func:`kdkernels.targets.records.megatron`."""
         return cls(*records.megatron(payload), tail=tail)
 
 

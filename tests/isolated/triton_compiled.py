@@ -19,9 +19,9 @@ from benchmarks.compile_triton import (
     offline,
     usages,
 )
+from kdkernels.backends.spec import Spec
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
-from kdkernels.spec import Spec
 
 REPRESENTATIVES = [
     (kd.ForwardKL(), BF16, BF16, dict(OPTIONS[1])),

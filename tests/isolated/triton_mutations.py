@@ -1,4 +1,4 @@
-"""The suite of ``tests/triton_rows.py`` can fail: each mutation of the kernels turns it red.
+"""The suite of ``tests/isolated/triton_rows.py`` can fail: each mutation of the kernels turns it red.
 
 ``tests/test_triton.py`` runs this file in a process of its own, with TRITON_INTERPRET=1.
 """

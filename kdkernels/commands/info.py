@@ -7,8 +7,8 @@ import platform
 
 import torch
 
-from . import __version__
-from .backends import backends, chosen_backend, native
+from .. import __version__
+from ..backends import backends, chosen_backend, native
 
 
 def main(arguments: list[str]) -> None:

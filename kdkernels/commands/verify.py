@@ -21,8 +21,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .backends import backends, by_name, use_backend
-from .divergences import (
+from ..backends import backends, by_name, use_backend
+from ..divergences import (
     JSD,
     AlphaBeta,
     Divergence,
@@ -33,8 +33,8 @@ from .divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from .losses import distillation_loss
-from .testing import ROWS, Check, Problem, Result, compare
+from ..losses import distillation_loss
+from ..testing import ROWS, Check, Problem, Result, compare
 
 #: Every kind, and every branch of those that have several; the tests take theirs from here.
 DIVERGENCES: tuple[Divergence, ...] = (

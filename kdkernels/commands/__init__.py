@@ -1,0 +1,1 @@
+"""``python -m kdkernels info | verify | train | cache``."""

@@ -1,0 +1,5 @@
+"""Sparse teacher targets, and the formats of other programs that they are read from."""
+
+from .sparse_target import TAILS, SparseTarget
+
+__all__ = ["TAILS", "SparseTarget"]
