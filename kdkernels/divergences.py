@@ -17,7 +17,7 @@ import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Callable, ClassVar, Optional
+from typing import Any, Callable, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Divergence:
     #: How operators and kernels name the class: > 0 where kernels know it, and given to all others here.
     code: ClassVar[int] = -1
     #: "forward" or "reverse": the value and gradient follow from the first pass alone.
-    closed_form: ClassVar[Optional[str]] = None
+    closed_form: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **options) -> None:
         super().__init_subclass__(**options)
@@ -199,7 +199,7 @@ class ForwardKL(Divergence):
     """
 
     code: ClassVar[int] = 1
-    closed_form: ClassVar[Optional[str]] = "forward"
+    closed_form: ClassVar[str | None] = "forward"
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _times(p, _log_ratio(log_p, log_q))
@@ -217,7 +217,7 @@ class ReverseKL(Divergence):
     """
 
     code: ClassVar[int] = 2
-    closed_form: ClassVar[Optional[str]] = "reverse"
+    closed_form: ClassVar[str | None] = "reverse"
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _times(q, -_log_ratio(log_p, log_q))

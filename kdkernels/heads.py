@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -33,9 +32,9 @@ class LinearHead:
 
     hidden: Tensor
     weight: Tensor
-    bias: Optional[Tensor] = None
+    bias: Tensor | None = None
     logit_scale: float = 1.0
-    softcap: Optional[float] = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         hidden, weight = self.hidden, self.weight
@@ -100,7 +99,7 @@ class MappedLogits:
 
     logits: Tensor
     logit_scale: float = 1.0
-    softcap: Optional[float] = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         check_tensor("logits", self.logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from .core.layout import overlaps_itself
 from .core.request import Call, Logits, Teacher, checked, hard_spec, prepare, side, soft_spec
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead
+from .options import CodistillationOptions, CrossEntropyOptions, DistillationOptions, Reduction
 from .targets import SparseTarget
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Stats(NamedTuple):
@@ -83,7 +87,7 @@ def _run(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def _rows(
-    call: Call, weights: Tensor, wants: list[bool], inplace: bool, teacher_wants: Optional[list[bool]] = None
+    call: Call, weights: Tensor, wants: list[bool], inplace: bool, teacher_wants: list[bool] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Results and wanted gradients, outside autograd."""
     student, teacher = [t.detach() for t in call.student.tensors], call.teacher_tensors
@@ -133,10 +137,46 @@ def _stats(call: Call, results: Tensor) -> Stats:
     )
 
 
+@overload
 def distillation_loss(
     student: Logits,
     teacher: Teacher,
-    labels: Optional[Tensor] = None,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence = ...,
+    return_stats: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> Tensor: ...
+
+
+@overload
+def distillation_loss(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence = ...,
+    return_stats: Literal[True],
+    **options: Unpack[DistillationOptions],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def distillation_loss(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence = ...,
+    return_stats: bool,
+    **options: Unpack[DistillationOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+def distillation_loss(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
     *,
     divergence: Divergence = ForwardKL(),
     temperature: float = 1.0,
@@ -145,16 +185,16 @@ def distillation_loss(
     hard_weight: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    mask: Optional[Tensor] = None,
-    token_weights: Optional[Tensor] = None,
-    reduction: str = "mean",
-    num_items: Union[int, float, Tensor, None] = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
     ignore_index: int = -100,
-    vocab_size: Optional[int] = None,
+    vocab_size: int | None = None,
     inplace: bool = False,
     return_stats: bool = False,
-    chunk_bytes: Optional[int] = None,
-) -> Union[Tensor, tuple[Tensor, Stats]]:
+    chunk_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
     """soft_weight * D(teacher, student) + hard_weight * CE(labels, student), and its gradient.
 
     The full ``[tokens, vocab]`` logits of a LinearHead are never held, and logits that are given
@@ -228,6 +268,42 @@ def distillation_loss(
     return (loss, _stats(call, results.detach())) if return_stats else loss
 
 
+@overload
+def codistillation_loss(
+    student: Logits,
+    teacher: Logits,
+    labels: Tensor,
+    *,
+    divergence: Divergence = ...,
+    return_stats: Literal[False] = False,
+    **options: Unpack[CodistillationOptions],
+) -> CodistillationLoss: ...
+
+
+@overload
+def codistillation_loss(
+    student: Logits,
+    teacher: Logits,
+    labels: Tensor,
+    *,
+    divergence: Divergence = ...,
+    return_stats: Literal[True],
+    **options: Unpack[CodistillationOptions],
+) -> tuple[CodistillationLoss, Stats]: ...
+
+
+@overload
+def codistillation_loss(
+    student: Logits,
+    teacher: Logits,
+    labels: Tensor,
+    *,
+    divergence: Divergence = ...,
+    return_stats: bool,
+    **options: Unpack[CodistillationOptions],
+) -> CodistillationLoss | tuple[CodistillationLoss, Stats]: ...
+
+
 def codistillation_loss(
     student: Logits,
     teacher: Logits,
@@ -240,15 +316,15 @@ def codistillation_loss(
     hard_weight: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    mask: Optional[Tensor] = None,
-    token_weights: Optional[Tensor] = None,
-    reduction: str = "mean",
-    num_items: Union[int, float, Tensor, None] = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
     ignore_index: int = -100,
-    vocab_size: Optional[int] = None,
+    vocab_size: int | None = None,
     return_stats: bool = False,
-    chunk_bytes: Optional[int] = None,
-) -> Union[CodistillationLoss, tuple[CodistillationLoss, Stats]]:
+    chunk_bytes: int | None = None,
+) -> CodistillationLoss | tuple[CodistillationLoss, Stats]:
     """Both models' losses from one pass over each model's logits.
 
     The teacher's loss is its own cross entropy; the student's is ``soft_weight * D +
@@ -328,15 +404,15 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    mask: Optional[Tensor] = None,
-    token_weights: Optional[Tensor] = None,
-    class_weights: Optional[Tensor] = None,
-    reduction: str = "mean",
-    num_items: Union[int, float, Tensor, None] = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
     ignore_index: int = -100,
-    vocab_size: Optional[int] = None,
+    vocab_size: int | None = None,
     inplace: bool = False,
-    chunk_bytes: Optional[int] = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """``F.cross_entropy`` from logits or a :class:`LinearHead`, with ``z_loss * logsumexp^2`` (PaLM).
 
@@ -377,7 +453,11 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor] = None, **options
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Tensor:
     """:func:`cross_entropy` of ``LinearHead(hidden, weight, bias)``; options are cross_entropy's.
 
@@ -387,7 +467,42 @@ def linear_cross_entropy(
     return cross_entropy(LinearHead(hidden, weight, bias), labels, **options)
 
 
-def kl_div(student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, **options):
+@overload
+def kl_div(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> Tensor: ...
+
+
+@overload
+def kl_div(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[DistillationOptions],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def kl_div(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[DistillationOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+def kl_div(
+    student: Logits, teacher: Teacher, labels: Tensor | None = None, **options: Any
+) -> Tensor | tuple[Tensor, Stats]:
     """Forward KL(teacher || student): :func:`distillation_loss` under its common name.
 
     Takes logits, not log-probabilities. ``reduction="batchmean"`` divides as F.kl_div's does.
@@ -401,9 +516,45 @@ def kl_div(student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, *
     return distillation_loss(student, teacher, labels, divergence=ForwardKL(), **options)
 
 
+@overload
 def js_divergence(
-    student: Logits, teacher: Teacher, labels: Optional[Tensor] = None, *, beta: float = 0.5, **options
-):
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    beta: float = ...,
+    return_stats: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> Tensor: ...
+
+
+@overload
+def js_divergence(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    beta: float = ...,
+    return_stats: Literal[True],
+    **options: Unpack[DistillationOptions],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def js_divergence(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    beta: float = ...,
+    return_stats: bool,
+    **options: Unpack[DistillationOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+def js_divergence(
+    student: Logits, teacher: Teacher, labels: Tensor | None = None, *, beta: float = 0.5, **options: Any
+) -> Tensor | tuple[Tensor, Stats]:
     """Generalised Jensen-Shannon divergence :class:`JSD` (beta): options as distillation_loss's.
 
     >>> import torch, kdkernels as kd
@@ -412,9 +563,7 @@ def js_divergence(
     return distillation_loss(student, teacher, labels, divergence=JSD(beta), **options)
 
 
-def explain(
-    student: Logits, teacher: Optional[Teacher] = None, *, divergence: Divergence = ForwardKL()
-) -> str:
+def explain(student: Logits, teacher: Teacher | None = None, *, divergence: Divergence = ForwardKL()) -> str:
     """Which backend serves these inputs, and why those before it do not.
 
     >>> import torch, kdkernels as kd

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from . import losses
 from .core.request import check_options
 
 
-def _keywords(function: Optional[Callable[..., Any]]) -> list[str]:
+def _keywords(function: Callable[..., Any] | None) -> list[str]:
     if function is None:
         return []
     parameters = inspect.signature(function).parameters.values()
@@ -28,7 +28,7 @@ class _Loss(nn.Module):
 
     function: Callable[..., Any] = staticmethod(losses.distillation_loss)
     #: The function that ``function`` is a short name of, and hands its other options to.
-    general: Optional[Callable[..., Any]] = None
+    general: Callable[..., Any] | None = None
 
     def __init__(self, **options) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ Logits of a LinearHead are made for a chunk of tokens at a time; the whole ``[to
 from __future__ import annotations
 
 import math
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,14 @@ from .core.request import checked, common_vocab, side
 from .core.schedule import DEFAULT_CHUNK_BYTES
 from .divergences import NoDivergence
 from .heads import LinearHead
-from .targets import SparseTarget
+from .targets import SparseTarget, Tail
 
 #: Samples per token in Gemma 2 and 3 (arXiv 2408.00118, 2503.19786): ``sample_target(teacher, GEMMA_SAMPLES)``.
 GEMMA_SAMPLES = 256
 #: fp64 rows alive at once in the widest of the selections below, beside the teacher's own tile.
 _TEMPORARIES = 6
 
-Logits = Union[Tensor, LinearHead]
+Logits = Tensor | LinearHead
 _Select = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
@@ -45,7 +45,7 @@ class _Given(NamedTuple):
     chunk_bytes: int
 
 
-def _given(teacher: Logits, vocab_size: Optional[int], chunk_bytes: Optional[int]) -> _Given:
+def _given(teacher: Logits, vocab_size: int | None, chunk_bytes: int | None) -> _Given:
     options = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     of = side("teacher", teacher)
     vocab = common_vocab(of, None, options["vocab_size"])
@@ -53,7 +53,7 @@ def _given(teacher: Logits, vocab_size: Optional[int], chunk_bytes: Optional[int
     return _Given(tensors, list(of.logit_map), vocab, options["chunk_bytes"] or DEFAULT_CHUNK_BYTES)
 
 
-def _normalizer(logits: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+def _normalizer(logits: Tensor, skipped: Tensor | None = None) -> Tensor:
     """logsumexp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
     state = rs.new_state(logits.shape[0], logits.device)
     backend = serving(chosen_backend(), logits.device, [logits.dtype])
@@ -178,9 +178,9 @@ def top_k_target(
     teacher: Logits,
     k: int,
     *,
-    tail: str = "bucket",
-    vocab_size: Optional[int] = None,
-    chunk_bytes: Optional[int] = None,
+    tail: Tail = "bucket",
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> SparseTarget:
     """The teacher's ``k`` most probable entries of each token, with their log-probabilities.
 
@@ -209,10 +209,10 @@ def top_p_target(
     teacher: Logits,
     p: float,
     *,
-    max_k: Optional[int] = None,
-    tail: str = "bucket",
-    vocab_size: Optional[int] = None,
-    chunk_bytes: Optional[int] = None,
+    max_k: int | None = None,
+    tail: Tail = "bucket",
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> SparseTarget:
     """The fewest entries of each token that hold at least the mass ``p``: K differs by token.
 
@@ -237,9 +237,9 @@ def sample_target(
     n: int,
     proposal_temperature: float = 1.0,
     *,
-    generator: Optional[torch.Generator] = None,
-    vocab_size: Optional[int] = None,
-    chunk_bytes: Optional[int] = None,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> SparseTarget:
     """``n`` draws of each token with replacement: random sampling distillation (arXiv 2503.16870).
 
@@ -268,7 +268,7 @@ def sample_target(
     return SparseTarget(ids, weights=weights, tail="truncate")
 
 
-def _uniform(of: Tensor, n: int, generator: Optional[torch.Generator]) -> Tensor:
+def _uniform(of: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """``n`` whole numbers below 2^53 for each token of ``of`` ``[..., W]``: all that fp64 tells apart in [0, 1).
 
     Drawn outside of the operator, since a compiler takes two calls with the same arguments for one; and not by

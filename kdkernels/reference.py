@@ -6,7 +6,6 @@ Slow, large, and twice differentiable. Everything else in the package is compare
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from .divergences import Divergence, NoDivergence, simplified
 from .heads import LinearHead, MappedLogits
 from .targets import SparseTarget
 
-_Logits = Union[Tensor, LinearHead, MappedLogits]
+_Logits = Tensor | LinearHead | MappedLogits
 
 
 def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
@@ -144,7 +143,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _terms(
-    student, teacher, labels: Optional[Tensor], spec: Spec, vocab: int, counted: Tensor
+    student, teacher, labels: Tensor | None, spec: Spec, vocab: int, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(soft terms ``[N]``, hard terms ``[N]``, results ``[N, RESULTS]``), all 0 for the tokens that are not
     ``counted`` ``[N]``, whose logits may be anything."""
@@ -175,7 +174,7 @@ def _terms(
 
 
 def rows(
-    student, teacher, labels: Optional[Tensor], weights: Tensor, spec: Spec, vocab: int
+    student, teacher, labels: Tensor | None, weights: Tensor, spec: Spec, vocab: int
 ) -> tuple[Tensor, Tensor]:
     """(``weights`` times each row's loss ``[N]``, per-row results ``[N, RESULTS]``) of checked inputs.
 
@@ -210,7 +209,7 @@ def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]
 def operator(
     student: list[Tensor],
     teacher: list[Tensor],
-    labels: Optional[Tensor],
+    labels: Tensor | None,
     weights: Tensor,
     spec: Spec,
     vocab: int,
@@ -228,7 +227,7 @@ def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Ten
     tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in student + teacher]
     leaves = [t.requires_grad_(want) for t, want in zip(tensors, wants)]
     s = _side(leaves[: len(student)], spec.student_map)
-    t: Union[_Logits, SparseTarget, None] = None
+    t: _Logits | SparseTarget | None = None
     if spec.tail:
         kind = "weights" if spec.linear else "logprobs"
         t = SparseTarget(leaves[-2], tail=spec.tail, **{kind: leaves[-1]})
@@ -247,7 +246,7 @@ def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Ten
     return [results, *(g.contiguous() for g in gradients)]
 
 
-def _side(tensors: list[Tensor], logit_map: LogitMap) -> Union[LinearHead, MappedLogits]:
+def _side(tensors: list[Tensor], logit_map: LogitMap) -> LinearHead | MappedLogits:
     scale, softcap = logit_map.scale, logit_map.softcap or None
     if len(tensors) == 1:
         return MappedLogits(tensors[0], scale, softcap)

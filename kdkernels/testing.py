@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,13 @@ from .divergences import (
 )
 from .heads import LinearHead
 from .losses import distillation_loss
+from .options import Reduction
 
 __all__ = ["ROWS", "Check", "Problem", "assert_exact", "assert_matches_reference", "compare", "relative"]
 
 #: A loss and the gradients of the student's tensors.
 Result = tuple[Tensor, Sequence[Tensor]]
-LossFunction = Callable[[Any, Any, Optional[Tensor]], Tensor]
+LossFunction = Callable[[Any, Any, Tensor | None], Tensor]
 
 #: What the rows of a problem are like.
 ROWS = {
@@ -69,12 +70,12 @@ class Problem:
         vocab: int = 257,
         shape: tuple[int, ...] = (3, 5),
         width: int = 16,
-        teacher_dtype: Optional[torch.dtype] = None,
+        teacher_dtype: torch.dtype | None = None,
         scale: float = 3.0,
         ignored: int = 2,
         rows: str = "random",
         bias: bool = True,
-        device: Union[str, torch.device] = "cpu",
+        device: str | torch.device = "cpu",
         **head,
     ) -> None:
         if rows not in ROWS:
@@ -105,7 +106,7 @@ class Problem:
         """Whether logits are rounded by a GEMM on the way."""
         return len(self.student) > 1 or len(self.teacher) > 1
 
-    def side(self, tensors: Sequence[Tensor]) -> Union[Tensor, LinearHead]:
+    def side(self, tensors: Sequence[Tensor]) -> Tensor | LinearHead:
         if len(tensors) == 1:
             return tensors[0]
         hidden, weight, *bias = tensors
@@ -256,7 +257,7 @@ def _power(log_p: Tensor, a: float, log_q: Tensor, b: float) -> Tensor:
 def _plain_loss(
     s: Tensor,
     t: Tensor,
-    labels: Optional[Tensor],
+    labels: Tensor | None,
     divergence: Divergence,
     *,
     temperature: float = 1.0,
@@ -265,10 +266,10 @@ def _plain_loss(
     hard_weight: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    token_weights: Optional[Tensor] = None,
-    reduction: str = "mean",
-    num_items: Union[int, float, Tensor, None] = None,
-    vocab_size: Optional[int] = None,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     s, t = s[..., :vocab_size], t[..., :vocab_size]
     dtype = torch.promote_types(t.dtype, s.dtype)
@@ -387,13 +388,13 @@ def assert_matches_reference(
     student: str = "logits",
     teacher: str = "logits",
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    rows: Optional[Sequence[str]] = None,
+    rows: Sequence[str] | None = None,
     bias: bool = True,
     shape: tuple[int, ...] = (3, 5),
     vocab: int = 257,
     width: int = 16,
-    head: Optional[dict[str, Any]] = None,
-    device: Union[str, torch.device] = "cpu",
+    head: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
     labels: bool = True,
     seed: int = 0,
     **options,
@@ -459,7 +460,7 @@ def _assert_matches(
 ) -> None:
     given: list[tuple[Tensor, Tensor]] = []
 
-    def watched(s: Any, t: Any, y: Optional[Tensor]) -> Tensor:
+    def watched(s: Any, t: Any, y: Tensor | None) -> Tensor:
         for side in (s, t):
             tensors = [side] if isinstance(side, Tensor) else side.tensors()
             given.extend((x, x.detach().clone()) for x in tensors)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import kdkernels as kd
+
 ROOT = Path(__file__).parent.parent
 #: torch cannot be imported, as in pip's isolated builds.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
@@ -86,7 +88,9 @@ def test_a_build_that_lacks_something_says_so(tree, tmp_path, start, environment
     """While it builds, and afterwards: pip shows the first to nobody."""
     made, said = build("build_wheel", tree, tmp_path / "build", start, **environment)
     assert f"kdkernels: no native backend: {problem}" in said
+    assert made.name.startswith(f"kdkernels-{kd.__version__}-")
     with zipfile.ZipFile(made) as wheel:
+        assert "kdkernels/py.typed" in wheel.namelist()  # else a type checker takes all of it for Any
         wheel.extractall(tmp_path / "installed")
     line = next(line for line in information(tmp_path / "installed").splitlines() if "native" in line)
     assert f"not usable: kdkernels._C is not built: {problem}" in line

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, cast
 
 import torch
 from transformers import HfArgumentParser
@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 import kdkernels as kd
 
 from ..integrations.transformers import call_through_head, check_head, model_inputs, row_of, shifted_labels
+from ..targets import Tail
 from ..teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
 from ..trainer import data, models
 from ..trainer.progress import bar
@@ -30,13 +31,11 @@ class CacheSettings:
     max_k: int = option(0, "of --top_p: at most so many tokens; 0 is no limit")
     samples: int = option(0, "keep what so many draws from the teacher give, an unbiased gradient")
     proposal_temperature: float = option(1.0, "of --samples; other than 1 they get importance weights")
-    tail: Optional[str] = option(
+    tail: str | None = option(
         None, "bucket, conditional, renormalize or truncate; default bucket, truncate for samples"
     )
-    values: Optional[str] = option(
-        None, "float32, bfloat16, uint8 or count; default uint8, count for samples"
-    )
-    tokenizer: Optional[str] = option(None, "folder or name; default: the teacher's")
+    values: str | None = option(None, "float32, bfloat16, uint8 or count; default uint8, count for samples")
+    tokenizer: str | None = option(None, "folder or name; default: the teacher's")
     dtype: str = option("float32", "of the teacher: float32 or bfloat16")
     batch_size: int = option(8, "sequences that the teacher reads at a time")
     shard_tokens: int = option(2**18, "tokens per shard; a killed process loses at most so much")
@@ -123,7 +122,7 @@ def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences:
         kind="weights" if sampled else "logprobs",
         top_p=settings.top_p or None,
         proposal_temperature=settings.proposal_temperature,
-        tail=settings.tail or ("truncate" if sampled else "bucket"),
+        tail=cast(Tail, settings.tail or ("truncate" if sampled else "bucket")),  # Manifest checks it
         values=settings.values or ("count" if sampled and plain else "uint8"),
     )
 
@@ -181,7 +180,7 @@ def targets(
 
 
 def select(
-    settings: CacheSettings, batch: list[int], vocab: int, tail: str
+    settings: CacheSettings, batch: list[int], vocab: int, tail: Tail
 ) -> Callable[[kd.LinearHead, int], kd.SparseTarget]:
     """How a row of a batch of sequences becomes a target."""
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ class Outcome:
     scenario: Scenario
     checks: list[Check]
     broken: list[str]
-    skipped: Optional[str] = None
+    skipped: str | None = None
 
     def record(self) -> dict[str, Any]:
         s = self.scenario
@@ -189,7 +189,7 @@ def beyond_32_bits(name: str, device: str, *, tokens: int = 2**14 + 8, vocab: in
     return Outcome(name, scenario, checks, [str(check) for check in checks if not check.ok])
 
 
-def _unfit(oracle: Result, problem: Problem) -> Optional[str]:
+def _unfit(oracle: Result, problem: Problem) -> str | None:
     """Why the truth cannot be held in the problem's dtypes, if it cannot."""
     value, grads = oracle
     largest = max(float(g.abs().max()) for g in grads)
@@ -215,7 +215,7 @@ def _exact_rules(scenario: Scenario, backend: str, problem: Problem, ours: Resul
     return broken
 
 
-def usable(wanted: Optional[list[str]]) -> list[str]:
+def usable(wanted: list[str] | None) -> list[str]:
     """The backends to verify: those asked for, or all that are usable here."""
     there = {name: why for name, why in backends().items() if name != "reference"}
     for name in wanted or []:
@@ -230,7 +230,7 @@ def verify(
     names: list[str],
     device: str,
     *,
-    only: Optional[str] = None,
+    only: str | None = None,
     large: bool = False,
     seconds: float = math.inf,
     tell: Callable[[list[Outcome]], None] = lambda row: None,

@@ -15,7 +15,7 @@ What differs from axolotl 0.19 (tests in ``tests/integrations/test_axolotl.py``)
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         target_logprobs: Tensor,
         target_mask: Tensor,
         true_labels: Tensor,
-        student_bias: Optional[Tensor] = None,
+        student_bias: Tensor | None = None,
     ) -> Tensor:
         """Weight ``[V, H]``, hidden states ``[B, N, H]``, the teacher's ids, log-probabilities (at this
         temperature) and mask ``[B, N, K]``, labels ``[B, N]`` not yet shifted."""
@@ -84,7 +84,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
             mask=target_mask.bool(),
             tail="conditional" if self.normalize_topk else "truncate",
         )
-        loss: Any = distillation_loss(
+        loss = distillation_loss(
             head(*student, logit_scale=1 / self.temperature),
             target,
             divergence=JSD(self.beta),

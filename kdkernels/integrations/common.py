@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def whole(parameter: Any) -> Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor] = None, **logit_map) -> LinearHead:
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_map) -> LinearHead:
     """A LinearHead of parameters that may be sharded, or wider than the hidden states (master weights).
 
     >>> import torch

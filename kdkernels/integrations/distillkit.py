@@ -15,7 +15,7 @@ What differs from DistillKit (tests in ``tests/integrations/test_distillkit.py``
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +31,14 @@ def sparse_kl_div(
     logits: Tensor,
     target_ids: Tensor,
     target_values: Tensor,
-    mask: Optional[Tensor] = None,
+    mask: Tensor | None = None,
     eps: float = 1e-6,
     missing: Any = "zero",
     log_target: bool = True,
     temperature: float = 1.0,
     target_generation_temperature: float = 1.0,
     student_generation_temperature: float = 1.0,
-    chunk_length: Optional[int] = None,
+    chunk_length: int | None = None,
 ) -> Tensor:
     """The sum over tokens of KL(teacher || student), the teacher known at K entries a token.
 
@@ -77,7 +77,7 @@ def sparse_kl_div(
 
 
 def dense_kl_div(
-    logits: Tensor, target_logits: Tensor, mask: Optional[Tensor] = None, temperature: float = 1.0
+    logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
     """The sum over tokens of KL(teacher || student), both ``[B, T, V]`` logits.
 
@@ -95,7 +95,7 @@ class KLDLoss:
         self,
         temperature: float,
         missing_probability_handling: Any = "zero",
-        sparse_chunk_length: Optional[int] = None,
+        sparse_chunk_length: int | None = None,
     ) -> None:
         self.temperature, self.missing = temperature, missing_probability_handling
         self.chunk_length = sparse_chunk_length
@@ -111,9 +111,9 @@ class KLDLoss:
         self,
         student_outputs: Any,
         signal: Any,
-        mask: Optional[Tensor] = None,
+        mask: Tensor | None = None,
         hidden_state_mapping: Any = None,
-        num_items_in_batch: Union[int, Tensor, None] = None,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor:
         logits = student_outputs.logits
         if hasattr(signal, "logits"):

@@ -10,7 +10,7 @@ Where the logits are at hand, ``kd.kl_div`` is better: it needs no log-probabili
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class TVTerms(NamedTuple):
 
 
 #: By the name that crosses the operators' boundary.
-_TERMS: dict[str, Union[KLTerms, TVTerms]] = {
+_TERMS: dict[str, KLTerms | TVTerms] = {
     "kl": KLTerms(log_target=False),
     "kl of log target": KLTerms(log_target=True),
     "tv": TVTerms(),
@@ -74,7 +74,7 @@ _TERMS: dict[str, Union[KLTerms, TVTerms]] = {
 
 
 @torch.library.custom_op("kdkernels::terms", mutates_args=())
-def _terms(x: Tensor, t: Tensor, mask: Optional[Tensor], name: str, summed: bool) -> Tensor:
+def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -> Tensor:
     """Terms of two tensors of one shape, piece by piece; their sum, or each. Where ``mask`` (of that
     shape) is False a term is 0, whatever stands there.
 
@@ -103,7 +103,7 @@ def _(x, t, mask, name, summed):
 
 @torch.library.custom_op("kdkernels::slopes", mutates_args=())
 def _slopes(
-    x: Tensor, t: Tensor, mask: Optional[Tensor], arriving: Tensor, name: str, wants: list[bool]
+    x: Tensor, t: Tensor, mask: Tensor | None, arriving: Tensor, name: str, wants: list[bool]
 ) -> list[Tensor]:
     """The terms' derivatives for x and for t, where they are wanted, times ``arriving``."""
     made = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
@@ -124,7 +124,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, t, mask)
 
 
-def _backward(ctx: Any, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
+def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() and not autograd._tracing(arriving):
         raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
     x, t, mask = ctx.saved_tensors
@@ -145,8 +145,8 @@ _terms.register_autograd(_backward, setup_context=_setup)
 def kl_div(
     input: Tensor,
     target: Tensor,
-    size_average: Optional[bool] = None,
-    reduce: Optional[bool] = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
@@ -177,7 +177,7 @@ def kl_div(
     return reduced("kl of log target" if log_target else "kl", input, target, reduction)
 
 
-def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Optional[Tensor] = None) -> Tensor:
+def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Tensor | None = None) -> Tensor:
     """The terms ``name`` of two tensors that broadcast, under torch's four reductions.
 
     With ``rows``, a bool tensor, only those rows' terms count: the others are 0. "mean" and
@@ -209,12 +209,12 @@ def _wide(piece: Tensor) -> Tensor:
     return piece.float() if piece.dtype in (torch.bfloat16, torch.float16) else piece
 
 
-def _masked(terms: Tensor, mask: Optional[Tensor]) -> Tensor:
+def _masked(terms: Tensor, mask: Tensor | None) -> Tensor:
     """``terms``, overwritten with 0 where ``mask`` is False."""
     return terms if mask is None else terms.masked_fill_(~mask, 0.0)
 
 
-def _pieces(first: Tensor, *others: Optional[Tensor]) -> Iterator[tuple[Any, ...]]:
+def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Views of the same places of tensors of one shape and any strides, small ones at a time; None
     where a tensor is None."""
     shape, size = first.shape, _PIECE.get(first.device.type, _PIECE_ELSEWHERE)

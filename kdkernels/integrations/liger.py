@@ -24,7 +24,7 @@ them is a ValueError.
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,12 @@ from ..divergences import JSD, TotalVariation
 from ..heads import MappedLogits
 from ..losses import cross_entropy, distillation_loss, js_divergence
 from ..losses import kl_div as kl_of_logits
+from ..options import Reduction
 from .common import head
 from .functional import kl_div, reduced
 
 
-def _kept(shift_labels: Optional[Tensor], ignore_index: int) -> Optional[Tensor]:
+def _kept(shift_labels: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if shift_labels is None else shift_labels != ignore_index
 
 
@@ -52,7 +53,7 @@ def _refuse(**asked: Any) -> None:
 def liger_jsd(
     input: Tensor,
     target: Tensor,
-    shift_labels: Optional[Tensor] = None,
+    shift_labels: Tensor | None = None,
     beta: float = 0.5,
     ignore_index: int = -100,
 ) -> Tensor:
@@ -84,7 +85,7 @@ def liger_kl_div(
 def liger_tvd(
     input: Tensor,
     target: Tensor,
-    shift_labels: Optional[Tensor] = None,
+    shift_labels: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
@@ -108,11 +109,11 @@ def liger_fused_linear_jsd(
     student_weight: Tensor,
     teacher_input: Tensor,
     teacher_weight: Tensor,
-    shift_labels: Optional[Tensor] = None,
+    shift_labels: Tensor | None = None,
     jsd_beta: float = 0.5,
     ignore_index: int = -100,
     temperature: float = 1.0,
-    accum_dtype: Optional[torch.dtype] = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean generalised JSD over unmasked tokens, from hidden states ``[BT, H]`` and heads ``[V, H]``.
 
@@ -132,12 +133,12 @@ def liger_fused_linear_kl_div(
     student_input: Tensor,
     student_weight: Tensor,
     target: Tensor,
-    shift_labels: Optional[Tensor] = None,
+    shift_labels: Tensor | None = None,
     reduction: str = "batchmean",
     ignore_index: int = -100,
     temperature: float = 1.0,
     eps: float = 1e-10,
-    accum_dtype: Optional[torch.dtype] = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """KL(target || student) from hidden states ``[BT, H]``, a head ``[V, H]`` and probabilities ``[BT, V]``.
 
@@ -163,14 +164,14 @@ def liger_fused_linear_kl_div(
 def liger_cross_entropy(
     input: Tensor,
     target: Tensor,
-    weight: Optional[Tensor] = None,
-    size_average: Optional[bool] = None,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: Optional[bool] = None,
-    reduction: str = "mean",
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
-    softcap: Optional[float] = None,
+    softcap: float | None = None,
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
@@ -200,15 +201,15 @@ def liger_fused_linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
-    bias: Optional[Tensor] = None,
-    ce_weight: Optional[Tensor] = None,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
     ignore_index: int = -100,
     lse_square_scale: float = 0.0,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    softcap: Optional[float] = None,
+    reduction: Reduction = "mean",
+    softcap: float | None = None,
     return_z_loss: bool = False,
-    accum_dtype: Optional[torch.dtype] = None,
+    accum_dtype: torch.dtype | None = None,
     use_token_scaling: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
@@ -243,7 +244,7 @@ class LigerJSD(nn.Module):
         super().__init__()
         self.beta, self.ignore_index = beta, ignore_index
 
-    def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Optional[Tensor] = None) -> Tensor:
+    def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         return liger_jsd(log_q, log_p, shift_labels, self.beta, self.ignore_index)
 
 
@@ -265,7 +266,7 @@ class LigerTVDLoss(nn.Module):
         super().__init__()
         self.reduction, self.ignore_index = reduction, ignore_index
 
-    def forward(self, p: Tensor, q: Tensor, shift_labels: Optional[Tensor] = None) -> Tensor:
+    def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         return liger_tvd(p, q, shift_labels, self.reduction, self.ignore_index)
 
 
@@ -277,7 +278,7 @@ class LigerFusedLinearJSD(nn.Module):
         jsd_beta: float = 0.5,
         ignore_index: int = -100,
         temperature: float = 1.0,
-        accum_dtype: Optional[torch.dtype] = None,
+        accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.jsd_beta, self.ignore_index = jsd_beta, ignore_index
@@ -289,7 +290,7 @@ class LigerFusedLinearJSD(nn.Module):
         student_weight: Tensor,
         teacher_input: Tensor,
         teacher_weight: Tensor,
-        shift_labels: Optional[Tensor],
+        shift_labels: Tensor | None,
     ) -> Tensor:
         return liger_fused_linear_jsd(
             student_input,
@@ -312,7 +313,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         ignore_index: int = -100,
         temperature: float = 1.0,
         eps: float = 1e-10,
-        accum_dtype: Optional[torch.dtype] = None,
+        accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.reduction, self.ignore_index, self.temperature = reduction, ignore_index, temperature
@@ -323,7 +324,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         student_input: Tensor,
         student_weight: Tensor,
         target: Tensor,
-        shift_labels: Optional[Tensor] = None,
+        shift_labels: Tensor | None = None,
     ) -> Tensor:
         return liger_fused_linear_kl_div(
             student_input,
@@ -352,9 +353,7 @@ class LigerFusedCETVDLoss(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
         shared: dict[str, Any] = dict(reduction="none", ignore_index=self.ignore_index)
-        tvd: Any = distillation_loss(
-            student_logits, teacher_logits, target, divergence=TotalVariation(), **shared
-        )
+        tvd = distillation_loss(student_logits, teacher_logits, target, divergence=TotalVariation(), **shared)
         return cross_entropy(student_logits, target, **shared), tvd
 
 
@@ -363,12 +362,12 @@ class LigerCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        weight: Optional[Tensor] = None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         lse_square_scale: float = 0.0,
         label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: Optional[float] = None,
+        reduction: Reduction = "mean",
+        softcap: float | None = None,
         return_z_loss: bool = False,
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
@@ -400,14 +399,14 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        ce_weight: Optional[Tensor] = None,
+        ce_weight: Tensor | None = None,
         ignore_index: int = -100,
         lse_square_scale: float = 0.0,
         label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: Optional[float] = None,
+        reduction: Reduction = "mean",
+        softcap: float | None = None,
         return_z_loss: bool = False,
-        accum_dtype: Optional[torch.dtype] = None,
+        accum_dtype: torch.dtype | None = None,
         use_token_scaling: bool = False,
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
@@ -424,7 +423,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         self.label_smoothing, self.reduction, self.softcap = label_smoothing, reduction, softcap
 
     def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Optional[Tensor] = None
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         return liger_fused_linear_cross_entropy(
             _input,
@@ -474,9 +473,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_input: Tensor,
         teacher_weight: Tensor,
         true_labels: Tensor,
-        student_bias: Optional[Tensor] = None,
-        teacher_bias: Optional[Tensor] = None,
-    ) -> Union[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         student = head(student_input, student_weight, student_bias)
         shared: dict[str, Any] = dict(
             ignore_index=self.ignore_index, vocab_size=self._vocab(student_weight, teacher_weight)
@@ -501,7 +500,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return loss, stats.soft, hard
 
     @staticmethod
-    def _vocab(student_weight: Tensor, teacher_weight: Tensor) -> Optional[int]:
+    def _vocab(student_weight: Tensor, teacher_weight: Tensor) -> int | None:
         """A teacher's padded rows are cut; a student with more tokens than its teacher is an error."""
         vocab = student_weight.shape[0]
         return vocab if teacher_weight.shape[0] > vocab else None

@@ -14,7 +14,7 @@ import math
 import weakref
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator
 
 import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
@@ -39,7 +39,7 @@ class LogitMap:
     """What a model makes of its lm_head's output x: ``softcap * tanh(scale * x / softcap)``."""
 
     scale: float = 1.0
-    softcap: Optional[float] = None
+    softcap: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return (
@@ -57,7 +57,7 @@ def call_through_head(
     model: nn.Module,
     inputs: dict[str, Any],
     function: Callable[[kd.LinearHead], Any],
-    with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+    with_router: Callable[[Any, Tensor], Any] | None = None,
 ) -> Any:
     """``function(LinearHead)`` of a causal LM, called inside its lm_head's forward, in a call of ``model`` itself.
 
@@ -228,7 +228,7 @@ def _signature(cls: Any) -> tuple[frozenset[str], bool]:
     return frozenset(named) - {"self"}, passes_on
 
 
-def _router_loss(causal_lm: Any, output: Any) -> Optional[Tensor]:
+def _router_loss(causal_lm: Any, output: Any) -> Tensor | None:
     """A mixture of experts' load balancing loss, times its coefficient, as the model adds it to its own loss."""
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):
@@ -265,7 +265,7 @@ def _linear_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHea
     return kd.LinearHead(hidden, weight, bias, logit_scale=logit_map.scale, softcap=logit_map.softcap)
 
 
-def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden, weight, bias) of an lm_head, whatever peft has made of it.
 
     LoRA's ``W + s B A`` is the head ``[W, B]`` over hidden states ``[h, s A dropout(h)]``: one
@@ -299,7 +299,7 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Optional[Te
     return torch.cat(parts, -1), torch.cat(columns, -1), bias
 
 
-def _plain_weights(head: Any) -> tuple[Tensor, Optional[Tensor]]:
+def _plain_weights(head: Any) -> tuple[Tensor, Tensor | None]:
     kind, weight = type(head).__name__, getattr(head, "weight", None)
     # What parametrizations compute of their own parameters is the weight.
     others = [

@@ -16,6 +16,7 @@ from torch.nn.modules.loss import _Loss
 
 from ..divergences import ForwardKL, ReverseKL
 from ..losses import distillation_loss, kl_div
+from ..options import Reduction
 from ..targets import SparseTarget
 
 
@@ -31,7 +32,7 @@ class LogitsDistillationLoss(_Loss):
     torch.Size([2, 3])
     """
 
-    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
+    def __init__(self, temperature: float = 1.0, reduction: Reduction = "mean") -> None:
         super().__init__()
         self._temperature, self._reduction = temperature, reduction
 
@@ -71,7 +72,7 @@ class LogitsKLLoss(_Loss):
     def forward(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, bool, bool]:
         if isinstance(predictions, tuple):
             predictions, targets = predictions[0], targets[0]
-        loss: Any = distillation_loss(
+        loss = distillation_loss(
             predictions,
             self._teacher(targets),
             divergence=self._divergence,

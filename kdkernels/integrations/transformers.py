@@ -6,7 +6,7 @@ weights around a module's forward (FSDP, FSDP2, ZeRO-3) works.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 
 import kdkernels as kd
 
+from ..targets import Tail
 from .model_head import call_through_head, check_head, weights_are_here
 
 __all__ = ["DistillationTrainer", "call_through_head", "check_head"]
@@ -75,10 +76,10 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: Optional[nn.Module] = None,
+        model: nn.Module | None = None,
         args: Any = None,
         *,
-        teacher: Optional[PreTrainedModel],
+        teacher: PreTrainedModel | None,
         divergence: kd.Divergence = kd.ForwardKL(),
         temperature: float = 1.0,
         temperature_squared: bool = False,
@@ -86,9 +87,9 @@ class DistillationTrainer(Trainer):
         hard_weight: float = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        vocab_size: Optional[int] = None,
-        chunk_bytes: Optional[int] = None,
-        tail: str = "bucket",
+        vocab_size: int | None = None,
+        chunk_bytes: int | None = None,
+        tail: Tail = "bucket",
         **trainer: Any,
     ) -> None:
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
@@ -124,7 +125,7 @@ class DistillationTrainer(Trainer):
 
     # -- the loss -------------------------------------------------------------------------------
 
-    def teacher_target(self, inputs: dict[str, Any]) -> Optional[kd.LinearHead | kd.SparseTarget]:
+    def teacher_target(self, inputs: dict[str, Any]) -> kd.LinearHead | kd.SparseTarget | None:
         """What the teacher says about a batch, in any form that distillation_loss takes."""
         if "target_ids" in inputs:
             return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
@@ -138,7 +139,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         function: Callable[..., Any],
-        with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+        with_router: Callable[[Any, Tensor], Any] | None = None,
     ) -> Any:
         """``function(student's LinearHead, teacher's target)``, run inside the wrapped model's forward."""
         target = self.teacher_target(inputs)
@@ -160,7 +161,7 @@ class DistillationTrainer(Trainer):
             tokens = (labels >= 0).sum()
             self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
             return self.hard_weight * hard
-        result: Any = kd.distillation_loss(
+        loss, stats = kd.distillation_loss(
             student,
             target,
             labels,
@@ -171,7 +172,6 @@ class DistillationTrainer(Trainer):
             **self.soft_options,
             **shared,
         )
-        loss, stats = result
         self.log_stats(stats, student, target, labels)
         return loss
 
@@ -217,7 +217,7 @@ class DistillationTrainer(Trainer):
             self._kl_sum.add(_named({"kl": stats.soft * tokens}, target), tokens)
         elif self._step_is_logged():
             with torch.no_grad():
-                kl: Any = kd.distillation_loss(student, target, labels, reduction="sum", **self.cut)
+                kl = kd.distillation_loss(student, target, labels, reduction="sum", **self.cut)
             self._kl_sum.add(_named({"kl": kl}, target), tokens)
 
     def _step_is_logged(self) -> bool:
@@ -226,7 +226,7 @@ class DistillationTrainer(Trainer):
             args.logging_first_step and step == 1
         )
 
-    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._sums.means(self.accelerator))
             logs.update(self._kl_sum.means(self.accelerator))
@@ -238,10 +238,10 @@ class DistillationTrainer(Trainer):
         if target is None:
             hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
             return {"loss": self.hard_weight * hard, "hard": hard, "tokens": tokens}
-        plain: Any = kd.distillation_loss(
+        _, stats = kd.distillation_loss(
             student, target, labels, hard_weight=1.0, return_stats=True, **self.cut
         )
-        loss: Any = kd.distillation_loss(
+        loss = kd.distillation_loss(
             student,
             target,
             labels,
@@ -253,7 +253,6 @@ class DistillationTrainer(Trainer):
             **self.hard_options,
             **self.cut,
         )
-        stats = plain[1]
         means = {
             "kl": stats.soft,
             "hard": stats.hard,

@@ -29,7 +29,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,8 @@ from torch import Tensor
 from ..divergences import JSD, simplified
 from ..heads import MappedLogits
 from ..losses import js_divergence
-from ..targets import SparseTarget
+from ..options import Reduction
+from ..targets import SparseTarget, Tail
 from .common import IGNORED, head
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -52,13 +53,13 @@ def chunked_divergence_loss(
     teacher_lm_head_weight: Tensor,
     completion_mask: Tensor,
     beta: float,
-    num_items_in_batch: Union[Tensor, int, None] = None,
-    student_lm_head_bias: Optional[Tensor] = None,
-    teacher_lm_head_bias: Optional[Tensor] = None,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
-    student_final_logit_softcapping: Optional[float] = None,
-    teacher_final_logit_softcapping: Optional[float] = None,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sum of the student's entropies in nats, unmasked tokens), as TRL's function gives them.
@@ -102,11 +103,11 @@ def chunked_divergence_loss(
 def generalized_jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    labels: Optional[Tensor] = None,
+    labels: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "batchmean",
-    num_items_in_batch: Union[Tensor, int, None] = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """GKD's loss: logits ``[B, T, V]``, labels ``[B, T]`` of which only -100 matters.
 
@@ -118,17 +119,18 @@ def generalized_jsd_loss(
         log_q, log_p = ((z / temperature).log_softmax(-1) for z in (student_logits, teacher_logits))
         return _terms(log_q, log_p, beta, labels)
     per_term = num_items_in_batch is None and reduction == "mean"
-    if num_items_in_batch is not None:
-        reduction = "sum"
-    elif reduction == "batchmean" and labels is not None:
-        reduction = "mean"
+    ours: Reduction = "mean"
+    if num_items_in_batch is not None or reduction == "sum":
+        ours = "sum"
+    elif labels is None and reduction == "batchmean":
+        ours = "batchmean"
     loss = js_divergence(
         student_logits,
         teacher_logits,
         mask=None if labels is None else labels != IGNORED,
         beta=beta,
         temperature=temperature,
-        reduction=reduction,
+        reduction=ours,
         num_items=_items(num_items_in_batch, student_logits),
     )
     return loss / student_logits.shape[-1] if per_term else loss
@@ -137,12 +139,12 @@ def generalized_jsd_loss(
 def gold_generalized_jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    labels: Optional[Tensor] = None,
+    labels: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "batchmean",
     logits_are_probs: bool = False,
-    num_items_in_batch: Union[Tensor, int, None] = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """GOLD's loss: :func:`generalized_jsd_loss`, and ULD's form of it on probabilities.
 
@@ -166,7 +168,7 @@ def minillm_single_step_loss(
     self: Any,
     student_log_probs: Tensor,
     teacher_log_probs: Tensor,
-    mask: Optional[Tensor] = None,
+    mask: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """The reverse KL of MiniLLM (arXiv 2306.08543), as ``MiniLLMTrainer._single_step_decomposition_loss``
@@ -188,7 +190,7 @@ def server_compute_loss(
     model: Any,
     inputs: dict[str, Any],
     return_outputs: bool = False,
-    num_items_in_batch: Union[Tensor, int, None] = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Any:
     """``ServerDistillationTrainer.compute_loss``: the divergence on what a teacher's server tells.
 
@@ -234,7 +236,7 @@ def _server_target(
 ) -> SparseTarget:
     """The forward KL looks at the teacher's top k; other betas at its top 1 and the sampled token,
     beta = 1 at the sampled token alone."""
-    tail = "bucket" if trainer.loss_add_tail else "conditional"
+    tail: Tail = "bucket" if trainer.loss_add_tail else "conditional"
     top, top_ids, actual = told["topk_logprobs"], told["topk_token_ids"], told["actual_logprobs"]
     if trainer.beta == 0:
         return SparseTarget(top_ids, top, tail=tail)
@@ -254,11 +256,11 @@ def _server_target(
     return SparseTarget(ids, torch.stack([top[..., 0], actual], -1), mask=both, tail=tail)
 
 
-def _items(num_items: Union[Tensor, int, None], beside: Tensor) -> Any:
+def _items(num_items: Tensor | int | None, beside: Tensor) -> Any:
     return num_items.to(beside.device) if isinstance(num_items, Tensor) else num_items
 
 
-def _terms(log_q: Tensor, log_p: Tensor, beta: float, labels: Optional[Tensor]) -> Tensor:
+def _terms(log_q: Tensor, log_p: Tensor, beta: float, labels: Tensor | None) -> Tensor:
     """The divergence's terms before any sum, of the rows that labels keep."""
     divergence = simplified(JSD(beta))
     terms = divergence.phi(log_p.exp(), log_q.exp(), log_p, log_q)
@@ -269,7 +271,7 @@ class _Target(NamedTuple):
     """An attribute of TRL's that is replaced: in ``module``, of the class ``owner`` if there is one."""
 
     module: str
-    owner: Optional[str]
+    owner: str | None
     name: str
     ours: Callable[..., Any]
 

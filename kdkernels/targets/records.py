@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Slots = list[tuple[int, float]]
 AXOLOTL_EMPTY, MEGATRON_EMPTY, TINKER_EMPTY = -1e9, -1e3, -99999.0
 
 
-def vllm(prompt_logprobs: Sequence[Any], *, top_k: Optional[int] = None) -> Pair:
+def vllm(prompt_logprobs: Sequence[Any], *, top_k: int | None = None) -> Pair:
     """``RequestOutput.prompt_logprobs`` of one prompt, or the same from vLLM's HTTP server as JSON.
 
     One entry per prompt token, a dict from token id to Logprob (logprob, rank, decoded_token); None or
@@ -130,7 +130,7 @@ def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
 
 
 def trl_server(
-    result: Mapping[str, Any], *, prompt_lengths: Optional[Sequence[int]] = None, length: Optional[int] = None
+    result: Mapping[str, Any], *, prompt_lengths: Sequence[int] | None = None, length: int | None = None
 ) -> Pair:
     """What TRL's ``VLLMClient.get_sequence_logprobs`` returns: lists [B, completion, K] of ``logprobs``
     and ``logprob_token_ids``, empty slots with -inf and id 0.

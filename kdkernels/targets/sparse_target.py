@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Literal, Sequence, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from ..checks import check_tensor
 from . import records
 
 #: What happens to the mass that was not stored; the last two are defined for the forward KL only.
-TAILS = ("bucket", "conditional", "renormalize", "truncate")
+Tail = Literal["bucket", "conditional", "renormalize", "truncate"]
+TAILS: tuple[Tail, ...] = get_args(Tail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +55,10 @@ class SparseTarget:
     """
 
     ids: Tensor
-    logprobs: Optional[Tensor] = None
-    weights: Optional[Tensor] = None
-    mask: Optional[Tensor] = field(default=None, kw_only=True)
-    tail: str = field(default="bucket", kw_only=True)
+    logprobs: Tensor | None = None
+    weights: Tensor | None = None
+    mask: Tensor | None = field(default=None, kw_only=True)
+    tail: Tail = field(default="bucket", kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.logprobs is None) == (self.weights is None):
@@ -125,7 +126,7 @@ class SparseTarget:
     def to(
         self,
         device: torch.device | str | torch.dtype | None = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
         *,
         non_blocking: bool = False,
     ) -> SparseTarget:
@@ -196,34 +197,34 @@ class SparseTarget:
     # What other programs wrote; kdkernels.targets.records says what shape each of them has.
 
     @classmethod
-    def from_vllm(cls, prompt_logprobs, *, top_k: Optional[int] = None, tail: str = "bucket") -> SparseTarget:
+    def from_vllm(cls, prompt_logprobs, *, top_k: int | None = None, tail: Tail = "bucket") -> SparseTarget:
         """[T, K] of vLLM's ``prompt_logprobs`` of one prompt; see :func:`kdkernels.targets.records.vllm`."""
         return cls(*records.vllm(prompt_logprobs, top_k=top_k), tail=tail)
 
     @classmethod
-    def from_distillkit(cls, row, config, *, tail: str = "bucket") -> SparseTarget:
+    def from_distillkit(cls, row, config, *, tail: Tail = "bucket") -> SparseTarget:
         """[T, K] of a row of DistillKit's captured logits; see :func:`kdkernels.targets.records.distillkit`."""
         return cls(*records.distillkit(row, config), tail=tail)
 
     @classmethod
-    def from_axolotl(cls, row, *, shift: int = 0, tail: str = "bucket") -> SparseTarget:
+    def from_axolotl(cls, row, *, shift: int = 0, tail: Tail = "bucket") -> SparseTarget:
         """[T, K] or [B, T, K] of axolotl's columns; see :func:`kdkernels.targets.records.axolotl`."""
         return cls(*records.axolotl(row, shift=shift), tail=tail)
 
     @classmethod
     def from_trl_server(
-        cls, result, *, prompt_lengths=None, length: Optional[int] = None, tail: str = "bucket"
+        cls, result, *, prompt_lengths=None, length: int | None = None, tail: Tail = "bucket"
     ) -> SparseTarget:
         """[B, T, K] of what TRL's teacher server answers; see :func:`kdkernels.targets.records.trl_server`."""
         return cls(*records.trl_server(result, prompt_lengths=prompt_lengths, length=length), tail=tail)
 
     @classmethod
-    def from_tinker(cls, topk_prompt_logprobs, *, tail: str = "bucket") -> SparseTarget:
+    def from_tinker(cls, topk_prompt_logprobs, *, tail: Tail = "bucket") -> SparseTarget:
         """[T, K] of tinker's ``topk_prompt_logprobs``; see :func:`kdkernels.targets.records.tinker`."""
         return cls(*records.tinker(topk_prompt_logprobs), tail=tail)
 
     @classmethod
-    def from_megatron(cls, payload, *, tail: str = "bucket") -> SparseTarget:
+    def from_megatron(cls, payload, *, tail: Tail = "bucket") -> SparseTarget:
         """[B, S, K] of Megatron-LM's cached logits; see :func:`kdkernels.targets.records.megatron`."""
         return cls(*records.megatron(payload), tail=tail)
 

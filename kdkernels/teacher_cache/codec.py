@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..targets import SparseTarget
+from ..targets import SparseTarget, Tail
 
 #: How values are stored -> the numpy dtype of the column. "count" is for plain samples: t = count / draws.
 DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "uint8": np.uint8, "count": np.uint16}
@@ -52,7 +52,7 @@ def flatten(target: SparseTarget) -> tuple[NDArray, NDArray, NDArray]:
     return kept.cpu().numpy(), ids[full].cpu().numpy(), values.gather(-1, order)[full].cpu().numpy()
 
 
-def pad(kept: NDArray, ids: NDArray, values: NDArray, *, kind: str, tail: str, slots: int) -> SparseTarget:
+def pad(kept: NDArray, ids: NDArray, values: NDArray, *, kind: str, tail: Tail, slots: int) -> SparseTarget:
     """The target [T, max(slots, 1)] of flat slots; what is left of a row is empty."""
     slots = max(slots, 1)
     full = np.arange(slots) < kept[:, None]

@@ -8,7 +8,7 @@ from typing import Any, Iterator
 import datasets
 import numpy as np
 
-from ..targets import SparseTarget
+from ..targets import SparseTarget, Tail
 from .codec import flatten, pad
 from .manifest import Manifest, data_fingerprint
 from .reader import TeacherCache
@@ -79,7 +79,7 @@ def from_dataset(
     return manifest
 
 
-def _target(index: int, row: dict[str, Any], kind: str, tail: str) -> SparseTarget:
+def _target(index: int, row: dict[str, Any], kind: str, tail: Tail) -> SparseTarget:
     kept = np.array([len(slots) for slots in row["ids"]])
     if [len(slots) for slots in row[kind]] != kept.tolist():
         raise ValueError(f"row {index} has other slots in {kind} than in ids")

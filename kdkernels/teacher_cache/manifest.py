@@ -6,11 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 
-from ..targets import TAILS
+from ..targets import TAILS, Tail
 from .codec import DTYPES
 
 FORMAT_VERSION = 1
@@ -48,9 +48,9 @@ class Manifest:
     method: str
     k: int
     kind: str = "logprobs"
-    top_p: Optional[float] = None
+    top_p: float | None = None
     proposal_temperature: float = 1.0
-    tail: str = "bucket"
+    tail: Tail = "bucket"
     temperature: float = 1.0
     shift: int = 1
     values: str = "uint8"
@@ -117,7 +117,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def data_fingerprint(
-    sequences: Iterable[Sequence[int]], labels: Optional[Iterable[Sequence[int]]] = None
+    sequences: Iterable[Sequence[int]], labels: Iterable[Sequence[int]] | None = None
 ) -> str:
     """sha256 of token sequences with their labels (by default the tokens themselves), in their order.
 

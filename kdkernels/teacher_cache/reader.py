@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +47,7 @@ class TeacherCache(torch.utils.data.Dataset):
         ValueError: it is incomplete or damaged, or was made with something else; names what and where.
     """
 
-    def __init__(self, directory: Path | str, *, require: Optional[dict[str, Any]] = None) -> None:
+    def __init__(self, directory: Path | str, *, require: dict[str, Any] | None = None) -> None:
         self.directory = Path(directory)
         self.manifest = Manifest.read(self.directory)
         self.manifest.require(self.directory, **(require or {}))
@@ -76,7 +76,7 @@ class TeacherCache(torch.utils.data.Dataset):
         )
         return Record(index, torch.from_numpy(columns["input_ids"].astype(np.int64)), target)
 
-    def stream(self, order: Optional[Iterable[int]] = None, *, prefetch: int = 16) -> Iterator[Record]:
+    def stream(self, order: Iterable[int] | None = None, *, prefetch: int = 16) -> Iterator[Record]:
         """Records in ``order`` (0, 1, 2, ... if None), read up to ``prefetch`` ahead by a thread."""
         ahead: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
         stop = threading.Event()
@@ -194,7 +194,7 @@ class TeacherCache(torch.utils.data.Dataset):
         )
 
 
-def stack(targets: Sequence[SparseTarget], length: Optional[int] = None) -> SparseTarget:
+def stack(targets: Sequence[SparseTarget], length: int | None = None) -> SparseTarget:
     """One target [B, T, K] of targets [T_i, K_i]; T = ``length`` or the longest, what is short gets empty slots.
 
     >>> a = SparseTarget(torch.tensor([[3]]), torch.tensor([[-0.5]]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Sequence
 
 import filelock
 import numpy as np
@@ -38,7 +38,7 @@ class CacheWriter:
         RuntimeError: another live process writes as the same rank.
     """
 
-    _file: Optional[pq.ParquetWriter]
+    _file: pq.ParquetWriter | None
     _rows: list[int]
     _tokens: int
     _kept: int
@@ -62,7 +62,7 @@ class CacheWriter:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RuntimeError(f"another process is writing to {directory} as rank {rank}") from None
-        self._last: Optional[Shard] = None
+        self._last: Shard | None = None
         self._pending: list[tuple[int, codec.Columns]] = []
         self._pending_tokens = 0
         self._start_shard(self._clean_up())
@@ -78,7 +78,7 @@ class CacheWriter:
         return [index for index in mine if index not in self.done]
 
     @property
-    def bytes_per_token(self) -> Optional[float]:
+    def bytes_per_token(self) -> float | None:
         """Of this writer's last shard, or of the first while it is being written; None before there is a byte."""
         if self._last is not None:
             return self._last.bytes / self._last.tokens

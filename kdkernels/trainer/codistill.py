@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Pair(nn.Module):
     def forward(
         self,
         function: Callable[[kd.LinearHead, kd.LinearHead], Any],
-        with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+        with_router: Callable[[Any, Tensor], Any] | None = None,
         **inputs: Any,
     ) -> Any:
         """``function(student's head, teacher's head)``, called inside both lm_heads' forwards."""
@@ -84,7 +84,7 @@ class SoftWeight:
         if self.kind not in SCHEDULES:
             raise Problem(f"unknown soft_schedule {self.kind!r}; there are {', '.join(SCHEDULES)}")
 
-    def at(self, step: int, steps: int, *, teacher_loss: Optional[float] = None, vocab: float = 0) -> float:
+    def at(self, step: int, steps: int, *, teacher_loss: float | None = None, vocab: float = 0) -> float:
         if self.kind == "constant":
             return self.peak
         if self.kind == "teacher_loss":
@@ -122,7 +122,7 @@ class CodistillationTrainer(ReliableTrainer):
         for model in (pair.student, pair.teacher):
             check_head(model)
         self.soft_schedule, self.teacher_learning_rate = soft_schedule, teacher_learning_rate
-        self.teacher_loss: Optional[float] = None  #: over the last whole batch, if the schedule asks
+        self.teacher_loss: float | None = None  #: over the last whole batch, if the schedule asks
         self._teacher_sum: Any = 0.0
         self._used_soft_weight = 0.0
 
@@ -138,7 +138,7 @@ class CodistillationTrainer(ReliableTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         function: Callable[..., Any],
-        with_router: Optional[Callable[[Any, Tensor], Any]] = None,
+        with_router: Callable[[Any, Tensor], Any] | None = None,
     ) -> Any:
         return model(function, with_router, **model_inputs(inputs))
 
@@ -151,7 +151,7 @@ class CodistillationTrainer(ReliableTrainer):
             teacher_loss=self.teacher_loss,
             vocab=self.cut["vocab_size"] or target.vocab_size,
         )
-        result: Any = kd.codistillation_loss(
+        losses, stats = kd.codistillation_loss(
             student,
             target,
             labels,
@@ -163,7 +163,6 @@ class CodistillationTrainer(ReliableTrainer):
             **self.soft_options,
             **self.cut,
         )
-        losses, stats = result
         self.log_stats(stats, student, target, labels)
         self._sums.add({"teacher_hard": losses.teacher.detach() * num_items})
         self._teacher_sum = self._teacher_sum + losses.teacher.detach()
@@ -179,7 +178,7 @@ class CodistillationTrainer(ReliableTrainer):
             self._teacher_sum = 0.0
         return loss
 
-    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["soft_weight"] = self._used_soft_weight
         super().log(logs, start_time)
@@ -192,7 +191,7 @@ class CodistillationTrainer(ReliableTrainer):
 
     # -- two models where Trainer expects one ---------------------------------------------------
 
-    def create_optimizer(self, model: Optional[nn.Module] = None) -> Any:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
         if self.optimizer is None:
             pair: Any = self.model if model is None else model
             teacher_groups = super().create_optimizer(pair.teacher).param_groups
@@ -211,7 +210,7 @@ class CodistillationTrainer(ReliableTrainer):
         ]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
-    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -230,7 +229,7 @@ class CodistillationTrainer(ReliableTrainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder / name)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -250,7 +249,7 @@ class CodistillationTrainer(ReliableTrainer):
         if self.args.should_save:
             Path(output_dir, TEACHER_LOSS).write_text(json.dumps(self.teacher_loss))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.teacher_loss = json.loads(Path(checkpoint, TEACHER_LOSS).read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,7 +33,7 @@ def check_models(settings: ModelSettings, max_length: int) -> None:
             )
 
 
-def positions_of(config: Any) -> Optional[int]:
+def positions_of(config: Any) -> int | None:
     """The longest sequence that a model is made for; None if its config says nothing about it.
 
     >>> positions_of(LlamaConfig(max_position_embeddings=4096))

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class ReliableTrainer(DistillationTrainer):
     """DistillationTrainer whose checkpoints appear whole or not at all, and which never trains on nonsense."""
 
     _staging = False
-    _clock: Optional[tuple[float, int]] = None  #: time and tokens at the last log
+    _clock: tuple[float, int] | None = None  #: time and tokens at the last log
 
     def __init__(self, model: nn.Module, args: Any, **options: Any) -> None:
         # Trainer writes this to the model's config, which is saved. The loss asks for no cache, whatever it says.
@@ -190,7 +190,7 @@ class ReliableTrainer(DistillationTrainer):
         if self._clock is not None:
             self._clock = self._clock[0] + time.perf_counter() - start, self._clock[1]
 
-    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
             if self._clock is not None:

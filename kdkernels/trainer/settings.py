@@ -11,7 +11,7 @@ import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import yaml
@@ -72,11 +72,11 @@ class ModelSettings:
     student: str = option(
         "tiny", f"a transformers causal LM (folder or name), or {', '.join(SCRATCH)}: from scratch"
     )
-    teacher: Optional[str] = option(
+    teacher: str | None = option(
         None, "the same for the teacher; hard needs none if --data holds its completions"
     )
-    targets: Optional[str] = option(None, "what `python -m kdkernels cache` wrote, instead of a teacher")
-    tokenizer: Optional[str] = option(
+    targets: str | None = option(None, "what `python -m kdkernels cache` wrote, instead of a teacher")
+    tokenizer: str | None = option(
         None, "folder or name; default: the student's, else the teacher's, else trained"
     )
     tokenizer_size: int = option(8192, "vocabulary of a BPE tokenizer that is trained on --data")
@@ -109,7 +109,7 @@ class LossSettings:
     temperature: float = option(1.0, "of the soft term")
     temperature_squared: bool = option(False, "multiply the soft term by temperature^2")
     soft_weight: float = option(1.0, "of the divergence; in co the value that --soft_schedule comes to")
-    hard_weight: Optional[float] = option(None, "of the student's cross entropy; default 0 in soft, 1 in co")
+    hard_weight: float | None = option(None, "of the student's cross entropy; default 0 in soft, 1 in co")
     soft_schedule: str = option("linear", "constant, linear, cosine, warmup_stable_decay or teacher_loss")
     soft_weight_start: float = option(0.0, "where linear, cosine and warmup_stable_decay begin")
     soft_warmup: float = option(0.1, "share of the steps that warmup_stable_decay rises (and falls) in")
@@ -118,7 +118,7 @@ class LossSettings:
 
 @dataclass
 class GenerationSettings:
-    completions: Optional[str] = option(None, "the .jsonl to write; default OUTPUT_DIR/completions.jsonl")
+    completions: str | None = option(None, "the .jsonl to write; default OUTPUT_DIR/completions.jsonl")
     prompts: int = option(1024, "how many prompts the teacher completes")
     prompt_tokens: int = option(16, "prompts are the first tokens of so many training sequences")
     sampling_temperature: float = option(1.0, "0 is greedy")
@@ -129,7 +129,7 @@ class GenerationSettings:
 class RunSettings(TrainingArguments):
     """transformers.TrainingArguments with the defaults of this trainer."""
 
-    output_dir: Optional[str] = option(None, "where the run is kept [required]")
+    output_dir: str | None = option(None, "where the run is kept [required]")
     resume: bool = option(False, "go on from the last whole checkpoint in OUTPUT_DIR")
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs if > 0")
     teacher_steps: int = option(0, "steps of a teacher made from scratch; 0: max_steps")
@@ -138,16 +138,14 @@ class RunSettings(TrainingArguments):
     warmup_steps: float = option(0.05, "steps, or a share of them if below 1")
     logging_steps: float = option(10, "steps between two lines of metrics.jsonl")
     eval_strategy: str = option("steps", "no, steps or epoch")
-    eval_steps: Optional[float] = option(500, "steps between two evaluations")
+    eval_steps: float | None = option(500, "steps between two evaluations")
     save_steps: float = option(500, "steps between two checkpoints")
-    save_total_limit: Optional[int] = option(2, "checkpoints that are kept; 0: all")
-    report_to: Optional[list[str]] = option(
-        ["none"], "tensorboard, wandb, ...; metrics.jsonl is always written"
-    )
-    fsdp: Optional[bool] = option(
+    save_total_limit: int | None = option(2, "checkpoints that are kept; 0: all")
+    report_to: list[str] | None = option(["none"], "tensorboard, wandb, ...; metrics.jsonl is always written")
+    fsdp: bool | None = option(
         None, "shard models, optimizer and gradients (under torchrun); details in fsdp_config"
     )  # type: ignore[assignment]
-    ddp_find_unused_parameters: Optional[bool] = option(False, "every parameter takes part in every step")
+    ddp_find_unused_parameters: bool | None = option(False, "every parameter takes part in every step")
     average_tokens_across_devices: bool = option(True, "the loss is per token of the whole batch")
 
     def __post_init__(self) -> None:
@@ -291,7 +289,7 @@ def resolve(
     mode: str,
     values: dict[str, Any],
     arguments: Sequence[str] = (),
-    parser: Optional[HfArgumentParser] = None,
+    parser: HfArgumentParser | None = None,
 ) -> Settings:
     """Settings from ``values`` (as a config.yaml holds them), under those of the command line."""
     parser = parser or parser_for(mode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -23,7 +23,7 @@ def of_data(
         say(f"no teacher: the student learns the {learnt}, by cross entropy")
 
 
-def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: Optional[str]) -> None:
+def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: str | None) -> None:
     """Models, backend, steps, and whether the run begins or goes on."""
     args, whole, trained = settings.run, models.parameters(student), models.parameters(student, trained=True)
     part = f", {trained:,} of them trained" if trained < whole else ""
