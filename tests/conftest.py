@@ -58,3 +58,24 @@ def backend(request):
 @pytest.fixture(params=DIVERGENCES, ids=str)
 def divergence(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A BPE tokenizer of 300 tokens."""
+    from trainer_runs import ROOT
+
+    from kdkernels.trainer import models
+
+    return models.train_tokenizer((path.read_text() for path in sorted(ROOT.glob("kdkernels/*.py"))), 300)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tokenizer):
+    """A folder with a micro model and its tokenizer."""
+    from kdkernels.trainer import models
+
+    folder = tmp_path_factory.mktemp("saved")
+    models.load_model("micro", tokenizer, dtype="float32", seed=5, max_length=32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -20,8 +20,9 @@ from kdkernels.integrations.transformers import call_through_head, row_of  # noq
 from kdkernels.teacher_cache import TeacherCache, stack, tokenizer_hash  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
+from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.reliable import read_metrics  # noqa: E402
-from kdkernels.trainer.settings import Problem, resolve  # noqa: E402
+from kdkernels.trainer.settings import Problem  # noqa: E402
 
 K = 12
 DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}

@@ -22,9 +22,9 @@ from trainer_runs import (  # noqa: E402
 )
 
 from kdkernels.trainer import models, train  # noqa: E402
+from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
 from kdkernels.trainer.reliable import STAGING, checkpoints, read_metrics  # noqa: E402
-from kdkernels.trainer.settings import resolve  # noqa: E402
 
 #: Ends the process by SIGKILL: {step} forwards into training, or while {name} is written for the {count}th time.
 KILLER = """

@@ -18,8 +18,9 @@ from ..integrations.transformers import call_through_head, check_head, model_inp
 from ..targets import Tail
 from ..teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
 from ..trainer import data, models
+from ..trainer.command_line import HelpFormatter
 from ..trainer.progress import bar
-from ..trainer.settings import SCRATCH, DataSettings, HelpFormatter, ModelSettings, Problem, option
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, Problem, option
 
 
 @dataclass

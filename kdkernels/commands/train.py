@@ -12,7 +12,8 @@ import torch.distributed
 def main(arguments: list[str]) -> None:
     from transformers.utils import logging
 
-    from ..trainer.settings import MODES, Problem, parse
+    from ..trainer.command_line import parse
+    from ..trainer.settings import MODES, Problem
 
     logging.disable_progress_bar()  # of loading and writing; training has its own
 

@@ -22,8 +22,9 @@ import transformers
 import kdkernels as kd
 
 from . import data, models, report, train
+from .command_line import resolve
 from .reliable import ReliableTrainer, read_metrics, write_whole
-from .settings import SCRATCH, Problem, Settings, for_mode, resolve
+from .settings import SCRATCH, Problem, Settings, for_mode
 
 COMPARISON = "comparison.json"
 

@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import yaml
+from transformers import AutoTokenizer
+
+from kdkernels.__main__ import main
+from kdkernels.trainer import models, train
+from kdkernels.trainer.command_line import resolve
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kdkernels" / "backends"  #: text to train on
@@ -31,6 +38,28 @@ def options(folder, **values):
         "disable_tqdm": True,
         **values,
     }
+
+
+def run(mode, folder, **values):
+    """In this process."""
+    return train.run(resolve(mode, options(folder, **values)))
+
+
+def error_of(capsys, mode, folder, **values):
+    """The line that the command ends with; it leaves no half of a run."""
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(options(folder / "run", **values)))
+    with pytest.raises(SystemExit) as caught:
+        main(["train", mode, "--config", str(path)])
+    assert not (folder / "run" / "config.yaml").exists() or (folder / "run" / "model").exists()
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code  # printed, and exit status 1
+    return caught.value.code
+
+
+def start_weights(name, folder, seed):
+    """What a model made from scratch begins with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return models.load_model(name, tokenizer, dtype="float32", seed=seed, max_length=32).state_dict()
 
 
 #: What a micro teacher writes, in hard and compare.

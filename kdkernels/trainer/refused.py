@@ -1,0 +1,134 @@
+"""Settings that cannot be, and those that would be passed over: refused before anything is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Callable
+
+from .settings import FIELDS, Problem, Settings, default_of, divergence_of, modes_of
+
+_Range = tuple[str, Callable[[Any], bool]]
+_COUNT: _Range = ("must be 1 or more", lambda value: value >= 1)
+_SIZE: _Range = ("must be 0 or more, and finite", lambda value: 0 <= value < math.inf)
+_ABOVE_0: _Range = ("must be above 0, and finite", lambda value: 0 < value < math.inf)
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "validation_sequences",
+            "prompts",
+            "prompt_tokens",
+            "generation_batch_size",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate",
+            "teacher_learning_rate",
+            "soft_weight",
+            "hard_weight",
+            "soft_weight_start",
+            "weight_decay",
+            "max_grad_norm",
+            "sampling_temperature",
+            "lora_rank",
+            "teacher_steps",
+            "save_total_limit",
+            "dataloader_num_workers",
+            "neftune_noise_alpha",
+        ),
+        _SIZE,
+    ),
+    **dict.fromkeys(("num_train_epochs", "temperature"), _ABOVE_0),
+    "max_length": (
+        "is too short: a sequence needs 2 tokens or more to predict one",
+        lambda value: value >= 2,
+    ),
+    "tokenizer_size": (
+        "is too small: 256 bytes and the end of text are 257 tokens",
+        lambda value: value >= 257,
+    ),
+    "validation_share": ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
+    "soft_warmup": (
+        "is no share from 0 to 0.5 (it rises in one and falls in another)",
+        lambda value: 0 <= value <= 0.5,
+    ),
+    "max_steps": ("must be 1 or more, or -1 for num_train_epochs", lambda value: value == -1 or value >= 1),
+    **{
+        f"{what}_steps": (f"must be above 0; --{what}_strategy no for never", _ABOVE_0[1])
+        for what in ("logging", "eval", "save")
+    },
+}
+
+#: Options of TrainingArguments that would be passed over, and what to do instead.
+_REFUSED = {
+    "resume_from_checkpoint": "--resume goes on from the last whole checkpoint in OUTPUT_DIR",
+    "label_smoothing_factor": "it needs logits, which are never held; leave it out",
+    "use_cache": "the loss needs no cache, and the saved config keeps what the model's own says; leave it out",
+    "batch_eval_metrics": "it needs logits, which are never held; leave it out",
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"),
+        "every run trains, and evaluates by --eval_strategy; leave it out",
+    ),
+}
+
+
+def check(settings: Settings) -> None:
+    """Raises :class:`Problem` for what cannot be, and for what would be passed over without a word."""
+    mode, asked, loss, run = settings.mode, settings.asked, settings.loss, settings.run
+    if not asked["output_dir"]:
+        raise Problem("no --output_dir: where shall the run be kept?")
+    for name, value in asked.items():
+        if value == default_of(FIELDS[name]):
+            continue
+        if mode not in modes_of(name):
+            raise Problem(
+                f"{name}={value}: {mode} has none, it is of {', '.join(modes_of(name))}; leave it out"
+            )
+        if name in _REFUSED:
+            raise Problem(f"{name}={value}: {_REFUSED[name]}")
+        what, holds = _RANGES.get(name, ("", bool))
+        if what and value is not None and not holds(value):
+            raise Problem(f"{name}={value} {what}")
+    if run.torch_compile:  # its backend and mode turn it on
+        raise Problem(
+            "torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
+            "leave it out"
+        )
+    if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
+        where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"
+        raise Problem(
+            f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
+            "(the loss is fused without them)"
+        )
+    weights = (
+        loss.soft_weight,
+        1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
+        loss.soft_weight_start if mode == "co" else 0.0,
+    )
+    if not any(weights):
+        raise Problem("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
+    if mode != "hard" and settings.model.teacher is None and settings.model.targets is None:
+        cached = ", or --targets that `python -m kdkernels cache` wrote" if mode == "soft" else ""
+        raise Problem(f"{mode} needs a --teacher{cached}")
+    if settings.model.teacher is not None and settings.model.targets is not None:
+        raise Problem("give --teacher or --targets, not both: the targets are the teacher")
+    if settings.model.dtype not in ("float32", "bfloat16"):
+        raise Problem(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
+    if settings.model.lora_modules != ["all-linear"] and not settings.model.lora_rank:
+        raise Problem(
+            f"lora_modules={' '.join(settings.model.lora_modules)} without LoRA: give --lora_rank too"
+        )
+    completions = settings.generation.completions
+    if completions is not None and settings.model.teacher is None:
+        raise Problem(
+            f"completions={completions}, but no --teacher writes them; text that is there already is --data"
+        )
+    if completions is not None and Path(completions).suffix != ".jsonl":
+        raise Problem(f"completions={completions}: the name must end in .jsonl")
+    divergence_of(loss.divergence)

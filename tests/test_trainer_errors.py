@@ -1,0 +1,159 @@
+"""``python -m kdkernels train``: errors of a run: one line, exit status 1, nothing lost."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from trainer_runs import error_of, run, weights  # noqa: E402
+
+from kdkernels.__main__ import main  # noqa: E402
+from kdkernels.trainer import data, models, train  # noqa: E402
+from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
+from kdkernels.trainer.settings import Problem  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"student": "no/such/model"}, "no model no/such/model"),
+        ({"student": "{tmp}"}, "cannot load model"),
+        ({"tokenizer": "{tmp}"}, "cannot load tokenizer"),
+        ({"tokenizer": "no/such/model"}, "no tokenizer no/such/model"),
+        ({"data": ["{tmp}/nothing.txt"]}, "no data"),
+        ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
+        ({"data": ["{tmp}/empty_texts.jsonl"]}, "no text in"),
+        ({"data": ["{tmp}/short.txt"], "validation_share": 0.9}, "no sequence of 2 or more tokens"),
+        ({"data": ["{tmp}/keys.jsonl"]}, "line 1 has neither a text 'text'"),
+        ({"data": ["{tmp}/torn.jsonl"]}, "cannot read"),
+        ({"divergence": "kl"}, "unknown divergence 'kl'"),
+        ({"divergence": "jsd:7"}, "divergence 'jsd:7'"),
+        ({"no_such_option": 1}, "unknown options no_such_option"),
+        ({"fsdp": True}, "fsdp only works in distributed"),
+        ({"output_dir": None}, "no --output_dir"),
+        ({"output_dir": "{tmp}/short.txt"}, "cannot write to --output_dir"),
+        ({"targets": "{tmp}", "teacher": None}, "is no teacher cache"),
+        ({"lora_modules": ["nope"], "lora_rank": 2}, "Target modules {'nope'} not found"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 9999}, "a batch takes 9999"),
+        ({"seed": -1}, "Seed must be between 0"),
+        ({"report_to": ["x"]}, "x is not supported"),
+        (
+            {"load_best_model_at_end": True, "eval_steps": 2, "validation_share": 0.0},
+            "the best checkpoint needs text to be judged by",
+        ),
+        ({"learning_rate": 1e-3, "optim": "galore_adamw"}, "optim=galore_adamw, optim_args=None: "),
+        ({"lr_scheduler_kwargs": {"nope": 1}}, "lr_scheduler_kwargs={'nope': 1}: "),
+    ],
+)
+def test_error(values, message, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty_texts.jsonl").write_text('{"text": ""}\n' * 3)
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "keys.jsonl").write_text('{"words": "x"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "x\n')
+    fill = lambda value: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value  # noqa: E731
+    values = {
+        n: [fill(v) for v in value] if isinstance(value, list) else fill(value) for n, value in values.items()
+    }
+    assert message in error_of(capsys, "soft", tmp_path, **values)
+
+
+def test_an_unknown_metric_names_those_there_are(tmp_path):
+    with pytest.raises(
+        Problem, match="metric_for_best_model=nope: evaluation gives .*eval_hard.*no checkpoint yet"
+    ):
+        run(
+            "soft",
+            tmp_path,
+            load_best_model_at_end=True,
+            metric_for_best_model="nope",
+            save_steps=1,
+            eval_steps=1,
+        )
+
+
+def test_a_report_that_cannot_begin(tmp_path, capsys, monkeypatch):
+    def on_train_begin(self, *arguments, **options):
+        raise RuntimeError("No API key configured.\nLong advice")
+
+    monkeypatch.setattr(train.MetricsFile, "on_train_begin", on_train_begin)
+    assert "cannot begin: No API key configured." in error_of(capsys, "soft", tmp_path)
+    monkeypatch.undo()
+    run("soft", tmp_path / "run", max_steps=1)  # what could not begin does not stand in the way
+
+
+def test_half_a_tokenizer_is_never_used(tmp_path, capsys, monkeypatch):
+    def save_pretrained(self, folder, **options):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_pretrained)
+        message = error_of(capsys, "soft", tmp_path)
+        assert "cannot write" in message and "No space left on device" in message
+    run("soft", tmp_path / "run", max_steps=1)
+
+
+def test_a_teacher_in_shards_does_not_write(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
+    assert "give that run's completions.jsonl as --data" in error_of(capsys, "hard", tmp_path)
+
+
+def test_compare_needs_text_to_validate_on(tmp_path, capsys):
+    assert "--validation_share above 0" in error_of(capsys, "compare", tmp_path, validation_share=0.0)
+
+
+def test_tokenizer_mismatch(tmp_path, saved, capsys):
+    other = models.train_tokenizer(["something else entirely " * 20], 280)
+    models.load_model("micro", other, dtype="float32", seed=0, max_length=32).save_pretrained(
+        tmp_path / "other"
+    )
+    other.save_pretrained(tmp_path / "other")
+    message = error_of(capsys, "soft", tmp_path, student=str(saved), teacher=str(tmp_path / "other"))
+    assert "tokenizer mismatch" in message and "300 tokens" in message
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    run("soft", tmp_path / "run", max_steps=2)
+    before = weights(tmp_path / "run" / "model")
+    assert "already holds a run" in error_of(capsys, "soft", tmp_path, max_steps=2)
+    message = error_of(capsys, "soft", tmp_path, max_steps=2, resume=True, temperature=2.0)
+    assert "temperature 1.0, now 2.0" in message
+    assert weights(tmp_path / "run" / "model").keys() == before.keys()
+
+
+def test_every_token_masked(tmp_path, monkeypatch):
+    collate = data.Collator.__call__
+
+    def masked(self, rows):
+        return {**collate(self, rows), "labels": torch.full((len(rows), 32), -100)}
+
+    monkeypatch.setattr(data.Collator, "__call__", masked)
+    with pytest.raises(Problem, match="step 1: every token of the batch is masked"):
+        run("soft", tmp_path, eval_strategy="no")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path, monkeypatch):
+    original = ReliableTrainer.batch_loss
+
+    def loss(self, *arguments):
+        value = original(self, *arguments)
+        return value * float("nan") if self.state.global_step == 2 else value
+
+    monkeypatch.setattr(ReliableTrainer, "batch_loss", loss)
+    with pytest.raises(Problem, match="step 3: loss is nan.*last good one is .*checkpoint-2"):
+        run("soft", tmp_path)
+    kept = torch.load(tmp_path / "non-finite-step-3-rank-0.pt")
+    assert kept["input_ids"].shape == (4, 32)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-2").values())
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "train", "cache"])
+def test_an_unknown_backend_in_the_environment_is_one_line(command, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_BACKEND", "bogus")
+    with pytest.raises(SystemExit) as caught:
+        main([command])
+    assert caught.value.code.startswith("error: KDKERNELS_BACKEND: unknown backend 'bogus'; there are ")
+    assert "\n" not in caught.value.code

@@ -1,0 +1,208 @@
+"""``python -m kdkernels train``: the options, from the command line and from YAML; what cannot be is refused before anything is read."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import yaml  # noqa: E402
+from trainer_runs import PACKAGE, options  # noqa: E402
+
+from kdkernels.__main__ import main  # noqa: E402
+from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH, Problem  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "mode, values, message",
+    [
+        *(
+            ("soft", {name: 0}, f"{name}=0 must be 1 or more")
+            for name in (
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "eval_accumulation_steps",
+                "validation_sequences",
+            )
+        ),
+        *(
+            ("hard", {name: 0}, f"{name}=0 must be 1 or more")
+            for name in ("prompts", "prompt_tokens", "generation_batch_size")
+        ),
+        *(
+            ("co", {name: value}, f"{name}={value} must be 0 or more")
+            for value in (-1.0, math.nan, math.inf)
+            for name in (
+                "learning_rate",
+                "teacher_learning_rate",
+                "soft_weight",
+                "hard_weight",
+                "soft_weight_start",
+                "weight_decay",
+                "max_grad_norm",
+                "neftune_noise_alpha",
+            )
+        ),
+        *(
+            ("soft", {"temperature": value}, f"temperature={value} must be above 0")
+            for value in (0.0, -1.0, math.inf)
+        ),
+        *(
+            (
+                "soft",
+                {f"{what}_steps": -1.0},
+                f"{what}_steps=-1.0 must be above 0; --{what}_strategy no for never",
+            )
+            for what in ("logging", "eval", "save")
+        ),
+        ("soft", {"logging_steps": 0}, "requires non-zero --logging_steps"),
+        ("soft", {"max_steps": 0}, "max_steps=0 must be 1 or more, or -1"),
+        ("soft", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0.0 must be above 0"),
+        ("soft", {"max_length": 1}, "needs 2 tokens or more"),
+        ("soft", {"tokenizer_size": 10}, "256 bytes and the end of text"),
+        ("soft", {"validation_share": 1.0}, "is no share from 0 to below 1"),
+        ("co", {"soft_warmup": 0.6}, "is no share from 0 to 0.5"),
+        ("soft", {"save_total_limit": -1}, "save_total_limit=-1 must be 0 or more"),
+        ("soft", {"lora_rank": -1}, "lora_rank=-1 must be 0 or more"),
+        ("soft", {"lora_modules": ["q_proj"]}, "give --lora_rank too"),
+        ("soft", {"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be 0 or more"),
+        ("hard", {"sampling_temperature": -1.0}, "sampling_temperature=-1.0 must be 0 or more"),
+        ("soft", {"teacher": None}, "soft needs a --teacher, or --targets that"),
+        ("co", {"teacher": None}, "co needs a --teacher"),
+        ("compare", {"teacher": None}, "compare needs a --teacher"),
+        ("soft", {"targets": "x"}, "--teacher or --targets, not both"),
+        ("soft", {"use_cache": True}, "use_cache=True: the loss needs no cache"),
+        ("soft", {"soft_weight": 0}, "the student would learn nothing"),
+        ("co", {"soft_weight": 0, "hard_weight": 0}, "the student would learn nothing"),
+        ("soft", {"use_liger_kernel": True}, "use_liger_kernel=True: Liger's kernels need a GPU"),
+        ("soft", {"torch_compile_backend": "eager"}, "torch_compile: the loss runs inside"),
+        ("soft", {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: it needs logits"),
+        ("soft", {"resume_from_checkpoint": "x"}, "resume_from_checkpoint=x: --resume goes on from"),
+        ("soft", {"do_eval": True}, "evaluates by --eval_strategy"),
+        ("soft", {"dtype": "float16"}, "dtype=float16: there are"),
+        ("soft", {"divergence": "jsd:x"}, "divergence 'jsd:x'"),
+        ("soft", {"lr_scheduler_type": "x"}, "x is not a valid SchedulerType"),
+        ("soft", {"deepspeed": "/no/such.json"}, "/no/such.json"),
+        ("soft", {"accelerator_config": "/no/such.json"}, "/no/such.json"),
+        # what another mode has
+        (
+            "soft",
+            {"soft_schedule": "cosine"},
+            "soft_schedule=cosine: soft has none, it is of co, compare; leave it out",
+        ),
+        ("hard", {"temperature": 2.0}, "temperature=2.0: hard has none, it is of soft, co, compare"),
+        ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
+        ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
+        ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
+        ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
+        ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),
+        # YAML of other types
+        ("soft", {"temperature": [1, 2]}, "temperature=[1, 2]: one value, not a list"),
+        ("soft", {"max_length": None}, "max_length is null; leave it out for its default, 512"),
+        ("soft", {"data": None}, "data is null"),
+        ("soft", {"divergence": {"jsd": 0.5}}, "unknown divergence"),
+        ("soft", {"config": "x", "help": True, "nope": 1}, "unknown options config, help, nope"),
+        ("soft", {"mode": "co"}, "is of another mode than soft"),
+    ],
+)
+def test_settings_that_cannot_be(mode, values, message, tmp_path):
+    """Refused before anything is read or written."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(options(tmp_path / "run", **values)))
+    with pytest.raises(Problem) as caught:
+        parse(mode, ["--config", str(path)])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_steps", 2.5),
+        ("max_length", 32.0),
+        ("max_steps", "many"),
+        ("seed", True),
+        ("temperature", True),
+        ("temperature_squared", "perhaps"),
+        ("learning_rate", "fast"),
+        ("optim", "nope"),
+    ],
+)
+def test_a_value_of_another_type(name, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        resolve("soft", options(tmp_path, **{name: value}))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and f"--{name}" in error and str(value) in error
+
+
+@pytest.mark.parametrize("text", [b"a: [1", b"just text", b"5: 3", b"\x00", b"student: \xe9", None])
+def test_a_config_that_cannot_be_read(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(Problem, match="--config .*config.yaml"):
+        parse("soft", ["--config", str(path)])
+
+
+def test_yaml_may_name_one_of_a_list(tmp_path):
+    values = options(
+        tmp_path, data=str(PACKAGE), lora_modules="q_proj", lora_rank=2, report_to="none", eval_steps=None
+    )
+    settings = resolve("soft", values)
+    assert settings.data.data == [str(PACKAGE)] and settings.model.lora_modules == ["q_proj"]
+    assert settings.run.report_to == [] and settings.asked["eval_steps"] is None
+
+
+def test_what_the_command_line_does_not_know():
+    with pytest.raises(Problem, match="unknown options --nope 1; see --help_all"):
+        parse("soft", ["--output_dir", "x", "--nope", "1"])
+
+
+@pytest.mark.parametrize(
+    "line", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"], ["--fsdp", "--output_dir", "x"]]
+)
+def test_fsdp_needs_no_value(line):
+    assert parser_for("co").parse_known_args(["--output_dir", "y", *line])[0].fsdp is True
+    assert parser_for("co").parse_known_args(["--output_dir", "y"])[0].fsdp is None
+    assert parser_for("co").parse_known_args(["--output_dir", "y", "--fsdp", "false"])[0].fsdp is False
+
+
+def test_an_unknown_mode_has_an_error_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "sofft"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "error: argument MODE: invalid choice: 'sofft'" in error
+    with pytest.raises(SystemExit) as caught:
+        main(["train"])
+    assert caught.value.code == 0 and "together, one codistillation_loss per step" in capsys.readouterr().out
+
+
+def test_a_machine_without_an_accelerator_trains_on_its_cpu(tmp_path):
+    """Told so: else accelerate takes each process of torchrun for the only one."""
+    values = options(tmp_path)
+    del values["use_cpu"]
+    assert resolve("soft", values).run.use_cpu != torch.accelerator.is_available()
+    assert resolve("soft", values).to_dict()["use_cpu"] is False  # as asked: the run may go on elsewhere
+
+
+def test_help_is_short_and_names_the_options(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("soft", ["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and len(text.splitlines()) < 130
+    assert "--divergence" in text and "--learning_rate" in text and "--push_to_hub" not in text
+    assert "--soft_warmup" not in text and "--prompts" not in text  # of other modes
+
+
+def test_yaml_then_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("teacher: micro\nlearning_rate: 2e-4\ntemperature: 3\noutput_dir: a\n")
+    settings = parse("soft", ["--config", str(path), "--temperature", "1.5"])
+    assert settings.run.learning_rate == 2e-4 and settings.loss.temperature == 1.5
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+    assert parse("soft", ["--config", str(tmp_path / "again.yaml")]).to_dict() == settings.to_dict()
+    assert set(SCRATCH) == {"micro", "tiny", "small"}
