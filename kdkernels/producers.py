@@ -134,11 +134,11 @@ def _top_p(
     def select(logits: Tensor, _: slice) -> tuple[Tensor, Tensor]:
         ids, values = _top(logits, most)
         mass = values.exp()
-        kept = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
-        kept[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
-        slots = max(int(kept.sum(-1).max()), 1)
-        kept, ids, values = kept[:, :slots], ids[:, :slots], values[:, :slots]
-        return torch.where(kept, ids, -1), torch.where(kept, values, -torch.inf)
+        chosen = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
+        chosen[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
+        slots = max(int(chosen.sum(-1).max()), 1)
+        chosen, ids, values = chosen[:, :slots], ids[:, :slots], values[:, :slots]
+        return torch.where(chosen, ids, -1), torch.where(chosen, values, -torch.inf)
 
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select)
 
@@ -216,7 +216,7 @@ def top_p_target(
 ) -> SparseTarget:
     """The fewest entries of each token that hold at least the mass ``p``: K differs by token.
 
-    ``max_k`` bounds how many are kept, at the price of less mass where the teacher is undecided; it
+    ``max_k`` bounds how many are stored, at the price of less mass where the teacher is undecided; it
     also saves sorting the whole vocabulary. The target is as wide as its widest token. Other
     arguments and errors as in :func:`top_k_target`; p must be in (0, 1].
 

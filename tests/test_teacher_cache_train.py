@@ -22,7 +22,7 @@ from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.reliable import read_metrics  # noqa: E402
-from kdkernels.trainer.settings import Problem  # noqa: E402
+from kdkernels.trainer.settings import UserError  # noqa: E402
 
 K = 12
 DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}
@@ -252,29 +252,29 @@ def test_the_command_that_the_cache_prints_trains_on_it(home, capsys):
 def test_another_tokenizer_vocabulary_or_order_of_data_is_refused(home):
     directory = cached(home, "refused", "--top_k", "4")
     made = TeacherCache(directory).manifest
-    with pytest.raises(Problem, match=f"made with sequences {made.sequences}, but this run has"):
+    with pytest.raises(UserError, match=f"made with sequences {made.sequences}, but this run has"):
         from_cache(home, "refused-length", directory, max_length=40)
     given = train.ingredients(
         settings(home, "soft", "refused-order", tokenizer=teacher(home), targets=str(directory))
     )
     assert len(CachedSequences(given.train, directory, given.tokenizer)) == made.sequences
-    with pytest.raises(Problem, match=f"made with data {made.data!r}, but this run has '"):
+    with pytest.raises(UserError, match=f"made with data {made.data!r}, but this run has '"):
         CachedSequences(data.Sequences(given.train.rows[::-1]), directory, given.tokenizer)
     other = models.train_tokenizer(["def f(x):\n    return x\n"] * 3, 300)
     other.save_pretrained(home / "other-tokenizer")
     both = f"made with tokenizer {made.tokenizer!r}, but this run has {tokenizer_hash(other)!r}"
-    with pytest.raises(Problem, match=both):
+    with pytest.raises(UserError, match=both):
         train.run(
             settings(
                 home, "soft", "refused-t", tokenizer=str(home / "other-tokenizer"), targets=str(directory)
             )
         )
     shutil.copytree(directory, home / "refused-nothing-held-out", ignore=shutil.ignore_patterns("validation"))
-    with pytest.raises(Problem, match="no targets for the validation text; --validation_share 0"):
+    with pytest.raises(UserError, match="no targets for the validation text; --validation_share 0"):
         from_cache(home, "refused-v", home / "refused-nothing-held-out")
-    with pytest.raises(Problem, match="--teacher or --targets, not both"):
+    with pytest.raises(UserError, match="--teacher or --targets, not both"):
         from_cache(home, "refused-both", directory, teacher=teacher(home))
-    with pytest.raises(Problem, match="is no teacher cache"):
+    with pytest.raises(UserError, match="is no teacher cache"):
         from_cache(home, "refused-none", home / "text")
 
 
@@ -284,7 +284,7 @@ def test_damage_stops_training_and_is_named(home):
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(Problem, match=f"{victim.name} is damaged"):
+    with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         from_cache(home, "from-damaged", directory)
     assert not (home / "from-damaged" / train.RESULT).exists()
 

@@ -11,7 +11,7 @@ from trainer_runs import error_of, options, run  # noqa: E402
 
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.settings import DataSettings, Problem  # noqa: E402
+from kdkernels.trainer.settings import DataSettings, UserError  # noqa: E402
 
 
 def test_every_format_is_read(tmp_path):
@@ -87,7 +87,7 @@ def _saved(tokenizer):
 )
 def test_records_of_another_shape(record, tmp_path):
     (tmp_path / "a.jsonl").write_text(record + "\n")
-    with pytest.raises(Problem, match="a.jsonl line 1 has neither a text 'text' nor messages nor a prompt"):
+    with pytest.raises(UserError, match="a.jsonl line 1 has neither a text 'text' nor messages nor a prompt"):
         data.read(DataSettings(data=[str(tmp_path / "a.jsonl")]))
 
 

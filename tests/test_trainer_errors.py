@@ -11,7 +11,7 @@ from trainer_runs import error_of, run, weights  # noqa: E402
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
-from kdkernels.trainer.settings import Problem  # noqa: E402
+from kdkernels.trainer.settings import UserError  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_error(values, message, tmp_path, capsys):
 
 def test_an_unknown_metric_names_those_there_are(tmp_path):
     with pytest.raises(
-        Problem, match="metric_for_best_model=nope: evaluation gives .*eval_hard.*no checkpoint yet"
+        UserError, match="metric_for_best_model=nope: evaluation gives .*eval_hard.*no checkpoint yet"
     ):
         run(
             "soft",
@@ -131,7 +131,7 @@ def test_every_token_masked(tmp_path, monkeypatch):
         return {**collate(self, rows), "labels": torch.full((len(rows), 32), -100)}
 
     monkeypatch.setattr(data.Collator, "__call__", masked)
-    with pytest.raises(Problem, match="step 1: every token of the batch is masked"):
+    with pytest.raises(UserError, match="step 1: every token of the batch is masked"):
         run("soft", tmp_path, eval_strategy="no")
 
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path, monkeypat
         return value * float("nan") if self.state.global_step == 2 else value
 
     monkeypatch.setattr(ReliableTrainer, "batch_loss", loss)
-    with pytest.raises(Problem, match="step 3: loss is nan.*last good one is .*checkpoint-2"):
+    with pytest.raises(UserError, match="step 3: loss is nan.*last good one is .*checkpoint-2"):
         run("soft", tmp_path)
     kept = torch.load(tmp_path / "non-finite-step-3-rank-0.pt")
     assert kept["input_ids"].shape == (4, 32)

@@ -13,7 +13,7 @@ from trainer_runs import PACKAGE, options  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
-from kdkernels.trainer.settings import SCRATCH, Problem  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_settings_that_cannot_be(mode, values, message, tmp_path):
     """Refused before anything is read or written."""
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(options(tmp_path / "run", **values)))
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         parse(mode, ["--config", str(path)])
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["settings.yaml"]
@@ -144,7 +144,7 @@ def test_a_config_that_cannot_be_read(text, tmp_path):
     path = tmp_path / "config.yaml"
     if text is not None:
         path.write_bytes(text)
-    with pytest.raises(Problem, match="--config .*config.yaml"):
+    with pytest.raises(UserError, match="--config .*config.yaml"):
         parse("soft", ["--config", str(path)])
 
 
@@ -158,7 +158,7 @@ def test_yaml_may_name_one_of_a_list(tmp_path):
 
 
 def test_what_the_command_line_does_not_know():
-    with pytest.raises(Problem, match="unknown options --nope 1; see --help_all"):
+    with pytest.raises(UserError, match="unknown options --nope 1; see --help_all"):
         parse("soft", ["--output_dir", "x", "--nope", "1"])
 
 

@@ -1,4 +1,4 @@
-"""``python -m kdkernels cache``: run the teacher over data once, keep what it says in few bytes."""
+"""``python -m kdkernels cache``: run the teacher over data once and store what it says in few bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprin
 from ..trainer import data, models
 from ..trainer.command_line import HelpFormatter
 from ..trainer.progress import bar
-from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, Problem, option
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
 
 
 @dataclass
 class CacheSettings:
     teacher: str = field(metadata={"help": "a transformers causal LM, folder or name"})
     out: str = field(metadata={"help": "directory of the cache: new, or one to go on with"})
-    top_k: int = option(0, "keep the k most likely tokens [give this, --top_p or --samples]")
-    top_p: float = option(0.0, "keep the most likely tokens that together have this mass")
+    top_k: int = option(0, "store the k most likely tokens [give this, --top_p or --samples]")
+    top_p: float = option(0.0, "store the most likely tokens that together have this mass")
     max_k: int = option(0, "of --top_p: at most so many tokens; 0 is no limit")
-    samples: int = option(0, "keep what so many draws from the teacher give, an unbiased gradient")
+    samples: int = option(0, "store what so many draws from the teacher give, an unbiased gradient")
     proposal_temperature: float = option(1.0, "of --samples; other than 1 they get importance weights")
     tail: str | None = option(
         None, "bucket, conditional, renormalize or truncate; default bucket, truncate for samples"
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     settings, data_settings = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     try:
         run(settings, data_settings)
-    except (Problem, OSError, ValueError, RuntimeError) as error:
+    except (UserError, OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -94,16 +94,16 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
 
 
 def check(settings: CacheSettings) -> str:
-    """The method; and what is wrong with the settings is a :class:`Problem`."""
+    """The method; and what is wrong with the settings is a :class:`UserError`."""
     if settings.teacher in SCRATCH:
-        raise Problem(
+        raise UserError(
             f"--teacher {settings.teacher} is made from scratch and knows nothing; give a trained model"
         )
     methods = [name for name in ("top_k", "top_p", "samples") if getattr(settings, name)]
     if len(methods) != 1:
-        raise Problem(f"give one of --top_k, --top_p and --samples, not {' and '.join(methods) or 'none'}")
+        raise UserError(f"give one of --top_k, --top_p and --samples, not {' and '.join(methods) or 'none'}")
     if settings.top_k < 0 or settings.samples < 0 or not 0 <= settings.top_p <= 1 or settings.batch_size < 1:
-        raise Problem("--top_k, --samples and --batch_size are at least 1, and --top_p is at most 1")
+        raise UserError("--top_k, --samples and --batch_size are at least 1, and --top_p is at most 1")
     return methods[0]
 
 
@@ -129,7 +129,7 @@ def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences:
 
 
 def fingerprint(sequences: data.Sequences) -> str:
-    """Of ids and labels: targets are kept only where there is a label to learn."""
+    """Of ids and labels: targets are stored only where there is a label to learn."""
     return data_fingerprint((ids for ids, _ in sequences.rows), (labels for _, labels in sequences.rows))
 
 
@@ -203,18 +203,18 @@ def select(
 
 
 def report(directory: Path) -> None:
-    """What is kept, and in how many bytes."""
+    """What is stored, and in how many bytes."""
     cache = TeacherCache(directory)
-    kept = sum(shard.kept for shard in cache.shards)
+    stored = sum(shard.kept for shard in cache.shards)
     print(
-        f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {kept / cache.tokens:.1f} ids kept per token"
+        f"{directory}: {len(cache)} sequences, {cache.tokens} tokens, {stored / cache.tokens:.1f} ids stored per token"
     )
     lines = [
         (
-            f"measured, {cache.manifest.values} ({cache.bytes / max(kept, 1):.2f} per kept id)",
+            f"measured, {cache.manifest.values} ({cache.bytes / max(stored, 1):.2f} per stored id)",
             cache.bytes / cache.tokens,
         ),
-        ("raw, int32 and float32", 8 * kept / cache.tokens),
+        ("raw, int32 and float32", 8 * stored / cache.tokens),
     ]
     for name, per_token in lines:
         print(f"  {name:<48} {per_token:8.1f} bytes per token")

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> None:
     from transformers.utils import logging
 
     from ..trainer.command_line import parse
-    from ..trainer.settings import MODES, Problem
+    from ..trainer.settings import MODES, UserError
 
     logging.disable_progress_bar()  # of loading and writing; training has its own
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
             run(settings)
             atexit.register(leave_group)
-    except (Problem, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -7,7 +7,7 @@ What differs from axolotl 0.19 (tests in ``tests/integrations/test_axolotl.py``)
 
 * T^2 is on the gradient too. axolotl multiplies the reported loss only, so that at temperature T the
   soft term's gradient is too small by T^2: 4 times at T = 2.
-* With ``normalize_topk`` the student is rescaled over the slots that ``target_mask`` keeps. axolotl
+* With ``normalize_topk`` the student is rescaled over the slots where ``target_mask`` is True. axolotl
   rescales over all of them, so whatever token ids the padding holds take part.
 * Loss sums are fp32; axolotl adds them up in the hidden states' dtype.
 * The lm_head's gradient is not computed where the head is frozen.
@@ -31,7 +31,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
     Args:
         compiled, chunk_size: taken and not needed; what is not named here is axolotl's.
         beta: 0 is the forward KL, 1 (axolotl's default) the reverse KL, in between generalised JSD.
-        normalize_topk: the student's distribution is over the kept top k, else over the vocabulary
+        normalize_topk: the student's distribution is over the stored top k, else over the vocabulary
             (then beta must be 0: no other divergence is defined by a part of a distribution).
 
     >>> import torch

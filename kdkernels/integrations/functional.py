@@ -78,7 +78,7 @@ def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -
     """Terms of two tensors of one shape, piece by piece; their sum, or each. Where ``mask`` (of that
     shape) is False a term is 0, whatever stands there.
 
-    An operator, since a compiler would unroll the walk. Kept for the backward: the tensors, nothing
+    An operator, since a compiler would unroll the walk. Saved for the backward: the tensors, nothing
     else. The backward walks them again and allocates the gradients only.
     """
     dtype, terms = torch.promote_types(x.dtype, t.dtype), _TERMS[name]

@@ -38,7 +38,7 @@ from .common import head
 from .functional import kl_div, reduced
 
 
-def _kept(shift_labels: Tensor | None, ignore_index: int) -> Tensor | None:
+def _unmasked(shift_labels: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if shift_labels is None else shift_labels != ignore_index
 
 
@@ -62,7 +62,7 @@ def liger_jsd(
     >>> s, t = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
     >>> liger_jsd(s.log_softmax(-1), t.log_softmax(-1), beta=0.1).backward()
     """
-    return js_divergence(input, target, mask=_kept(shift_labels, ignore_index), beta=beta)
+    return js_divergence(input, target, mask=_unmasked(shift_labels, ignore_index), beta=beta)
 
 
 def liger_kl_div(
@@ -95,12 +95,12 @@ def liger_tvd(
     >>> liger_tvd(torch.rand(4, 10).softmax(-1), torch.rand(4, 10).softmax(-1), reduction="batchmean").shape
     torch.Size([])
     """
-    kept = None if shift_labels is None else shift_labels != ignore_index
-    tokens = max(input.shape[0], 1) if kept is None else kept.sum().clamp(min=1)
+    unmasked = _unmasked(shift_labels, ignore_index)
+    tokens = max(input.shape[0], 1) if unmasked is None else unmasked.sum().clamp(min=1)
     divisors = {"none": 1, "sum": 1, "batchmean": tokens, "mean": tokens * input.shape[-1]}
     if reduction not in divisors:
         raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(divisors)}")
-    terms = reduced("tv", input, target.detach(), "none" if reduction == "none" else "sum", kept)
+    terms = reduced("tv", input, target.detach(), "none" if reduction == "none" else "sum", unmasked)
     return terms if reduction in ("none", "sum") else terms / divisors[reduction]
 
 
@@ -123,7 +123,7 @@ def liger_fused_linear_jsd(
     return js_divergence(
         head(student_input, student_weight),
         head(teacher_input, teacher_weight),
-        mask=_kept(shift_labels, ignore_index),
+        mask=_unmasked(shift_labels, ignore_index),
         beta=jsd_beta,
         temperature=temperature,
     )
@@ -155,7 +155,7 @@ def liger_fused_linear_kl_div(
     loss = kl_of_logits(
         student,
         target.to(torch.promote_types(target.dtype, torch.float32)).log(),
-        mask=_kept(shift_labels, ignore_index),
+        mask=_unmasked(shift_labels, ignore_index),
         reduction="sum" if reduction == "sum" else "mean",
     )
     return loss / target.shape[-1] if reduction == "mean" else loss

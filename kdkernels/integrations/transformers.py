@@ -341,7 +341,7 @@ def row_of(head: Any, row: int) -> Any:
 
 
 class _Sums:
-    """Named sums over tokens, kept on their device until they are read."""
+    """Named sums over tokens. They stay on their device until they are read."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}

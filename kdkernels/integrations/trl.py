@@ -14,7 +14,7 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 
 * half-precision logits: the row arithmetic is fp32 and so is the loss; TRL's is in the logits' dtype;
 * ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
-* server distillation: TRL clamps the kept mass to 1 - 1e-7, where the student's gradient stops; here it
+* server distillation: TRL clamps the stored mass to 1 - 1e-7, where the student's gradient stops; here it
   goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
 * an lm_head that FSDP2 shards as a unit of its own gets the mean of the ranks' gradients; with TRL a rank
   keeps its slice of the gradient of its own data;
@@ -219,11 +219,11 @@ def server_compute_loss(
     around = (start - 1, logits.shape[1] - window.stop + 1)
     told = {name: F.pad(x, (0, 0) * (x.dim() - 2) + around) for name, x in told.items()}
     tokens = F.pad(inputs["input_ids"][:, window], around)
-    kept = F.pad(labels[:, window] != IGNORED, around)
+    unmasked = F.pad(labels[:, window] != IGNORED, around)
     loss = js_divergence(
         MappedLogits(logits, 1 / self.temperature),
-        _server_target(self, told, logits, tokens, kept),
-        mask=kept,
+        _server_target(self, told, logits, tokens, unmasked),
+        mask=unmasked,
         beta=self.beta,
     )
     if self.model.training:
@@ -232,7 +232,7 @@ def server_compute_loss(
 
 
 def _server_target(
-    trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor, kept: Tensor
+    trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor, unmasked: Tensor
 ) -> SparseTarget:
     """The forward KL looks at the teacher's top k; other betas at its top 1 and the sampled token,
     beta = 1 at the sampled token alone."""
@@ -242,10 +242,10 @@ def _server_target(
         return SparseTarget(top_ids, top, tail=tail)
     needed = {"actual-token": actual} if trainer.beta == 1 else {"actual-token": actual, "top-1": top[..., 0]}
     for name, values in needed.items():
-        missing = int((kept & ~values.isfinite()).sum())
+        missing = int((unmasked & ~values.isfinite()).sum())
         if missing:
             raise ValueError(
-                f"the teacher server gave no {name} logprobs for {missing} of {int(kept.sum())} "
+                f"the teacher server gave no {name} logprobs for {missing} of {int(unmasked.sum())} "
                 f"completion tokens, and beta={trainer.beta} needs them"
             )
     sampled = trainer._get_reverse_kl_top_1_tokens(logits, tokens)
@@ -261,7 +261,7 @@ def _items(num_items: Tensor | int | None, beside: Tensor) -> Any:
 
 
 def _terms(log_q: Tensor, log_p: Tensor, beta: float, labels: Tensor | None) -> Tensor:
-    """The divergence's terms before any sum, of the rows that labels keep."""
+    """The divergence's terms before any sum, of the rows whose label is not masked."""
     divergence = simplified(JSD(beta))
     terms = divergence.phi(log_p.exp(), log_q.exp(), log_p, log_q)
     return terms if labels is None else terms[labels != IGNORED]

@@ -1,14 +1,15 @@
 """Sparse targets <-> the columns that are stored: sorted ids as gaps, log-probabilities in few bits.
 
-A target of T tokens becomes ragged: ``kept[T]`` says how many slots each token has; the rest is flat,
-token after token, ids ascending. Ids are stored as gaps to the id before (the first as it is), in byte
-planes: the low plane is noise, the high ones compress, and zstd comes close to the entropy. Parquet's
-DELTA_BINARY_PACKED instead sizes every 32 gaps by the largest of them, which costs more (benchmarks/teacher_cache.py).
+A target of T tokens becomes ragged: ``counts[T]`` (the column "kept") says how many ids each token stores; ids
+and values are flat, token after token, ids ascending. Ids are stored as gaps to the id before (the first as it
+is), in byte planes. The low plane is noise; the high ones compress, and zstd comes close to the entropy.
+Parquet's DELTA_BINARY_PACKED sizes every 32 gaps by the largest of them, which costs more
+(benchmarks/teacher_cache.py).
 
 Values in 8 bits are the distance d below the token's largest log-probability, on a square scale:
 ``d = span (code / 255)^2``, so steps are fine where the mass is and coarse where it is not. What rounding
 does to the sum is then undone: the token's ``log_mass`` = log sum t is stored in fp32, and decoded
-values are shifted to it. Without that, a kept mass of 0.999 would come back as 1.002, and the tail
+values are shifted to it. Without that, a stored mass of 0.999 would come back as 1.002, and the tail
 that "bucket" needs would be lost. The error of a log-probability is at most :func:`error_bound`.
 """
 
@@ -40,7 +41,7 @@ def error_bound(span: float | NDArray) -> float | NDArray:
 
 
 def flatten(target: SparseTarget) -> tuple[NDArray, NDArray, NDArray]:
-    """(kept [T], ids [M], values [M]) of a target [T, K] without its empty slots, ids ascending in a token."""
+    """(counts [T], ids [M], values [M]) of a target [T, K] without its empty slots, ids ascending in a token."""
     values = target.values.detach().float()
     empty = target.ids < 0
     empty |= (values == -torch.inf) if target.weights is None else (values == 0)
@@ -48,14 +49,14 @@ def flatten(target: SparseTarget) -> tuple[NDArray, NDArray, NDArray]:
         empty |= ~target.mask
     ids, order = target.ids.masked_fill(empty, torch.iinfo(torch.int64).max).sort(dim=-1, stable=True)
     full = ~empty.gather(-1, order)
-    kept = full.sum(-1)
-    return kept.cpu().numpy(), ids[full].cpu().numpy(), values.gather(-1, order)[full].cpu().numpy()
+    counts = full.sum(-1)
+    return counts.cpu().numpy(), ids[full].cpu().numpy(), values.gather(-1, order)[full].cpu().numpy()
 
 
-def pad(kept: NDArray, ids: NDArray, values: NDArray, *, kind: str, tail: Tail, slots: int) -> SparseTarget:
+def pad(counts: NDArray, ids: NDArray, values: NDArray, *, kind: str, tail: Tail, slots: int) -> SparseTarget:
     """The target [T, max(slots, 1)] of flat slots; what is left of a row is empty."""
     slots = max(slots, 1)
-    full = np.arange(slots) < kept[:, None]
+    full = np.arange(slots) < counts[:, None]
     all_ids = np.full(full.shape, -1, np.int64)
     all_values = np.full(full.shape, -np.inf if kind == "logprobs" else 0.0, np.float32)
     all_ids[full], all_values[full] = ids, values
@@ -64,80 +65,82 @@ def pad(kept: NDArray, ids: NDArray, values: NDArray, *, kind: str, tail: Tail, 
 
 
 def encode(
-    kept: NDArray, ids: NDArray, values: NDArray, *, kind: str, dtype: str, vocab_size: int, draws: int = 0
+    counts: NDArray, ids: NDArray, values: NDArray, *, kind: str, dtype: str, vocab_size: int, draws: int = 0
 ) -> Columns:
-    """Columns of one sequence: kept, gaps, values, and what the dtype needs per token."""
-    _check(kept, ids, values, kind, vocab_size)
-    first = _first(kept)
+    """Columns of one sequence: counts, gaps, values, and what the dtype needs per token."""
+    _check(counts, ids, values, kind, vocab_size)
+    first = _first(counts)
     gaps = np.diff(ids, prepend=0)
     gaps[first] = ids[first]
-    columns = {"kept": kept.astype(np.int32), "gaps": gaps.astype(np.int32)}
+    columns = {"kept": counts.astype(np.int32), "gaps": gaps.astype(np.int32)}
     if dtype == "float32":
         return columns | {"values": values.astype(np.float32)}
     if dtype == "count":
-        counts = np.rint(values.astype(np.float64) * draws)
-        if kind != "weights" or np.abs(counts - values.astype(np.float64) * draws).max(initial=0) > 1e-3:
+        drawn = np.rint(values.astype(np.float64) * draws)
+        if kind != "weights" or np.abs(drawn - values.astype(np.float64) * draws).max(initial=0) > 1e-3:
             raise ValueError(
                 f"values 'count' need weights that are multiples of 1/{draws}; use another dtype"
             )
-        return columns | {"values": counts.astype(np.uint16)}
+        return columns | {"values": drawn.astype(np.uint16)}
 
     logs = values.astype(np.float64) if kind == "logprobs" else np.log(values.astype(np.float64))
-    slots = kept[kept > 0]
-    columns["log_mass"] = _per_token(kept, _logsumexp(logs, first, slots))
+    slots = counts[counts > 0]
+    columns["log_mass"] = _per_token(counts, _logsumexp(logs, first, slots))
     if dtype == "bfloat16":
         bits = torch.from_numpy(logs.astype(np.float32)).bfloat16().view(torch.uint16).numpy()
         return columns | {"values": bits}
     top = np.maximum.reduceat(logs, first) if len(logs) else logs
     span = (top - np.minimum.reduceat(logs, first)).astype(np.float32) if len(logs) else logs
-    columns["span"] = _per_token(kept, span)
+    columns["span"] = _per_token(counts, span)
     scale = np.repeat(np.where(span > 0, span, 1), slots).astype(np.float64)
     codes = LEVELS * np.sqrt((np.repeat(top, slots) - logs) / scale)
     return columns | {"values": np.rint(codes).clip(0, LEVELS).astype(np.uint8)}
 
 
 def decode(columns: Columns, *, kind: str, dtype: str, draws: int = 0) -> tuple[NDArray, NDArray, NDArray]:
-    """The inverse of :func:`encode`: (kept [T], ids [M] int64, values [M] fp32)."""
-    kept, stored = columns["kept"].astype(np.int64), columns["values"]
-    first, slots = _first(kept), kept[kept > 0]
+    """The inverse of :func:`encode`: (counts [T], ids [M] int64, values [M] fp32)."""
+    counts, stored = columns["kept"].astype(np.int64), columns["values"]
+    first, slots = _first(counts), counts[counts > 0]
     total = np.cumsum(columns["gaps"], dtype=np.int64)
     ids = total - np.repeat(total[first] - columns["gaps"][first], slots)
     if dtype == "float32":
-        return kept, ids, stored
+        return counts, ids, stored
     if dtype == "count":
-        return kept, ids, stored.astype(np.float32) / np.float32(draws)
+        return counts, ids, stored.astype(np.float32) / np.float32(draws)
     if dtype == "bfloat16":
         # Arrow's buffers are read-only, which torch does not have; hence the copy.
         logs = torch.from_numpy(stored.copy()).view(torch.bfloat16).double().numpy()
     else:
         square = (np.arange(LEVELS + 1) / LEVELS) ** 2
-        logs = -square[stored] * np.repeat(columns["span"][kept > 0], slots)
-    shift = columns["log_mass"][kept > 0] - _logsumexp(logs, first, slots)
+        logs = -square[stored] * np.repeat(columns["span"][counts > 0], slots)
+    shift = columns["log_mass"][counts > 0] - _logsumexp(logs, first, slots)
     logs += np.repeat(shift, slots)
-    return kept, ids, (logs if kind == "logprobs" else np.exp(logs)).astype(np.float32)
+    return counts, ids, (logs if kind == "logprobs" else np.exp(logs)).astype(np.float32)
 
 
-def _check(kept: NDArray, ids: NDArray, values: NDArray, kind: str, vocab_size: int) -> None:
+def _check(counts: NDArray, ids: NDArray, values: NDArray, kind: str, vocab_size: int) -> None:
     bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(bad):
-        raise ValueError(f"token {_token(kept, bad[0])} has id {ids[bad[0]]} in a vocabulary of {vocab_size}")
+        raise ValueError(
+            f"token {_token(counts, bad[0])} has id {ids[bad[0]]} in a vocabulary of {vocab_size}"
+        )
     bad = np.flatnonzero(~np.isfinite(values) | ((values < 0) & (kind == "weights")))
     if len(bad):
-        raise ValueError(f"token {_token(kept, bad[0])} has {kind} {values[bad[0]]} for id {ids[bad[0]]}")
+        raise ValueError(f"token {_token(counts, bad[0])} has {kind} {values[bad[0]]} for id {ids[bad[0]]}")
 
 
-def _token(kept: NDArray, slot: int) -> int:
-    return int(np.searchsorted(np.cumsum(kept), slot, side="right"))
+def _token(counts: NDArray, slot: int) -> int:
+    return int(np.searchsorted(np.cumsum(counts), slot, side="right"))
 
 
-def _first(kept: NDArray) -> NDArray:
+def _first(counts: NDArray) -> NDArray:
     """Where the slots of each token that has any begin."""
-    return (np.cumsum(kept) - kept)[kept > 0]
+    return (np.cumsum(counts) - counts)[counts > 0]
 
 
-def _per_token(kept: NDArray, of_full: NDArray) -> NDArray:
-    out = np.zeros(len(kept), np.float32)
-    out[kept > 0] = of_full
+def _per_token(counts: NDArray, of_full: NDArray) -> NDArray:
+    out = np.zeros(len(counts), np.float32)
+    out[counts > 0] = of_full
     return out
 
 

@@ -19,7 +19,7 @@ def to_dataset(directory: Path | str, *, streaming: bool = False) -> Any:
     """The targets as a ``datasets.Dataset`` (``IterableDataset`` if streaming).
 
     Columns: ``input_ids`` [T], and ragged [T, K_t]: ``ids``, and ``logprobs`` or ``weights`` as the
-    manifest's ``kind`` says. Checksums are verified on the way. Without streaming, datasets keeps a copy of
+    manifest's ``kind`` says. Checksums are verified on the way. Without streaming, datasets stores a copy of
     everything, uncompressed, in its own cache.
     """
     cache = TeacherCache(directory)
@@ -41,8 +41,8 @@ def to_dataset(directory: Path | str, *, streaming: bool = False) -> Any:
 def _rows(directory: str, content: str) -> Iterator[dict[str, Any]]:
     cache = TeacherCache(directory)
     for record in cache.stream():
-        kept, ids, values = flatten(record.target)
-        cuts = np.cumsum(kept)[:-1]
+        counts, ids, values = flatten(record.target)
+        cuts = np.cumsum(counts)[:-1]
         yield {
             "input_ids": record.input_ids.numpy(),
             "ids": np.split(ids.astype(np.int32), cuts),
@@ -80,8 +80,8 @@ def from_dataset(
 
 
 def _target(index: int, row: dict[str, Any], kind: str, tail: Tail) -> SparseTarget:
-    kept = np.array([len(slots) for slots in row["ids"]])
-    if [len(slots) for slots in row[kind]] != kept.tolist():
+    counts = np.array([len(slots) for slots in row["ids"]])
+    if [len(slots) for slots in row[kind]] != counts.tolist():
         raise ValueError(f"row {index} has other slots in {kind} than in ids")
     ids, values = (np.concatenate([np.asarray(s) for s in row[name]]) for name in ("ids", kind))
-    return pad(kept, ids, values, kind=kind, tail=tail, slots=int(kept.max(initial=0)))
+    return pad(counts, ids, values, kind=kind, tail=tail, slots=int(counts.max(initial=0)))

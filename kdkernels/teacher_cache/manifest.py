@@ -30,7 +30,7 @@ class Manifest:
         sequences: how many there are.
         method: "top_k", "top_p", "samples", or "given" (made by another program).
         k: the most slots that a token may have; for "samples" the number of draws.
-        top_p: the mass that "top_p" keeps, else None.
+        top_p: the least mass that "top_p" stores, else None.
         proposal_temperature: of "samples"; weights are count / k when it is 1.
         kind: "logprobs" or "weights", as :class:`~kdkernels.SparseTarget` has them.
         tail: what a loss does about the rest, as :class:`~kdkernels.SparseTarget` has it.

@@ -19,7 +19,7 @@ from ..targets import SparseTarget
 from . import codec, shards
 from .manifest import Manifest
 
-#: Open shards (their footers, about 1 MB each) and decompressed row groups that are kept at hand.
+#: Open shards (their footers, about 1 MB each) and decompressed row groups that stay open.
 OPEN_SHARDS, OPEN_ROW_GROUPS = 64, 4
 
 
@@ -70,9 +70,11 @@ class TeacherCache(torch.utils.data.Dataset):
         if table.column("index")[row].as_py() != index:
             raise self._damaged(number, f"row {row} is not sequence {index}")
         columns = shards.from_table(table, row, manifest := self.manifest)
-        kept, ids, values = codec.decode(columns, kind=manifest.kind, dtype=manifest.values, draws=manifest.k)
+        counts, ids, values = codec.decode(
+            columns, kind=manifest.kind, dtype=manifest.values, draws=manifest.k
+        )
         target = codec.pad(
-            kept, ids, values, kind=manifest.kind, tail=manifest.tail, slots=int(kept.max(initial=0))
+            counts, ids, values, kind=manifest.kind, tail=manifest.tail, slots=int(counts.max(initial=0))
         )
         return Record(index, torch.from_numpy(columns["input_ids"].astype(np.int64)), target)
 
@@ -216,6 +218,6 @@ def stack(targets: Sequence[SparseTarget], length: int | None = None) -> SparseT
     return SparseTarget(**{"ids": ids, kind: values}, tail=targets[0].tail)  # type: ignore[arg-type]
 
 
-def _trim(kept: OrderedDict, most: int) -> None:
-    while len(kept) > most:
-        kept.popitem(last=False)
+def _trim(cached: OrderedDict, most: int) -> None:
+    while len(cached) > most:
+        cached.popitem(last=False)

@@ -41,7 +41,7 @@ class CacheWriter:
     _file: pq.ParquetWriter | None
     _rows: list[int]
     _tokens: int
-    _kept: int
+    _stored_ids: int
 
     def __init__(
         self,
@@ -105,14 +105,14 @@ class CacheWriter:
                 raise ValueError(
                     f"sequence {index} has {name} {given!r}, the manifest {getattr(manifest, name)!r}"
                 )
-        kept, token_ids, values = codec.flatten(target)
-        if kept.max(initial=0) > manifest.k:
+        counts, token_ids, values = codec.flatten(target)
+        if counts.max(initial=0) > manifest.k:
             raise ValueError(
-                f"sequence {index} has {kept.max()} slots in a token, the manifest k={manifest.k}"
+                f"sequence {index} has {counts.max()} slots in a token, the manifest k={manifest.k}"
             )
         try:
             columns = codec.encode(
-                kept,
+                counts,
                 token_ids,
                 values,
                 kind=manifest.kind,
@@ -142,7 +142,7 @@ class CacheWriter:
                 shards.sha256(self._temporary),
                 self._temporary.stat().st_size,
                 self._tokens,
-                self._kept,
+                self._stored_ids,
                 self._rows,
                 self.manifest.digest(),
             )
@@ -171,7 +171,7 @@ class CacheWriter:
         self._number = number
         self._path = self.directory / f"shard-{self.rank:04d}-{number:06d}.parquet"
         self._file = None
-        self._rows, self._tokens, self._kept = [], 0, 0
+        self._rows, self._tokens, self._stored_ids = [], 0, 0
 
     def _write_row_group(self) -> None:
         if not self._pending:
@@ -184,7 +184,7 @@ class CacheWriter:
             self._file.write_table(shards.to_table(pending, self.manifest))
         self._rows += [index for index, _ in pending]
         self._tokens += tokens
-        self._kept += sum(len(columns["gaps"]) for _, columns in pending)
+        self._stored_ids += sum(len(columns["gaps"]) for _, columns in pending)
 
     @contextlib.contextmanager
     def _whole_or_nothing(self, rows: list[int]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ..commands.cache import fingerprint
 from ..teacher_cache import TeacherCache, stack, tokenizer_hash
 from . import data
-from .settings import Problem
+from .settings import UserError
 
 
 class CachedSequences(Dataset):
@@ -33,7 +33,7 @@ class CachedSequences(Dataset):
                 },
             )
         except (ValueError, OSError) as error:
-            raise Problem(str(error)) from error
+            raise UserError(str(error)) from error
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -42,7 +42,7 @@ class CachedSequences(Dataset):
         try:
             return {**self.sequences[index], "target": self.cache[index].target}
         except ValueError as error:
-            raise Problem(str(error)) from error
+            raise UserError(str(error)) from error
 
 
 class TargetCollator(data.Collator):
@@ -62,7 +62,7 @@ def with_targets(directory: str, options: dict[str, Any]) -> dict[str, Any]:
     validation: Any = options["eval_dataset"]
     if len(validation):
         if not Path(directory, "validation").exists():
-            raise Problem(
+            raise UserError(
                 f"{directory} has no targets for the validation text; --validation_share 0 trains without it"
             )
         validation = CachedSequences(validation, Path(directory, "validation"), tokenizer)

@@ -16,7 +16,7 @@ import kdkernels as kd
 
 from ..integrations.transformers import call_through_head, check_head, model_inputs
 from .reliable import ReliableTrainer
-from .settings import Problem
+from .settings import UserError
 
 TEACHER_LOSS = "teacher_loss.json"
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay", "teacher_loss")
@@ -82,7 +82,7 @@ class SoftWeight:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
-            raise Problem(f"unknown soft_schedule {self.kind!r}; there are {', '.join(SCHEDULES)}")
+            raise UserError(f"unknown soft_schedule {self.kind!r}; there are {', '.join(SCHEDULES)}")
 
     def at(self, step: int, steps: int, *, teacher_loss: float | None = None, vocab: float = 0) -> float:
         if self.kind == "constant":
@@ -116,9 +116,9 @@ class CodistillationTrainer(ReliableTrainer):
     ) -> None:
         super().__init__(pair, args, teacher=None, **options)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise Problem("co trains two models at once: use DDP, or FSDP with fsdp_version 2")
+            raise UserError("co trains two models at once: use DDP, or FSDP with fsdp_version 2")
         if self.args.neftune_noise_alpha is not None:
-            raise Problem("co has no neftune_noise_alpha: there are two embeddings; leave it out")
+            raise UserError("co has no neftune_noise_alpha: there are two embeddings; leave it out")
         for model in (pair.student, pair.teacher):
             check_head(model)
         self.soft_schedule, self.teacher_learning_rate = soft_schedule, teacher_learning_rate

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .refused import check
-from .settings import FIELDS, MODES, PARTS, SHOWN, Problem, RunSettings, Settings, modes_of
+from .settings import FIELDS, MODES, PARTS, SHOWN, RunSettings, Settings, UserError, modes_of
 
 _HINTS = {name: hint for part in PARTS.values() for name, hint in typing.get_type_hints(part).items()}
 
@@ -84,12 +84,12 @@ def resolve(
     try:
         given, unknown = parser.parse_known_args(line)
         if unknown:
-            raise Problem(f"unknown options {' '.join(unknown)}; see --help_all")
+            raise UserError(f"unknown options {' '.join(unknown)}; see --help_all")
         model, data, loss, generation, run, _ = parser.parse_args_into_dataclasses(
             line, look_for_args_file=False
         )
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
-        raise Problem(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     asked = {name: value for name, value in vars(given).items() if name in FIELDS}
     settings = Settings(mode, model, data, loss, generation, run, asked)
     check(settings)
@@ -109,12 +109,12 @@ def _as_arguments(values: dict[str, Any], parser: HfArgumentParser) -> list[str]
             continue
         if value is None:
             if type(None) not in typing.get_args(_HINTS[name]):
-                raise Problem(f"{name} is null; leave it out for its default, {parser.get_default(name)}")
+                raise UserError(f"{name} is null; leave it out for its default, {parser.get_default(name)}")
             parser.set_defaults(**{name: None})
         elif isinstance(value, list) and name in takes_list:
             line += [f"--{name}", *map(str, value)]
         elif isinstance(value, list):
-            raise Problem(f"{name}={value}: one value, not a list")
+            raise UserError(f"{name}={value}: one value, not a list")
         else:
             line.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return line
@@ -124,12 +124,12 @@ def _yaml(path: Path, mode: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise Problem(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise Problem(f"--config {path} must map options to values, got {type(values).__name__}")
+        raise UserError(f"--config {path} must map options to values, got {type(values).__name__}")
     if values.pop("mode", mode) != mode:
-        raise Problem(f"--config {path} is of another mode than {mode}")
+        raise UserError(f"--config {path} is of another mode than {mode}")
     unknown = sorted(str(name) for name in values if name not in FIELDS)
     if unknown:
-        raise Problem(f"--config {path} has unknown options {', '.join(unknown)}; see --help_all")
+        raise UserError(f"--config {path} has unknown options {', '.join(unknown)}; see --help_all")
     return values

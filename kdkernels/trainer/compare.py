@@ -24,18 +24,18 @@ import kdkernels as kd
 from . import data, models, report, train
 from .command_line import resolve
 from .reliable import ReliableTrainer, read_metrics, write_whole
-from .settings import SCRATCH, Problem, Settings, for_mode
+from .settings import SCRATCH, Settings, UserError, for_mode
 
 COMPARISON = "comparison.json"
 
 
 def compare(settings: Settings) -> None:
     if settings.run.world_size > 1:
-        raise Problem("compare starts its stages itself; run it without torchrun")
+        raise UserError("compare starts its stages itself; run it without torchrun")
     if settings.run.max_steps <= 0:
-        raise Problem("compare needs --max_steps: the budget that every student gets")
+        raise UserError("compare needs --max_steps: the budget that every student gets")
     if not settings.data.validation_share > 0:
-        raise Problem("compare needs text that no student has seen: --validation_share above 0")
+        raise UserError("compare needs text that no student has seen: --validation_share above 0")
     models.check_models(settings.model, settings.data.max_length)
     start = time.perf_counter()
     stages = plan(settings)
@@ -123,7 +123,7 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
     process.start()
     process.join()
     if process.exitcode:
-        raise Problem(
+        raise UserError(
             f"{name} did not finish (exit code {process.exitcode}); run the same command again to go on"
         )
     return False
@@ -139,7 +139,7 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
     logging.disable_progress_bar()
     try:
         train.run(resolve(mode, asked))
-    except (Problem, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

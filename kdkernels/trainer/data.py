@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .progress import say
-from .settings import DataSettings, Problem, one_line
+from .settings import DataSettings, UserError, one_line
 
 IGNORE = -100
 Record = dict[str, Any]
@@ -22,10 +22,10 @@ def read(settings: DataSettings) -> list[Record]:
     """Documents ``{"text"}``, or ``{"prompt", "completion"}`` or ``{"messages"}`` as TRL reads them."""
     records = [record for name in settings.data for record in _read_one(name, settings.text_field)]
     if not any(record.get("text", True) for record in records):
-        raise Problem(f"no text in {', '.join(settings.data)}")
+        raise UserError(f"no text in {', '.join(settings.data)}")
     kinds = {kind_of(record) for record in records}
     if len(kinds) > 1:
-        raise Problem(f"--data mixes {' and '.join(sorted(kinds))}; give one kind")
+        raise UserError(f"--data mixes {' and '.join(sorted(kinds))}; give one kind")
     return records
 
 
@@ -36,7 +36,7 @@ def kind_of(record: Record) -> str:
 def _read_one(name: str, text_field: str) -> Iterator[Record]:
     path = Path(sysconfig.get_paths()["stdlib"]) if name == "stdlib" else Path(name)
     if not path.exists():
-        raise Problem(f"no data {path}: give a .txt, .jsonl or .parquet file, a folder, or stdlib")
+        raise UserError(f"no data {path}: give a .txt, .jsonl or .parquet file, a folder, or stdlib")
     with one_line(f"cannot read {path}"):
         if path.is_dir():
             yield from _sources(path, stdlib=name == "stdlib")
@@ -52,7 +52,7 @@ def _read_one(name: str, text_field: str) -> Iterator[Record]:
         elif path.suffix == ".txt":
             yield {"text": path.read_text(encoding="utf-8")}
         else:
-            raise Problem(f"{path}: only .txt, .jsonl, .parquet and folders are read")
+            raise UserError(f"{path}: only .txt, .jsonl, .parquet and folders are read")
 
 
 def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
@@ -83,7 +83,7 @@ def _record(row: Any, text_field: str, where: str) -> Record:
             return {"prompt": prompt, "completion": completion}
         if isinstance(row.get(text_field), str):
             return {"text": row[text_field]}
-    raise Problem(
+    raise UserError(
         f"{where} has neither a text {text_field!r} nor messages nor a prompt and a completion, which are "
         "texts or lists of messages, {role, content}"
     )
@@ -154,15 +154,15 @@ def _completion(
     prompt, completion = _prompt_and_completion(record, tokenizer, index)
     ids = prompt + completion
     if len(ids) < 2:
-        raise Problem(f"example {index} has {len(ids)} token(s): a sequence needs 2 or more")
+        raise UserError(f"example {index} has {len(ids)} token(s): a sequence needs 2 or more")
     if len(prompt) >= max_length:
-        raise Problem(
+        raise UserError(
             f"example {index}: its prompt of {len(prompt)} tokens leaves no room for a completion in "
             f"--max_length {max_length}"
         )
     labels = [IGNORE] * len(prompt) + completion
     if all(label == IGNORE for label in labels[1:]):
-        raise Problem(f"example {index} has an empty completion: every token is masked")
+        raise UserError(f"example {index} has an empty completion: every token is masked")
     return ids[:max_length], labels[:max_length], len(ids) > max_length
 
 
@@ -178,15 +178,17 @@ def _prompt_and_completion(record: Record, tokenizer: Any, index: int) -> tuple[
 def _chat(messages: list[dict[str, str]], tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
     """The last message is the completion; what comes before it, the prompt."""
     if tokenizer.chat_template is None:
-        raise Problem(
+        raise UserError(
             "the data holds messages, but the tokenizer has no chat template; give prompt and completion"
         )
     if not messages or messages[-1].get("role") != "assistant":
-        raise Problem(f"example {index}: the last message must be the assistant's")
+        raise UserError(f"example {index}: the last message must be the assistant's")
     render = lambda part, **options: tokenizer.apply_chat_template(part, tokenize=False, **options)  # noqa: E731
     prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
     if not whole.startswith(prompt):
-        raise Problem(f"example {index}: this chat template renders a prompt differently once it is answered")
+        raise UserError(
+            f"example {index}: this chat template renders a prompt differently once it is answered"
+        )
     encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
     return encode(prompt), encode(whole[len(prompt) :])
 
@@ -223,7 +225,7 @@ def texts_of(records: list[Record]) -> Iterator[str]:
 
 def check_trainable(dataset: Sequences, source: str) -> Sequences:
     if not len(dataset):
-        raise Problem(f"no sequence of 2 or more tokens in {source}")
+        raise UserError(f"no sequence of 2 or more tokens in {source}")
     return dataset
 
 

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from .data import Record, Sequences, kind_of
 from .progress import bar, say
-from .settings import Problem, Settings, one_line
+from .settings import Settings, UserError, one_line
 
 
 def write_completions(
@@ -55,13 +55,13 @@ def write_completions(
 def make_prompts(
     settings: Settings, records: list[Record], tokenizer: Any, packed: Sequences
 ) -> list[tuple[Any, str]]:
-    """(what to keep, the text to continue): the prompts of the data, or the beginnings of its text."""
+    """(what to write beside the completion, the text to continue): the prompts of the data, or the beginnings of its text."""
     count = settings.generation.prompts
     if kind_of(records[0]) != "text":
         return [_prompt(record, tokenizer) for record in records[:count]]
     length = settings.generation.prompt_tokens
     if length >= settings.data.max_length:
-        raise Problem(f"prompt_tokens={length} leaves no room in max_length={settings.data.max_length}")
+        raise UserError(f"prompt_tokens={length} leaves no room in max_length={settings.data.max_length}")
     texts = [tokenizer.decode(ids[:length]) for ids, _ in packed.rows[:count]]
     return [(text, text) for text in texts]
 
@@ -71,7 +71,7 @@ def _prompt(record: Record, tokenizer: Any) -> tuple[Any, str]:
     if isinstance(given, str):
         return given, given
     if tokenizer.chat_template is None:
-        raise Problem("the prompts are messages, but the tokenizer has no chat template")
+        raise UserError("the prompts are messages, but the tokenizer has no chat template")
     given = given[:-1] if given[-1]["role"] == "assistant" else given
     return given, tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
 
@@ -87,7 +87,7 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     room = settings.data.max_length - batch["input_ids"].shape[1] - 1  # and the end of text
     if room < 1:
-        raise Problem(
+        raise UserError(
             f"a prompt of {batch['input_ids'].shape[1]} tokens leaves no room in "
             f"max_length={settings.data.max_length}"
         )

@@ -17,17 +17,17 @@ from transformers import (
     set_seed,
 )
 
-from .settings import SCRATCH, ModelSettings, Problem, Settings, one_line
+from .settings import SCRATCH, ModelSettings, Settings, UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def check_models(settings: ModelSettings, max_length: int) -> None:
-    """Raises :class:`Problem` for a model that is not there or has too few positions. Only configs are read."""
+    """Raises :class:`UserError` for a model that is not there or has too few positions. Only configs are read."""
     for name in settings.pretrained:
         positions = positions_of(_pretrained(AutoConfig, name, "model").get_text_config())
         if positions is not None and max_length > positions:
-            raise Problem(
+            raise UserError(
                 f"--max_length {max_length} is more than the {positions} positions of {name}: "
                 f"give {positions} or less"
             )
@@ -75,7 +75,7 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None:
-        raise Problem(f"tokenizer {settings.tokenizer or named[0]} has no end-of-text token")
+        raise UserError(f"tokenizer {settings.tokenizer or named[0]} has no end-of-text token")
     return tokenizer
 
 
@@ -119,7 +119,7 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
         0
     ]  # under ZeRO-3 the weight itself is an empty shard
     if vocabulary < len(tokenizer):
-        raise Problem(
+        raise UserError(
             f"model {name} has a vocabulary of {vocabulary}, the tokenizer {len(tokenizer)}: "
             "they do not belong together"
         )
@@ -149,7 +149,7 @@ def add_lora(model: Any, settings: ModelSettings, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise Problem("--lora_rank needs peft: pip install peft") from error
+        raise UserError("--lora_rank needs peft: pip install peft") from error
     modules: Any = settings.lora_modules
     modules = modules[0] if modules == ["all-linear"] else modules
     set_seed(seed)
@@ -162,9 +162,9 @@ def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
     try:
         with one_line(f"cannot load {what} {name}"):
             return cls.from_pretrained(name, **options)
-    except Problem as problem:
+    except UserError as problem:
         if not Path(name).exists():
-            raise Problem(
+            raise UserError(
                 f"no {what} {name}: not a folder here, and not found under this name "
                 f"(scratch models are {', '.join(SCRATCH)})"
             ) from problem
@@ -176,7 +176,7 @@ def _check_same(ours: Any, theirs: Any, our_name: str, their_name: str) -> None:
     if mine == other:
         return
     token = next(iter(sorted(t for t in mine.keys() | other.keys() if mine.get(t) != other.get(t))))
-    raise Problem(
+    raise UserError(
         f"tokenizer mismatch: {our_name} has {len(mine)} tokens, {their_name} {len(other)}, and {token!r} is "
         f"{mine.get(token)} in one, {other.get(token)} in the other; token-level distillation needs one vocabulary"
     )

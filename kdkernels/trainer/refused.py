@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Callable
 
-from .settings import FIELDS, Problem, Settings, default_of, divergence_of, modes_of
+from .settings import FIELDS, Settings, UserError, default_of, divergence_of, modes_of
 
 _Range = tuple[str, Callable[[Any], bool]]
 _COUNT: _Range = ("must be 1 or more", lambda value: value >= 1)
@@ -69,7 +69,7 @@ _RANGES: dict[str, _Range] = {
 _REFUSED = {
     "resume_from_checkpoint": "--resume goes on from the last whole checkpoint in OUTPUT_DIR",
     "label_smoothing_factor": "it needs logits, which are never held; leave it out",
-    "use_cache": "the loss needs no cache, and the saved config keeps what the model's own says; leave it out",
+    "use_cache": "the loss needs no cache, and the saved config says what the model's own does; leave it out",
     "batch_eval_metrics": "it needs logits, which are never held; leave it out",
     **dict.fromkeys(
         ("do_train", "do_eval", "do_predict"),
@@ -79,30 +79,30 @@ _REFUSED = {
 
 
 def check(settings: Settings) -> None:
-    """Raises :class:`Problem` for what cannot be, and for what would be passed over without a word."""
+    """Raises :class:`UserError` for what cannot be, and for what would be passed over without a word."""
     mode, asked, loss, run = settings.mode, settings.asked, settings.loss, settings.run
     if not asked["output_dir"]:
-        raise Problem("no --output_dir: where shall the run be kept?")
+        raise UserError("no --output_dir: where shall the run be written?")
     for name, value in asked.items():
         if value == default_of(FIELDS[name]):
             continue
         if mode not in modes_of(name):
-            raise Problem(
+            raise UserError(
                 f"{name}={value}: {mode} has none, it is of {', '.join(modes_of(name))}; leave it out"
             )
         if name in _REFUSED:
-            raise Problem(f"{name}={value}: {_REFUSED[name]}")
+            raise UserError(f"{name}={value}: {_REFUSED[name]}")
         what, holds = _RANGES.get(name, ("", bool))
         if what and value is not None and not holds(value):
-            raise Problem(f"{name}={value} {what}")
+            raise UserError(f"{name}={value} {what}")
     if run.torch_compile:  # its backend and mode turn it on
-        raise Problem(
+        raise UserError(
             "torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
             "leave it out"
         )
     if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
         where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"
-        raise Problem(
+        raise UserError(
             f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
             "(the loss is fused without them)"
         )
@@ -112,23 +112,23 @@ def check(settings: Settings) -> None:
         loss.soft_weight_start if mode == "co" else 0.0,
     )
     if not any(weights):
-        raise Problem("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
+        raise UserError("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
     if mode != "hard" and settings.model.teacher is None and settings.model.targets is None:
         cached = ", or --targets that `python -m kdkernels cache` wrote" if mode == "soft" else ""
-        raise Problem(f"{mode} needs a --teacher{cached}")
+        raise UserError(f"{mode} needs a --teacher{cached}")
     if settings.model.teacher is not None and settings.model.targets is not None:
-        raise Problem("give --teacher or --targets, not both: the targets are the teacher")
+        raise UserError("give --teacher or --targets, not both: the targets are the teacher")
     if settings.model.dtype not in ("float32", "bfloat16"):
-        raise Problem(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
+        raise UserError(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
     if settings.model.lora_modules != ["all-linear"] and not settings.model.lora_rank:
-        raise Problem(
+        raise UserError(
             f"lora_modules={' '.join(settings.model.lora_modules)} without LoRA: give --lora_rank too"
         )
     completions = settings.generation.completions
     if completions is not None and settings.model.teacher is None:
-        raise Problem(
+        raise UserError(
             f"completions={completions}, but no --teacher writes them; text that is there already is --data"
         )
     if completions is not None and Path(completions).suffix != ".jsonl":
-        raise Problem(f"completions={completions}: the name must end in .jsonl")
+        raise UserError(f"completions={completions}: the name must end in .jsonl")
     divergence_of(loss.divergence)

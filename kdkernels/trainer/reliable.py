@@ -19,14 +19,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.transformers import DistillationTrainer
 from .progress import Progress
-from .settings import Problem, first_line, one_line
+from .settings import UserError, first_line, one_line
 
 #: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
 STAGING = "checkpoint-being-written"
 
 
 class ReliableTrainer(DistillationTrainer):
-    """DistillationTrainer whose checkpoints appear whole or not at all, and which never trains on nonsense."""
+    """DistillationTrainer whose checkpoints appear whole or not at all, and which stops at a number that is not finite.
+
+    Methods that begin with _ are Trainer's own, private ones. transformers has no hook where they are overridden;
+    ``tests/test_trainer_*.py`` fails where a new version calls them otherwise.
+    """
 
     _staging = False
     _clock: tuple[float, int] | None = None  #: time and tokens at the last log
@@ -62,9 +66,8 @@ class ReliableTrainer(DistillationTrainer):
         return Path(str(self.args.output_dir))
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed from the last checkpoint: Trainer adds a step
+        # A run that is resumed from its last checkpoint has no step left. Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*arguments, **options)
@@ -94,7 +97,7 @@ class ReliableTrainer(DistillationTrainer):
                 self._publish(staging / name, final)
         except Exception as error:  # tokenizers raises nothing narrower when the disk is full
             shutil.rmtree(staging, ignore_errors=True)
-            raise Problem(
+            raise UserError(
                 f"step {self.state.global_step}: the checkpoint could not be written to {self._folder}: "
                 f"{first_line(error)}; {self._last_good()}"
             ) from error
@@ -112,8 +115,8 @@ class ReliableTrainer(DistillationTrainer):
                     os.fsync(file.fileno())
         staged.rename(final)
         staged.parent.rmdir()
-        keep = self.args.save_total_limit
-        for old in checkpoints(self._folder)[:-keep] if keep else []:
+        limit = self.args.save_total_limit
+        for old in checkpoints(self._folder)[:-limit] if limit else []:
             if str(old) != self.state.best_model_checkpoint:
                 shutil.rmtree(old.rename(staged.parent))  # renamed first: nor is one ever half deleted
 
@@ -125,7 +128,7 @@ class ReliableTrainer(DistillationTrainer):
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
-            raise Problem(
+            raise UserError(
                 f"metric_for_best_model={self.args.metric_for_best_model}: evaluation gives "
                 f"{', '.join(sorted(metrics))}; {self._last_good()}"
             ) from error
@@ -147,7 +150,7 @@ class ReliableTrainer(DistillationTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and num_items is not None and not num_items > 0:
-            raise Problem(
+            raise UserError(
                 f"step {self.state.global_step + 1}: every token of the batch is masked; {self._last_good()}"
             )
         return batches, num_items
@@ -169,10 +172,10 @@ class ReliableTrainer(DistillationTrainer):
 
     def _stop(self, what: str, value: float, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
-        kept = self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt"
-        torch.save({name: tensor.cpu() for name, tensor in inputs.items()}, kept)
-        raise Problem(
-            f"step {step}: {what} is {value}; the batch is kept in {kept}, weights were not updated; "
+        path = self._folder / f"non-finite-step-{step}-rank-{self.args.process_index}.pt"
+        torch.save({name: tensor.cpu() for name, tensor in inputs.items()}, path)
+        raise UserError(
+            f"step {step}: {what} is {value}; the batch is saved in {path}, weights were not updated; "
             f"{self._last_good()}"
         )
 
@@ -208,8 +211,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            done = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in done))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
         if state.is_world_process_zero:

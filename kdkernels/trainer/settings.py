@@ -33,19 +33,19 @@ DIVERGENCES = {
 SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Something that the user can put right: the command prints this one line and exits with 1."""
 
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Errors that libraries raise over files and options become one :class:`Problem` of one line."""
+    """Errors that libraries raise over files and options become one :class:`UserError` of one line."""
     try:
         yield
-    except Problem:
+    except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower when the disk is full
-        raise Problem(f"{what}: {first_line(error)}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -122,7 +122,7 @@ class GenerationSettings:
 class RunSettings(TrainingArguments):
     """transformers.TrainingArguments with the defaults of this trainer."""
 
-    output_dir: str | None = option(None, "where the run is kept [required]")
+    output_dir: str | None = option(None, "folder of the run: its model, checkpoints and logs [required]")
     resume: bool = option(False, "go on from the last whole checkpoint in OUTPUT_DIR")
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs if > 0")
     teacher_steps: int = option(0, "steps of a teacher made from scratch; 0: max_steps")
@@ -133,7 +133,7 @@ class RunSettings(TrainingArguments):
     eval_strategy: str = option("steps", "no, steps or epoch")
     eval_steps: float | None = option(500, "steps between two evaluations")
     save_steps: float = option(500, "steps between two checkpoints")
-    save_total_limit: int | None = option(2, "checkpoints that are kept; 0: all")
+    save_total_limit: int | None = option(2, "the newest checkpoints that stay on disk; 0: all")
     report_to: list[str] | None = option(["none"], "tensorboard, wandb, ...; metrics.jsonl is always written")
     fsdp: bool | None = option(
         None, "shard models, optimizer and gradients (under torchrun); details in fsdp_config"
@@ -236,8 +236,8 @@ def divergence_of(text: str) -> kd.Divergence:
     """
     name, _, numbers = text.partition(":")
     if name not in DIVERGENCES:
-        raise Problem(f"unknown divergence {name!r}; there are {', '.join(DIVERGENCES)}")
+        raise UserError(f"unknown divergence {name!r}; there are {', '.join(DIVERGENCES)}")
     try:
         return DIVERGENCES[name](*[float(number) for number in numbers.split(",") if number])
     except (TypeError, ValueError) as error:
-        raise Problem(f"divergence {text!r}: {error}") from error
+        raise UserError(f"divergence {text!r}: {error}") from error

@@ -19,7 +19,7 @@ from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .generate import write_completions
 from .progress import say
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
-from .settings import Problem, Settings, divergence_of, for_mode, one_line
+from .settings import Settings, UserError, divergence_of, for_mode, one_line
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
 
@@ -102,7 +102,7 @@ def hard(given: Ingredients) -> ReliableTrainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
     if given.settings.model.teacher is not None:
         if is_deepspeed_zero3_enabled():
-            raise Problem(
+            raise UserError(
                 "hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
                 "then give that run's completions.jsonl as --data and no --teacher"
             )
@@ -143,7 +143,7 @@ BUILD = {"soft": soft, "hard": hard, "co": co}
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """One run from settings to a saved model; returns (and keeps in result.json) what it came to."""
+    """One run from settings to a saved model; returns what it came to, and writes it to result.json."""
     folder = settings.output_dir
     with settings.run.main_process_first(desc="the run's folder"):
         fresh = claim_folder(settings)
@@ -159,7 +159,7 @@ def run(settings: Settings) -> dict[str, Any]:
         checkpoint = str(found[-1]) if found else None
         summary.of_models(settings, *trainer.models, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
-    except Problem:
+    except UserError:
         if fresh and (trainer is None or not trainer.state.global_step):
             (folder / CONFIG).unlink(missing_ok=True)  # what could not begin is not a run
         raise
@@ -200,19 +200,19 @@ def build(settings: Settings) -> ReliableTrainer:
         ValueError,
         ImportError,
     ) as error:  # what Trainer or DistillationTrainer refuses, or a missing extra
-        raise Problem(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     if args.fsdp and not trainer.is_fsdp_enabled:
-        raise Problem(
+        raise UserError(
             "fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU"
         )
     rows, batch = len(trainer.train_dataset), args.train_batch_size * args.world_size  # type: ignore[arg-type]
     if args.dataloader_drop_last and rows < batch:
-        raise Problem(
+        raise UserError(
             f"dataloader_drop_last drops the only batch: {rows} sequences, and a batch takes {batch}"
         )
     judged = args.load_best_model_at_end or args.save_strategy == "best"
     if judged and not trainer.eval_dataset:
-        raise Problem("the best checkpoint needs text to be judged by: --validation_share above 0")
+        raise UserError("the best checkpoint needs text to be judged by: --validation_share above 0")
     return trainer
 
 
@@ -236,7 +236,7 @@ def check_same_settings(settings: Settings) -> None:
     """A run is never overwritten, and only goes on under its own settings."""
     folder = settings.output_dir
     if not settings.run.resume:
-        raise Problem(
+        raise UserError(
             f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
         )
     before, now = for_mode(settings.mode, yaml.safe_load((folder / CONFIG).read_text())), settings.to_dict()
@@ -244,7 +244,7 @@ def check_same_settings(settings: Settings) -> None:
         n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
     )
     if changed:
-        raise Problem(
+        raise UserError(
             f"{folder} was made with other settings ("
             + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
             + "); choose another --output_dir"
