@@ -68,7 +68,7 @@ def measure(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     verified = conformance(folder, device, limit) if options.suite == "gpu" else 0
 
-    # Not before: what was just built is loaded when kdkernels is imported.
+    # Imported here and not earlier: importing kdkernels loads the extension, which may just have been built.
     from benchmarks import cases, goals, measure, report, run
 
     chosen = [c for c in cases.SUITES[options.suite] if not options.case or options.case in c.name]
@@ -76,8 +76,8 @@ def measure(arguments: list[str]) -> int:
         parser.error(f"no case of suite {options.suite} has {options.case!r} in its name")
     path = folder / "result.json"
 
-    def keep(so_far: dict[str, Any]) -> None:
-        """After every case: should a driver take the process down, what was measured is there."""
+    def save(so_far: dict[str, Any]) -> None:
+        """Writes the results after every case, so that a crash of the process loses only one case."""
         path.write_text(json.dumps(so_far, indent=1))
         print(report.case_table(so_far["cases"][-1]), "\n", flush=True)
 
@@ -87,7 +87,7 @@ def measure(arguments: list[str]) -> int:
         device,
         rounds=options.rounds or measure.ROUNDS,
         seconds=limit - (time.perf_counter() - start),
-        keep=keep,
+        save=save,
     )
     path.write_text(json.dumps(result, indent=1))
     print(report.where(result))

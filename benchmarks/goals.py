@@ -1,4 +1,4 @@
-"""The ratios that the kernels are built to, read off a result."""
+"""The ratios that the kernels must reach, read off a result."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class _Handed(torch.autograd.Function):
 
 
 def handed(logits: Tensor) -> Tensor:
-    """``logits`` as an lm_head hands them over: not a leaf, and nobody else reads them."""
+    """``logits`` as an lm_head returns them: not a leaf, and used by nothing else."""
     return _Handed.apply(torch.zeros((), requires_grad=True), logits)
 
 
@@ -60,7 +60,7 @@ class Inputs:
         self._scratch: Tensor | None = None
 
     def _sparse(self, device: str) -> kd.SparseTarget:
-        """What a teacher's cache holds: the largest of some logits at ids that are spread out."""
+        """A target as a teacher cache holds it: the largest of some logits, at ids that are spread out."""
         case = self.case
         values = _random((case.tokens, 8 * case.top_k), 2.0, torch.float32, device)
         logprobs = values.log_softmax(-1).topk(case.top_k).values
@@ -122,7 +122,7 @@ class Step:
 
     @property
     def mask(self) -> Tensor | None:
-        """Labels for a soft loss, where they say nothing but what is masked: None if nothing is."""
+        """Labels for a soft loss, which uses them only as a mask; None if nothing is masked."""
         return self.labels if self.case.masked else None
 
     @staticmethod
@@ -134,7 +134,7 @@ class Step:
         return self._given(self.student), self.inputs.target or self._given(self.teacher)
 
     def logits(self) -> tuple[Tensor, Tensor]:
-        """(student, teacher) logits, projected from hidden states where that is what there is."""
+        """(student, teacher) logits, projected from hidden states if the case has those."""
         return self.student_logits(), self._logits(self.teacher)
 
     def student_logits(self) -> Tensor:

@@ -235,7 +235,7 @@ def measure(name: str, side: str) -> int:
     """Bytes of one side of one case, in this process."""
     case = CASES[name]
     torch.manual_seed(0)
-    getattr(case.build(8), side)().backward()  # whatever is loaded once
+    getattr(case.build(8), side)().backward()  # the first call loads and compiles; not counted
     pair = case.build(case.tokens)
     with resident_peak() as peak:
         getattr(pair, side)().backward()

@@ -31,7 +31,7 @@ MIN_ROUNDS = 3
 
 
 def input_sets(case: Case, device: str) -> list[Inputs]:
-    """Enough sets that they are four times the last-level cache together: one, if it is large."""
+    """So many sets that together they are four times the last-level cache; one set, if it is that large."""
     torch.manual_seed(0)
     first = Inputs(case, device)
     count = math.ceil(4 * last_level_cache_bytes(device) / first.bytes)
@@ -39,7 +39,7 @@ def input_sets(case: Case, device: str) -> list[Inputs]:
 
 
 def timed_step(variant: Variant, step: Step, device: str) -> Times:
-    """One forward and backward; the backward is timed itself, not as a difference of two runs."""
+    """One forward and backward. The backward is timed on its own, not as a difference of two runs."""
     run = _on_cuda if device == "cuda" else _on_cpu
     return run(variant.forward, None if variant.is_floor else _backward, step)
 

@@ -1,5 +1,5 @@
-"""Peak memory above inputs and gradients: from Linux's own account on the CPU, from the allocator on
-a GPU. On the CPU each variant gets a fresh process, whose heap nobody has stretched yet."""
+"""Peak memory above inputs and gradients: resident memory as Linux reports it on the CPU, torch's
+allocator on a GPU. On the CPU each variant gets a fresh process, whose heap has not grown yet."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def resident_peak() -> Iterator[Peak]:
 
 @contextlib.contextmanager
 def allocated_peak() -> Iterator[Peak]:
-    """The same of torch's CUDA allocator."""
+    """The same from torch's CUDA allocator."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, peak = torch.cuda.memory_allocated(), Peak()
@@ -101,7 +101,7 @@ def peak_of(case: Case, key: tuple[str, str], device: str, threads: int) -> int:
     inputs = Inputs(case, device)
     if variant.inplace:
         inputs.scratch()
-    # What is loaded and compiled once is not the step's.
+    # The first step loads and compiles; that memory is not counted.
     _one_step(variant, inputs if variant.one_shape else Inputs(case.shrunk(tokens=8), device))
     inputs.restore()
     if device == "cpu" and os.name == "posix":

@@ -16,7 +16,7 @@ BUSY = 0.5
 
 
 def where(result: Row) -> str:
-    """What every figure stands under: the machine, the versions, the commit, and what speaks against it."""
+    """The line above every figure: the machine, the versions, the commit, and warnings about the run."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     kind = f"CUDA {machine['cuda']}" if machine["device"] == "cuda" else machine["instruction_set"]

@@ -62,10 +62,10 @@ def run_suite(
     *,
     rounds: int = measure.ROUNDS,
     seconds: float | None = None,
-    keep: Callable[[dict], None] = lambda so_far: None,
+    save: Callable[[dict], None] = lambda so_far: None,
 ) -> dict[str, Any]:
-    """The cases in their order. One that would begin in the last tenth of ``seconds`` is named in the
-    result and not begun: no single case takes much longer than that, but for the first ones."""
+    """The cases in their order. One that would begin in the last tenth of ``seconds`` is not run, and the
+    result names it. That leaves room for the case that is running: only the first cases take longer."""
     start = time.perf_counter()
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -79,6 +79,6 @@ def run_suite(
             result["not_run"].append(case.name)
             continue
         result["cases"].append(run_case(case, device, rounds=rounds))
-        keep(result)
+        save(result)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result

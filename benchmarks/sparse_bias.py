@@ -54,7 +54,7 @@ def gradient(student: Tensor, target: Tensor | kd.SparseTarget) -> Tensor:
 
 def trained(student: Tensor, make: Callable[[], Tensor | kd.SparseTarget]) -> Tensor:
     """The student's logits, themselves the parameters, after STEPS of Adam; averaged over the last
-    half, so that samples' noise does not hide where they go."""
+    half of them, which removes the noise of samples."""
     leaf = student.clone().requires_grad_()
     adam = torch.optim.Adam([leaf], lr=LEARNING_RATE)
     mean = torch.zeros_like(student)

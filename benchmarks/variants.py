@@ -27,7 +27,7 @@ OURS = "kdkernels"
 
 @dataclass(frozen=True)
 class Variant:
-    """``floor`` is the label of the floor it is held against; a floor itself has none and no backward.
+    """``floor`` is the label of the floor it is compared with. A floor itself has none, and no backward.
     ``one_shape``: it is compiled for every shape that it meets.
     """
 

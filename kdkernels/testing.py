@@ -183,14 +183,14 @@ def _shape_rows(rows: str, student: list[Tensor], teacher: list[Tensor]) -> None
     elif rows == "extreme":
         for side in (student, teacher):
             side[-1] += torch.where(side[-1] > 0, _FAR, -_FAR)
-            if len(side) > 1:  # beside 1e4 half precision has no room for a product
+            if len(side) > 1:  # in half precision a product would be lost beside 1e4
                 side[1].zero_()
 
 
 def textbook(divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """A divergence's terms as papers and trainers write them; of one that is not kdkernels' own, its ``phi``.
 
-    It shares nothing with :mod:`kdkernels.divergences`, whose forms keep more digits.
+    It shares nothing with :mod:`kdkernels.divergences`, whose forms are more accurate.
     """
     divergence = simplified(divergence)
     padding = log_p.isneginf() & log_q.isneginf()
@@ -327,7 +327,7 @@ class Check:
         )
 
 
-#: A gradient this small says nothing: the comparison is then of its absolute size.
+#: Below this norm a gradient has no direction to compare, so its absolute error is compared instead.
 _NEGLIGIBLE = 1e-6
 
 
@@ -348,11 +348,11 @@ def compare(
         what = "gradient" if len(grads) == 1 else f"gradient of {('hidden', 'weight', 'bias')[i]}"
         scale = truth.double().norm().item()
         unit = 1.0 if scale > _NEGLIGIBLE else max(scale, 1e-300)
-        # In fp64 the oracle rounds as well: where its terms cancel (the reverse KL to a teacher's logit of
-        # 1e4) it is 6e-15 from the truth in 80 bits, twice as far as ours. How far is seen by the plain
-        # formula, which has softmax for the oracle's exp(log_softmax) and so rounds otherwise.
+        # In fp64 the oracle rounds as well. Where its terms cancel (the reverse KL to a teacher's logit of 1e4)
+        # it is 6e-15 from the truth in 80 bits, twice as far as ours. The plain formula shows how far: it uses
+        # softmax instead of the oracle's exp(log_softmax), so it rounds differently.
         few_ulp = (16 if dtype == torch.float64 else 4) * ulp
-        # The plain formula can be useless, in half precision or by overflowing: no licence to be so.
+        # The plain formula may fail, in half precision or by overflow. That does not allow ours to fail.
         plain_error = relative(theirs, truth) * unit if theirs.isfinite().all() else math.nan
         allowed = min(2 * plain_error, 0.1) if plain_error == plain_error else 0.1
         norm = mine.double().norm().item()
@@ -361,12 +361,12 @@ def compare(
 
 
 def _compare_loss(value: Tensor, truth: Tensor, plain: Tensor, projection: float) -> Check:
-    """Row by row where there is no reduction; the worst row speaks."""
+    """Without a reduction rows are compared one by one, and the worst is reported."""
     wide = torch.finfo(value.dtype).eps
     value, truth, plain = (v.detach().double().reshape(-1) for v in (value, truth, plain))
     errors, plain_errors = (value - truth).abs(), (plain - truth).abs()
-    # Where the plain formula overflowed ours has no excuse to. The loss's ulp is that of the
-    # log-probabilities that it is made of.
+    # Where the plain formula overflows, its error allows nothing. The ulp is that of the loss's dtype, for a
+    # loss made of log-probabilities near 1.
     excused = torch.where(plain_errors.isfinite(), plain_errors, 0.0)
     tolerances = 2 * excused + 64 * wide * (1 + truth.abs()) + projection * truth.abs()
     worst = int((errors - tolerances).nan_to_num(nan=math.inf).argmax())
@@ -399,7 +399,7 @@ def assert_matches_reference(
     seed: int = 0,
     **options,
 ) -> None:
-    """Holds a loss of your own against the fp64 oracle: value, gradients, and good manners.
+    """Compares a loss of your own with the fp64 oracle: its value and gradients. Its inputs must stay as they are.
 
     Args:
         loss_fn: ``loss_fn(student, teacher, labels) -> loss``; a scalar, or one per token with
@@ -464,7 +464,7 @@ def _assert_matches(
         for side in (s, t):
             tensors = [side] if isinstance(side, Tensor) else side.tensors()
             given.extend((x, x.detach().clone()) for x in tensors)
-        # Twice the loss has twice the gradient: what arrives in the backward must not be dropped.
+        # Twice the loss must have twice the gradient. A loss that ignores its incoming gradient fails here.
         return 2 * loss_fn(s, t, y)
 
     value, grads = problem.of(watched, labels=labels)

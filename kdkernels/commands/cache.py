@@ -94,7 +94,7 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
 
 
 def check(settings: CacheSettings) -> str:
-    """The method; and what is wrong with the settings is a :class:`UserError`."""
+    """The method that was asked for. UserError if the settings contradict each other."""
     if settings.teacher in SCRATCH:
         raise UserError(
             f"--teacher {settings.teacher} is made from scratch and knows nothing; give a trained model"
@@ -129,7 +129,7 @@ def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences:
 
 
 def fingerprint(sequences: data.Sequences) -> str:
-    """Of ids and labels: targets are stored only where there is a label to learn."""
+    """Of ids and labels. Labels count because targets are stored only where there is one."""
     return data_fingerprint((ids for ids, _ in sequences.rows), (labels for _, labels in sequences.rows))
 
 
@@ -192,7 +192,7 @@ def select(
             return kd.top_p_target(
                 head, settings.top_p, max_k=settings.max_k or None, tail=tail, vocab_size=vocab
             )
-        # A sequence's draws are its own, whichever process makes them and whatever came before.
+        # The seed is the sequence's own, so its draws do not depend on the process or on earlier sequences.
         own = torch.Generator(head.hidden.device).manual_seed(settings.seed + 1 + batch[row])
         drawn = kd.sample_target(
             head, settings.samples, settings.proposal_temperature, generator=own, vocab_size=vocab
@@ -221,7 +221,7 @@ def report(directory: Path) -> None:
 
 
 def train_command(settings: CacheSettings, data_settings: DataSettings) -> str:
-    """The command that reads the cache: with the same tokenizer and data, or its sequences would be others."""
+    """The command that trains on the cache. Tokenizer and data must be the same, or the sequences would differ."""
     line = shlex.split("python -m kdkernels train soft --student STUDENT --tokenizer")
     line.append(settings.tokenizer or settings.teacher)
     for each in fields(data_settings):

@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     from ..trainer.command_line import parse
     from ..trainer.settings import MODES, UserError
 
-    logging.disable_progress_bar()  # of loading and writing; training has its own
+    logging.disable_progress_bar()  # those of loading and writing models; training has its own
 
     modes = "\n".join(f"  {name:<8} {what}" for name, what in MODES.items())
     parser = argparse.ArgumentParser(
@@ -42,9 +42,10 @@ def main(arguments: list[str]) -> None:
 
 
 def leave_group() -> None:
-    """At the end of a process whose runs went well: no thread of the group's then meets a connection that its peer closed.
+    """Destroys the process group at the end of a process whose runs went well.
 
-    Not after an error: the other processes may be waiting in a collective, and this one would wait for them.
+    Otherwise a thread of the group may report that a peer has closed its connection. After an error this is not
+    called: the other processes may be waiting in a collective, and this one would wait for them.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

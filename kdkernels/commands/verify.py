@@ -88,8 +88,7 @@ class Scenario:
 
 
 def scenarios() -> Iterator[Scenario]:
-    """Everything that is verified, as data: each problem for every divergence before the next, and
-    first what is in most use."""
+    """Everything that is verified, as data. The problems in most use come first, each for every divergence."""
     yield from sorted(_all_scenarios(), key=_rank)
 
 
@@ -112,7 +111,7 @@ def _all_scenarios() -> Iterator[Scenario]:
 
 
 def _terms(rows: str) -> dict[str, Any]:
-    # A hard term would hide that equal models leave no gradient.
+    # Equal models must have gradient 0. A hard term would hide whether they do.
     return {} if rows == "equal" else dict(_TERMS)
 
 
@@ -190,12 +189,12 @@ def beyond_32_bits(name: str, device: str, *, tokens: int = 2**14 + 8, vocab: in
 
 
 def _unfit(oracle: Result, problem: Problem) -> str | None:
-    """Why the truth cannot be held in the problem's dtypes, if it cannot."""
+    """Why the oracle's result does not fit into the problem's dtypes; None if it fits."""
     value, grads = oracle
     largest = max(float(g.abs().max()) for g in grads)
     if not (largest < math.inf and value.abs().max() < torch.finfo(torch.float32).max):
         return "the oracle is infinite here"
-    # fp16 gradients are made per token, so that a GradScaler's factor arrives before the mean's.
+    # fp16 gradients are made per token, before the mean's divisor, so that GradScaler's factor comes first.
     if problem.dtype == torch.float16 and largest * problem.labels.numel() > torch.finfo(torch.float16).max:
         return "the gradient of one token does not fit fp16"
     return None

@@ -1,4 +1,4 @@
-"""What the drop-ins share: masks as labels, lm_heads as trainers hold them."""
+"""What the drop-ins share: the ignored label, and lm_heads as trainers hold them (sharded, or in another dtype)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ IGNORED = -100
 def whole(parameter: Any) -> Tensor:
     """A DTensor parameter (FSDP2, tensor parallel) gathered; other tensors as they are.
 
-    Its gradient is the mean over ranks: the data-parallel rule, and with the same data on every rank the
-    gradient itself. Without it a rank would keep a slice of its own gradient, unreduced.
+    Its gradient is the mean over ranks, which is data parallelism's rule. With the same data on every rank the mean is
+    the gradient itself. Otherwise each rank would use a slice of its own gradient, not reduced over ranks.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter

@@ -18,8 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from ..core import autograd
 
-#: Elements that are worked on at a time: on a CPU what stays in its cache, elsewhere what
-#: hides the launches.
+#: Elements of a piece. On a CPU a piece stays in cache; elsewhere it is large enough to hide the kernel launches.
 _PIECE = {"cpu": 2**20}
 _PIECE_ELSEWHERE = 2**24
 
@@ -33,10 +32,9 @@ def __dir__() -> list[str]:
 
 
 class KLTerms(NamedTuple):
-    """p (log p - x): the terms of KL(p || exp(x)), p the target, neither of which need sum to 1.
+    """p (log p - x): the terms of KL(p || exp(x)), where p is the target. Neither side need sum to 1.
 
-    Written out beside :class:`kdkernels.ForwardKL`, whose ``phi`` may lean on both being finite
-    log-probabilities and whose gradient on their sums being 1. Where p is 0 the term is 0.
+    This is not :class:`kdkernels.ForwardKL`, whose gradient assumes that both sum to 1. Where p is 0 the term is 0.
     """
 
     log_target: bool
@@ -75,11 +73,11 @@ _TERMS: dict[str, KLTerms | TVTerms] = {
 
 @torch.library.custom_op("kdkernels::terms", mutates_args=())
 def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -> Tensor:
-    """Terms of two tensors of one shape, piece by piece; their sum, or each. Where ``mask`` (of that
-    shape) is False a term is 0, whatever stands there.
+    """Terms of two tensors of one shape, piece by piece: their sum if ``summed``, else each. Where ``mask`` (of that
+    shape) is False a term is 0, whatever the tensors hold there.
 
-    An operator, since a compiler would unroll the walk. Saved for the backward: the tensors, nothing
-    else. The backward walks them again and allocates the gradients only.
+    It is an operator because a compiler would unroll the loop over pieces. Only the two tensors are saved for the
+    backward, which goes over them again and allocates nothing but the gradients.
     """
     dtype, terms = torch.promote_types(x.dtype, t.dtype), _TERMS[name]
     if not summed:
@@ -105,7 +103,7 @@ def _(x, t, mask, name, summed):
 def _slopes(
     x: Tensor, t: Tensor, mask: Tensor | None, arriving: Tensor, name: str, wants: list[bool]
 ) -> list[Tensor]:
-    """The terms' derivatives for x and for t, where they are wanted, times ``arriving``."""
+    """The terms' derivatives for x and for t, where they are wanted, times the gradient ``arriving`` from above."""
     made = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
     for a, b, g, m, *outs in _pieces(x, t, arriving, mask, *made):
         for out, slope in zip(outs, _TERMS[name].slopes(_wide(a), _wide(b), wants)):
@@ -130,7 +128,7 @@ def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
     x, t, mask = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
     arriving = arriving.expand(x.shape)
-    if autograd._batched(arriving):  # torch has a rule for its own functions only
+    if autograd._batched(arriving):  # is_grads_batched=True has rules for torch's own functions only
         slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
         made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
     else:

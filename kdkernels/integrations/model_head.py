@@ -1,9 +1,9 @@
 """A causal LM of transformers as hidden states and an lm_head.
 
-The model runs its own forward, so whatever that consumes (images, audio, position ids) and does before its
-lm_head is done. Only the lm_head's forward is another for the length of one call: it is handed hidden states and,
-instead of projecting them, gives them to the loss beside its weight. Whatever gathers weights around a module's
-forward (FSDP, FSDP2, ZeRO-3) therefore works, with nothing here knowing of it.
+The model runs its own forward, with everything that it takes (images, audio, position ids) and does before its
+lm_head. Only the lm_head's forward is replaced, for the length of one call: it hands hidden states and weight to the
+loss instead of projecting. FSDP, FSDP2 and ZeRO-3 gather weights around a module's forward, so they work, and
+nothing here knows of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .common import whole
 
 #: Of float32 logits. Those of half precision differ by their rounding.
 TOLERANCE = 1e-3
-#: What a forward may take by **kwargs, beside what it names. A recurrent model (xLSTM) has no use for a mask: behind
-#: the last token, where labels are masked, nothing looks.
+#: What a forward may take by **kwargs, beside what it names. A recurrent model (xLSTM) ignores attention_mask. That is
+#: right with padding on the right: no token with a label sees it.
 _PASSED_ON = {*TransformersKwargs.__annotations__, "attention_mask", "use_cache", "return_dict"}
 _WAY_OUT = "distil it from its logits, kd.distillation_loss(model(**batch).logits, ...)"
 
@@ -49,7 +49,7 @@ class LogitMap:
         )
 
 
-#: Of the models that were checked.
+#: What check_head measured, by model.
 _logit_maps: weakref.WeakKeyDictionary[nn.Module, LogitMap] = weakref.WeakKeyDictionary()
 
 
@@ -61,9 +61,9 @@ def call_through_head(
 ) -> Any:
     """``function(LinearHead)`` of a causal LM, called inside its lm_head's forward, in a call of ``model`` itself.
 
-    This is where hidden states come from in a training loop of your own. ``model(...)`` is what is called, with
-    every hook that DDP, FSDP, FSDP2 or a DeepSpeed engine has put there: pass what they returned, not what is inside.
-    ``ddp.module.model(ids)`` would give the same hidden states and gradients that no other process has a part in.
+    This is where hidden states come from in a training loop of your own. It calls ``model(...)``, with every hook
+    that DDP, FSDP, FSDP2 or a DeepSpeed engine has put there: pass what they returned, not the module inside.
+    ``ddp.module.model(ids)`` would give the same hidden states, but its gradients would not be reduced over processes.
 
     Args:
         model: a causal LM of transformers, plain or with LoRA of peft, wrapped for training or not.
@@ -101,12 +101,12 @@ def call_through_head(
 
 
 def check_head(model: nn.Module) -> LogitMap:
-    """What ``model`` does to its lm_head's output, measured; ValueError if a LinearHead cannot say it.
+    """Measures what ``model`` does to its lm_head's output. ValueError if a LinearHead cannot express it.
 
-    Two tokens, no gradient; random numbers, dropout and modes of training stay as they are. The lm_head is given the
-    hidden states, as they are and enlarged, and must project them. The model is given logits of every size, and what it
-    makes of them must be a :class:`LogitMap`, whatever its config calls that. Where weights are sharded this is a
-    forward in which every process takes part.
+    A forward of two tokens, without gradients. The random state and every module's training mode are restored. The
+    lm_head gets the hidden states, as they are and enlarged, and must project them. Then the model gets logits of every
+    size instead of its own. What it makes of them must be a :class:`LogitMap`, whatever its config calls that. Where
+    weights are sharded, every process must take part.
     """
     own, causal_lm, head = _parts(model)
     name = type(causal_lm).__name__
@@ -178,8 +178,9 @@ def _run(
 ) -> Any:
     """``model(**inputs)`` with its lm_head's forward replaced by one that gives (result, logits to go on with).
 
-    What leaves the lm_head and the model must pass by the hooks of sharding, which look for tensors with a gradient
-    in it: last of the lm_head's hooks the result is exchanged for the logits, first of the model's it is put back.
+    The hooks of sharding look for tensors with a gradient in what a module returns, so the result must pass through
+    them. The lm_head's last hook takes the result and returns the logits to the model. The model's first hook returns
+    the result in place of the model's output.
     """
     results: list[Any] = []
 
@@ -204,7 +205,7 @@ def _run(
 
 
 def _named(causal_lm: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs and what every call says, refused if the forward would pass over one of them."""
+    """The inputs, with use_cache and return_dict where the forward takes them. ValueError if it would ignore an input."""
     names, passes_on = _signature(type(causal_lm))  # type: ignore[arg-type]
     known = names | _PASSED_ON if passes_on else names
     if unknown := [name for name in inputs if name not in known]:
@@ -217,7 +218,7 @@ def _named(causal_lm: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _signature(cls: Any) -> tuple[frozenset[str], bool]:
-    """(names of a class's forward and of those that it may call by super(), whether it takes others)."""
+    """(the arguments that a class's forward and its base classes' forwards name, whether it takes others)."""
     forwards = [
         inspect.signature(c.forward)
         for c in cls.__mro__
@@ -351,7 +352,7 @@ def _check_linear(
 
 
 def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:
-    """Distinct values ``[1, 2, V]`` from 2^-10 to 2^14, which fp16 has, of both signs: no mask, cut or cap leaves all as they are."""
+    """Distinct values ``[1, 2, V]`` of both signs from 2^-10 to 2^14, which fp16 can hold. Any mask, cut or cap changes some."""
     dtype, device = torch.promote_types(linear.hidden.dtype, torch.float32), linear.hidden.device
     sizes = torch.linspace(-10, 14, 2 * linear.vocab_size, dtype=dtype, device=device).exp2()
     signs = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(linear.vocab_size)
@@ -359,7 +360,7 @@ def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:
 
 
 def _measured(name: str, given: Tensor, logits: Any) -> LogitMap:
-    """The LogitMap that makes ``logits`` of ``given``: its cap shows where those are largest, its slope where smallest."""
+    """The LogitMap from ``given`` to ``logits``. The smallest values show its scale, the largest its softcap."""
     if not isinstance(logits, Tensor) or logits.shape != given.shape:
         raise ValueError(
             f"{name} makes {list(getattr(logits, 'shape', []))} of its lm_head's {list(given.shape)}; {_WAY_OUT}"
@@ -389,7 +390,7 @@ def _tolerance(logits: Tensor) -> float:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and then in its own again: parts may be frozen in another than the rest."""
+    """Every module in eval mode; then each in its own mode again, since parts of a model may differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -121,7 +121,7 @@ class DistillationTrainer(Trainer):
         if self.args.torch_compile:
             self._compile_below_the_head()
         self._sums = _Sums()
-        self._kl_sum = _Sums()  #: over tokens of its own: not every step has it
+        self._kl_sum = _Sums()  #: has its own token count: not every step computes it
 
     # -- the loss -------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class DistillationTrainer(Trainer):
         def with_router(loss: Tensor, router: Tensor) -> Tensor:
             tokens = (labels >= 0).sum()
             self._sums.add({"router": router * tokens})
-            # The mean over all micro-batches by their tokens; of a batch in one piece it is the model's own.
+            # Micro-batches are weighted by their tokens. For a batch in one piece this is the model's own value.
             return loss + router * (1 if num_items_in_batch is None else tokens / num_items_in_batch)
 
         with self.accelerator.autocast():
@@ -200,7 +200,7 @@ class DistillationTrainer(Trainer):
                 with_router,
             )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # Gradients are averaged over processes, but num_items counts the tokens of all of them.
+            # Gradients are averaged over processes, but num_items already counts the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
 
@@ -280,7 +280,7 @@ class DistillationTrainer(Trainer):
 
         with torch.no_grad(), self.accelerator.autocast():
             sums = self.student_call(model, inputs, rows)
-        # Sequence by sequence, because gather_for_metrics can then drop those that only fill up a batch.
+        # One entry per sequence, so that gather_for_metrics can drop those that only fill up the last batch.
         sums = self.accelerator.gather_for_metrics(sums)
         tokens = sums.pop("tokens").sum()
         self._eval_sums.add({name: values.sum() for name, values in sums.items()}, tokens)
@@ -298,8 +298,8 @@ class DistillationTrainer(Trainer):
     def _compile_below_the_head(self) -> None:
         """torch_compile=True: the part before the lm_head is compiled in place; the loss is a kernel already.
 
-        accelerate compiles the whole model, whose lm_head is another at every call. That is lazy, so it costs nothing
-        as long as what it has made is not called: student_call takes the model out of it.
+        accelerate wraps the whole model in torch.compile, but its lm_head is replaced at every call. The wrapper compiles
+        when it is first called; student_call never calls it, but the model inside.
         """
         own: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         causal_lm = own.get_base_model() if hasattr(own, "get_base_model") else own
@@ -326,9 +326,10 @@ class DistillationTrainer(Trainer):
 
 
 def outliving(head: kd.LinearHead) -> kd.LinearHead:
-    """The head for use after its module's forward, when ZeRO-3 empties parameters, but not what shares their storage.
+    """A head that can be used after its module's forward has ended.
 
-    (A parameter that a forward returns is one that DeepSpeed keeps gathered from then on.)
+    ZeRO-3 empties parameters then, but not a detached tensor of the same storage. A parameter itself must not be
+    returned: DeepSpeed would leave it gathered from then on.
     """
     bias = None if head.bias is None else head.bias.detach()
     return kd.LinearHead(head.hidden, head.weight.detach(), bias, head.logit_scale, head.softcap)
@@ -366,7 +367,7 @@ class _Sums:
 
 
 def _named(statistics: dict[str, Tensor], target: Any) -> dict[str, Tensor]:
-    """What is measured against a sparse target is about its few outcomes, not about the vocabulary: ``target_kl``, ..."""
+    """The names for the logs. Against a sparse target they are ``target_kl``, ...: about its outcomes, not the vocabulary."""
     if not isinstance(target, kd.SparseTarget):
         return statistics
     return {

@@ -98,7 +98,7 @@ class Manifest:
             raise ValueError(f"{path} is damaged: {error}") from None
 
     def require(self, directory: Path | str, **wanted: Any) -> None:
-        """Refuse to go on where the cache was made with something else, naming both values."""
+        """ValueError where a field has another value than the one required; it names both."""
         known = {f.name for f in fields(self)}
         for name, value in wanted.items():
             if name not in known:

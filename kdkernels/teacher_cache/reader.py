@@ -36,7 +36,7 @@ class TeacherCache(torch.utils.data.Dataset):
     """The targets in a directory: ``cache[i]`` is sequence i's :class:`Record`.
 
     A shard's sha256 is checked when the process first touches it, its pages' checksums at every read,
-    so that what comes out is what was written. Memory does not grow with the cache.
+    so damage is an error, never a wrong target. Memory does not grow with the cache.
 
     Args:
         directory: what :class:`~kdkernels.teacher_cache.CacheWriter` wrote.
@@ -128,7 +128,7 @@ class TeacherCache(torch.utils.data.Dataset):
 
     @property
     def bytes(self) -> int:
-        """On disk, without the manifest and the records."""
+        """Bytes of the shards on disk, without the manifest and the records."""
         return sum(shard.bytes for shard in self.shards)
 
     def _index(self) -> np.ndarray:
@@ -197,7 +197,7 @@ class TeacherCache(torch.utils.data.Dataset):
 
 
 def stack(targets: Sequence[SparseTarget], length: int | None = None) -> SparseTarget:
-    """One target [B, T, K] of targets [T_i, K_i]; T = ``length`` or the longest, what is short gets empty slots.
+    """One target [B, T, K] of targets [T_i, K_i]. T is ``length`` or the longest; shorter ones end in empty slots.
 
     >>> a = SparseTarget(torch.tensor([[3]]), torch.tensor([[-0.5]]))
     >>> stack([a, a], length=2).ids

@@ -1,4 +1,4 @@
-"""Write sparse targets to a directory: from several processes at once, and on after a kill."""
+"""Write sparse targets to a directory. Several processes may write at once, and a killed one goes on later."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class CacheWriter:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Of this writer's last shard, or of the first while it is being written; None before there is a byte."""
+        """Bytes per token of this writer's last shard, or of the first while it is being written; None before that."""
         if self._last is not None:
             return self._last.bytes / self._last.tokens
         return self._temporary.stat().st_size / self._tokens if self._tokens else None
@@ -188,7 +188,7 @@ class CacheWriter:
 
     @contextlib.contextmanager
     def _whole_or_nothing(self, rows: list[int]) -> Iterator[None]:
-        """After an error the open shard is given up, since it may be cut off; its sequences are to do again."""
+        """After an error the open shard is deleted, since it may be cut off; its sequences must be written again."""
         try:
             yield
         except BaseException:
@@ -197,7 +197,7 @@ class CacheWriter:
             raise
 
     def _clean_up(self) -> int:
-        """Remove what a killed process of this rank left unfinished; the number of the next shard."""
+        """Removes the unfinished files of a killed process of this rank; returns the number of the next shard."""
         mine = f"shard-{self.rank:04d}-"
         records = {path.stem for path in self.directory.glob(f"{mine}*.json")}
         for path in self.directory.glob(f"{mine}*"):
@@ -207,7 +207,7 @@ class CacheWriter:
 
 
 def _claim(directory: Path, manifest: Manifest) -> None:
-    """Make the directory a cache with this manifest, or see that it is one."""
+    """Make the directory a cache with this manifest. ValueError if it is one with another."""
     directory.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(directory / "manifest.lock"):
         if not (directory / NAME).exists():

@@ -15,7 +15,7 @@ from .settings import UserError
 
 
 class CachedSequences(Dataset):
-    """:class:`data.Sequences` with the ``target`` of each from a cache that was made of them."""
+    """:class:`data.Sequences`, each with its ``target`` from the teacher cache of these sequences."""
 
     def __init__(self, sequences: data.Sequences, directory: Path, tokenizer: Any) -> None:
         self.rows = sequences.rows

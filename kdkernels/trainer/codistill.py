@@ -52,7 +52,7 @@ class Pair(nn.Module):
             model.activation_checkpointing_enable(**options)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """What it was called by the last transformers for Python 3.10."""
+        """activation_checkpointing_enable's name in the last transformers for Python 3.10."""
         for model in (self.student, self.teacher):
             model.gradient_checkpointing_enable(**options)
 

@@ -108,7 +108,7 @@ def tokenizer(settings: Settings) -> str:
 
 
 def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
-    """Runs a stage in a process of its own; True if it was there already."""
+    """Runs a stage in a process of its own; True if it was finished before."""
     heading = f"[{number}/{count}] {name}"
     if (settings.output_dir / train.RESULT).exists():
         train.check_same_settings(settings)
@@ -135,7 +135,7 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
     parent: Any = multiprocessing.parent_process()
     threading.Thread(
         target=lambda: (parent.join(), os._exit(1)), daemon=True
-    ).start()  # a stage is not left behind
+    ).start()  # so that no stage outlives a killed command
     logging.disable_progress_bar()
     try:
         train.run(resolve(mode, asked))

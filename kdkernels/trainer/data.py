@@ -97,8 +97,8 @@ def _is_chat(messages: Any) -> bool:
 
 
 def split(records: list[Record], settings: DataSettings) -> tuple[list[Record], list[Record]]:
-    """(training, validation) documents: the same for every mode and seed, so that no teacher has seen what
-    its student is validated on. Of a single text it is the end that is held out."""
+    """(training, validation) documents. They are the same for every mode and seed, so that no teacher has seen what
+    its student is validated on. Of a single text the end is held out."""
     if len(records) == 1 and kind_of(records[0]) == "text":
         text = records[0]["text"]
         end = round(len(text) * (1 - settings.validation_share))
@@ -126,7 +126,7 @@ class Sequences(Dataset):
 
 
 def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequences:
-    """Tokenized: text is packed, every completion is a sequence of its own."""
+    """Documents as sequences of tokens. Text is packed; every completion is a sequence of its own."""
     if records and kind_of(records[0]) == "text":
         return Sequences(_packed(records, tokenizer, max_length))
     rows = [_completion(record, tokenizer, max_length, i) for i, record in enumerate(records)]
@@ -150,7 +150,7 @@ def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tupl
 def _completion(
     record: Record, tokenizer: Any, max_length: int, index: int
 ) -> tuple[list[int], list[int], bool]:
-    """(ids, labels, whether it was cut): the loss is on the completion's tokens and its end of text."""
+    """(ids, labels, whether it was cut). Only the completion's tokens and its end of text have labels."""
     prompt, completion = _prompt_and_completion(record, tokenizer, index)
     ids = prompt + completion
     if len(ids) < 2:
@@ -212,7 +212,7 @@ class Collator:
 
 
 def texts_of(records: list[Record]) -> Iterator[str]:
-    """All the text there is, for a tokenizer to be trained on."""
+    """All texts of the records, to train a tokenizer on."""
     for record in records:
         kind = kind_of(record)
         if kind == "text":

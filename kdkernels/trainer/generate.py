@@ -18,7 +18,7 @@ from .settings import Settings, UserError, one_line
 def write_completions(
     settings: Settings, teacher: Any, tokenizer: Any, records: list[Record], packed: Sequences
 ) -> Path:
-    """A .jsonl of what ``teacher`` adds to prompts. Goes on where a killed run left off; never overwrites."""
+    """Writes a .jsonl of ``teacher``'s completions. It continues the file of a killed run and never overwrites."""
     options = settings.generation
     path = Path(options.completions or settings.output_dir / "completions.jsonl")
     prompts = make_prompts(settings, records, tokenizer, packed)
@@ -30,7 +30,7 @@ def write_completions(
     with one_line(f"cannot write completions to {path}"):
         part.parent.mkdir(parents=True, exist_ok=True)
         done = sum(line.endswith("\n") for line in part.open()) if part.exists() else 0
-        done -= done % size  # batches are whole, so that each has the seed of its number
+        done -= done % size  # only whole batches count as done: a batch's seed is its number
         _keep_lines(part, done)
     teacher = teacher.to(settings.run.device).eval()
     with part.open("a") as file:
@@ -55,7 +55,7 @@ def write_completions(
 def make_prompts(
     settings: Settings, records: list[Record], tokenizer: Any, packed: Sequences
 ) -> list[tuple[Any, str]]:
-    """(what to write beside the completion, the text to continue): the prompts of the data, or the beginnings of its text."""
+    """(what to write beside the completion, the text to continue): the data's prompts, or the beginnings of its texts."""
     count = settings.generation.prompts
     if kind_of(records[0]) != "text":
         return [_prompt(record, tokenizer) for record in records[:count]]

@@ -42,14 +42,14 @@ def positions_of(config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if positions is not None and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
-        # Configs with these say how many positions there were before RoPE was scaled. (Others say how many there are.)
+        # With these types of RoPE max_position_embeddings is the number before scaling, with others the number after it.
         unscaled = rope.get("original_max_position_embeddings") or positions
         return max(positions, int(unscaled * (rope.get("factor") or 1)))
     return positions
 
 
 def parameters(model: Any, *, trained: bool = False) -> int:
-    """How many numbers a model has, or trains. Of ZeRO-3's shards the whole is counted."""
+    """How many numbers a model has, or trains. A parameter that ZeRO-3 shards counts as a whole."""
     return sum(
         getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained
     )
@@ -71,7 +71,7 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
         part = keep_in.with_name(keep_in.name + ".part")
         with one_line(f"cannot write {keep_in}"):
             tokenizer.save_pretrained(part)
-        part.rename(keep_in)  # whole or not there, whenever the process is killed
+        part.rename(keep_in)  # renamed when complete: a killed process leaves no half of it
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None:
@@ -117,7 +117,7 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
     weight = model.get_output_embeddings().weight
     vocabulary = getattr(weight, "ds_shape", weight.shape)[
         0
-    ]  # under ZeRO-3 the weight itself is an empty shard
+    ]  # under ZeRO-3 the weight tensor itself is empty
     if vocabulary < len(tokenizer):
         raise UserError(
             f"model {name} has a vocabulary of {vocabulary}, the tokenizer {len(tokenizer)}: "

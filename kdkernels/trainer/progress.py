@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import ProgressCallback
 
-#: Where no terminal shows a bar: seconds between two lines of it, and what they say.
+#: Without a terminal: seconds between two lines of a bar, and their format.
 INTERVAL = 10
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%) in {elapsed}, {remaining} left{postfix}"
 #: Logged name -> its short name behind the bar.
@@ -28,13 +28,13 @@ SHOWN = {
 
 
 def say(text: str) -> None:
-    """Prints a line at once, and once: of several processes the first speaks."""
+    """Prints a line, flushed. Of several processes only the first prints."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
 class Lines(io.TextIOBase):
-    """What tqdm draws over one another on a terminal, line by line on stderr."""
+    """tqdm's bars as separate lines on stderr, for output that is no terminal."""
 
     def write(self, text: str) -> int:
         if text.strip():
@@ -43,14 +43,14 @@ class Lines(io.TextIOBase):
 
 
 def bar(**options: Any) -> tqdm:
-    """tqdm's bar; where no terminal shows one, a line every 10 s instead, and none for what is done sooner."""
+    """tqdm's bar. Without a terminal it is a line every 10 s, and none for work that takes less."""
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, **options)
     return tqdm(file=Lines(), bar_format=LINE, delay=INTERVAL, mininterval=INTERVAL, miniters=1, **options)
 
 
 class Progress(ProgressCallback):
-    """Trainer's bars with the last numbers behind them instead of a dictionary above them."""
+    """Trainer's progress bars, with the last logged numbers at their end instead of printed dictionaries."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
         self.last: dict[str, str] = {}

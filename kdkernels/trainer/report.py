@@ -25,7 +25,7 @@ def table(comparison: dict[str, Any]) -> str:
 
 
 def verdict(comparison: dict[str, Any]) -> str:
-    """The outcome as it is."""
+    """One sentence: whether soft distillation beat the student without a teacher."""
     students = comparison["students"]
     plain, soft = students["plain"]["validation_loss"], students["soft"]["validation_loss"]
     outcome = "beats" if soft < plain else "does not beat"
@@ -64,7 +64,9 @@ agreement are against the same teacher for all.
 
 def machine(comparison: dict[str, Any]) -> str:
     where, seconds = comparison["environment"], comparison["seconds"]
-    whole = "" if seconds is None else f", {seconds:.0f} s in all after the setup"  # None: stages were reused
+    whole = (
+        "" if seconds is None else f", {seconds:.0f} s in all after the setup"
+    )  # None: some stages had been run before
     return f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['date']}{whole}"
 
 

@@ -41,7 +41,7 @@ def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: str | 
 
 
 def of_result(settings: Settings, result: dict[str, Any]) -> None:
-    """What it came to, and where the model is."""
+    """Steps, time, evaluation, and where the model is."""
     say(f"done: step {result['steps']:,}, {result['tokens']:,} tokens; it took {result['seconds']:.0f} s")
     measured = [
         f"{name.removeprefix('eval_')} {value:.4g}"

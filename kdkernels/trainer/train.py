@@ -59,7 +59,7 @@ class Ingredients:
         }
 
     def cut(self) -> dict[str, int]:
-        """Models' vocabularies are often padded beyond the tokenizer's; the padding takes no part."""
+        """Options that cut padding: models' vocabularies are often larger than the tokenizer's."""
         return {"vocab_size": len(self.tokenizer)}
 
     def trainer_options(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def soft(given: Ingredients) -> ReliableTrainer:
 
 
 def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
-    """The same from what the teacher said once; it is not loaded."""
+    """The same from a teacher cache; the teacher is not loaded."""
     from .cached import with_targets
 
     return ReliableTrainer(
@@ -161,7 +161,9 @@ def run(settings: Settings) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     except UserError:
         if fresh and (trainer is None or not trainer.state.global_step):
-            (folder / CONFIG).unlink(missing_ok=True)  # what could not begin is not a run
+            (folder / CONFIG).unlink(
+                missing_ok=True
+            )  # a run that could not begin leaves its folder free for another
         raise
     seconds = time.perf_counter() - start
     result = {
@@ -178,28 +180,26 @@ def run(settings: Settings) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
     summary.of_result(settings, result)
-    trainer.accelerator.wait_for_everyone()  # no process leaves while another still talks to it
+    trainer.accelerator.wait_for_everyone()  # a process that leaves early would break the others' collectives
     return result
 
 
 def begin_deepspeed_on_cpu() -> None:
-    """What accelerate does where there is a GPU: before it, DeepSpeed takes each process for the only one."""
+    """accelerate does this only where there is a GPU. Without it DeepSpeed takes each process for the only one."""
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
 
 
 def build(settings: Settings) -> ReliableTrainer:
-    """The mode's trainer, if what was asked for can be done."""
+    """The mode's trainer. UserError if it refuses an option."""
     args = settings.run
     try:
         given = ingredients(settings)
         summary.of_data(settings, given.records, given.train, given.validation)
         trainer = BUILD[settings.mode](given)
-    except (
-        ValueError,
-        ImportError,
-    ) as error:  # what Trainer or DistillationTrainer refuses, or a missing extra
+    except (ValueError, ImportError) as error:
+        # Trainer or DistillationTrainer refuses an option, or an extra is missing.
         raise UserError(" ".join(str(error).split())) from error
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise UserError(
