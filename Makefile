@@ -29,8 +29,9 @@ $(VENV)/.peers: $(VENV)/.ready
 	$(PIP) --no-deps --no-warn-conflicts --group alone
 	touch $@
 
-# Two processes on two cores: a thread that waits must not keep a core from the other's.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# Two processes on two cores: a thread that waits must not keep a core from the other's. Files go out in the order of
+# tests/conftest.py, the longest first.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup $(VENV)/.peers lint
 	$(BIN)/python -m kdkernels info

@@ -20,6 +20,20 @@ def pytest_addoption(parser):
     parser.addoption("--cuda-host", type=Path, help="their library, where it is built already")
 
 
+#: Files that start long processes; one of them at the very end would leave the other cores idle.
+LONGEST = (
+    "test_triton.py",
+    "test_trainer_processes.py",
+    "test_cuda.py",
+    "test_csrc.py",
+    "test_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def device(request):
     """With --device, tensors that a test makes are made there."""

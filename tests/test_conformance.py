@@ -38,7 +38,7 @@ def test_widths(backend, divergence, vocab):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_budgets(backend, divergence, chunk_bytes, reduction):
     """Token chunks and vocabulary chunks give the same loss and gradient."""
-    problem = Problem(student="head", teacher="head", vocab=700, logit_scale=0.5, softcap=5.0)
+    problem = Problem(student="head", teacher="head", vocab=700, shape=(2, 3), logit_scale=0.5, softcap=5.0)
     options = dict(
         divergence=divergence,
         temperature=2.0,

@@ -166,7 +166,9 @@ def alone(tmp_path_factory, uneven):
     return folder
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp", marks=pytest.mark.slow)]
+)
 def test_two_processes_do_what_one_does(sharded, alone, uneven, tmp_path):
     """2 processes x 2 micro-batches of 2 against 1 x 1 of 8; 5 sequences are evaluated, which 2 does not divide."""
     script = tmp_path / "main.py"

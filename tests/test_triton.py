@@ -18,8 +18,9 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def run(file, **environment):
+def run(file, which="not slow", **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "isolated" / file]
+    command += ["-m", which]
     done = subprocess.run(
         command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True
     )
@@ -29,6 +30,12 @@ def run(file, **environment):
 @pytest.mark.parametrize("file", ["triton_rows.py", "triton_sparse.py", "triton_mutations.py"])
 def test_interpreted(file):
     run(file, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["triton_rows.py", "triton_sparse.py"])
+def test_the_rest_interpreted(file):
+    run(file, which="slow", TRITON_INTERPRET="1")
 
 
 def test_compiled():

@@ -65,7 +65,7 @@ def test_forms(divergence, dtype, form):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_chunks_of_tokens_and_vocabulary(backend, divergence, chunk_bytes, reduction):
     """The reduction "none" keeps the class until the backward, where the walk is repeated."""
-    problem = Problem(student="head", teacher="head", vocab=700, logit_scale=0.5, softcap=5.0)
+    problem = Problem(student="head", teacher="head", vocab=700, shape=(2, 3), logit_scale=0.5, softcap=5.0)
     options = dict(divergence=divergence, temperature=2.0, hard_weight=0.5, reduction=reduction)
     value, grads = problem.run(backend, chunk_bytes=chunk_bytes, **options)
     truth, true_grads = problem.oracle(**options)

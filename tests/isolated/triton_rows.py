@@ -21,12 +21,25 @@ from test_conformance import (  # noqa: F401  (they need nothing but the backend
 )
 
 import kdkernels as kd
+from kdkernels.backends.spec import Spec
 from kdkernels.backends.triton import launch
 from kdkernels.commands.verify import DIVERGENCES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FULL = dict(temperature=2.0, hard_weight=0.5, label_smoothing=0.1, z_loss=0.01)
 SMALL = dict(shape=(1, 3), ignored=1)
+
+
+FEW = (kd.ForwardKL(), kd.JSD(0.5), kd.SkewReverseKL(0.1), kd.TotalVariation(), kd.AlphaBeta(0.2, 0.7))
+ALL = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+
+
+@pytest.fixture(
+    params=[pytest.param(d, marks=[] if d in FEW else pytest.mark.slow) for d in DIVERGENCES], ids=str
+)
+def divergence(request):
+    """A third of them; the others where a test says ``ALL``, and in the slow part."""
+    return request.param
 
 
 @pytest.fixture
@@ -74,7 +87,7 @@ def test_models_that_agree(divergence):
 @pytest.mark.parametrize("vocab", [40_000, 33_001])
 @pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.3)], ids=str)
 def test_rows_of_many_large_blocks(divergence, vocab):
-    assert vocab > launch._Tiles(torch.empty(9, vocab), None, None, kd.spec.Spec(divergence)).tile
+    assert vocab > launch._Tiles(torch.empty(9, vocab), None, None, Spec(divergence)).tile
     check(Problem(vocab=vocab, shape=(1, 5), ignored=3), divergence=divergence)
 
 
@@ -83,6 +96,7 @@ def test_one_token_vocabulary(divergence):
     assert value == 0 and grads[0].abs().max() == 0
 
 
+@ALL
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_precision(divergence, dtype):
     check(Problem(vocab=1500, dtype=dtype, **SMALL), dtype, divergence=divergence, hard_weight=0.5)
@@ -108,6 +122,7 @@ def test_vocabulary_chunks(divergence):
     close(problem, divergence=divergence, chunk_bytes=6_000, **FULL)
 
 
+@ALL
 def test_whole_rows_with_everything(divergence):
     """Temperature, smoothing, z-loss, softcap and scale in the fused pass."""
     problem = Problem(student="head", teacher="head", vocab=1100, logit_scale=0.5, softcap=5.0, **SMALL)
@@ -227,7 +242,7 @@ class TestFewRows:
 
     def test_parts(self, divergence):
         problem = Problem(vocab=9000, shape=(1, 2), ignored=0)
-        tiles = launch._Tiles(problem.student[0][0], problem.teacher[0][0], None, kd.spec.Spec(divergence))
+        tiles = launch._Tiles(problem.student[0][0], problem.teacher[0][0], None, Spec(divergence))
         assert tiles.few and tiles.parts[0] > 2
         check(problem, divergence=divergence)
 
