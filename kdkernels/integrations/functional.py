@@ -128,7 +128,7 @@ def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
     x, t, mask = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
     arriving = arriving.expand(x.shape)
-    if autograd._batched(arriving):  # is_grads_batched=True has rules for torch's own functions only
+    if autograd._batched(arriving):  # torch has a rule for its own functions only
         slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
         made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
     else:

@@ -355,7 +355,7 @@ def _logprob(value: Any, where: str) -> float:
 
 
 def _padded(rows: Sequence[Slots]) -> Pair:
-    """[T, K] of rows of (id, logprob), K the longest; what a row lacks is empty."""
+    """[T, K] of rows of (id, logprob). K is the longest row; shorter ones end in empty slots."""
     slots = max([1, *(len(row) for row in rows)])
     ids = torch.tensor([[token for token, _ in row] + [-1] * (slots - len(row)) for row in rows])
     values = [[value for _, value in row] + [-math.inf] * (slots - len(row)) for row in rows]

@@ -147,10 +147,10 @@ class SparseTarget:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.__post_init__()  # a file may hold anything
+        self.__post_init__()  # checked again: a file may hold anything
 
     def _padded(self, shape: tuple[int, ...], masked: bool) -> SparseTarget:
-        """With empty slots behind its own, up to ``shape`` ``[..., K]``, and a mask where one is asked for."""
+        """Padded with empty slots to ``shape`` ``[..., K]``; with a mask if ``masked``."""
         nothing = 0.0 if self.logprobs is None else -torch.inf
         grow = [n for have, want in zip(reversed(self.ids.shape), reversed(shape)) for n in (0, want - have)]
         mask = torch.ones_like(self.ids, dtype=torch.bool) if masked and self.mask is None else self.mask
@@ -162,8 +162,8 @@ class SparseTarget:
 
     @staticmethod
     def cat(targets: Sequence[SparseTarget], dim: int = 0) -> SparseTarget:
-        """The targets' tokens one behind the other along the leading dimension ``dim``. K may differ: what is
-        narrower gets empty slots. ValueError unless tails are the same and all hold log-probabilities or weights.
+        """Joins the targets along the leading dimension ``dim``. K may differ: narrower
+        ones get empty slots. ValueError unless tails are the same and all hold log-probabilities or weights.
 
         >>> one, two = (SparseTarget(torch.zeros(2, k, dtype=torch.int64), torch.zeros(2, k)) for k in (1, 3))
         >>> SparseTarget.cat([one, two]).ids.shape
