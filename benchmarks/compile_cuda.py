@@ -35,13 +35,13 @@ class Usage(NamedTuple):
 
 
 def instances(*kernels: tuple[str, str, str]) -> str:
-    """A source of these kernels alone: (kind, functor or void, types)."""
+    """A source of these kernels alone: (kind, functor, types)."""
     lines = [
         f"template __global__ void rows_kernel<{kind}, {functor}, {types}>"
         "(const __grid_constant__ Job, const __grid_constant__ Plan);"
         for kind, functor, types in kernels
     ]
-    return "\n".join(['#include "cuda/rows.cuh"', "namespace kd {", *lines, "}"])
+    return "\n".join(['#include "cuda/kernel.cuh"', "namespace kd {", *lines, "}"])
 
 
 def command(architecture: str, source: Path) -> list[str]:

@@ -24,8 +24,8 @@ from triton.runtime.jit import JITFunction
 
 import kdkernels as kd
 from kdkernels.backends import row_state as rs
-from kdkernels.backends.sparse_rows import Emission
-from kdkernels.backends.spec import LogitMap, Spec
+from kdkernels.backends.protocol import Gradients, SparseGradient, Tile
+from kdkernels.backends.spec import OUTPUTS, Asked, Spec
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
 
@@ -60,13 +60,14 @@ DIVERGENCES = [
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 #: Dtypes of (student and its teacher, gradient): logits, and a head's fp32 tile.
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
-EVERYTHING = dict(hard_weight=0.5, label_smoothing=0.1, z_loss=0.01, temperature=2.0)
-CAPPED = dict(student_map=LogitMap(0.5, 30.0), teacher_map=LogitMap(1.0, 30.0))
-OPTIONS = [
-    {},
-    dict(hard_weight=0.5),
-    dict(**EVERYTHING),
-    dict(**EVERYTHING, teacher_hard_weight=1.0, **CAPPED),
+HARD = dict(asked=Asked.SOFT | Asked.LABEL, stats=1)
+EVERYTHING = dict(asked=Asked.SOFT | Asked.HARD, tempered=1, stats=1)
+CAPPED = dict(student_scale=0.5, student_softcap=30.0, teacher_softcap=30.0)
+OPTIONS: list[dict] = [
+    dict(asked=Asked.SOFT),
+    HARD,
+    EVERYTHING,
+    dict(EVERYTHING, asked=EVERYTHING["asked"] | Asked.TEACHER_LABEL, **CAPPED),
 ]
 
 
@@ -114,6 +115,16 @@ def offline(name: str) -> Iterator[list]:
         JITFunction.run, launch._chip = run, chip  # type: ignore[method-assign]
 
 
+def _logits(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    return torch.empty(1, columns, dtype=dtype).expand(rows, columns)
+
+
+def _tile(student: torch.Tensor, teacher: torch.Tensor | None, numbers: torch.Tensor) -> Tile:
+    rows, columns = student.shape
+    labels = torch.zeros(rows, dtype=torch.int64)
+    return Tile(student, teacher, labels, torch.ones(1, dtype=torch.float64), numbers, 0, columns)
+
+
 def call(
     divergence: kd.divergences.Divergence,
     tile: torch.dtype,
@@ -125,21 +136,21 @@ def call(
     **options,
 ) -> None:
     """One call of the waist on tensors whose values do not matter."""
-    s, g = torch.empty(1, columns, dtype=tile), torch.empty(1, columns, dtype=gradient)
-    t = torch.empty(1, columns, dtype=tile)
-    s, t, g = (x.expand(rows, columns) for x in (s, t, g))
-    labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
-    spec = Spec(divergence, **options)
-    teacher = None if isinstance(divergence, NoDivergence) else t
-    both = dict(grad=g, teacher_grad=g if spec.teacher_hard_weight else None)
+    grad = _logits(gradient, rows, columns)
+    teacher = None if isinstance(divergence, NoDivergence) else _logits(tile, rows, columns)
+    numbers = torch.tensor(divergence.parameters, dtype=torch.float64)
+    given = _tile(_logits(tile, rows, columns), teacher, numbers)
+    weights = torch.ones(rows, OUTPUTS, dtype=torch.float64)
+    spec = Spec(kind=divergence.kind, **(dict(asked=Asked.SOFT) | options))
+    gradients = Gradients(grad, grad if spec.asked & Asked.TEACHER_LABEL else None)
     if not chunked:
-        launch.fused(s, teacher, labels, weights, spec=spec, **both)
+        launch.fused(given, weights, spec, gradients)
         return
-    state = rs.new_state(rows, s.device)
-    launch.accumulate(s, teacher, labels, offset=0, spec=spec, state=state)
-    if teacher is not None and spec.divergence.closed_form is None:
-        launch.accumulate_value(s, teacher, spec=spec, state=state)
-    launch.gradient(s, teacher, labels, weights, offset=0, vocab=columns, spec=spec, state=state, **both)
+    state = rs.new_state(rows, grad.device)
+    launch.accumulate(given, spec, state)
+    if teacher is not None and spec.closed_form is None:
+        launch.accumulate_value(given, spec, state)
+    launch.gradient(given, weights, spec, state, gradients)
 
 
 def call_sparse(
@@ -152,25 +163,13 @@ def call_sparse(
     **options,
 ) -> None:
     """The two passes around a sparse target's outcomes."""
-    s, g = (torch.empty(1, columns, dtype=d).expand(rows, columns) for d in (tile, gradient))
-    labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    grad, state = _logits(gradient, rows, columns), rs.new_state(rows, torch.device("cpu"))
     ids, one = torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
-    emission = Emission(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one)
-    spec, state = Spec(NoDivergence(), **options), rs.new_state(rows, s.device)
-    launch.accumulate(s, None, labels, offset=0, spec=spec, state=state, skipped=ids)
-    launch.gradient(
-        s,
-        None,
-        labels,
-        weights,
-        offset=0,
-        vocab=columns,
-        spec=spec,
-        state=state,
-        grad=g,
-        teacher_grad=None,
-        emission=emission,
-    )
+    sparse = SparseGradient(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one)
+    given = _tile(_logits(tile, rows, columns), None, torch.zeros(2, dtype=torch.float64))
+    spec, weights = Spec(**options), torch.ones(rows, OUTPUTS, dtype=torch.float64)
+    launch.accumulate(given, spec, state, skipped=ids)
+    launch.gradient(given, weights, spec, state, Gradients(grad, None), sparse)
 
 
 def usage(kernel, target: str) -> Usage:

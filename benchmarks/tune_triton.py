@@ -19,7 +19,8 @@ from typing import Callable, Iterator
 import torch
 
 import kdkernels as kd
-from kdkernels.backends.spec import Spec
+from kdkernels.backends.protocol import Gradients, Tile
+from kdkernels.backends.spec import OUTPUTS, Asked, Spec
 
 #: (tokens, vocabulary), narrow to wide, as models have them.
 SHAPES = [(65_536, 1024), (16_384, 32_000), (8192, 128_256), (8192, 256_000), (64, 256_000)]
@@ -52,18 +53,11 @@ def only(option) -> Iterator[None]:
         launch._TABLE = before
 
 
-def step(
-    s: torch.Tensor,
-    t: torch.Tensor,
-    g: torch.Tensor,
-    weights: torch.Tensor,
-    divergence: kd.divergences.Divergence,
-    option,
-) -> None:
+def step(tile: Tile, weights: torch.Tensor, kind: int, grad: torch.Tensor, option) -> None:
     from kdkernels.backends.triton import launch
 
     with only(option):
-        launch.fused(s, t, None, weights, spec=Spec(divergence), grad=g, teacher_grad=None)
+        launch.fused(tile, weights, Spec(kind=kind, asked=Asked.SOFT), Gradients(grad, None))
 
 
 def milliseconds(variants: dict, rounds: int) -> dict:
@@ -84,10 +78,13 @@ def milliseconds(variants: dict, rounds: int) -> dict:
 def case(tokens: int, vocab: int, dtype: torch.dtype, divergence, rounds: int) -> dict:
     torch.manual_seed(0)
     s, t = (torch.randn(tokens, vocab, device="cuda", dtype=dtype) for _ in range(2))
-    g, weights = torch.empty_like(s), torch.ones(tokens, device="cuda")
+    g, weights = torch.empty_like(s), torch.ones(tokens, OUTPUTS, device="cuda", dtype=torch.float64)
+    one = torch.ones(1, device="cuda", dtype=torch.float64)
+    parameters = torch.tensor(divergence.parameters, device="cuda", dtype=torch.float64)
+    tile = Tile(s, t, None, one, parameters, 0, vocab)
     variants: dict[str, Callable[[], object]] = {"add(out=g)": functools.partial(torch.add, s, t, out=g)}
     for option in candidates(vocab):
-        run = functools.partial(step, s, t, g, weights, divergence, option)
+        run = functools.partial(step, tile, weights, divergence.kind, g, option)
         try:
             run()
         except Exception as error:  # too many registers for so many warps

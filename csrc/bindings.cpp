@@ -23,7 +23,8 @@ const RowLoops& row_loops_avx512();
 
 namespace {
 
-// 0 baseline, 1 AVX2, 2 AVX-512: the best that this processor has, or what KDKERNELS_ISA asks for.
+// 0 baseline, 1 AVX2, 2 AVX-512: the best that this processor has, or a lower one that KDKERNELS_ISA asks
+// for.
 int64_t best_instruction_set() {
   int best = 0;
 #if defined(__x86_64__) || defined(_M_X64)
@@ -78,7 +79,7 @@ struct Cpu {
   }
 };
 
-// Only whole huge pages inside the tensor, and only large ones: elsewhere it would change nothing.
+// For the whole huge pages that lie inside the tensor. A small tensor has none.
 void advise_huge_pages(const Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
@@ -106,6 +107,7 @@ void advise_huge_pages(const Tensor& fresh) {
 STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   kd::define_operators(m);
   m.def("instruction_set(Tensor any) -> int");
+  m.def("compute_capability(Tensor any) -> int");
   m.def("advise_huge_pages(Tensor fresh) -> ()");
 }
 

@@ -1,11 +1,14 @@
 // What each divergence is, once for host and device: the pointwise phi and q_psi = q dphi/dq.
 //
-// A functor sees p, q, x = log(p / q), log p and log q, over Vec (vec.h), and returns both at once since
-// they share their logarithms. One with kFromProbabilities ignores all but p and q, which spares the
-// loops a look at the logits. As in kdkernels/divergences.py, q_psi is defined up to c * q and
-// chosen to be exactly 0 at x = 0; but SkewKL has another constant in a row of which p and q `disagree`
-// (row_state.h). x may be +-inf (one side is padding) and is NaN where both are.
+// A functor is made of the divergence's parameters (kdkernels/divergences.py, in the order of its fields) and
+// of whether p and q `disagree` in this row (row_state.h), which only SkewKL asks. It sees p, q, x = log(p /
+// q), log p and log q, over Vec (vec.h), and returns phi and q_psi at once, since they share their
+// logarithms. One with kFromProbabilities ignores all but p and q, which spares the loops a look at the
+// logits. q_psi is defined up to c * q, and c is chosen so that it is exactly 0 where p = q. x may be +-inf
+// (one side is padding) and is NaN where both are.
 #pragma once
+
+#include <type_traits>
 
 #include "spec.h"
 #include "vec.h"
@@ -17,49 +20,58 @@ struct Terms {
   Vec phi, q_psi;
 };
 
-// weight * v with 0 * inf = 0 * NaN = 0.
+// Stands for a functor where there is none: the divergence follows from the sums of the first pass.
+struct ClosedForm {
+  KD_HD ClosedForm(const double*, bool) {}
+};
+template <class Divergence>
+constexpr bool kHasClosedForm = std::is_same_v<Divergence, ClosedForm>;
+
+// weight * v, where weight 0 gives 0 even of inf and NaN.
 KD_HD Vec times(Vec weight, Vec v) { return select(weight > 0.0f, weight * v, weight - weight); }
 
-// A mixture, which is divided by.
+// A mixture a + b, large enough to divide by.
 KD_HD Vec mixture(Vec a, Vec b) { return vmax(a + b, splat(kTiny)); }
 
-// The logarithms come from p and q, not from the logits: between models that agree the terms cancel to
-// second order, and only what is computed from the same numbers does so.
+// Between models that agree the terms cancel to second order. They do so only if all of them are computed
+// from the same p and q: hence the logarithms come from p and q, not from the logits.
 struct JSD {
   static constexpr bool kFromProbabilities = true;
-  float beta, keep;
-  KD_HD explicit JSD(const Spec& s, bool) : beta((float)s.first), keep((float)(1.0 - s.first)) {}
+  float beta, complement;
+  KD_HD explicit JSD(const double* parameters, bool)
+      : beta((float)parameters[0]), complement((float)(1.0 - parameters[0])) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec bp = beta * p, kq = keep * q, m = mixture(bp, kq), d = p - q;
-    const Vec q_psi = kq * log_ratio(q, m, -beta * d);
-    return {bp * log_ratio(p, m, keep * d) + q_psi, q_psi};
+    const Vec bp = beta * p, cq = complement * q, m = mixture(bp, cq), d = p - q;
+    const Vec q_psi = cq * log_ratio(q, m, -beta * d);
+    return {bp * log_ratio(p, m, complement * d) + q_psi, q_psi};
   }
 };
 
-// The skewed divergences add d to phi, which sums to 0 over a row and leaves of every term its second order.
+// The skewed divergences add d to phi. It sums to 0 over a row and leaves of every term its second order.
 //
-// SkewKL's psi is -p / m, to which 1 is added: 0 where p = q. But the slope, sum q p / m, is at least the
-// mass that p and q have in common; where they have little, the 1 would be nearly all of every psi and of the
-// slope, which cancel.
+// SkewKL's psi is -p / m. Adding 1 makes it 0 where p = q. But sum q p / m may be as small as the mass that p
+// and q have in common. Where that is little, the 1 would be nearly all of every psi and of the sum of q psi,
+// which are subtracted from each other. So it is not added where they `disagree`.
 struct SkewKL {
   static constexpr bool kFromProbabilities = true;
-  float alpha, keep;
+  float alpha, complement;
   bool disagree;
-  KD_HD SkewKL(const Spec& s, bool disagree)
-      : alpha((float)s.first), keep((float)(1.0 - s.first)), disagree(disagree) {}
+  KD_HD SkewKL(const double* parameters, bool disagree)
+      : alpha((float)parameters[0]), complement((float)(1.0 - parameters[0])), disagree(disagree) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec kq = keep * q, m = mixture(alpha * p, kq), d = keep * (q - p);
-    return {d + p * log_ratio(p, m, -d), kq * quotient(disagree ? -p : d, m)};
+    const Vec cq = complement * q, m = mixture(alpha * p, cq), d = complement * (q - p);
+    return {d + p * log_ratio(p, m, -d), cq * quotient(disagree ? -p : d, m)};
   }
 };
 
 template <bool kDetached>
 struct SkewReverseKL {
   static constexpr bool kFromProbabilities = true;
-  float alpha, keep;
-  KD_HD explicit SkewReverseKL(const Spec& s, bool) : alpha((float)s.first), keep((float)(1.0 - s.first)) {}
+  float alpha, complement;
+  KD_HD explicit SkewReverseKL(const double* parameters, bool)
+      : alpha((float)parameters[0]), complement((float)(1.0 - parameters[0])) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
-    const Vec aq = alpha * q, m = mixture(aq, keep * p), d = keep * (p - q);
+    const Vec aq = alpha * q, m = mixture(aq, complement * p), d = complement * (p - q);
     const Vec q_log = q * log_ratio(q, m, -d);
     return {d + q_log, kDetached ? q_log : q_log + aq * quotient(d, m)};
   }
@@ -67,7 +79,7 @@ struct SkewReverseKL {
 
 struct TotalVariation {
   static constexpr bool kFromProbabilities = true;
-  KD_HD explicit TotalVariation(const Spec&, bool) {}
+  KD_HD explicit TotalVariation(const double*, bool) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec, Vec, Vec) const {
     const Vec d = q - p, zero = d - d;
     const Vec half_q = 0.5f * q;
@@ -78,7 +90,8 @@ struct TotalVariation {
 struct Mixed {
   static constexpr bool kFromProbabilities = false;
   float forward, reverse;
-  KD_HD explicit Mixed(const Spec& s, bool) : forward((float)s.first), reverse((float)(1.0 - s.first)) {}
+  KD_HD explicit Mixed(const double* parameters, bool)
+      : forward((float)parameters[0]), reverse((float)(1.0 - parameters[0])) {}
   KD_HD Terms operator()(Vec p, Vec q, Vec x, Vec, Vec) const {
     const Vec r = times(q, -x) * reverse;
     return {forward * times(p, x) + r, forward * (q - p) + r};
@@ -119,8 +132,8 @@ struct AlphaBeta {
       order(low, middle);
     }
   };
-  // The distance from one corner to another, per |x|. Below kTiny it is 0, which changes nothing of what is
-  // finite.
+  // The distance from one corner to another, per |x|. Less than kTiny counts as 0, which changes no finite
+  // result.
   struct Gap {
     float rate, per_rate;
     KD_HD explicit Gap(double r)
@@ -136,7 +149,8 @@ struct AlphaBeta {
   bool q_psi_upper,
       q_psi_lower;  // whether the two corners of q_psi are the ends of that gap; else of the outer
 
-  KD_HD AlphaBeta(const Spec& s, bool) : AlphaBeta(s.first, Corners(s.first, s.second)) {}
+  KD_HD AlphaBeta(const double* parameters, bool)
+      : AlphaBeta(parameters[0], Corners(parameters[0], parameters[1])) {}
   KD_HD AlphaBeta(double a, const Corners& c)
       : low(c.low),
         high(c.high),
@@ -150,8 +164,8 @@ struct AlphaBeta {
     return (x.of_p == 0 && y.of_p == a) || (x.of_p == a && y.of_p == 0);
   }
 
-  // exp[h, t, -h] for |t| <= h < 3/8: a series whose terms are the complete symmetric polynomials of the
-  // three over (n + 2)!.
+  // exp[h, t, -h] for |t| <= h < 3/8: a series. Its terms are the complete symmetric polynomials of degree n
+  // in h, t and -h, over (n + 2)!.
   KD_HD static Vec series(Vec t, Vec h) {
     const Vec z = h * h;
     const Vec fourth = 1.0f / 720 + t * (1.0f / 5040 + t * (1.0f / 40320));
@@ -189,26 +203,27 @@ struct AlphaBeta {
       slope = outer.span(distance, select(rising, u.lost + u.left * l.lost, l.lost + l.left * u.lost));
     }
     const Vec psi = times(peak, select(rising, -slope, slope));
-    // Between equals both are 0, whatever overflows.
+    // Where p = q both are 0, whatever overflows.
     return {select(equal, zero, times(peak, select(reach < 0.75f, near, apart))), select(equal, zero, psi)};
   }
 };
 
-// Calls f with the divergence's functor type and kind; closed forms get the type void.
+// Calls f with a kind and its functor's type. Without a teacher there is no divergence.
 template <class F>
-KD_HD void with_kind(const Spec& spec, bool teacher, F&& f) {
-  switch (teacher ? (int)spec.kind : kNone) {
+KD_HD void with_kind(Kind kind, bool teacher, F&& f) {
+  switch (teacher ? kind : kNone) {
     case kForwardKL:
-      return f.template operator()<kForwardKL, void>();
+      return f.template operator()<kForwardKL, ClosedForm>();
     case kReverseKL:
-      return f.template operator()<kReverseKL, void>();
+      return f.template operator()<kReverseKL, ClosedForm>();
     case kJSD:
       return f.template operator()<kJSD, JSD>();
     case kSkewKL:
       return f.template operator()<kSkewKL, SkewKL>();
     case kSkewReverseKL:
-      if (spec.second != 0) return f.template operator()<kSkewReverseKL, SkewReverseKL<true>>();
       return f.template operator()<kSkewReverseKL, SkewReverseKL<false>>();
+    case kSkewReverseKLDetached:
+      return f.template operator()<kSkewReverseKLDetached, SkewReverseKL<true>>();
     case kTotalVariation:
       return f.template operator()<kTotalVariation, TotalVariation>();
     case kAlphaBeta:
@@ -216,7 +231,7 @@ KD_HD void with_kind(const Spec& spec, bool teacher, F&& f) {
     case kMixed:
       return f.template operator()<kMixed, Mixed>();
     default:
-      return f.template operator()<kNone, void>();
+      return f.template operator()<kNone, ClosedForm>();
   }
 }
 

@@ -1,4 +1,4 @@
-// The entry points of the waist (kdkernels/backends/__init__.py).
+// The entry points of a backend (kdkernels/backends/protocol.py).
 #pragma once
 
 namespace kd {

@@ -62,22 +62,35 @@ class Arguments {
   }
   template <class T>
   T* numbers(const Tensor& t, ScalarType dtype, int64_t per_row = 1) const {
-    STD_TORCH_CHECK(on_device_of(t, student_) && t.scalar_type() == dtype && t.is_contiguous() &&
-                        t.numel() == rows() * per_row,
-                    "kdkernels: a per-row tensor has another dtype, device, layout or length");
-    return (T*)t.data_ptr();
+    return (T*)checked(t, dtype, rows() * per_row);
   }
   double* doubles(const Tensor& t, int64_t per_row = 1) const {
     return numbers<double>(t, ScalarType::Double, per_row);
   }
 
-  void set(const MaybeTensor& teacher, const MaybeTensor& labels, const Tensor& spec) {
-    if (teacher) job.teacher = matrix(*teacher, job.width);
-    if (labels) job.labels = numbers<int64_t>(*labels, ScalarType::Long);
-    job.spec = spec_of(spec);
+  void set_spec(const Tensor& spec) {
+    STD_TORCH_CHECK(spec.is_cpu() && spec.scalar_type() == ScalarType::Byte && spec.is_contiguous() &&
+                        spec.numel() == (int64_t)sizeof(Spec),
+                    "kdkernels: a spec is its bytes, uint8 on the CPU");
+    std::memcpy((void*)&job.spec, spec.data_ptr(), sizeof(Spec));
   }
+  void set_teacher(const MaybeTensor& teacher) {
+    if (teacher) job.teacher = matrix(*teacher, job.width);
+  }
+  void set_labels(const MaybeTensor& labels) {
+    if (labels) job.labels = numbers<int64_t>(*labels, ScalarType::Long);
+    STD_TORCH_CHECK(labels || !(job.spec.asks(kLabel) || job.spec.asks(kTeacherLabel)),
+                    "kdkernels: a label's output is asked for, but there are no labels");
+    STD_TORCH_CHECK(job.teacher.data != nullptr || !job.spec.asks(kTeacherLabel),
+                    "kdkernels: the teacher's output is asked for, but there is no teacher");
+  }
+  void set_temperature(const Tensor& temperature) {
+    job.temperature = {doubles_of(temperature, temperature.numel() == 1 ? 1 : rows()),
+                       temperature.numel() == 1 ? 0 : 1};
+  }
+  void set_parameters(const Tensor& parameters) { job.parameters = doubles_of(parameters, 2); }
   void set_gradients(const Tensor& weights, const MaybeTensor& grad, const MaybeTensor& teacher_grad) {
-    job.weights = doubles(weights);
+    job.weights = doubles(weights, kOutputs);
     if (grad) job.grad = matrix(*grad, job.width);
     if (teacher_grad) job.teacher_grad = matrix(*teacher_grad, job.width);
   }
@@ -89,65 +102,85 @@ class Arguments {
   }
   void set_state(const Tensor& state) { job.state = doubles(state, kStateColumns); }
 
-  static Spec spec_of(const Tensor& t) {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.numel() == kSpecFloats,
-                    "kdkernels: a spec is its numbers in fp64 on the CPU");
-    Spec spec;
-    std::memcpy(&spec, t.data_ptr(), sizeof spec);
-    return spec;
-  }
-
   Job job;
 
  private:
+  void* checked(const Tensor& t, ScalarType dtype, int64_t count) const {
+    STD_TORCH_CHECK(
+        on_device_of(t, student_) && t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count,
+        "kdkernels: a tensor of numbers has another dtype, device, layout or length");
+    return t.data_ptr();
+  }
+  const double* doubles_of(const Tensor& t, int64_t count) const {
+    return (const double*)checked(t, ScalarType::Double, count);
+  }
+
   const Tensor& student_;
 };
 
 template <class Backend>
 struct Operators {
   static void fused(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-                    const Tensor& weights, const Tensor& spec, const Tensor& results, const MaybeTensor& grad,
+                    const Tensor& temperature, const Tensor& parameters, const Tensor& weights,
+                    const Tensor& spec, const Tensor& results, const MaybeTensor& grad,
                     const MaybeTensor& teacher_grad) {
     Arguments a(student);
-    a.set(teacher, labels, spec);
+    a.set_spec(spec);
+    a.set_teacher(teacher);
+    a.set_labels(labels);
+    a.set_temperature(temperature);
+    a.set_parameters(parameters);
     a.set_gradients(weights, grad, teacher_grad);
-    a.job.results = a.doubles(results, 6);
+    a.job.results = a.doubles(results, kResults);
     Backend::run(Entry::kFused, a.job, a.rows(), student);
   }
 
   static void accumulate(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-                         const Tensor& spec, int64_t offset, const Tensor& state,
+                         const Tensor& temperature, const Tensor& spec, int64_t offset, const Tensor& state,
                          const MaybeTensor& skipped) {
     Arguments a(student);
-    a.set(teacher, labels, spec);
+    a.set_spec(spec);
+    a.set_teacher(teacher);
+    a.set_labels(labels);
+    a.set_temperature(temperature);
     a.set_ids(skipped);
     a.set_state(state);
     a.job.offset = offset;
     Backend::run(Entry::kAccumulate, a.job, a.rows(), student);
   }
 
-  static void accumulate_value(const Tensor& student, const Tensor& teacher, const Tensor& spec,
-                               const Tensor& state) {
+  static void accumulate_value(const Tensor& student, const Tensor& teacher, const Tensor& temperature,
+                               const Tensor& parameters, const Tensor& spec, const Tensor& state) {
     Arguments a(student);
-    a.set(teacher, std::nullopt, spec);
+    a.set_spec(spec);
+    a.set_teacher(teacher);
+    a.set_temperature(temperature);
+    a.set_parameters(parameters);
     a.set_state(state);
+    a.job.spec.asked &= 1 << kSoft;  // this pass sees the divergence alone
     Backend::run(Entry::kAccumulateValue, a.job, a.rows(), student);
   }
 
   static void gradient(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
-                       const Tensor& weights, const Tensor& spec, int64_t offset, int64_t vocab,
-                       const Tensor& state, const MaybeTensor& grad, const MaybeTensor& teacher_grad,
-                       const MaybeTensor& ids, const MaybeTensor& rest, const MaybeTensor& kept,
-                       const MaybeTensor& lse1) {
+                       const Tensor& temperature, const Tensor& parameters, const Tensor& weights,
+                       const Tensor& spec, int64_t offset, int64_t vocab, const Tensor& state,
+                       const MaybeTensor& grad, const MaybeTensor& teacher_grad, const MaybeTensor& ids,
+                       const MaybeTensor& rest, const MaybeTensor& stored, const MaybeTensor& lse_t1) {
     Arguments a(student);
-    a.set(teacher, labels, spec);
+    a.set_spec(spec);
+    a.set_teacher(teacher);
+    a.set_labels(labels);
+    a.set_temperature(temperature);
+    a.set_parameters(parameters);
     a.set_gradients(weights, grad, teacher_grad);
     a.set_ids(ids);
     if (ids) {
-      STD_TORCH_CHECK(rest && kept && lse1, "kdkernels: a sparse target's gradient comes in four tensors");
+      STD_TORCH_CHECK(rest && stored && lse_t1,
+                      "kdkernels: a sparse target's gradient comes in four tensors");
+      a.job.spec.asked |= 1 << kSoft;  // `rest` and `stored` are its gradient
       a.job.sparse.rest = a.doubles(*rest);
-      a.job.sparse.lse1 = a.doubles(*lse1);
-      a.job.sparse.kept_grad = a.float_matrix(*kept, a.job.sparse.slots);
+      a.job.sparse.lse_t1 = a.doubles(*lse_t1);
+      a.job.sparse.stored_grad = a.float_matrix(*stored, a.job.sparse.slots);
     }
     a.set_state(state);
     a.job.offset = offset;
@@ -157,17 +190,21 @@ struct Operators {
 
   static void fused_sparse(const Tensor& student, const Tensor& ids, const Tensor& teacher,
                            const Tensor& scale, const Tensor& constant, const MaybeTensor& labels,
-                           const Tensor& weights, const Tensor& spec, const Tensor& outcome_spec,
-                           const Tensor& results, const MaybeTensor& grad) {
+                           const Tensor& temperature, const Tensor& parameters, const Tensor& weights,
+                           const Tensor& spec, const Tensor& results, const MaybeTensor& grad) {
     Arguments a(student);
-    a.set(std::nullopt, labels, spec);
+    a.set_spec(spec);
+    a.set_labels(labels);
+    a.set_temperature(temperature);
+    a.set_parameters(parameters);
     a.set_gradients(weights, grad, std::nullopt);
     a.set_ids(ids);
     a.job.sparse.teacher = a.float_matrix(teacher, a.job.sparse.slots + 1);
     a.job.sparse.scale = a.doubles(scale);
     a.job.sparse.constant = a.doubles(constant);
-    a.job.sparse.outcome_spec = Arguments::spec_of(outcome_spec);
-    a.job.results = a.doubles(results, 6);
+    a.job.sparse.outcome_spec = outcome_spec_of(a.job.spec);
+    a.job.spec = student_spec_of(a.job.spec);
+    a.job.results = a.doubles(results, kResults);
     Backend::run(Entry::kFusedSparse, a.job, a.rows(), student);
   }
 };
@@ -176,20 +213,23 @@ struct Operators {
 template <class Library>
 void define_operators(Library& m) {
   m.def(
-      "fused(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, Tensor spec, "
-      "Tensor(c!) results, Tensor(d!)? grad, Tensor(e!)? teacher_grad) -> ()");
+      "fused(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor temperature, Tensor parameters, "
+      "Tensor weights, Tensor spec, Tensor(c!) results, Tensor(d!)? grad, Tensor(e!)? teacher_grad) -> ()");
   m.def(
-      "accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor spec, int offset, "
-      "Tensor(a!) state, Tensor? skipped) -> ()");
-  m.def("accumulate_value(Tensor student, Tensor teacher, Tensor spec, Tensor(a!) state) -> ()");
+      "accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor temperature, Tensor spec, "
+      "int offset, Tensor(a!) state, Tensor? skipped) -> ()");
   m.def(
-      "gradient(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor weights, "
-      "Tensor spec, int offset, int vocab, Tensor state, Tensor(c!)? grad, "
-      "Tensor(d!)? teacher_grad, Tensor? ids, Tensor? rest, Tensor? kept, Tensor? lse1) -> ()");
+      "accumulate_value(Tensor student, Tensor teacher, Tensor temperature, Tensor parameters, Tensor spec, "
+      "Tensor(a!) state) -> ()");
+  m.def(
+      "gradient(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor temperature, "
+      "Tensor parameters, Tensor weights, Tensor spec, int offset, int vocab, Tensor state, "
+      "Tensor(c!)? grad, Tensor(d!)? teacher_grad, Tensor? ids, Tensor? rest, Tensor? stored, "
+      "Tensor? lse_t1) -> ()");
   m.def(
       "fused_sparse(Tensor(a!) student, Tensor ids, Tensor teacher, Tensor scale, Tensor constant, "
-      "Tensor? labels, Tensor weights, Tensor spec, Tensor outcome_spec, Tensor(b!) results, "
-      "Tensor(c!)? grad) -> ()");
+      "Tensor? labels, Tensor temperature, Tensor parameters, Tensor weights, Tensor spec, "
+      "Tensor(b!) results, Tensor(c!)? grad) -> ()");
 }
 
 template <class Backend, class Library>

@@ -1,9 +1,12 @@
-// The online state of a row: sums over the logits seen so far, relative to running maxima.
+// The online state of a row: sums over the logits seen so far, relative to a running maximum of each side.
 //
-// The layout is kdkernels/backends/row_state.py's. Sums inside a block are fp32, across blocks and
-// in everything that is once per row fp64: it costs nothing there and keeps lse's digits. Maxima, tops and
-// the label's logit are logits as they came, before the temperature: divided by it they would be rounded, and
-// what is near to them in value would lose its digits.
+// docs/design.md derives it; kdkernels/backends/row_state.py has the same columns in the same order.
+// Contract: states of different columns of a row merge into the state of all of them: raise both to the
+// higher reference of each side, then add the sums.
+// Numerics: sums inside a block are fp32. Across blocks, and in everything that is once per row, they are
+// fp64: it costs nothing there and keeps the digits of the normaliser. References, tops and the label's logit
+// are logits as they came, before the temperature. Divided by it they would be rounded, and the distances to
+// them would lose their digits.
 #pragma once
 
 #include <math.h>
@@ -11,94 +14,112 @@
 #include <cstdint>
 
 #include "spec.h"
-#include "vec.h"
 
 namespace kd {
 
-struct RowState {
-  double m_s, z_s, m_t, z_t;       // maxima; sum e, e = exp((s - m_s) / T)
-  double x_s, x_t;                 // sum e x,  x = ((t - m_t) - (s - m_s)) / T
-  double e_s, e_t;                 // sum e (s - m_s) / T, sum e (t - m_t) / T
-  double z1_s, z1_t;               // sum exp(s - m_s), sum exp(t - m_t)
-  double sum_s, label_s, label_t;  // sum of the logits; the label's
-  double top_s, arg_s, top_t, arg_t;
-  double value, slope;  // second pass
+// The reference of no logits. It is finite, so that reference - reference is 0.
+constexpr double kNoReference = -3.4028234663852886e38;
 
-  KD_HD double lse_s(double temperature) const { return m_s / temperature + log(z_s); }
-  KD_HD double lse1_s() const { return m_s + log(z1_s); }
-  KD_HD double lse1_t() const { return m_t + log(z1_t); }
+// z: this side's logits. T: the row's temperature.
+struct SideState {
+  double reference = kNoReference;  // the running maximum m
+  double sum_exp = 0;               // sum e, e = exp((z - m) / T)
+  double sum_exp_shift = 0;         // sum e (z - m) / T, for the entropy; only with statistics
+  double sum_exp_t1 = 0;            // sum exp(z - m); a copy of sum_exp where T is always 1
+  double sum_logits = 0;            // sum z, for label smoothing
+  double label_logit = 0;           // z of the label
+  double top_logit = kNoReference;  // the maximum and its first column; only with statistics
+  double top_index = 0;
+
+  KD_HD double lse(double temperature) const { return reference / temperature + log(sum_exp); }
+  KD_HD double lse_t1() const { return reference + log(sum_exp_t1); }
+  // The maximum's distance to the label first: both may be far from 0, where a sum of them has no digits left
+  // for a small difference.
+  KD_HD double label_loss() const { return (reference - label_logit) + log(sum_exp_t1); }
+  KD_HD double entropy() const { return log(sum_exp) - sum_exp_shift / sum_exp; }
+};
+
+// x = ((t - m_t) - (s - m_s)) / T, s and t being the student's and the teacher's logits.
+struct PairState {
+  double cross_s = 0, cross_t = 0;  // sum e_s x, sum e_t x
+  double value = 0, sum_q_psi = 0;  // second pass: the divergence, and the sum of q_psi (divergence.h)
+};
+
+struct RowState {
+  SideState student, teacher;
+  PairState pair;
 };
 constexpr int kStateColumns = sizeof(RowState) / sizeof(double);
+static_assert(kStateColumns == 20, "row_state.py has twenty columns");
 
-constexpr double kNothing = -3.4028234663852886e38;  // the maximum of nothing; finite: m - m is 0
-
-KD_HD RowState empty_state() {
-  RowState s{};
-  s.m_s = s.m_t = s.top_s = s.top_t = kNothing;
-  return s;
-}
-
-KD_HD double kept(double mass, double shift) { return mass > 0 ? mass * shift : 0.0; }
+// mass * shift, where no mass has no shift.
+KD_HD double moment(double mass, double shift) { return mass > 0 ? mass * shift : 0.0; }
 
 // What decays to nothing is 0, an infinity too: there p (or q) is 0, and 0 * inf counts as 0.
-KD_HD double faded(double sum, double decay) { return decay == 0 ? 0.0 : sum * decay; }
+KD_HD double decayed(double sum, double decay) { return decay == 0 ? 0.0 : sum * decay; }
 
-// Move the sums to the higher maxima m_s and m_t.
-KD_HD void raise(RowState& r, double m_s, double m_t, double temperature) {
-  const double up_s = m_s - r.m_s, up_t = m_t - r.m_t;
-  if (up_s == 0 && up_t == 0) return;
-  const double far_s = up_s / temperature, far_t = up_t / temperature;
-  const double k_s = exp(-far_s), k_t = exp(-far_t);
-  r.x_s = faded(r.x_s + kept(r.z_s, far_s - far_t), k_s);
-  r.x_t = faded(r.x_t + kept(r.z_t, far_s - far_t), k_t);
-  r.e_s = faded(r.e_s - kept(r.z_s, far_s), k_s);
-  r.e_t = faded(r.e_t - kept(r.z_t, far_t), k_t);
-  r.z_s *= k_s;
-  r.z_t *= k_t;
-  r.z1_s *= exp(-up_s);
-  r.z1_t *= exp(-up_t);
-  r.m_s = m_s;
-  r.m_t = m_t;
+// How far a reference rises, over the temperature, and what the sums relative to it decay by.
+struct Rise {
+  double distance, decay;
+};
+
+// Moves a side's sums to a reference that is not lower.
+KD_HD Rise raise(SideState& side, double reference, double temperature) {
+  const double up = reference - side.reference;
+  if (up == 0) return {0, 1};
+  const double distance = up / temperature, decay = exp(-distance);
+  side.sum_exp_shift = decayed(side.sum_exp_shift - moment(side.sum_exp, distance), decay);
+  side.sum_exp *= decay;
+  side.sum_exp_t1 *= exp(-up);
+  side.reference = reference;
+  return {distance, decay};
 }
 
-KD_HD double divergence_value(const RowState& r, int kind) {
-  const double gap = log(r.z_t) - log(r.z_s);
-  if (kind == kForwardKL) return r.x_t / r.z_t - gap;
-  if (kind == kReverseKL) return gap - r.x_s / r.z_s;
-  return r.value;
+// Moves both sides, and the sums that know both.
+KD_HD void raise(RowState& r, double student, double teacher, double temperature) {
+  const double sum_exp_s = r.student.sum_exp, sum_exp_t = r.teacher.sum_exp;
+  const Rise s = raise(r.student, student, temperature), t = raise(r.teacher, teacher, temperature);
+  const double shift = s.distance - t.distance;
+  r.pair.cross_s = decayed(r.pair.cross_s + moment(sum_exp_s, shift), s.decay);
+  r.pair.cross_t = decayed(r.pair.cross_t + moment(sum_exp_t, shift), t.decay);
 }
 
-// Whether a divergence needs x_t: ForwardKL is made of it, SkewKL asks by it whether p and q `disagree`.
-KD_HD constexpr bool needs_x_t(int kind) { return kind == kForwardKL || kind == kSkewKL; }
-
-// Whether KL(p || q) is above 1/2, given log z_t - log z_s. Below, p and q have at least half their mass in
-// common.
-KD_HD bool disagree(const RowState& r, double gap) { return !(r.x_t / r.z_t - gap <= 0.5); }
-
-// The student's cross entropy, lse being its normaliser at temperature 1 and `gap` its distance to the
-// label's logit.
-KD_HD double hard_term(const RowState& r, double lse, double gap, const Spec& spec, int64_t vocab) {
-  const double smooth = spec.label_smoothing;
-  double hard = (smooth < 1 ? (1 - smooth) * gap : 0) + spec.z_loss * lse * lse;
-  if (smooth != 0) hard += smooth * (lse - r.sum_s / (double)vocab);
-  return hard;
+KD_HD double divergence_value(const RowState& r, Kind kind) {
+  const double gap = log(r.teacher.sum_exp) - log(r.student.sum_exp);
+  if (kind == kForwardKL) return r.pair.cross_t / r.teacher.sum_exp - gap;
+  if (kind == kReverseKL) return gap - r.pair.cross_s / r.student.sum_exp;
+  return r.pair.value;
 }
 
-// results: soft, hard, student entropy, teacher entropy, agreement, teacher's hard term.
-KD_HD void finish(const RowState& r, const Spec& spec, bool soft, bool labelled, int64_t vocab,
-                  double* results) {
-  results[2] = log(r.z_s) - r.e_s / r.z_s;
-  if (soft) {
-    results[0] = divergence_value(r, (int)spec.kind);
-    results[3] = log(r.z_t) - r.e_t / r.z_t;
-    results[4] = r.arg_s == r.arg_t;
-  }
-  if (!labelled) return;
-  // The maximum's distance to the label first: both may be far from 0, where a sum has no digits for a small
-  // gap.
-  if (spec.hard_weight != 0)
-    results[1] = hard_term(r, r.lse1_s(), (r.m_s - r.label_s) + log(r.z1_s), spec, vocab);
-  if (spec.teacher_hard_weight != 0) results[5] = (r.m_t - r.label_t) + log(r.z1_t);
+// ForwardKL is made of cross_t. SkewKL asks by it whether p and q `disagree`.
+KD_HD constexpr bool needs_cross_t(Kind kind) { return kind == kForwardKL || kind == kSkewKL; }
+
+// Whether KL(p || q) is above 1/2, given log sum_exp of the teacher less the student's. Below, p and q have
+// at least half their mass in common.
+KD_HD bool disagree(const RowState& r, double gap) {
+  return !(r.pair.cross_t / r.teacher.sum_exp - gap <= 0.5);
+}
+
+// The student's outputs at temperature 1: `lse` is its normaliser there, `gap` its distance to the label's
+// logit.
+KD_HD void hard_results(const SideState& student, double lse, double gap, const Spec& spec, int64_t vocab,
+                        double* results) {
+  if (spec.asks(kLabel)) results[kLabel] = gap;
+  if (spec.asks(kSmooth)) results[kSmooth] = lse - student.sum_logits / (double)vocab;
+  if (spec.asks(kLseSquared)) results[kLseSquared] = lse * lse;
+}
+
+// What is asked of a finished row. `teacher`: whether there is one.
+KD_HD void finish(const RowState& r, const Spec& spec, bool teacher, int64_t vocab, double* results) {
+  if (teacher && spec.asks(kSoft)) results[kSoft] = divergence_value(r, spec.kind);
+  if (spec.asks_hard())
+    hard_results(r.student, r.student.lse_t1(), r.student.label_loss(), spec, vocab, results);
+  if (spec.asks(kTeacherLabel)) results[kTeacherLabel] = r.teacher.label_loss();
+  if (!spec.stats) return;
+  results[kStudentEntropy] = r.student.entropy();
+  if (!teacher) return;
+  results[kTeacherEntropy] = r.teacher.entropy();
+  results[kAgreement] = r.student.top_index == r.teacher.top_index;
 }
 
 }  // namespace kd

@@ -39,13 +39,19 @@ def check_constant(name: str, given: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but it is a constant here and would get none; detach it")
 
 
+def check_number_tensor(name: str, given: Tensor) -> None:
+    """A tensor of real numbers that are constants."""
+    check_tensor(name, given)
+    check_constant(name, given)
+    if given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"{name} must be real numbers, got {given.dtype}")
+
+
 def check_one_number(name: str, given: Tensor) -> None:
     """A tensor that stands for one real number."""
     check_constant(name, given)
     if given.numel() != 1:
-        raise ValueError(
-            f"{name} must be one number, got a tensor {tuple(given.shape)}; only token_weights differ by token"
-        )
+        raise ValueError(f"{name} must be one number, got a tensor {tuple(given.shape)}")
     if given.is_complex():
         raise ValueError(f"{name} must be a real number, got {given.dtype}")
 

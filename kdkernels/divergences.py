@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Callable, ClassVar
@@ -119,13 +120,26 @@ class Divergence:
                 object.__setattr__(self, name, number(f"{type(self).__name__}'s {name}", given))
 
     @property
+    def kind(self) -> int:
+        """What kernels are specialised on."""
+        return type(self).code
+
+    @property
     def parameters(self) -> tuple[float, ...]:
         """Its numbers, in the order of its fields; at least two, as the kernels read them."""
-        kind = type(self)
         own = tuple(
-            float(number(f"{kind.__name__}'s {name}", getattr(self, name))) for name in _numbers_of(self)
+            number(f"{type(self).__name__}'s {name}", getattr(self, name)) for name in _numbers_of(self)
         )
         return own + (0.0,) * (2 - len(own))
+
+    @classmethod
+    def with_parameters(cls, kind: int, parameters: Sequence[Any]) -> Divergence:
+        """The divergence of that ``kind`` whose :attr:`parameters` these are: numbers, or 0-dim tensors, which
+        are not looked at. They were checked when the divergence was made."""
+        made = object.__new__(cls)
+        for name, value in zip(_numbers_of(cls), parameters):
+            object.__setattr__(made, name, value)
+        return made
 
     def check(self) -> None:
         """TypeError for what cannot be a divergence: no formula, or numbers that are no fields."""
@@ -168,7 +182,7 @@ def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return thread.submit(differentiate).result()
 
 
-#: Every class by its code: what an operator is told of a divergence is its code and its numbers.
+#: Every class by its kinds: what an operator is told of a divergence is its kind and its numbers.
 _CLASSES: dict[int, type[Divergence]] = {}
 
 
@@ -306,11 +320,21 @@ class SkewReverseKL(Divergence):
     alpha: float = 0.1
     detach_mixture: bool = False
     code: ClassVar[int] = 5
+    #: Its kind with a detached mixture.
+    detached_code: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
+
+    @property
+    def kind(self) -> int:
+        return self.detached_code if self.detach_mixture else self.code
+
+    @classmethod
+    def with_parameters(cls, kind: int, parameters: Sequence[Any]) -> Divergence:
+        return super().with_parameters(kind, (parameters[0], kind == cls.detached_code))
 
     def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         m, d = self._mixture(p, q), (1 - self.alpha) * (q - p)
@@ -468,6 +492,9 @@ class NoDivergence(Divergence):
     code: ClassVar[int] = 0
 
 
+_CLASSES[SkewReverseKL.detached_code] = SkewReverseKL
+
+
 def simplified(divergence: Divergence) -> Divergence:
     """The same divergence in its cheapest form: the ends of JSD, Mixed and AlphaBeta are KLs."""
     # By exact types: a subclass may mean something else.
@@ -486,11 +513,10 @@ def simplified(divergence: Divergence) -> Divergence:
     return divergence
 
 
-def from_code(code: int, parameters: list[float]) -> Divergence:
-    """The divergence that a ``code`` and its ``parameters`` stand for."""
-    if code not in _CLASSES:
+def class_of(kind: int) -> type[Divergence]:
+    """The class that a :attr:`Divergence.kind` stands for."""
+    if kind not in _CLASSES:
         raise ValueError(
-            f"no divergence is defined here whose code is {code}; import the module that defines it"
+            f"no divergence is defined here whose kind is {kind}; import the module that defines it"
         )
-    kind = _CLASSES[code]
-    return kind(**dict(zip(_numbers_of(kind), parameters)))
+    return _CLASSES[kind]

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from . import reference
 from .backends import candidates, chosen_backend, reference_asked
-from .backends import row_state as rs
+from .backends.spec import Output, Result, Spec
 from .core import autograd
 from .core.layout import overlaps_itself
-from .core.request import Call, Logits, Teacher, checked, hard_spec, prepare, side, soft_spec
+from .core.option_checks import checked
+from .core.request import Call, Terms, Tokens, make
+from .core.sides import Logits, Teacher, side
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead
 from .options import CodistillationOptions, CrossEntropyOptions, DistillationOptions, Reduction
@@ -46,14 +48,10 @@ class CodistillationLoss(NamedTuple):
     teacher: Tensor
 
 
-def _wants(tensors: list[Tensor]) -> list[bool]:
-    return [torch.is_grad_enabled() and t.requires_grad for t in tensors]
-
-
 def _check_inplace(call: Call) -> None:
     if call.student.is_head:
         raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
-    logits = call.student.tensors[0]
+    logits = call.request.student[0]
     if overlaps_itself(logits):
         raise ValueError(
             "inplace=True needs logits of their own memory, but student is expanded or unfolded: shape "
@@ -68,71 +66,66 @@ def _check_inplace(call: Call) -> None:
         )
 
 
-def _run(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
+class _Solved(NamedTuple):
+    """Per-row results, and the gradients that are needed; in place, the student's logits are its gradient."""
+
+    results: Tensor
+    gradients: list[Tensor]
+
+
+def _solve(call: Call, inplace: bool) -> _Solved:
+    """What the operator makes of a call, outside autograd."""
+    request = call.request.detached()
+    if inplace and any(request.needs_grad):
+        student, *others = request.arguments()
+        results = autograd.rows_(student[0], *others[:-1])
+        return _Solved(results, request.student)
+    results, *gradients = autograd.rows(*request.arguments())
+    return _Solved(results, gradients)
+
+
+def _loss(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """(loss, per-row results), attached to the student."""
-    wants = _wants(call.student.tensors)
-    if inplace and any(wants):
+    request, reduction = call.request, call.reduction
+    needed = any(request.needs_grad)
+    if inplace and needed:
         _check_inplace(call)
-    if call.per_row:
-        rows, results = _rows_with_grad(call, wants, inplace)
-        if call.reduction == "none":
-            return rows, results
-        return (rows * call.scale).sum().to(rows.dtype), results
-    weights = (call.weights * call.scale).to(call.weights.dtype)
-    results, gradients = _rows(call, weights, wants, inplace)
-    value = autograd.row_loss(results, weights.double(), call.spec).sum().to(weights.dtype)
-    if any(wants):
-        value = autograd.attach(value, autograd.wanted(call.student.tensors, wants), gradients)
-    return value, results
+    if needed and reduction.per_row and call.student.is_head:
+        rows, results, _ = autograd.deferred(*request.arguments())
+        return reduction.apply(rows), results
+    solved = _solve(call, inplace)
+    value = autograd.row_losses(solved.results, request.weights)
+    if not reduction.per_row:
+        return _attached(reduction.apply(value), request.wanted(), solved.gradients), solved.results
+    # fp64 stays inside: what is added up in a reduction is rounded once.
+    value = _attached(value.reshape(reduction.leading), request.wanted(), solved.gradients)
+    return reduction.apply(value), solved.results
 
 
-def _rows(
-    call: Call, weights: Tensor, wants: list[bool], inplace: bool, teacher_wants: list[bool] | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Results and wanted gradients, outside autograd."""
-    student, teacher = [t.detach() for t in call.student.tensors], call.teacher_tensors
-    arguments = (teacher, call.labels, weights, call.spec.to_floats(), call.vocab, call.chunk_bytes)
-    if inplace and any(wants):
-        return autograd.rows_(student[0], *arguments), student
-    wants = wants + (teacher_wants or [False] * len(teacher))
-    results, *gradients = autograd.rows(student, *arguments, wants)
-    return results, gradients
-
-
-def _rows_with_grad(call: Call, wants: list[bool], inplace: bool) -> tuple[Tensor, Tensor]:
-    """(token losses ``[...]``, per-row results)."""
-    leading = call.student.leading
-    if any(wants) and call.student.is_head:
-        all_wants = wants + [False] * len(call.teacher_tensors)
-        value, results, _ = autograd.deferred(
-            call.student.tensors,
-            call.teacher_tensors,
-            call.labels,
-            call.weights,
-            call.spec.to_floats(),
-            call.vocab,
-            call.chunk_bytes,
-            all_wants,
-        )
-        return value.reshape(leading), results
-    results, gradients = _rows(call, call.weights, wants, inplace)
-    value = autograd.row_loss(results, call.weights, call.spec).reshape(leading)
-    if any(wants):
-        value = autograd.attach(value, call.student.tensors, gradients)
-    return value, results
+def _attached(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    return autograd.attach(value, inputs, gradients) if inputs else value
 
 
 def _stats(call: Call, results: Tensor) -> Stats:
     tokens = torch.full((), results.shape[0], device=results.device)
-    if call.labels is not None:
-        tokens = (call.labels >= 0).sum()
-    means = (results.sum(0) / tokens.clamp(min=1)).to(call.weights.dtype)
+    if call.request.labels is not None:
+        tokens = (call.request.labels >= 0).sum()
+    smoothing = call.terms.label_smoothing
+    hard_weights = (
+        (1 - smoothing, Output.LABEL),
+        (smoothing, Output.SMOOTH),
+        (call.terms.z_loss, Output.LSE_SQUARED),
+    )
+    hard = sum(
+        (weight * results[:, at] for weight, at in hard_weights if weight), torch.zeros_like(results[:, 0])
+    )
+    means = (torch.cat([results, hard[:, None]], 1).sum(0) / tokens.clamp(min=1)).to(call.reduction.dtype)
     return Stats(
-        soft=means[rs.SOFT],
-        hard=means[rs.HARD],
-        student_entropy=means[rs.STUDENT_ENTROPY],
-        teacher_entropy=means[rs.TEACHER_ENTROPY],
-        agreement=means[rs.AGREEMENT],
+        soft=means[Output.SOFT],
+        hard=means[-1],
+        student_entropy=means[Result.STUDENT_ENTROPY],
+        teacher_entropy=means[Result.TEACHER_ENTROPY],
+        agreement=means[Result.AGREEMENT],
         tokens=tokens,
     )
 
@@ -179,10 +172,10 @@ def distillation_loss(
     labels: Tensor | None = None,
     *,
     divergence: Divergence = ForwardKL(),
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     temperature_squared: bool = False,
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
+    soft_weight: float | Tensor = 1.0,
+    hard_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     mask: Tensor | None = None,
@@ -210,7 +203,9 @@ def distillation_loss(
             SparseTarget see :mod:`kdkernels.backends.outcomes`; where it is an approximation, a warning says so.
         temperature_squared: multiply the soft term (value and gradient) by temperature^2
             (Hinton et al., 2015).
-        soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels.
+        soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels. These and the
+            temperature may be tensors, 0-dim or one number for each token ``[...]``: constants, which nothing
+            waits for. Numbers that change from step to step, given either way, compile nothing again.
         label_smoothing, z_loss: of the hard term, as in :func:`cross_entropy`.
         mask: bool or 0/1 ``[...]``; tokens where it is False or 0 leave both terms, as those at
             ``ignore_index`` do, whatever their label.
@@ -222,7 +217,7 @@ def distillation_loss(
         vocab_size: use only the first entries of both vocabularies (padding cut off).
         inplace: the student's logits are overwritten with their gradient. Student and teacher may be parts of
             one tensor that have no memory in common, as the halves of a batch are.
-        return_stats: also return :class:`Stats`.
+        return_stats: also return :class:`Stats`, which are computed only then.
         chunk_bytes: budget of the logit tiles, default 512 MiB.
 
     Returns:
@@ -236,35 +231,25 @@ def distillation_loss(
     >>> head = kd.LinearHead(torch.randn(4, 8, requires_grad=True), torch.randn(100, 8))
     >>> kd.distillation_loss(head, torch.randn(4, 100), temperature=2.0).backward()
     """
-    spec = soft_spec(
+    if teacher is None:
+        raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
+    terms = Terms(
         divergence,
         temperature,
         temperature_squared,
         soft_weight,
-        hard_weight=hard_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+        hard_weight,
+        label_smoothing,
+        z_loss,
+        return_stats,
     )
-    checked(inplace=inplace, return_stats=return_stats)
-    if teacher is None:
-        raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
-    call = prepare(
-        student,
-        teacher,
-        labels,
-        spec,
-        mask=mask,
-        token_weights=token_weights,
-        reduction=reduction,
-        num_items=num_items,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes,
-    )
+    tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
+    checked(inplace=inplace)
+    call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     if reference_asked():
-        loss, results = reference.run(student, teacher, call, divergence)
+        loss, _, results = reference.run(student, teacher, call)
     else:
-        loss, results = _run(call, inplace)
+        loss, results = _loss(call, inplace)
     return (loss, _stats(call, results.detach())) if return_stats else loss
 
 
@@ -310,10 +295,10 @@ def codistillation_loss(
     labels: Tensor,
     *,
     divergence: Divergence = ForwardKL(),
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     temperature_squared: bool = False,
-    soft_weight: float = 1.0,
-    hard_weight: float = 1.0,
+    soft_weight: float | Tensor = 1.0,
+    hard_weight: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     mask: Tensor | None = None,
@@ -339,63 +324,56 @@ def codistillation_loss(
     >>> losses = kd.codistillation_loss(s, t, torch.tensor([1, 2, -100, 3]))
     >>> (losses.student + losses.teacher).backward()
     """
-    spec = soft_spec(
-        divergence,
-        temperature,
-        temperature_squared,
-        soft_weight,
-        hard_weight=hard_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-    )
-    checked(return_stats=return_stats)
-    shared: dict[str, Any] = dict(
-        mask=mask,
-        token_weights=token_weights,
-        reduction=reduction,
-        num_items=num_items,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes,
-    )
     if teacher is None or isinstance(teacher, SparseTarget):
         kind = "None" if teacher is None else "a kd.SparseTarget"
         raise TypeError(f"codistillation_loss trains its teacher, so it cannot be {kind}")
     if labels is None:
         raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
-    call = prepare(student, teacher, labels, spec, **shared)
+    terms = Terms(
+        divergence,
+        temperature,
+        temperature_squared,
+        soft_weight,
+        hard_weight,
+        label_smoothing,
+        z_loss,
+        return_stats,
+        teacher_learns=True,
+    )
+    tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
+    call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     if reference_asked():
-        student_loss, results = reference.run(student, teacher, call, divergence)
-        losses = CodistillationLoss(student_loss, cross_entropy(teacher, labels, **shared))
-    elif call.per_row or call.teacher_tensors[0].dtype == torch.float16:
-        vocab = {**shared, "vocab_size": call.vocab}
-        student_loss, results = _run(call)
-        losses = CodistillationLoss(student_loss, cross_entropy(teacher, labels, **vocab))
+        student_loss, teacher_loss, results = reference.run(student, teacher, call)
+        losses = CodistillationLoss(student_loss, teacher_loss)
+    elif call.reduction.per_row or call.request.teacher[0].dtype == torch.float16:
+        losses, results = _in_two_passes(student, teacher, terms, tokens, call)
     else:
-        losses, results = _run_both(call)
+        losses, results = _in_one_pass(call)
     return (losses, _stats(call, results.detach())) if return_stats else losses
 
 
-def _run_both(call: Call) -> tuple[CodistillationLoss, Tensor]:
-    """Both losses from one pass, each attached to its model, and the per-row results."""
-    call = replace(call, spec=call.spec._replace(teacher_hard_weight=1.0))
-    assert call.teacher is not None
-    own, teachers = call.student.tensors, call.teacher.tensors
-    wants, teacher_wants = _wants(own), _wants(teachers)
-    weights = (call.weights * call.scale).to(call.weights.dtype)
-    results, gradients = _rows(call, weights, wants, False, teacher_wants)
-    wide = weights.double()
-    student_loss = autograd.row_loss(results, wide, call.spec).sum().to(weights.dtype)
-    teacher_dtype = torch.float64 if teachers[0].dtype == torch.float64 else torch.float32
-    teacher_loss = torch.where(wide != 0, results[:, rs.TEACHER_HARD] * wide, 0.0).sum().to(teacher_dtype)
-    split = sum(wants)
-    if split:
-        student_loss = autograd.attach(student_loss, autograd.wanted(own, wants), gradients[:split])
-    if any(teacher_wants):
-        teacher_loss = autograd.attach(
-            teacher_loss, autograd.wanted(teachers, teacher_wants), gradients[split:]
-        )
-    return CodistillationLoss(student_loss, teacher_loss), results
+def _in_two_passes(
+    student: Logits, teacher: Logits, terms: Terms, tokens: Tokens, call: Call
+) -> tuple[CodistillationLoss, Tensor]:
+    """Both losses where token losses meet autograd: each model's gradient is made when its own weights arrive."""
+    limits: dict[str, Any] = dict(vocab_size=call.request.vocab, chunk_bytes=call.request.chunk_bytes)
+    loss, results = _loss(make(student, teacher, replace(terms, teacher_learns=False), tokens, **limits))
+    own, _ = _loss(make(teacher, None, Terms(NoDivergence(), hard_weight=1.0), tokens, **limits))
+    return CodistillationLoss(loss, own), results
+
+
+def _in_one_pass(call: Call) -> tuple[CodistillationLoss, Tensor]:
+    """Both losses, each attached to its model, and the per-row results."""
+    request = call.request
+    solved = _solve(call, inplace=False)
+    split, own = sum(request.needs_grad[: len(request.student)]), request.weights[:, Output.TEACHER_LABEL]
+    theirs = torch.where(own != 0, solved.results[:, Output.TEACHER_LABEL] * own, 0.0)
+    student_loss = call.reduction.apply(autograd.row_losses(solved.results, request.weights))
+    inputs = request.wanted()
+    return CodistillationLoss(
+        _attached(student_loss, inputs[:split], solved.gradients[:split]),
+        _attached(call.reduction.of(request.teacher).apply(theirs), inputs[split:], solved.gradients[split:]),
+    ), solved.results
 
 
 def cross_entropy(
@@ -429,27 +407,13 @@ def cross_entropy(
     >>> bool(torch.isclose(ours, theirs))
     True
     """
-    spec = hard_spec(label_smoothing, z_loss)
-    checked(inplace=inplace)
     if labels is None:
         raise TypeError("cross_entropy needs labels, got None")
-    call = prepare(
-        student,
-        None,
-        labels,
-        spec,
-        mask=mask,
-        token_weights=token_weights,
-        class_weights=class_weights,
-        reduction=reduction,
-        num_items=num_items,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes,
-    )
-    if reference_asked():
-        return reference.run(student, None, call, NoDivergence())[0]
-    return _run(call, inplace)[0]
+    terms = Terms(NoDivergence(), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
+    tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
+    checked(inplace=inplace)
+    call = make(student, None, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    return reference.run(student, None, call)[0] if reference_asked() else _loss(call, inplace)[0]
 
 
 def linear_cross_entropy(
@@ -572,14 +536,13 @@ def explain(student: Logits, teacher: Teacher | None = None, *, divergence: Dive
     """
     if reference_asked():
         return "reference: serves this call"
-    sides = [side("student", student)]
-    entry = "fused_sparse" if isinstance(teacher, SparseTarget) else "fused"
-    if teacher is not None and not isinstance(teacher, SparseTarget):
-        sides.append(side("teacher", teacher))
+    given = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    sides = [side(role, each) for role, each in given.items() if not isinstance(each, SparseTarget)]
     dtypes = [side.tensors[0].dtype for side in sides]
     lines = []
-    for module, reason in candidates(chosen_backend(), sides[0].device, dtypes, entry, divergence):
-        lines.append(f"{module.name}: {reason or 'serves this call'}")
+    spec = Spec(kind=divergence.kind)
+    for backend, reason in candidates(chosen_backend(), sides[0].device, dtypes, spec):
+        lines.append(f"{backend.name}: {reason or 'serves this call'}")
         if reason is None:
             break
     return "\n".join(lines)

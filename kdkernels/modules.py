@@ -9,7 +9,7 @@ from typing import Any, Callable
 from torch import nn
 
 from . import losses
-from .core.request import check_options
+from .core.option_checks import check_options
 
 
 def _keywords(function: Callable[..., Any] | None) -> list[str]:

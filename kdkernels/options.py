@@ -36,10 +36,10 @@ class CrossEntropyOptions(_SharedOptions, total=False):
 class CodistillationOptions(_SharedOptions, total=False):
     """Of :func:`kdkernels.codistillation_loss`, but for ``divergence`` and ``return_stats``."""
 
-    temperature: float
+    temperature: float | Tensor
     temperature_squared: bool
-    soft_weight: float
-    hard_weight: float
+    soft_weight: float | Tensor
+    hard_weight: float | Tensor
 
 
 class DistillationOptions(CodistillationOptions, total=False):

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import chosen_backend, serving
-from .backends import row_state as rs
+from .backends.protocol import Tile
+from .backends.row_state import RowState, new_state
 from .backends.spec import LogitMap, Spec
 from .checks import integer, number, positive_integer
-from .core import autograd
-from .core.request import checked, common_vocab, side
+from .core.option_checks import checked
 from .core.schedule import DEFAULT_CHUNK_BYTES
-from .divergences import NoDivergence
+from .core.sides import common_vocab, side
+from .core.walk import rows_of
 from .heads import LinearHead
 from .targets import SparseTarget, Tail
 
@@ -55,11 +56,12 @@ def _given(teacher: Logits, vocab_size: int | None, chunk_bytes: int | None) -> 
 
 def _normalizer(logits: Tensor, skipped: Tensor | None = None) -> Tensor:
     """logsumexp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
-    state = rs.new_state(logits.shape[0], logits.device)
-    backend = serving(chosen_backend(), logits.device, [logits.dtype])
-    spec = Spec(NoDivergence())
-    backend.accumulate(logits, None, None, offset=0, spec=spec, state=state, skipped=skipped)
-    return rs.student_lse(state, spec)[:, None]
+    spec, state = Spec(), new_state(logits.shape[0], logits.device)
+    backend = serving(chosen_backend(), logits.device, [logits.dtype], spec)
+    one = torch.ones(1, dtype=torch.float64, device=logits.device)
+    backend.accumulate(Tile(logits, None, None, one, one, 0, logits.shape[1]), spec, state, skipped)
+    of = RowState.of(state).student
+    return (of.reference + of.log_sum_exp)[:, None]
 
 
 def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,8 @@ def _collect(given: _Given, nothing: float, select: _Select, least: int = 1) -> 
     one K, which is ``least`` where there is no token."""
     leading, device = given.teacher[0].shape[:-1], given.teacher[0].device
     step = max(given.chunk_bytes // (given.vocab * 8 * _TEMPORARIES), 1)
-    source = autograd.rows_of(given.teacher, given.vocab, [], None)
+    source = rows_of(given.teacher, given.vocab, [], None)
+    source.gather()
     logit_map, columns = LogitMap(*given.logit_map), slice(0, given.vocab)
     # Written into place: small results that outlive each chunk would leave the heap in pieces.
     slots = 0 if source.tokens else least

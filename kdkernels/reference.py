@@ -6,18 +6,23 @@ Slow, large, and twice differentiable. Everything else in the package is compare
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .backends import row_state as rs
 from .backends.outcomes import LEAST_TAIL
-from .backends.spec import LogitMap, Spec
-from .divergences import Divergence, NoDivergence, simplified
+from .backends.spec import OUTPUTS, Asked, LogitMap, Output, Tail
+from .divergences import Divergence
 from .heads import LinearHead, MappedLogits
 from .targets import SparseTarget
 
+if TYPE_CHECKING:
+    from .core.request import Call, Request
+
 _Logits = Tensor | LinearHead | MappedLogits
+_HARD = [Output.LABEL, Output.SMOOTH, Output.LSE_SQUARED]
 
 
 def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
@@ -48,24 +53,21 @@ def _below_top(z: Tensor) -> Tensor:
     return z - z.detach().amax(-1, keepdim=True)
 
 
-def divergence_rows(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float) -> Tensor:
-    """The divergence of each row of logits, ``[N]``."""
+def divergence_rows(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: Tensor) -> Tensor:
+    """The divergence of each row of logits ``[N, V]`` at a temperature ``[N, 1]``, ``[N]``."""
     log_q = (student / temperature).log_softmax(-1)
     log_p = (teacher.detach() / temperature).log_softmax(-1)
     return divergence.phi(log_p.exp(), log_q.exp(), log_p, log_q).sum(-1)
 
 
-def cross_entropy_rows(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
-    """Cross entropy of each row, 0 where the label is -1, ``[N]``."""
-    log_q = logits.log_softmax(-1)
-    loss = torch.zeros_like(log_q[:, 0])
-    if label_smoothing < 1:
-        loss = loss - (1 - label_smoothing) * log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    if label_smoothing:
-        loss = loss - label_smoothing * log_q.mean(-1)
-    if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square()
-    return torch.where(labels >= 0, loss, 0.0)
+def hard_outputs(z: Tensor, labels: Tensor, asked: int) -> list[Tensor]:
+    """LABEL, SMOOTH and LSE_SQUARED of each row of logits, each ``[N]``; zeros for those that are not asked for."""
+    log_q, nothing = z.log_softmax(-1), torch.zeros_like(z[:, 0])
+    return [
+        -log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0] if asked & Asked.LABEL else nothing,
+        -log_q.mean(-1) if asked & Asked.SMOOTH else nothing,
+        z.logsumexp(-1).square() if asked & Asked.LSE_SQUARED else nothing,
+    ]
 
 
 class SparseOracle:
@@ -84,21 +86,21 @@ class SparseOracle:
         log_t = values.new_full((ids.shape[0], vocab), -torch.inf)
         for at, value in zip(ids.split(1, 1), values.split(1, 1)):  # what is stored twice adds up
             log_t.scatter_(1, at, torch.logaddexp(log_t.gather(1, at), value))
-        self.log_t, self.kept, self.tail = log_t, log_t > -torch.inf, target.tail
-        self.some = self.kept.any(-1)
+        self.log_t, self.is_stored, self.tail = log_t, log_t > -torch.inf, target.tail
+        self.some = self.is_stored.any(-1)
 
     def grouped(self, z: Tensor, rest_of_teacher: Tensor) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits of V + 1 outcomes: the stored ids, and last the rest."""
-        others = z.masked_fill(self.kept, -torch.inf)
-        everything = self.kept.all(-1)
+        others = z.masked_fill(self.is_stored, -torch.inf)
+        everything = self.is_stored.all(-1)
         rest = torch.where(everything[:, None], 0.0, others).logsumexp(-1)
         rest, log_rest = (r.masked_fill(everything, -torch.inf) for r in (rest, rest_of_teacher.log()))
         return (
-            torch.cat([z.masked_fill(~self.kept, -torch.inf), rest[:, None]], 1),
+            torch.cat([z.masked_fill(~self.is_stored, -torch.inf), rest[:, None]], 1),
             torch.cat([self.log_t, log_rest[:, None]], 1),
         )
 
-    def rows(self, z: Tensor, divergence: Divergence, temperature: float) -> Tensor:
+    def rows(self, z: Tensor, divergence: Divergence, temperature: Tensor) -> Tensor:
         """The soft term of each row, ``[N]``."""
         if self.tail == "bucket":
             return divergence_rows(*self.grouped(z, self.rest()), divergence, temperature)
@@ -117,10 +119,10 @@ class SparseOracle:
         return torch.where(rest > 0, rest, LEAST_TAIL)
 
     def conditional(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = ~self.kept & self.some[:, None]
+        hidden = ~self.is_stored & self.some[:, None]
         return z.masked_fill(hidden, -torch.inf), self.log_t.masked_fill(~self.some[:, None], 0.0)
 
-    def compared(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def compared(self, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits of the outcomes compared, for the metrics."""
         if self.tail == "conditional":
             student, teacher = self.conditional(z)
@@ -133,7 +135,7 @@ class SparseOracle:
 
     def agreement(self, z: Tensor) -> Tensor:
         if self.tail == "conditional":
-            z = z.masked_fill(~self.kept, -torch.inf)
+            z = z.masked_fill(~self.is_stored, -torch.inf)
         return (self.some & (z.argmax(-1) == self.log_t.argmax(-1))).double()
 
 
@@ -142,108 +144,119 @@ def _entropy(logits: Tensor) -> Tensor:
     return -torch.where(log_q.exp() > 0, log_q.exp() * log_q, 0.0).sum(-1)
 
 
-def _terms(
-    student, teacher, labels: Tensor | None, spec: Spec, vocab: int, counted: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(soft terms ``[N]``, hard terms ``[N]``, results ``[N, RESULTS]``), all 0 for the tokens that are not
-    ``counted`` ``[N]``, whose logits may be anything."""
-    s = logits_of(student, vocab, counted)
-    soft, hard = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0])
-    results = s.new_zeros(s.shape[0], rs.RESULTS)
-    z = _below_top(s)
-    some, compared = counted, [z / spec.temperature]
-    if isinstance(teacher, SparseTarget):
-        oracle = SparseOracle(teacher, vocab, counted)
-        soft = oracle.rows(z, spec.divergence, spec.temperature)
-        some, compared = oracle.some, list(oracle.compared(z, spec.temperature))
-        results[:, rs.AGREEMENT] = oracle.agreement(s)
-    elif not isinstance(spec.divergence, NoDivergence):
-        t = _below_top(logits_of(teacher, vocab, counted))
-        soft = divergence_rows(z, t, spec.divergence, spec.temperature)
-        compared += [t / spec.temperature]
-        results[:, rs.AGREEMENT] = (s.argmax(-1) == t.argmax(-1)).double()
-    if spec.hard_weight:
-        assert labels is not None
-        hard = cross_entropy_rows(s, labels, label_smoothing=spec.label_smoothing, z_loss=spec.z_loss)
-    with torch.no_grad():
-        results[:, rs.SOFT], results[:, rs.HARD] = soft, hard
-        for at, logits in zip((rs.STUDENT_ENTROPY, rs.TEACHER_ENTROPY), compared):
-            results[:, at] = torch.where(some, _entropy(logits), 0.0)
-    soft, hard = (torch.where(counted, term, 0.0) for term in (soft, hard))
-    return soft, hard, torch.where(counted[:, None], results, 0.0)
+@dataclass(frozen=True)
+class _Problem:
+    """A request's two sides as users hand them over, and its divergence."""
 
+    student: _Logits
+    teacher: _Logits | SparseTarget | None
+    divergence: Divergence
+    request: Request
 
-def rows(
-    student, teacher, labels: Tensor | None, weights: Tensor, spec: Spec, vocab: int
-) -> tuple[Tensor, Tensor]:
-    """(``weights`` times each row's loss ``[N]``, per-row results ``[N, RESULTS]``) of checked inputs.
+    @property
+    def live(self) -> Tensor:
+        labels = self.request.labels
+        return (
+            torch.ones_like(self.request.weights[:, 0], dtype=torch.bool) if labels is None else labels >= 0
+        )
 
-    Weight 0 times anything is 0, of a token and of a term, in the gradient too.
-    """
-    weights = weights.double()
-    weighed = weights != 0
-    live = torch.ones_like(weighed) if labels is None else labels >= 0
-    soft, hard, results = _terms(student, teacher, labels, spec, vocab, weighed & live)
-    if not torch.equal(weighed & live, live):  # what is told of a token does not depend on its weight
+    def soft(self, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """(SOFT, the statistics STUDENT_ENTROPY, TEACHER_ENTROPY and AGREEMENT ``[N, 3]``) of each row, both 0 for
+        the tokens that are not ``counted`` ``[N]``, whose logits may be anything."""
+        s = logits_of(self.student, self.request.vocab, counted)
+        z, some, temperature = _below_top(s), counted, self.request.temperature[:, None]
+        soft, agreement, compared = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0]), [z / temperature]
+        if not self.request.spec.asked & Asked.SOFT:
+            pass
+        elif isinstance(self.teacher, SparseTarget):
+            oracle = SparseOracle(self.teacher, self.request.vocab, counted)
+            soft = oracle.rows(z, self.divergence, temperature)
+            some, compared, agreement = (
+                oracle.some,
+                list(oracle.compared(z, temperature)),
+                oracle.agreement(s),
+            )
+        else:
+            assert self.teacher is not None
+            t = _below_top(logits_of(self.teacher, self.request.vocab, counted))
+            soft = divergence_rows(z, t, self.divergence, temperature)
+            compared, agreement = [*compared, t / temperature], (s.argmax(-1) == t.argmax(-1)).double()
         with torch.no_grad():
-            results = _terms(student, teacher, labels, spec, vocab, live)[2]
-    total = torch.zeros_like(weights)
-    if spec.soft_weight:
-        total = total + spec.soft_weight * soft
-    if spec.hard_weight:
-        total = total + spec.hard_weight * hard
-    return total * weights, results
+            told = [torch.where(some, _entropy(logits), 0.0) for logits in compared]
+            told = (told + [torch.zeros_like(agreement)])[:2] + [agreement]
+        return torch.where(counted, soft, 0.0), torch.where(counted[:, None], torch.stack(told, 1), 0.0)
+
+    def hard(self, given: _Logits, counted: Tensor, asked: int) -> Tensor:
+        """LABEL, SMOOTH and LSE_SQUARED of each row of one model, ``[N, 3]``; 0 where it is not ``counted``."""
+        labels = self.request.labels
+        assert labels is not None
+        made = hard_outputs(logits_of(given, self.request.vocab, counted), labels, asked)
+        return torch.where(counted[:, None], torch.stack(made, 1), 0.0)
+
+    def outputs(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(each output ``[N]``, statistics ``[N, 3]``). An output is taken of the tokens that it has a weight
+        for: neither the value nor the gradient of another reaches a product, whose 0 * NaN would be NaN."""
+        asked, labels = self.request.spec.asked, self.request.labels
+        columns = [torch.zeros_like(weights[:, 0])] * OUTPUTS
+        columns[Output.SOFT], told = self.soft(self.live & (weights[:, Output.SOFT] != 0))
+        if asked & Asked.HARD and labels is not None:
+            weighed = (weights[:, _HARD] != 0).any(1)
+            made = self.hard(self.student, self.live & weighed, asked)
+            for output, column in zip(_HARD, made.unbind(1)):
+                columns[output] = column
+        if asked & Asked.TEACHER_LABEL:
+            assert isinstance(self.teacher, (Tensor, LinearHead, MappedLogits))
+            weighed = weights[:, Output.TEACHER_LABEL] != 0
+            columns[Output.TEACHER_LABEL] = self.hard(self.teacher, self.live & weighed, Asked.LABEL)[:, 0]
+        return columns, told
+
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(the student's losses ``[N]``, the teacher's own, results ``[N, RESULTS]``): two graphs, if both learn."""
+        weights = self.request.weights
+        outputs, statistics = self.outputs(weights)
+        weighed = [torch.where(w != 0, o * w, 0.0) for o, w in zip(outputs, weights.unbind(1))]
+        asked = [bool(self.request.spec.asked >> output & 1) for output in range(OUTPUTS)]
+        with torch.no_grad():  # what is told of a token does not depend on its weight
+            if not bool((weights != 0)[self.live][:, asked].all()):
+                outputs, statistics = self.outputs(torch.ones_like(weights))
+            results = torch.cat([torch.stack(outputs, 1), statistics], 1)
+        teachers = weighed.pop(Output.TEACHER_LABEL)
+        return sum(weighed, torch.zeros_like(teachers)), teachers, results
 
 
-def run(student, teacher, call, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """(loss, per-row results) of a checked call of :mod:`kdkernels.losses`."""
-    # At its ends JSD's own formula is 0, and not the KL that it stands for.
-    spec = call.spec._replace(divergence=simplified(divergence))
-    total, results = rows(student, teacher, call.labels, call.weights, spec, call.vocab)
-    dtype = call.weights.dtype
-    if call.reduction == "none":
-        return total.reshape(call.student.leading).to(dtype), results
-    return (total * call.scale).sum().to(dtype), results
+def run(
+    student: _Logits, teacher: _Logits | SparseTarget | None, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the student's loss, the teacher's own, per-row results) of a checked call."""
+    own, teachers, results = _Problem(student, teacher, call.terms.divergence, call.request).losses()
+    return call.reduction.apply(own), call.reduction.of(call.request.teacher).apply(teachers), results
 
 
-def operator(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    labels: Tensor | None,
-    weights: Tensor,
-    spec: Spec,
-    vocab: int,
-    wants: list[bool],
-) -> list[Tensor]:
+def operator(request: Request) -> list[Tensor]:
     """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators.
 
     An operator runs below autograd, which the oracle takes its gradients from. A thread of its own has it.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_operator, student, teacher, labels, weights, spec, vocab, wants).result()
+        return thread.submit(_operator, request).result()
 
 
-def _operator(student, teacher, labels, weights, spec, vocab, wants) -> list[Tensor]:
-    tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in student + teacher]
-    leaves = [t.requires_grad_(want) for t, want in zip(tensors, wants)]
-    s = _side(leaves[: len(student)], spec.student_map)
-    t: _Logits | SparseTarget | None = None
+def _operator(request: Request) -> list[Tensor]:
+    spec, count = request.spec, len(request.student)
+    tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in request.tensors]
+    leaves = [t.requires_grad_(needed) for t, needed in zip(tensors, request.needs_grad)]
+    teacher: _Logits | SparseTarget | None = None
     if spec.tail:
         kind = "weights" if spec.linear else "logprobs"
-        t = SparseTarget(leaves[-2], tail=spec.tail, **{kind: leaves[-1]})
-    elif teacher:
-        t = _side(leaves[len(student) :], spec.teacher_map)
-    total, results = rows(s, t, labels, weights, spec, vocab)
-    if spec.teacher_hard_weight:
-        assert labels is not None and isinstance(t, (LinearHead, MappedLogits))
-        hard = cross_entropy_rows(logits_of(t, vocab, weights != 0), labels, label_smoothing=0.0, z_loss=0.0)
-        total = total + spec.teacher_hard_weight * hard * weights.double()
-        results[:, rs.TEACHER_HARD] = hard.detach()
-    wanted = [leaf for leaf, want in zip(leaves, wants) if want]
+        teacher = SparseTarget(leaves[-2], tail=Tail(spec.tail).word, **{kind: leaves[-1]})
+    elif request.teacher:
+        teacher = _side(leaves[count:], spec.teacher_map)
+    student = _side(leaves[:count], spec.student_map)
+    own, teachers, results = _Problem(student, teacher, spec.divergence(request.parameters), request).losses()
+    wanted = [leaf for leaf, needed in zip(leaves, request.needs_grad) if needed]
     if not wanted:
         return [results]
-    gradients = torch.autograd.grad(total.sum(), wanted)
-    return [results, *(g.contiguous() for g in gradients)]
+    return [results, *(g.contiguous() for g in torch.autograd.grad((own + teachers).sum(), wanted))]
 
 
 def _side(tensors: list[Tensor], logit_map: LogitMap) -> LinearHead | MappedLogits:

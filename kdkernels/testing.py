@@ -260,10 +260,10 @@ def _plain_loss(
     labels: Tensor | None,
     divergence: Divergence,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     temperature_squared: bool = False,
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
+    soft_weight: float | Tensor = 1.0,
+    hard_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weights: Tensor | None = None,
@@ -273,13 +273,19 @@ def _plain_loss(
 ) -> Tensor:
     s, t = s[..., :vocab_size], t[..., :vocab_size]
     dtype = torch.promote_types(t.dtype, s.dtype)
+    numbers = (temperature, soft_weight, hard_weight)
+    temperature, soft_weight, hard_weight = (n.to(dtype) if isinstance(n, Tensor) else n for n in numbers)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None]
     log_q, log_p = ((z / temperature).log_softmax(-1).to(dtype) for z in (s, t))
     q, p = log_q.exp(), log_p.exp()
     if dtype == torch.float64:  # the oracle's own bits otherwise: see compare
         q, p = ((z / temperature).softmax(-1).to(dtype) for z in (s, t))
     soft = textbook(divergence, p, q, log_p, log_q).sum(-1)
-    rows = soft * (soft_weight * (temperature**2 if temperature_squared else 1.0))
-    if hard_weight:
+    rows = soft * soft_weight
+    if temperature_squared:
+        rows = rows * (temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature) ** 2
+    if isinstance(hard_weight, Tensor) or hard_weight:
         assert labels is not None
         hard = F.cross_entropy(
             s.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=label_smoothing

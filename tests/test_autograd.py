@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from problems import Problem, relative
+from problems import Problem, arguments, relative
 
 import kdkernels as kd
-from kdkernels.backends.spec import Spec
-from kdkernels.core import autograd
-from kdkernels.divergences import ForwardKL
+from kdkernels.core import autograd, checked
 
 
 def test_retained_graph_gives_the_same_gradient_twice(backend):
@@ -125,13 +123,6 @@ def test_compile_a_divergence_that_changes(divergence):
         assert torch.allclose(compiled(number), loss(number))
 
 
-def _arguments(student, teacher):
-    labels = torch.tensor([1, -1, 2, 3])
-    floats = Spec(ForwardKL(), hard_weight=0.5).to_floats()
-    wants = [True] * len(student) + [False] * len(teacher)
-    return student, teacher, labels, torch.rand(4), floats, 20, 2**20, wants
-
-
 @pytest.mark.parametrize("form", ["logits", "head"])
 def test_opcheck(form):
     def tensors(grad):
@@ -139,17 +130,20 @@ def test_opcheck(form):
             return [torch.randn(4, 20, requires_grad=grad)]
         return [torch.randn(4, 6, requires_grad=grad), torch.randn(20, 6, requires_grad=grad)]
 
-    torch.library.opcheck(autograd.rows, _arguments(tensors(False), [torch.randn(4, 20)]))
-    torch.library.opcheck(autograd.deferred, _arguments(tensors(True), [torch.randn(4, 20)]))
+    detached = [t.detach() for t in tensors(True)], *arguments(tensors(True), torch.randn(4, 20))[1:]
+    torch.library.opcheck(autograd.rows, detached)
+    torch.library.opcheck(autograd.deferred, arguments(tensors(True), torch.randn(4, 20)))
     gradients = [torch.randn_like(t) for t in tensors(False)]
     torch.library.opcheck(autograd.attach, (torch.randn(()), tensors(True), gradients))
     labels, mask = torch.tensor([[1, -100, 2]]), torch.tensor([[1, 1, 0]])
     for given in ((labels, None), (labels, mask), (None, mask)):
-        torch.library.opcheck(autograd.checked_labels, (*given, 20, -100))
-    torch.library.opcheck(autograd.checked_items, (torch.tensor(3), torch.rand(4)))
+        torch.library.opcheck(checked.checked_labels, (*given, 20, -100))
+    torch.library.opcheck(checked.checked_items, (torch.tensor(3), torch.rand(4)))
+    for given in ((torch.rand(4), torch.tensor([1, -1, 2, 3])), (torch.rand(1), None)):
+        torch.library.opcheck(checked.checked_numbers, (*given, "temperature"))
     if form == "logits":
-        student, teacher, *rest = _arguments(tensors(False), [torch.randn(4, 20)])
-        torch.library.opcheck(autograd.rows_, (student[0], teacher, *rest[:5]))
+        student, *rest = arguments(tensors(False), torch.randn(4, 20))
+        torch.library.opcheck(autograd.rows_, (student[0], *rest[:-1]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

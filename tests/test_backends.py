@@ -12,7 +12,7 @@ from sparse_problems import SparseProblem
 import kdkernels as kd
 from kdkernels import reference
 from kdkernels.backends import chosen_backend
-from kdkernels.core import autograd, sparse
+from kdkernels.core import walk
 
 
 @pytest.fixture
@@ -30,8 +30,7 @@ def served(monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
 
-    spy(autograd, "serving", lambda module: module.name)
-    spy(sparse, "serving", lambda module: module.name)
+    spy(walk, "serving", lambda module: module.name)
     spy(reference, "operator", lambda _: "reference")
     return names
 

@@ -6,9 +6,8 @@ from problems import Problem, assert_exact
 
 import kdkernels as kd
 from kdkernels.backends import eager
-from kdkernels.backends import row_state as rs
 from kdkernels.backends.spec import LogitMap
-from kdkernels.core import autograd, rows
+from kdkernels.core import autograd, rows, tokens
 
 OPTIONS = dict(divergence=kd.JSD(0.3), temperature=1.5, hard_weight=0.5)
 
@@ -26,16 +25,25 @@ def zeroed(method):
     return lambda *args: [g * 0 for g in method(*args)]
 
 
+FOLD = eager._fold_side
+
+
+def no_rescale(side, *args, **options):
+    folded = FOLD(side, *args, **options)
+    side.sum_exp_t1.add_(1)
+    return folded
+
+
 MUTATIONS = {
     "zero gradient": (rows.HeadRows, "gradients", zeroed(rows.HeadRows.gradients)),
-    "gradient scaled twice": (autograd, "_scaled", lambda g, factor, reuse: g * 2),
+    "gradient scaled twice": (autograd, "scaled", lambda g, factor, reuse: g * 2),
     "no label": (eager, "_fold_label", lambda *args: None),
-    "no rescale": (eager, "_fold_z1", lambda state, *args: state[:, rs.Z1_S].add_(1)),
-    "no mask": (autograd, "checked_labels", lambda labels, *args: labels.flatten().clamp(min=0)),
+    "no rescale": (eager, "_fold_side", no_rescale),
+    "no mask": (tokens, "checked_labels", lambda labels, *args: labels.flatten().clamp(min=0)),
     "no slope": (
         eager,
         "_soft_gradient",
-        lambda s, t, spec, state: eager._distributions(s, t, spec, state)[0],
+        lambda tile, spec, row: eager._distributions(tile, spec, row).p,
     ),
     "gradient too large": (LogitMap, "backward", lambda logit_map, grad, logits: grad * 1.5),
 }

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import BACKENDS, assert_exact, assert_refused, relative
+from problems import BACKENDS, arguments, assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
 from kdkernels.backends import eager, outcomes, sparse_rows
-from kdkernels.backends.spec import Spec
-from kdkernels.core import autograd, rows
+from kdkernels.core import autograd, checked, rows
 
 quick = settings(max_examples=12, deadline=None)
 cases = st.tuples(st.integers(1, 5), st.integers(2, 200), st.integers(0, 10**6), st.floats(0.1, 8.0))
@@ -297,15 +296,14 @@ def test_compile_fullgraph(case, tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_opcheck(tail):
-    labels, weights = torch.tensor([1, -1, 2, 3]), torch.rand(4)
-    spec = Spec(kd.ForwardKL(), hard_weight=0.5, tail=tail).to_floats()
-    ids, values = torch.randint(0, 20, (4, 3)), -torch.rand(4, 3) - 2
-    torch.library.opcheck(autograd.checked_target, (ids, values, ids > 3, labels, 20, spec))
+    target = kd.SparseTarget(torch.randint(0, 20, (4, 3)), -torch.rand(4, 3) - 2, tail=tail)
     for student in ([torch.randn(4, 20)], [torch.randn(4, 6), torch.randn(20, 6)]):
-        rest = ([ids, values], labels, weights, spec, 20, 2**20, [True] * len(student) + [False] * 2)
-        torch.library.opcheck(autograd.rows, (student, *rest))
-        torch.library.opcheck(autograd.deferred, ([t.requires_grad_() for t in student], *rest))
-    torch.library.opcheck(autograd.rows_, (torch.randn(4, 20), *rest[:6]))
+        given = arguments([t.requires_grad_() for t in student], target)
+        torch.library.opcheck(autograd.rows, ([t.detach() for t in student], *given[1:]))
+        torch.library.opcheck(autograd.deferred, given)
+    _, (ids, values), labels, *_, spec, vocab, _, _ = given
+    torch.library.opcheck(checked.checked_target, (ids, values, ids > 3, labels, vocab, spec))
+    torch.library.opcheck(autograd.rows_, (torch.randn(4, 20), *given[1:-1]))
 
 
 def test_gradcheck(divergence):
@@ -338,10 +336,11 @@ def no_tail(log_t, stored):
     return torch.zeros_like(rest), slack
 
 
-def emission(**scales):
+def solved(**scales):
     def mutated(*args, **options):
         results, made = SOLVE(*args, **options)
-        return results, made._replace(**{name: getattr(made, name) * by for name, by in scales.items()})
+        scaled = {name: getattr(made, name) * by for name, by in scales.items()}
+        return sparse_rows.Solved(results, made._replace(**scaled))
 
     return mutated
 
@@ -356,9 +355,9 @@ MUTATIONS = {
         lambda ids, values, mask, *rest, **o: CHECK(ids, values, None, *rest, **o),
     ),
     "zero gradient": (rows.HeadRows, "gradients", lambda self: [torch.zeros_like(t) for t in self.given]),
-    "kept gradient lost": (sparse_rows, "solve", emission(kept=0)),
-    "rest's gradient lost": (sparse_rows, "solve", emission(rest=0)),
-    "kept ids not left out": (eager, "accumulate", lambda *a, skipped=None, **o: ACCUMULATE(*a, **o)),
+    "stored gradient lost": (sparse_rows, "solve", solved(stored=0)),
+    "rest's gradient lost": (sparse_rows, "solve", solved(rest=0)),
+    "stored ids not left out": (eager, "accumulate", lambda *a, skipped=None, **o: ACCUMULATE(*a, **o)),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.backends import triton as backend
+from kdkernels.backends.spec import Spec
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -52,9 +53,11 @@ def test_says_why_not(monkeypatch):
 
 
 def test_says_what_it_serves():
-    assert backend.cannot(torch.device("cuda"), [torch.bfloat16, torch.float32]) is None
-    assert "float64" in backend.cannot(torch.device("cuda"), [torch.float64])
-    assert "cuda" in backend.cannot(torch.device("mps"), [torch.float32])
+    assert backend.cannot(torch.device("cuda"), [torch.bfloat16, torch.float32], Spec()) is None
+    assert "float64" in backend.cannot(torch.device("cuda"), [torch.float64], Spec())
+    assert "cuda" in backend.cannot(torch.device("mps"), [torch.float32], Spec())
+    unknown = Spec(kind=kd.divergences.Divergence.code)
+    assert "kdkernels' own" in backend.cannot(torch.device("cuda"), [torch.float32], unknown)
 
 
 @pytest.mark.parametrize("module", ["kdkernels", "kdkernels.commands.info"])

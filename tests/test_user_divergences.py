@@ -9,7 +9,7 @@ import torch
 from problems import Problem, assert_exact, relative
 
 import kdkernels as kd
-from kdkernels.divergences import from_code, simplified
+from kdkernels.divergences import class_of, simplified
 
 DOCS = Path(__file__).parents[1] / "docs" / "divergences.md"
 
@@ -239,8 +239,8 @@ def test_what_is_no_divergence():
         kd.distillation_loss(s, t, divergence=Learned())
     with pytest.raises(TypeError, match="FromPhi's weight must be a number, got 'x'"):
         FromPhi("x")
-    with pytest.raises(ValueError, match="no divergence is defined here whose code is -7"):
-        from_code(-7, [])
+    with pytest.raises(ValueError, match="no divergence is defined here whose kind is -7"):
+        class_of(-7)
 
 
 def test_the_docs_example():

@@ -51,22 +51,23 @@ def test_verify_passes_and_reports(monkeypatch, tmp_path, capsys):
 RIGHT = eager.gradient
 
 
-def zeroed(*given, grad, **named):
-    RIGHT(*given, grad=grad, **named)
-    grad.zero_()
+def zeroed(tile, weights, spec, state, gradients, sparse=None):
+    RIGHT(tile, weights, spec, state, gradients, sparse)
+    gradients.student.zero_()
 
 
-def unmasked(student, teacher, labels, weights, **named):
-    RIGHT(student, teacher, labels.clamp(min=0), weights.max().expand_as(weights), **named)
+def unmasked(tile, weights, *rest):
+    labels = tile.labels.clamp(min=0)
+    RIGHT(tile._replace(labels=labels), weights.amax(0).expand_as(weights), *rest)
 
 
-def scaled(student, teacher, labels, weights, **named):
-    RIGHT(student, teacher, labels, weights * 1.5, **named)
+def scaled(tile, weights, *rest):
+    RIGHT(tile, weights * 1.5, *rest)
 
 
-def nearly_zero(*given, grad, **named):
-    RIGHT(*given, grad=grad, **named)
-    grad.add_(1e-9)
+def nearly_zero(tile, weights, spec, state, gradients, sparse=None):
+    RIGHT(tile, weights, spec, state, gradients, sparse)
+    gradients.student.add_(1e-9)
 
 
 @pytest.mark.parametrize("wrong", [zeroed, unmasked, scaled, nearly_zero])
@@ -131,9 +132,9 @@ def test_many_rows_are_compared_by_their_last(name, monkeypatch):
     assert len(outcome.checks) == 2 and not outcome.broken
     if name == "eager":
 
-        def lost(student, teacher, labels, weights, *, grad, **named):
-            RIGHT(student, teacher, labels, weights, grad=grad, **named)
-            grad[-1] = 0
+        def lost(tile, weights, spec, state, gradients, sparse=None):
+            RIGHT(tile, weights, spec, state, gradients, sparse)
+            gradients.student[-1] = 0
 
         monkeypatch.setattr(eager, "gradient", lost)
         assert verify.beyond_32_bits(name, "cpu", tokens=64, vocab=1024).broken

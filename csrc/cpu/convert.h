@@ -1,4 +1,4 @@
-// fp32 to and from the storage types, a block at a time. Rounding to nearest even.
+// fp32 to and from the types of memory, a block at a time. Rounding is to nearest even.
 #pragma once
 
 #include "../vec.h"

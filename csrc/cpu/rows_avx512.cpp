@@ -1,6 +1,6 @@
 // The row loops for avx512; setup.py gives this file its flags.
 #define KD_ISA avx512
-#include "sparse_rows.h"
+#include "sparse.h"
 
 namespace kd {
 const RowLoops& row_loops_avx512() { return avx512::kRowLoops; }

@@ -14,8 +14,8 @@
 namespace kd {
 namespace KD_ISA {
 
-// A lane adds few fp32 terms before fp64 takes over: 128 with 16 lanes, 32 with fewer, whose
-// partial sums are larger. Both sides of a block fit in L1.
+// Columns of a block. Both sides of a block fit in L1. A lane adds 128 fp32 terms before fp64 takes over
+// where there are 16 lanes, and 32 where there are fewer, since their partial sums are larger.
 constexpr int kBlock = kLanes >= 16 ? 2048 : 32 * kLanes;
 
 inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
@@ -26,12 +26,11 @@ struct Source {
   DType dtype = kFloat;
   float scale = 1, cap = 0;
 
-  bool plain() const { return dtype == kFloat && scale == 1 && cap == 0; }
-
-  int bytes() const { return dtype == kFloat ? 4 : 2; }
+  bool is_mapped() const { return scale != 1 || cap != 0; }
+  int bytes() const { return bytes_of(dtype); }
   const char* ahead(int64_t start) const { return row + start * bytes(); }
 
-  // One logit.
+  // One logit of the row.
   double at(int64_t i) const {
     float raw[kLanes];
     load_floats(row, dtype, i, 1, raw);
@@ -39,9 +38,9 @@ struct Source {
     return cap == 0 ? z : cap * std::tanh(z / cap);
   }
 
-  // n entries from `start`, padded with -inf to whole vectors; in place where nothing is to do.
+  // n entries from `start`, padded with -inf to whole vectors. They are read in place where nothing is to do.
   const float* block(int64_t start, int n, float* buffer) const {
-    if (plain() && n % kLanes == 0) return (const float*)row + start;
+    if (dtype == kFloat && !is_mapped() && n % kLanes == 0) return (const float*)row + start;
     load_floats(row, dtype, start, n, buffer);
     const int end = padded(n);
     for (int i = n; i < end; ++i) buffer[i] = -kInf;
@@ -59,21 +58,25 @@ inline Source source(const Matrix& m, int64_t i, double scale, double cap) {
   return {m.row(i), m.dtype, (float)scale, (float)cap};
 }
 
-// A thread's working memory: e and a for a whole row, what each block is relative to, L1 buffers.
+// A thread's working memory: what the first pass leaves of a whole row to the passes after it, and a block of
+// each side in L1.
 class Scratch {
  public:
   explicit Scratch(int64_t width)
       : row_((size_t)padded(width) + kBlock),
-        memory_(allocate(3 * row_ + 3 * kBlock)),
-        m_s((width + kBlock - 1) / kBlock),
-        m_t(m_s.size()) {}
+        floats_(allocate(3 * row_ + 3 * kBlock)),
+        references_(2 * ((width + kBlock - 1) / kBlock)) {}
 
-  float* e() { return memory_.get(); }  // exp(s - m)
-  float* a() { return e() + row_; }     // what the divergence needs beside e
-  float* e1() { return a() + row_; }    // exp at temperature 1
-  float* s_block() { return e1() + row_; }
-  float* t_block() { return s_block() + kBlock; }
-  float* g_block() { return t_block() + kBlock; }
+  float* student_exp() { return floats_.get(); }       // exp((s - reference) / T)
+  float* second() { return student_exp() + row_; }     // what the divergence needs beside it (fold.h)
+  float* student_exp_t1() { return second() + row_; }  // exp(s - reference)
+  float* student_block() { return student_exp_t1() + row_; }
+  float* teacher_block() { return student_block() + kBlock; }
+  float* grad_block() { return teacher_block() + kBlock; }
+
+  // What block b's exponentials are relative to.
+  double& student_reference(int64_t b) { return references_[2 * b]; }
+  double& teacher_reference(int64_t b) { return references_[2 * b + 1]; }
 
  private:
   static float* allocate(size_t floats) {
@@ -85,10 +88,8 @@ class Scratch {
     void operator()(float* p) const { std::free(p); }
   };
   size_t row_;
-  std::unique_ptr<float[], Free> memory_;
-
- public:
-  std::vector<double> m_s, m_t;
+  std::unique_ptr<float[], Free> floats_;
+  std::vector<double> references_;
 };
 
 }  // namespace KD_ISA

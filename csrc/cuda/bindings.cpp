@@ -26,7 +26,7 @@ struct Cuda {
   }
 };
 
-int64_t instruction_set(const Tensor& any) {
+int64_t compute_capability(const Tensor& any) {
   const torch::stable::accelerator::DeviceGuard guard(any.get_device_index());
   return architecture();
 }
@@ -36,7 +36,7 @@ int64_t instruction_set(const Tensor& any) {
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) {
   kd::implement_operators<kd::Cuda>(m);
-  m.impl("instruction_set", TORCH_BOX(&kd::instruction_set));
+  m.impl("compute_capability", TORCH_BOX(&kd::compute_capability));
 }
 
 extern "C" PyMODINIT_FUNC PyInit__cuda(void) {

@@ -1,9 +1,13 @@
 // How a row is laid over a cluster of blocks: a pure function of its width, its types and the chip.
 //
-// Both sides of a row stay on the chip where they fit: in the smallest cluster whose blocks hold their
-// slices in kSlice bytes, so that several blocks share a multiprocessor and one's copies cover another's
-// arithmetic and barriers; else in the largest portable cluster, then in the largest that the chip has.
-// A wider row keeps the student alone there; the widest, and any row of a chip without clusters, nothing.
+// A row stays on the chip, in the blocks' shared memory, where it fits there. The first of these that holds
+// both sides is taken:
+// 1. the smallest cluster whose blocks need at most kSlice bytes: then several blocks share a multiprocessor,
+//    and one's copies cover another's arithmetic and barriers;
+// 2. the largest portable cluster;
+// 3. the largest cluster that the chip has.
+// Of a row too wide for that the student alone stays on the chip, by the same rules. Of a still wider one,
+// and where the chip has no clusters, nothing does.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +17,12 @@ namespace kd {
 
 constexpr int kMaxWarps = 16;
 constexpr int kMaxCluster = 16, kPortableCluster = 8;
-constexpr int kReserved = 12 * 1024;  // bytes before the slices: SharedMemory (staging.h)
-constexpr int kSlice =
-    100 * 1024;                 // with kReserved, twice within a multiprocessor of sm_90; so are registers
+constexpr int kReserved = 12 * 1024;  // bytes before the slices: SharedMemory (staging.cuh)
+// With kReserved: a multiprocessor of sm_90 has room for two such blocks, in its registers as well.
+constexpr int kSlice = 100 * 1024;
 constexpr int kSpanUnit = 256;  // a warp's columns are a multiple of what it takes at once
 constexpr int kMaxChunks = 16;
-constexpr int kChunk = 1024;  // columns that are copied at once; more, to keep to kMaxChunks
+constexpr int kChunk = 1024;  // columns that are copied at once, or more where kMaxChunks would not do
 
 struct Chip {
   int multiprocessors = 0;
@@ -60,11 +64,11 @@ inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int tea
   while (least < portable && rows * least < chip.multiprocessors && width > (int64_t)least * 8 * kSpanUnit)
     least *= 2;
   const int sides = teacher_bytes ? 2 : 1;
-  for (int kept = chip.largest_cluster > 1 ? sides : 0; kept > 0; --kept) {
-    const int bytes = student_bytes + (kept == 2 ? teacher_bytes : 0);
+  for (int resident = chip.largest_cluster > 1 ? sides : 0; resident > 0; --resident) {
+    const int bytes = student_bytes + (resident == 2 ? teacher_bytes : 0);
     auto found = [&](Geometry g) {
       g.student_resident = true;
-      g.teacher_resident = kept == 2;
+      g.teacher_resident = resident == 2;
       return g;
     };
     for (int cluster = least; cluster <= portable; cluster *= 2) {

@@ -3,8 +3,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "kernel.cuh"
 #include "launch.h"
-#include "rows.cuh"
 #include "runtime.h"
 
 namespace kd {
@@ -13,41 +13,41 @@ namespace {
 template <class Types>
 Kernel kernel_of(const Job& job) {
   Kernel found = nullptr;
-  with_kind(job.spec, job.teacher.data != nullptr,
-            [&]<int kKind, class Divergence>() { found = &rows_kernel<kKind, Divergence, Types>; });
+  with_kind(job.spec.kind, job.teacher.data != nullptr,
+            [&]<Kind kKind, class Divergence>() { found = &rows_kernel<kKind, Divergence, Types>; });
   return found;
 }
 
 bool is_bfloat16(const Matrix& m) { return m.data == nullptr || m.dtype == kBFloat16; }
 
-bool is_plain(const Job& job) {
-  const Spec& s = job.spec;
-  const bool mapped =
-      s.student_scale != 1 || s.student_softcap != 0 || s.teacher_scale != 1 || s.teacher_softcap != 0;
-  return is_bfloat16(job.student) && is_bfloat16(job.teacher) && is_bfloat16(job.grad) && !mapped;
+bool is_mapped(const Spec& s) {
+  return s.student_scale != 1 || s.student_softcap != 0 || s.teacher_scale != 1 || s.teacher_softcap != 0;
 }
 
 Kernel kernel_of(const Job& job) {
-  return is_plain(job) ? kernel_of<PlainBFloat16>(job) : kernel_of<Anything>(job);
+  const bool plain = is_bfloat16(job.student) && is_bfloat16(job.teacher) && is_bfloat16(job.grad);
+  return plain && !is_mapped(job.spec) ? kernel_of<PlainBFloat16>(job) : kernel_of<Anything>(job);
 }
 
-Numbers numbers(const Job& job) {
-  const Spec& s = job.spec;
-  Numbers n;
-  n.factor = (float)(kLog2eExact / s.temperature);
-  n.hard = job.labels != nullptr && s.hard_weight != 0;
-  n.teacher_hard = job.labels != nullptr && s.teacher_hard_weight != 0;
-  n.smooth = n.hard && s.label_smoothing != 0;
-  n.tempered = (n.hard || n.teacher_hard) && s.temperature != 1;
-  return n;
+PassFlags flags_of(const Spec& spec) {
+  PassFlags flags;
+  flags.soft = spec.asks(kSoft);
+  flags.label = spec.asks(kLabel);
+  flags.smooth = spec.asks(kSmooth);
+  flags.teacher_label = spec.asks(kTeacherLabel);
+  flags.hard = spec.asks_hard();
+  flags.hard_t1 = flags.hard && spec.tempered;
+  flags.teacher_t1 = flags.teacher_label && spec.tempered;
+  flags.stats = spec.stats;
+  return flags;
 }
 
-// Whether all rows begin at 16 bytes.
+// Whether all rows begin at a multiple of 16 bytes.
 bool rows_are_aligned(const Matrix& m, int64_t rows) {
   return m.data == nullptr || (is_aligned(m.data) && (rows == 1 || m.stride * bytes_of(m.dtype) % 16 == 0));
 }
 
-// The places that a row can take.
+// How many places (row_io.cuh) a row takes at most.
 int64_t places(const Job& job, int64_t rows) {
   const bool aligned = rows_are_aligned(job.student, rows) && rows_are_aligned(job.teacher, rows) &&
                        rows_are_aligned(job.grad, rows) && rows_are_aligned(job.teacher_grad, rows);
@@ -65,7 +65,7 @@ int resident(Kernel kernel, const Geometry& g, int device) {
                               : known[key] = runtime::resident_clusters((const void*)kernel, g);
 }
 
-const void* any_kernel() { return (const void*)&rows_kernel<kForwardKL, void, PlainBFloat16>; }
+const void* any_kernel() { return (const void*)&rows_kernel<kForwardKL, ClosedForm, PlainBFloat16>; }
 
 }  // namespace
 
@@ -82,7 +82,7 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
     throw std::runtime_error("kdkernels: at most 2^30 rows and columns in one call");
   Plan plan;
   plan.entry = entry;
-  plan.numbers = numbers(job);
+  plan.flags = flags_of(job.spec);
   plan.rows = (int)rows;
   const Kernel kernel = kernel_of(job);
   Chip chip = runtime::chip(any_kernel(), device);
@@ -92,7 +92,7 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
     throw std::runtime_error(
         "kdkernels: a sparse target has too many slots for the shared memory of this device");
   int clusters = 0;
-  // A cluster of sixteen is the device's to grant.
+  // The device may refuse a cluster of sixteen. Then half of it is tried.
   for (; clusters == 0 && chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
     plan.geometry =
         geometry(places(job, rows), rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);

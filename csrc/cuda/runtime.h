@@ -30,8 +30,8 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// What the kernel was compiled for, 0 where none of its code runs on the current device. It decides, and
-// not the device: PTX for sm_80 on a newer one has no clusters.
+// What the kernel was compiled for, 0 where none of its code runs on the current device. The kernel decides
+// what can be launched, not the device: code for sm_80 has no clusters on a newer device either.
 inline int architecture(const void* kernel) {
   cudaFuncAttributes found{};
   if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion;
@@ -39,7 +39,7 @@ inline int architecture(const void* kernel) {
   return 0;
 }
 
-// Asked once: every launch needs it.
+// Every launch needs it, so it is asked once for each device.
 inline Chip chip(const void* kernel, int device) {
   static std::mutex mutex;
   static std::map<int, Chip> known;
@@ -69,8 +69,8 @@ inline cudaLaunchConfig_t config(int blocks, const Geometry& g, void* stream,
   return c;
 }
 
-// How many clusters the current device holds at once; 0: not one. Allows the kernel all shared memory that
-// a block can have: the limit is the kernel's on the device, whatever geometry a launch has.
+// How many clusters the current device holds at once; 0: not one. Also allows the kernel all shared memory
+// that a block can have, since the limit belongs to the kernel on the device and not to a launch.
 inline int resident_clusters(const void* kernel, const Geometry& g) {
   int device = 0, found = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -1,10 +1,6 @@
 """Which backends there are, which are usable here, and which one serves a call.
 
-A backend is a module with ``name``, ``why_not()`` (None where it is usable), ``cannot(device,
-dtypes)`` (None where it serves them), ``bytes_per_logit(dtypes)`` (temporaries), and the entry
-points ``fused``, ``accumulate``, ``accumulate_value`` and ``gradient`` with eager's signatures. One
-that has ``fused_sparse`` serves sparse targets too; its ``accumulate`` then takes ``skipped`` and its
-``gradient`` ``emission``.
+A backend is a module that is a :class:`.protocol.Backend`.
 """
 
 from __future__ import annotations
@@ -12,16 +8,18 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import AbstractContextManager
-from types import ModuleType
-from typing import Optional
 
 import torch
 
-from ..divergences import Divergence, NoDivergence
 from . import eager, native, triton
+from .protocol import Backend
+from .spec import Spec
 
 #: Best first.
-_ORDER: tuple[ModuleType, ...] = (native, triton, eager)
+_native: Backend = native  # one by one: so mypy holds each module against the protocol
+_triton: Backend = triton
+_eager: Backend = eager
+_ORDER = (_native, _triton, _eager)
 _NAMES = tuple(module.name for module in _ORDER)
 CHOICES = ("auto", *_NAMES, "reference")
 
@@ -94,7 +92,7 @@ def use_backend(name: str) -> AbstractContextManager:
     return choice
 
 
-def backends() -> dict[str, Optional[str]]:
+def backends() -> dict[str, str | None]:
     """Backend name -> None where it is usable, else why it is not.
 
     >>> import kdkernels as kd
@@ -104,37 +102,19 @@ def backends() -> dict[str, Optional[str]]:
     return {module.name: module.why_not() for module in _ORDER} | {"reference": None}
 
 
-def by_name(name: str) -> ModuleType:
+def by_name(name: str) -> Backend:
     return _ORDER[_NAMES.index(name)]
 
 
 def candidates(
-    preferred: str,
-    device: torch.device,
-    dtypes: list[torch.dtype],
-    entry: str = "fused",
-    divergence: Divergence = NoDivergence(),
-) -> list[tuple[ModuleType, Optional[str]]]:
+    preferred: str, device: torch.device, dtypes: list[torch.dtype], spec: Spec
+) -> list[tuple[Backend, str | None]]:
     """Backends in the order they are tried, each with why it cannot serve the call."""
-
-    def problem(module: ModuleType) -> Optional[str]:
-        if not hasattr(module, entry):
-            return f"it has no {entry}"
-        if divergence.code < 0 and module is not eager:
-            return f"it knows kdkernels' own divergences, not {type(divergence).__name__}"
-        return module.cannot(device, dtypes)
-
     first = [by_name(preferred)] if preferred in _NAMES else []
-    order = first + [module for module in _ORDER if module not in first]
-    return [(module, module.why_not() or problem(module)) for module in order]
+    order = first + [backend for backend in _ORDER if backend not in first]
+    return [(backend, backend.why_not() or backend.cannot(device, dtypes, spec)) for backend in order]
 
 
-def serving(
-    preferred: str,
-    device: torch.device,
-    dtypes: list[torch.dtype],
-    entry: str = "fused",
-    divergence: Divergence = NoDivergence(),
-) -> ModuleType:
-    found = candidates(preferred, device, dtypes, entry, divergence)
-    return next(module for module, reason in found if reason is None)
+def serving(preferred: str, device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> Backend:
+    found = candidates(preferred, device, dtypes, spec)
+    return next(backend for backend, reason in found if reason is None)

@@ -6,17 +6,19 @@ the arithmetic's dtype beside the tiles themselves, which the schedule takes int
 
 from __future__ import annotations
 
-from typing import Optional
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergences import SkewKL
-from . import row_state as rs
 from .outcomes import Outcomes
-from .sparse_rows import Emission, in_two_passes
-from .spec import Spec
+from .protocol import Gradients, SparseGradient, Tile
+from .row_state import NO_REFERENCE, PairState, RowState, SideState, finish, new_state
+from .sparse_rows import in_two_passes
+from .spec import Asked, Output, Spec
 
 name = "eager"
 #: Tiles alive at once in the widest formula (alpha-beta).
@@ -39,11 +41,11 @@ def _resolve_mkl_kernels() -> None:
 _resolve_mkl_kernels()
 
 
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     return None
 
 
-def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
+def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str | None:
     return None
 
 
@@ -51,9 +53,18 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
     return TEMPORARIES * (8 if torch.float64 in dtypes else 4)
 
 
-def _dtype(*tiles: Optional[Tensor]) -> torch.dtype:
+def _dtype(*tiles: Tensor | None) -> torch.dtype:
     wide = any(t is not None and t.dtype == torch.float64 for t in tiles)
     return torch.float64 if wide else torch.float32
+
+
+def _column(per_row: Tensor, like: Tensor) -> Tensor:
+    return per_row[:, None].to(like.dtype)
+
+
+def _times(weight: Tensor, v: Tensor) -> Tensor:
+    """weight * v with a column of weights, where 0 times anything is 0."""
+    return torch.where(weight == 0, 0.0, weight * v)
 
 
 def _in_chunk(labels: Tensor, offset: int, width: int) -> tuple[Tensor, Tensor]:
@@ -63,277 +74,239 @@ def _in_chunk(labels: Tensor, offset: int, width: int) -> tuple[Tensor, Tensor]:
     return inside, local.clamp(0, width - 1)
 
 
-def _below_maximum(raw: Tensor, m: Tensor) -> Tensor:
-    """raw - m: before a temperature divides it and log Z is subtracted, which keeps the digits of both."""
-    return raw - m[:, None].to(raw.dtype)
+def _written(logits: Tensor, ids: Tensor, offset: int, values: Tensor) -> Tensor:
+    """``logits`` with ``values`` in the columns ``ids`` that lie in the chunk; a spare column takes the others."""
+    local = ids - offset
+    inside = (ids >= 0) & (local >= 0) & (local < logits.shape[1])
+    column = torch.where(inside, local, logits.shape[1])
+    return F.pad(logits, (0, 1)).scatter_(1, column, values.to(logits.dtype))[:, :-1]
 
 
-def _fold_normalizer(state: Tensor, raw: Tensor, spec: Spec, m_at: int, z_at: int) -> tuple[Tensor, ...]:
-    """Fold the logits into (m, sum e); returns (raw - m) / T, e, and how far m / T rose."""
-    old = state[:, m_at].clone()
-    new = torch.maximum(old, raw.amax(-1).double().clamp(min=rs.NOTHING))
-    risen = (new - old) / spec.temperature
-    z = _below_maximum(raw, new) / spec.temperature
-    e = z.exp()
-    state[:, m_at] = new
-    state[:, z_at] = state[:, z_at] * (-risen).exp() + e.sum(-1).double()
-    return z, e, risen
+class _Folded(NamedTuple):
+    """What folding one side's chunk leaves for the pair: see PairState."""
+
+    shift: Tensor  # (z - m) / T  [n, w]
+    exp: Tensor  # e
+    sum_exp: Tensor  # before this chunk
+    risen: Tensor  # how far m / T rose
+    decay: Tensor  # what sums relative to the old m are multiplied by
 
 
-def _fold_moment(
-    state: Tensor, at: int, *, old_mass: Tensor, decay: Tensor, shift: Tensor, fresh: Tensor
-) -> None:
-    """A sum e * v whose v moves by ``shift`` when the maxima rise; what decays to 0 is 0, inf too."""
-    moved = state[:, at] + torch.where(old_mass > 0, old_mass * shift, 0.0)
-    state[:, at] = torch.where(decay > 0, moved * decay, 0.0) + fresh.double()
+def _fold_side(side: SideState, z: Tensor, tile: Tile, spec: Spec, hard: bool) -> _Folded:
+    """Fold the logits ``z`` into one model's state."""
+    old, old_sum = side.reference.clone(), side.sum_exp.clone()
+    side.reference.copy_(torch.maximum(old, z.amax(-1).double().clamp(min=NO_REFERENCE)))
+    risen = (side.reference - old) / tile.temperature
+    below = z - _column(side.reference, z)  # before a temperature divides: that keeps the digits
+    shift = below / _column(tile.temperature, z)
+    exp, decay = shift.exp(), (-risen).exp()
+    side.sum_exp.mul_(decay).add_(exp.sum(-1).double())
+    if hard and spec.tempered:
+        side.sum_exp_t1.mul_((old - side.reference).exp()).add_(below.exp().sum(-1).double())
+    elif hard:
+        side.sum_exp_t1.copy_(side.sum_exp)
+    folded = _Folded(shift, exp, old_sum, risen, decay)
+    if spec.stats:
+        _fold_moment(side.sum_exp_shift, folded, moved=-risen, values=shift)
+        _fold_top(side, z, tile.offset)
+    return folded
 
 
-def _masked(e: Tensor, v: Tensor) -> Tensor:
-    return torch.where(e > 0, e * v, 0.0).sum(-1)
+def _fold_moment(total: Tensor, side: _Folded, *, moved: Tensor, values: Tensor) -> None:
+    """Add sum e * ``values`` to ``total``, whose own values moved. What decays to 0 is 0, an infinity too."""
+    shifted = total + torch.where(side.sum_exp > 0, side.sum_exp * moved, 0.0)
+    fresh = torch.where(side.exp > 0, side.exp * values, 0.0).sum(-1)
+    total.copy_(torch.where(side.decay > 0, shifted * side.decay, 0.0) + fresh.double())
 
 
-def _fold_top(state: Tensor, z: Tensor, offset: int, top_at: int, arg_at: int) -> None:
+def _fold_top(side: SideState, z: Tensor, offset: int) -> None:
     value, index = z.max(-1)
-    better = value > state[:, top_at]
-    state[:, top_at] = torch.where(better, value.double(), state[:, top_at])
-    state[:, arg_at] = torch.where(better, (index + offset).double(), state[:, arg_at])
+    better = value > side.top_logit
+    side.top_logit.copy_(torch.where(better, value.double(), side.top_logit))
+    side.top_index.copy_(torch.where(better, (index + offset).double(), side.top_index))
 
 
-def _fold_label(state: Tensor, z: Tensor, labels: Tensor, offset: int, at: int) -> None:
+def _fold_pair(pair: PairState, s: _Folded, t: _Folded) -> None:
+    x, moved = t.shift - s.shift, s.risen - t.risen
+    _fold_moment(pair.cross_s, s, moved=moved, values=x)
+    _fold_moment(pair.cross_t, t, moved=moved, values=x)
+
+
+def _fold_label(side: SideState, z: Tensor, labels: Tensor, offset: int) -> None:
     inside, column = _in_chunk(labels, offset, z.shape[1])
     value = z.gather(1, column[:, None])[:, 0].double()
-    state[:, at] = torch.where(inside, value, state[:, at])
+    side.label_logit.copy_(torch.where(inside, value, side.label_logit))
 
 
-def _written(tile: Tensor, ids: Tensor, offset: int, values: Tensor) -> Tensor:
-    """``tile`` with ``values`` in the columns ``ids`` that lie in it; a spare column takes the others."""
-    local = ids - offset
-    inside = (ids >= 0) & (local >= 0) & (local < tile.shape[1])
-    column = torch.where(inside, local, tile.shape[1])
-    return F.pad(tile, (0, 1)).scatter_(1, column, values.to(tile.dtype))[:, :-1]
-
-
-def accumulate(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    *,
-    offset: int,
-    spec: Spec,
-    state: Tensor,
-    skipped: Optional[Tensor] = None,
-) -> None:
-    """Fold the vocabulary chunk that begins at ``offset`` into ``state``, which leaves the ids
-    ``skipped`` ``[rows, K]`` (-1: none) out of the student's maxima and normalisers."""
-    dtype = _dtype(student, teacher)
-    given = raw = spec.student_map.logits(student, dtype)
-    if skipped is not None:
-        raw = _written(raw, skipped, offset, raw.new_full((), -torch.inf).expand(skipped.shape))
-    old_s, old_t = state[:, rs.Z_S].clone(), state[:, rs.Z_T].clone()
-    old_m = state[:, rs.M_S].clone()
-    s, e_s, up_s = _fold_normalizer(state, raw, spec, rs.M_S, rs.Z_S)
-    _fold_top(state, raw, offset, rs.TOP_S, rs.ARG_S)
-    _fold_moment(state, rs.E_S, old_mass=old_s, decay=(-up_s).exp(), shift=-up_s, fresh=_masked(e_s, s))
-    if labels is not None and spec.hard_weight:
-        _fold_z1(state, raw, rs.M_S, rs.Z1_S, old_m)
-        _fold_label(state, given, labels, offset, rs.LABEL_S)
-        if spec.label_smoothing:
-            _fold_sum(state, given, labels, offset)
-    if teacher is None:
-        return
-    raw = spec.teacher_map.logits(teacher, dtype)
-    old_m = state[:, rs.M_T].clone()
-    t, e_t, up_t = _fold_normalizer(state, raw, spec, rs.M_T, rs.Z_T)
-    _fold_top(state, raw, offset, rs.TOP_T, rs.ARG_T)
-    _fold_moment(state, rs.E_T, old_mass=old_t, decay=(-up_t).exp(), shift=-up_t, fresh=_masked(e_t, t))
-    x = t - s
-    _fold_moment(state, rs.X_S, old_mass=old_s, decay=(-up_s).exp(), shift=up_s - up_t, fresh=_masked(e_s, x))
-    _fold_moment(state, rs.X_T, old_mass=old_t, decay=(-up_t).exp(), shift=up_s - up_t, fresh=_masked(e_t, x))
-    if labels is not None and spec.teacher_hard_weight:
-        _fold_z1(state, raw, rs.M_T, rs.Z1_T, old_m)
-        _fold_label(state, raw, labels, offset, rs.LABEL_T)
-
-
-def _fold_z1(state: Tensor, raw: Tensor, m_at: int, z1_at: int, old_m: Tensor) -> None:
-    fresh = _below_maximum(raw, state[:, m_at]).exp().sum(-1).double()
-    state[:, z1_at] = state[:, z1_at] * (old_m - state[:, m_at]).exp() + fresh
-
-
-def _fold_sum(state: Tensor, raw: Tensor, labels: Tensor, offset: int) -> None:
+def _fold_sum(side: SideState, z: Tensor, labels: Tensor, offset: int) -> None:
     """The sum of the logits, relative to one of them, so that it keeps its digits where all are far from
     0: the label's, to which the loss compares them, or another of this chunk."""
-    _, column = _in_chunk(labels, offset, raw.shape[1])
-    base = raw.gather(1, column[:, None])
+    _, column = _in_chunk(labels, offset, z.shape[1])
+    base = z.gather(1, column[:, None])
     base = torch.where(base.isfinite(), base, 0.0)
-    state[:, rs.SUM_S] += (raw - base).sum(-1).double() + base[:, 0].double() * raw.shape[1]
+    side.sum_logits.add_((z - base).sum(-1).double() + base[:, 0].double() * z.shape[1])
 
 
-def _distributions(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> tuple[Tensor, ...]:
-    """p, q, log p, log q of a chunk, from finished normalisers."""
-    dtype = _dtype(student, teacher)
-    s = _below_maximum(spec.student_map.logits(student, dtype), state[:, rs.M_S])
-    t = _below_maximum(spec.teacher_map.logits(teacher, dtype), state[:, rs.M_T])
-    log_q = s / spec.temperature - state[:, rs.Z_S, None].log().to(dtype)
-    log_p = t / spec.temperature - state[:, rs.Z_T, None].log().to(dtype)
-    return log_p.exp(), log_q.exp(), log_p, log_q
+def accumulate(tile: Tile, spec: Spec, state: Tensor, skipped: Tensor | None = None) -> None:
+    row, dtype = RowState.of(state), _dtype(tile.student, tile.teacher)
+    z = given = spec.student_map.logits(tile.student, dtype)
+    if skipped is not None:
+        z = _written(z, skipped, tile.offset, z.new_full((), -torch.inf).expand(skipped.shape))
+    folded = _fold_side(row.student, z, tile, spec, hard=bool(spec.asked & Asked.HARD))
+    if tile.labels is not None and spec.asked & Asked.LABEL:
+        _fold_label(row.student, given, tile.labels, tile.offset)
+    if tile.labels is not None and spec.asked & Asked.SMOOTH:
+        _fold_sum(row.student, given, tile.labels, tile.offset)
+    if tile.teacher is None:
+        return
+    z = spec.teacher_map.logits(tile.teacher, dtype)
+    labelled = bool(spec.asked & Asked.TEACHER_LABEL)
+    _fold_pair(row.pair, folded, _fold_side(row.teacher, z, tile, spec, hard=labelled))
+    if labelled and tile.labels is not None:
+        _fold_label(row.teacher, z, tile.labels, tile.offset)
 
 
-def _q_psi(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, spec: Spec, state: Tensor) -> Tensor:
-    q_psi, divergence = spec.divergence.q_psi(p, q, log_p, log_q), spec.divergence
+class _Distributions(NamedTuple):
+    """p and q of a chunk, from finished normalisers."""
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+
+
+def _distributions(tile: Tile, spec: Spec, row: RowState) -> _Distributions:
+    assert tile.teacher is not None
+    dtype = _dtype(tile.student, tile.teacher)
+    log_q = _log_softmax(spec.student_map.logits(tile.student, dtype), row.student, tile.temperature)
+    log_p = _log_softmax(spec.teacher_map.logits(tile.teacher, dtype), row.teacher, tile.temperature)
+    return _Distributions(log_p.exp(), log_q.exp(), log_p, log_q)
+
+
+def _log_softmax(z: Tensor, side: SideState, temperature: Tensor) -> Tensor:
+    below = z - _column(side.reference, z)
+    return below / _column(temperature, z) - _column(side.log_sum_exp, z)
+
+
+def _q_psi(tile: Tile, spec: Spec, row: RowState, at: _Distributions) -> Tensor:
+    divergence = spec.divergence(tile.parameters)
+    q_psi = divergence.q_psi(*at)
     if type(divergence) is not SkewKL:
         return q_psi
-    return torch.where(rs.disagree(state)[:, None], divergence.q_psi_apart(p, q), q_psi)
+    return torch.where(row.disagree()[:, None], divergence.q_psi_apart(at.p, at.q), q_psi)
 
 
-def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
-    """The second pass of divergences without a closed form: value and slope."""
-    p, q, log_p, log_q = _distributions(student, teacher, spec, state)
-    state[:, rs.VALUE] += spec.divergence.phi(p, q, log_p, log_q).sum(-1).double()
-    slope = _q_psi(p, q, log_p, log_q, spec, state).sum(-1).double()
+def accumulate_value(tile: Tile, spec: Spec, state: Tensor) -> None:
+    row = RowState.of(state)
+    at = _distributions(tile, spec, row)
+    row.pair.value.add_(spec.divergence(tile.parameters).phi(*at).sum(-1).double())
+    total = _q_psi(tile, spec, row, at).sum(-1).double()
     # NaN logits stay visible in the gradient, whatever the formula does with them.
-    state[:, rs.SLOPE] += torch.where(state[:, rs.VALUE].isnan(), torch.nan, slope)
+    row.pair.sum_q_psi.add_(torch.where(row.pair.value.isnan(), torch.nan, total))
 
 
-def _soft_gradient(student: Tensor, teacher: Tensor, spec: Spec, state: Tensor) -> Tensor:
-    p, q, log_p, log_q = _distributions(student, teacher, spec, state)
-    q_psi = _q_psi(p, q, log_p, log_q, spec, state)
-    form = spec.divergence.closed_form
-    if form == "forward":
-        return q_psi
-    slope = rs.divergence_value(state, spec) if form == "reverse" else state[:, rs.SLOPE]
-    return q_psi - q * slope[:, None].to(q.dtype)
+def _soft_gradient(tile: Tile, spec: Spec, row: RowState) -> Tensor:
+    """d(divergence)/d(logits)."""
+    at = _distributions(tile, spec, row)
+    q_psi = _q_psi(tile, spec, row, at)
+    if spec.closed_form != "forward":
+        mean = row.divergence(spec) if spec.closed_form == "reverse" else row.pair.sum_q_psi
+        q_psi = q_psi - at.q * _column(mean, at.q)
+    return q_psi / _column(tile.temperature, q_psi)
 
 
-def _emitted(raw: Tensor, emission: Emission, offset: int, spec: Spec, state: Tensor) -> Tensor:
-    nothing = state[:, rs.Z_S] == 0
-    log_z = torch.where(nothing, torch.inf, state[:, rs.Z_S].log())
-    rest = (_below_maximum(raw, state[:, rs.M_S]) / spec.temperature - log_z[:, None].to(raw.dtype)).exp()
-    return _written(rest * emission.rest[:, None].to(raw.dtype), emission.ids, offset, emission.kept)
+def _sparse_gradient(z: Tensor, sparse: SparseGradient, tile: Tile, side: SideState) -> Tensor:
+    nothing = side.sum_exp == 0
+    log_sum_exp = torch.where(nothing, torch.inf, side.log_sum_exp)
+    shift = (z - _column(side.reference, z)) / _column(tile.temperature, z)
+    rest = (shift - _column(log_sum_exp, z)).exp() * _column(sparse.rest, z)
+    return _written(rest, sparse.ids, tile.offset, sparse.stored)
 
 
-def _hard_gradient(
-    raw: Tensor,
-    m: Tensor,
-    log_z: Tensor,
-    labels: Tensor,
-    offset: int,
-    vocab: int,
-    *,
-    smoothing: float,
-    z_loss: float,
+class _Hard(NamedTuple):
+    """The weights of what is taken at temperature 1, and the normaliser there in two parts."""
+
+    label: Tensor
+    smooth: Tensor
+    lse_squared: Tensor
+    reference: Tensor
+    log_sum_exp: Tensor
+
+
+def _hard_gradient(z: Tensor, tile: Tile, hard: _Hard) -> Tensor:
+    assert tile.labels is not None
+    softmax = (z - _column(hard.reference, z) - _column(hard.log_sum_exp, z)).exp()
+    lse = hard.reference + hard.log_sum_exp
+    pull = hard.label + hard.smooth + torch.where(hard.lse_squared == 0, 0.0, 2 * lse * hard.lse_squared)
+    grad = softmax * _column(pull, z) - _column(hard.smooth / tile.vocab, z)
+    inside, column = _in_chunk(tile.labels, tile.offset, z.shape[1])
+    return grad.scatter_add(1, column[:, None], -_column(torch.where(inside, hard.label, 0.0), z))
+
+
+def _live_weights(tile: Tile, weights: Tensor) -> Tensor:
+    return weights if tile.labels is None else torch.where((tile.labels >= 0)[:, None], weights, 0.0)
+
+
+def _student_gradient(
+    tile: Tile, weights: Tensor, spec: Spec, row: RowState, sparse: SparseGradient | None
 ) -> Tensor:
-    grad = (_below_maximum(raw, m) - log_z[:, None].to(raw.dtype)).exp()
-    if z_loss:
-        grad = grad * (1 + 2 * z_loss * (m + log_z)[:, None].to(raw.dtype))
-    if smoothing:
-        grad = grad - smoothing / vocab
-    inside, column = _in_chunk(labels, offset, raw.shape[1])
-    onehot = inside.to(raw.dtype) * (1.0 - smoothing)
-    return grad.scatter_add(1, column[:, None], -onehot[:, None])
+    dtype = _dtype(tile.student, tile.teacher)
+    z = spec.student_map.logits(tile.student, dtype)
+    total = torch.zeros((), dtype=dtype, device=z.device)
+    soft = _column(weights[:, Output.SOFT], z)
+    if sparse is not None:
+        total = _times(soft, _sparse_gradient(z, sparse, tile, row.student))
+    elif spec.asked & Asked.SOFT:
+        total = _times(soft, _soft_gradient(tile, spec, row))
+    if spec.asked & Asked.HARD:
+        hard = _Hard(
+            weights[:, Output.LABEL],
+            weights[:, Output.SMOOTH],
+            weights[:, Output.LSE_SQUARED],
+            row.student.reference if sparse is None else sparse.reference,
+            row.student.sum_exp_t1.log() if sparse is None else sparse.log_sum_exp,
+        )
+        weighed = (hard.label != 0) | (hard.smooth != 0) | (hard.lse_squared != 0)
+        total = total + _times(_column(weighed, z), _hard_gradient(z, tile, hard))
+    return spec.student_map.backward(total, z)
+
+
+def _teacher_gradient(tile: Tile, weights: Tensor, spec: Spec, row: RowState) -> Tensor:
+    assert tile.teacher is not None
+    z = spec.teacher_map.logits(tile.teacher, _dtype(tile.student, tile.teacher))
+    label, nothing = weights[:, Output.TEACHER_LABEL], torch.zeros_like(weights[:, 0])
+    hard = _Hard(label, nothing, nothing, row.teacher.reference, row.teacher.sum_exp_t1.log())
+    return spec.teacher_map.backward(_times(_column(label != 0, z), _hard_gradient(z, tile, hard)), z)
 
 
 def gradient(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
+    tile: Tile,
     weights: Tensor,
-    *,
-    offset: int,
-    vocab: int,
     spec: Spec,
     state: Tensor,
-    grad: Optional[Tensor],
-    teacher_grad: Optional[Tensor],
-    emission: Optional[Emission] = None,
+    gradients: Gradients,
+    sparse: SparseGradient | None = None,
 ) -> None:
-    """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself).
-
-    With a sparse target the soft term is ``emission``'s, and the state that of the rest.
-    """
-    dtype = _dtype(student, teacher)
-    live = weights if labels is None else torch.where(labels >= 0, weights, 0.0)
-    skip = live == 0
-    if grad is not None:
-        total = torch.zeros((), dtype=dtype, device=student.device)
-        raw = spec.student_map.logits(student, dtype)
-        if teacher is not None and spec.soft_weight:
-            soft = _soft_gradient(student, teacher, spec, state)
-            total = soft * (spec.soft_weight / spec.temperature)
-        if emission is not None:
-            total = _emitted(raw, emission, offset, spec, state)
-        if labels is not None and spec.hard_weight:
-            m, log_z = state[:, rs.M_S], state[:, rs.Z1_S].log()
-            if emission is not None:
-                m, log_z = emission.m1, emission.log_z1
-            hard = _hard_gradient(
-                raw, m, log_z, labels, offset, vocab, smoothing=spec.label_smoothing, z_loss=spec.z_loss
-            )
-            total = total + hard * spec.hard_weight
-        total = spec.student_map.backward(total, raw) * live[:, None]
-        total = total.masked_fill(skip[:, None], 0.0)
-    if teacher_grad is not None:
-        assert teacher is not None and labels is not None
-        raw = spec.teacher_map.logits(teacher, dtype)
-        hard = _hard_gradient(
-            raw, state[:, rs.M_T], state[:, rs.Z1_T].log(), labels, offset, vocab, smoothing=0.0, z_loss=0.0
-        )
-        hard = spec.teacher_map.backward(hard * spec.teacher_hard_weight, raw)
-        teacher_grad.copy_((hard * live[:, None]).masked_fill(skip[:, None], 0.0))
-    if grad is not None:
-        grad.copy_(total)
+    row, weights = RowState.of(state), _live_weights(tile, weights)
+    dead = (weights == 0).all(-1, keepdim=True)
+    made = []
+    if gradients.student is not None:
+        made.append((gradients.student, _student_gradient(tile, weights, spec, row, sparse)))
+    if gradients.teacher is not None:
+        made.append((gradients.teacher, _teacher_gradient(tile, weights, spec, row)))
+    for buffer, grad in made:  # written last: a buffer may be the logits that the other is made of
+        buffer.copy_(grad.masked_fill(dead, 0.0))
 
 
-def fused(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    spec: Spec,
-    grad: Optional[Tensor],
-    teacher_grad: Optional[Tensor],
-) -> Tensor:
-    """Whole rows: results, and the gradients where buffers are given (aliasing allowed)."""
-    vocab = student.shape[1]
-    state = rs.new_state(student.shape[0], student.device)
-    accumulate(student, teacher, labels, offset=0, spec=spec, state=state)
-    if teacher is not None and spec.divergence.closed_form is None:
-        accumulate_value(student, teacher, spec=spec, state=state)
-    if grad is not None or teacher_grad is not None:
-        gradient(
-            student,
-            teacher,
-            labels,
-            weights,
-            offset=0,
-            vocab=vocab,
-            spec=spec,
-            state=state,
-            grad=grad,
-            teacher_grad=teacher_grad,
-        )
-    return rs.finish(state, spec, labels, vocab, teacher is not None)
+def fused(tile: Tile, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
+    state = new_state(tile.student.shape[0], tile.student.device)
+    accumulate(tile, spec, state)
+    if spec.asked & Asked.SOFT and spec.closed_form is None:
+        accumulate_value(tile, spec, state)
+    if gradients.asked:
+        gradient(tile, weights, spec, state, gradients)
+    return finish(state, spec, tile.labels, tile.vocab)
 
 
-def fused_sparse(
-    student: Tensor,
-    target: Outcomes,
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    spec: Spec,
-    grad: Optional[Tensor],
-) -> Tensor:
-    """Whole rows with a sparse target: results, and the gradient where a buffer is given (aliasing
-    allowed)."""
-    return in_two_passes(
-        student,
-        target,
-        labels,
-        weights,
-        spec=spec,
-        grad=grad,
-        accumulate=accumulate,
-        fused=fused,
-        gradient=gradient,
-    )
+def fused_sparse(tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
+    return in_two_passes(sys.modules[__name__], tile, target, weights, spec, gradients)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from pathlib import Path
-from typing import Optional
 
 import torch
 from torch import Tensor
 
-from . import row_state as rs
-from .outcomes import Outcomes, outcome_spec, student_spec
-from .sparse_rows import Emission, in_two_passes
-from .spec import Spec
+from .outcomes import Outcomes
+from .protocol import Gradients, SparseGradient, Tile
+from .sparse_rows import in_two_passes
+from .spec import RESULTS, Spec, packed
 
 name = "native"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ _MOST_SLOTS = 4096
 _WHY_NOT_BUILT = Path(__file__).parent.parent / "_C.txt"
 
 
-def _load(module: str) -> Optional[str]:
+def _load(module: str) -> str | None:
     try:
         importlib.import_module(f"kdkernels.{module}")
     except ImportError as error:
@@ -40,22 +40,24 @@ def _load(module: str) -> Optional[str]:
 _problem = _load("_C")
 
 
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     return _problem
 
 
 @functools.cache
-def _cuda_problem(device: torch.device) -> Optional[str]:
+def _cuda_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on this GPU."""
     if problem := _load("_cuda"):
         return problem
-    if torch.ops.kdkernels_native.instruction_set(torch.empty(0, device=device)) == 0:
+    if torch.ops.kdkernels_native.compute_capability(torch.empty(0, device=device)) == 0:
         major, minor = torch.cuda.get_device_capability(device)
         return f"kdkernels._cuda was not built for sm_{major}{minor} (TORCH_CUDA_ARCH_LIST chooses)"
     return None
 
 
-def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
+def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str | None:
+    if problem := spec.why_no_kernel():
+        return problem
     if device.type not in ("cpu", "cuda"):
         return f"it serves cpu and cuda tensors, not {device.type}"
     if device.type == "cuda" and (problem := _cuda_problem(device)):
@@ -68,7 +70,7 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
     return 0
 
 
-def instruction_set() -> Optional[str]:
+def instruction_set() -> str | None:
     """ "avx512", "avx2" or "baseline": what the row loops were dispatched to."""
     if _problem:
         return None
@@ -82,112 +84,93 @@ def advise_huge_pages(fresh: Tensor) -> None:
         torch.ops.kdkernels_native.advise_huge_pages(fresh)
 
 
-def _rows(tile: Optional[Tensor]) -> Optional[Tensor]:
+def _adjacent(rows: Tensor | None) -> Tensor | None:
     """The kernels want a row's logits side by side; any row stride is fine."""
-    return tile if tile is None or tile.stride(-1) == 1 or tile.shape[-1] == 1 else tile.contiguous()
+    return rows if rows is None or rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def _spec(spec: Spec) -> Tensor:
-    return torch.tensor(spec.to_floats(), dtype=torch.float64, device="cpu")
+def _new_results(tile: Tile) -> Tensor:
+    return tile.student.new_zeros(tile.student.shape[0], RESULTS, dtype=torch.float64)
 
 
-def fused(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    spec: Spec,
-    grad: Optional[Tensor],
-    teacher_grad: Optional[Tensor],
-) -> Tensor:
-    results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
+def fused(tile: Tile, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
+    results = _new_results(tile)
     _ops.fused(
-        _rows(student), _rows(teacher), labels, weights.double(), _spec(spec), results, grad, teacher_grad
+        _adjacent(tile.student),
+        _adjacent(tile.teacher),
+        tile.labels,
+        tile.temperature,
+        tile.parameters,
+        weights,
+        packed(spec),
+        results,
+        *gradients,
     )
     return results
 
 
-def accumulate(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    *,
-    offset: int,
-    spec: Spec,
-    state: Tensor,
-    skipped: Optional[Tensor] = None,
-) -> None:
-    _ops.accumulate(_rows(student), _rows(teacher), labels, _spec(spec), offset, state, skipped)
-
-
-def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
-    _ops.accumulate_value(_rows(student), _rows(teacher), _spec(spec), state)
-
-
-def gradient(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    offset: int,
-    vocab: int,
-    spec: Spec,
-    state: Tensor,
-    grad: Optional[Tensor],
-    teacher_grad: Optional[Tensor],
-    emission: Optional[Emission] = None,
-) -> None:
-    _ops.gradient(
-        _rows(student),
-        _rows(teacher),
-        labels,
-        weights.double(),
-        _spec(spec),
-        offset,
-        vocab,
+def accumulate(tile: Tile, spec: Spec, state: Tensor, skipped: Tensor | None = None) -> None:
+    _ops.accumulate(
+        _adjacent(tile.student),
+        _adjacent(tile.teacher),
+        tile.labels,
+        tile.temperature,
+        packed(spec),
+        tile.offset,
         state,
-        grad,
-        teacher_grad,
-        *_emitted(emission),
+        skipped,
     )
 
 
-def _emitted(emission: Optional[Emission]) -> tuple[Optional[Tensor], ...]:
-    return (None,) * 4 if emission is None else (emission.ids, emission.rest, emission.kept, emission.lse1)
+def accumulate_value(tile: Tile, spec: Spec, state: Tensor) -> None:
+    _ops.accumulate_value(
+        _adjacent(tile.student),
+        _adjacent(tile.teacher),
+        tile.temperature,
+        tile.parameters,
+        packed(spec),
+        state,
+    )
 
 
-def fused_sparse(
-    student: Tensor,
-    target: Outcomes,
-    labels: Optional[Tensor],
+def gradient(
+    tile: Tile,
     weights: Tensor,
-    *,
     spec: Spec,
-    grad: Optional[Tensor],
-) -> Tensor:
-    if student.is_cuda and target.ids.shape[1] > _MOST_SLOTS:
-        return in_two_passes(
-            student,
-            target,
-            labels,
-            weights,
-            spec=spec,
-            grad=grad,
-            accumulate=accumulate,
-            fused=fused,
-            gradient=gradient,
-        )
-    results = student.new_zeros(student.shape[0], rs.RESULTS, dtype=torch.float64)
+    state: Tensor,
+    gradients: Gradients,
+    sparse: SparseGradient | None = None,
+) -> None:
+    solved = (None,) * 4 if sparse is None else (sparse.ids, sparse.rest, sparse.stored, sparse.lse_t1)
+    _ops.gradient(
+        _adjacent(tile.student),
+        _adjacent(tile.teacher),
+        tile.labels,
+        tile.temperature,
+        tile.parameters,
+        weights,
+        packed(spec),
+        tile.offset,
+        tile.vocab,
+        state,
+        *gradients,
+        *solved,
+    )
+
+
+def fused_sparse(tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
+    if tile.student.is_cuda and target.ids.shape[1] > _MOST_SLOTS:
+        return in_two_passes(sys.modules[__name__], tile, target, weights, spec, gradients)
+    results = _new_results(tile)
     _ops.fused_sparse(
-        _rows(student),
+        _adjacent(tile.student),
         *target,
-        labels,
-        weights.double(),
-        _spec(student_spec(spec)),
-        _spec(outcome_spec(spec)),
+        tile.labels,
+        tile.temperature,
+        tile.parameters,
+        weights,
+        packed(spec),
         results,
-        grad,
+        gradients.student,
     )
     return results

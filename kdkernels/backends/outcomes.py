@@ -19,14 +19,14 @@ the tail's shape was not stored; "truncate" takes t as the teacher's distributio
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import require, warn
 from ..divergences import Divergence, ForwardKL, NoDivergence, simplified
-from .spec import Spec
+from .spec import Asked, Spec, Tail
 
 #: The tail's mass where the stored weights leave none, rounding included: far less than any of them
 #: resolves, and enough to keep every divergence finite.
@@ -59,10 +59,11 @@ def check_divergence(tail: str, divergence: Divergence) -> None:
         )
 
 
-def warn_if_approximate(tail: str, temperature: float) -> None:
+def warn_if_approximate(spec: Spec) -> None:
     """A warning where the tail does not say what the teacher is at that temperature."""
-    if temperature == 1.0 or tail not in _APPROXIMATE:
+    if not (spec.tail and spec.tempered) or Tail(spec.tail).word not in _APPROXIMATE:
         return
+    tail = Tail(spec.tail).word
     # The temperature is not named: one that is annealed would warn at every step.
     warn(
         f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
@@ -72,36 +73,38 @@ def warn_if_approximate(tail: str, temperature: float) -> None:
 
 def student_spec(spec: Spec) -> Spec:
     """What the pass over the student's logits is told: the hard term, and where log-masses are taken."""
-    tempered = spec.tail in ("renormalize", "truncate")
+    tempered = int(spec.tempered and Tail(spec.tail).tempers_student)
     return spec._replace(
-        divergence=NoDivergence(), temperature=spec.temperature if tempered else 1.0, soft_weight=0.0
+        kind=NoDivergence.code, tail=Tail.DENSE, asked=spec.asked & Asked.HARD, tempered=tempered
     )
 
 
 def outcome_spec(spec: Spec) -> Spec:
-    """The dense problem over outcomes; its gradient is that for z."""
-    inner = student_spec(spec).temperature
-    return Spec(spec.divergence, spec.temperature / inner, spec.soft_weight / inner)
+    """The dense problem over outcomes."""
+    tempered = int(spec.tempered and not Tail(spec.tail).tempers_student)
+    return Spec(kind=spec.kind, asked=Asked.SOFT, tempered=tempered, stats=spec.stats)
 
 
-def outcomes(ids: Tensor, values: Tensor, spec: Spec, *, vocab: int, dtype: torch.dtype) -> Outcomes:
+def outcomes(
+    ids: Tensor, values: Tensor, temperature: Tensor, spec: Spec, *, vocab: int, dtype: torch.dtype
+) -> Outcomes:
     """Checked ids and values ``[n, K]`` as outcomes, with the teacher's log-masses in ``dtype``.
 
     All that comes out is contiguous: what torch makes of a transposed tensor is often transposed too.
     """
     ids, values = ids.contiguous(), values.contiguous()
-    ids, log_t = _distinct(ids, _log_weights(ids, values, spec.linear))
+    ids, log_t = _distinct(ids, _log_weights(ids, values, bool(spec.linear)))
     tail = torch.full_like(log_t[:, 0], -torch.inf)
     scale, constant = torch.ones_like(tail), torch.zeros_like(tail)
     some = (ids >= 0).any(-1)
-    if spec.tail == "bucket":
+    if spec.tail == Tail.BUCKET:
         everything = (ids >= 0).sum(-1) == vocab
         rest, slack = missing_mass(log_t, values.dtype)
         tail = torch.where(rest > 0, rest, LEAST_TAIL).log()
         tail = torch.where(everything & (rest <= slack), -torch.inf, tail)
-    elif spec.tail == "renormalize":
-        log_t = log_t / spec.temperature
-    elif spec.tail == "truncate":
+    elif spec.tail == Tail.RENORMALIZE:
+        log_t = log_t / temperature[:, None]
+    elif spec.tail == Tail.TRUNCATE:
         log_a = torch.where(some, log_t.logsumexp(-1), -torch.inf)
         scale = log_a.exp()
         constant = torch.where(some, scale * log_a, 0.0)
@@ -145,12 +148,10 @@ def missing_mass(log_t: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
 def check(
     ids: Tensor,
     values: Tensor,
-    mask: Optional[Tensor],
-    labels: Optional[Tensor],
-    *,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
     vocab: int,
-    tail: str,
-    linear: bool,
 ) -> Tensor:
     """Ids ``[N, K]`` with -1 in every empty slot and for every masked token.
 
@@ -158,6 +159,7 @@ def check(
     for what is neither empty nor masked and is out of range.
     """
     ids, values = ids.reshape(-1, ids.shape[-1]), values.reshape(-1, values.shape[-1])
+    linear = bool(spec.linear)
     nothing = 0.0 if linear else -torch.inf
     ids = (
         torch.where(values == nothing, -1, ids)
@@ -180,7 +182,7 @@ def check(
         f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
         + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"),
     )
-    if tail == "bucket":
+    if spec.tail == Tail.BUCKET:
         rest, slack = missing_mass(_log_weights(ids, values, linear), values.dtype)
         require(
             rest < -slack,

@@ -1,142 +1,152 @@
 """Between the two passes over a row with a sparse target: its outcomes, solved as a dense problem.
 
-A backend's pass over the student's logits skips the kept ids (:class:`kdkernels.backends.outcomes.Outcomes`),
-so that the state holds the normaliser of the rest alone: subtracting the kept mass afterwards would
-leave nothing of a small rest. This module is plain torch on ``[rows, K + 1]``.
+A backend's pass over the student's logits skips the stored ids (:class:`.outcomes.Outcomes`), so that the state
+holds the normaliser of the rest alone: subtracting the stored mass afterwards would leave nothing of a small
+rest. This module is plain torch on ``[rows, K + 1]``.
 """
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import row_state as rs
 from .outcomes import Outcomes, outcome_spec, student_spec
-from .spec import LogitMap, Spec
+from .protocol import Gradients, SparseGradient, Tile
+from .row_state import NO_REFERENCE, RowState, SideState, hard_results, new_state
+from .spec import OUTPUTS, Asked, LogitMap, Output, Result, Spec, Tail
 
 
-class Emission(NamedTuple):
-    """The gradient of finished rows, for the student's logits before weights and logit map: ``rest`` times
-    the softmax of the rest (from the state) where j is not in ``ids``, ``kept`` where it is, plus
-    the hard term with its normaliser ``lse1``, a maximum and what is above it."""
+class Temperatures(NamedTuple):
+    """Where a row with a sparse target is tempered: the student's logits, and then the outcomes."""
 
-    ids: Tensor  # [rows, K]
-    rest: Tensor  # [rows] fp64
-    kept: Tensor  # [rows, K]
-    m1: Tensor  # [rows] fp64
-    log_z1: Tensor  # [rows] fp64
+    student: Tensor
+    outcomes: Tensor
 
-    @property
-    def lse1(self) -> Tensor:
-        return self.m1 + self.log_z1
+    @staticmethod
+    def of(spec: Spec, temperature: Tensor) -> Temperatures:
+        one = torch.ones_like(temperature)
+        return (
+            Temperatures(temperature, one)
+            if Tail(spec.tail).tempers_student
+            else Temperatures(one, temperature)
+        )
 
 
-def gather_kept(kept: Tensor, tile: Tensor, ids: Tensor, offset: int, logit_map: LogitMap) -> None:
-    """The logits of the ids that lie in the chunk ``tile``, into ``kept`` ``[rows, K]``."""
+def student_tile(tile: Tile, spec: Spec) -> Tile:
+    """The same tile as the pass over the student's logits sees it."""
+    return tile._replace(teacher=None, temperature=Temperatures.of(spec, tile.temperature).student)
+
+
+def gather_stored(stored: Tensor, logits: Tensor, ids: Tensor, offset: int, logit_map: LogitMap) -> None:
+    """The mapped logits at the ids that lie in the chunk ``logits``, into ``stored`` ``[rows, K]``."""
     local = ids - offset
-    inside = (ids >= 0) & (local >= 0) & (local < tile.shape[1])
-    found = logit_map.logits(tile.gather(1, local.clamp(0, tile.shape[1] - 1)), kept.dtype)
-    torch.where(inside, found, kept, out=kept)
+    inside = (ids >= 0) & (local >= 0) & (local < logits.shape[1])
+    found = logit_map.logits(logits.gather(1, local.clamp(0, logits.shape[1] - 1)), stored.dtype)
+    torch.where(inside, found, stored, out=stored)
+
+
+def no_logits(target: Outcomes) -> Tensor:
+    """-inf ``[rows, K]``, for :func:`gather_stored`."""
+    return torch.full_like(target.teacher[:, :-1], -torch.inf)
+
+
+class Solved(NamedTuple):
+    results: Tensor  # [rows, RESULTS]
+    gradient: SparseGradient
 
 
 def solve(
-    target: Outcomes,
-    kept: Tensor,
-    state: Tensor,
-    labels: Optional[Tensor],
-    *,
-    vocab: int,
-    spec: Spec,
-    fused: Callable[..., Tensor],
-    want_gradient: bool,
-) -> tuple[Tensor, Emission]:
-    """Per-row results and what the second pass emits.
+    backend: Any, tile: Tile, target: Outcomes, stored: Tensor, spec: Spec, state: Tensor, needs_grad: bool
+) -> Solved:
+    """Results, and what the second pass writes.
 
-    ``kept``: the student's logits (mapped, untempered) at ``target.ids``, -inf where there is none.
-    ``state``: the student's, folded with the kept ids left out. ``fused``: the backend's own.
+    ``stored``: the student's logits (mapped, untempered) at ``target.ids``, -inf where there is none.
+    ``state``: the student's, folded with the stored ids left out. ``tile`` gives all but the logits.
     """
-    inner = student_spec(spec)
+    side = RowState.of(state).student
+    temperatures = Temperatures.of(spec, tile.temperature)
     # The largest logit is subtracted before the temperature divides, as in the state.
-    m1 = torch.cat([kept.double(), state[:, rs.M_S, None]], 1).amax(-1)
-    teacher = target.teacher
-    if spec.tail == "conditional":
-        rest = teacher[:, -1].double()
-    else:
-        rest = (state[:, rs.M_S] - m1) / inner.temperature + state[:, rs.Z_S].log()
-    student = torch.cat([(kept.double() - m1[:, None]) / inner.temperature, rest[:, None]], 1)
-    # Only differences count: what is near 0 keeps its digits in fp32.
-    student = student - student.amax(-1, keepdim=True).clamp(min=rs.NOTHING)
-    student = student.to(teacher.dtype)
-    grad = torch.empty_like(student) if want_gradient else None
-    solved = fused(
-        student, teacher, labels, target.scale, spec=outcome_spec(spec), grad=grad, teacher_grad=None
+    highest = torch.cat([stored.double(), side.reference[:, None]], 1).amax(-1)
+    below = stored.double() - highest[:, None]
+    student = torch.cat(
+        [below / temperatures.student[:, None], _rest(target, side, highest, temperatures, spec)], 1
     )
-    results = solved.clone()
-    results[:, rs.SOFT] = target.scale * solved[:, rs.SOFT] + target.constant
-    results[:, rs.AGREEMENT] = _agreement(target, kept, state, spec)
-    log_z1 = torch.zeros_like(m1)
-    if spec.hard_weight:
-        z1 = state[:, rs.Z1_S] * (state[:, rs.M_S] - m1).exp()
-        log_z1 = (z1 + (kept.double() - m1[:, None]).exp().sum(-1)).log()
-        results[:, rs.HARD] = rs.hard_term(
-            state, m1 + log_z1, (m1 - state[:, rs.LABEL_S]) + log_z1, spec, vocab
-        )
-    if labels is not None:
-        results = torch.where((labels >= 0)[:, None], results, 0.0)
-    if grad is None:
-        grad = student  # nobody emits it
-    return results, Emission(target.ids, grad[:, -1].double(), grad[:, :-1], m1, log_z1)
+    # Only differences count: what is near 0 keeps its digits in fp32.
+    student = student - student.amax(-1, keepdim=True).clamp(min=NO_REFERENCE)
+    student = student.to(target.teacher.dtype)
+    results, grad = _solve_outcomes(backend, tile, student, target, spec, temperatures, needs_grad)
+    if spec.stats:
+        results[:, Result.AGREEMENT] = _agreement(target, stored, side, spec)
+    log_sum_exp = torch.zeros_like(highest)
+    if spec.asked & Asked.HARD:
+        at_1 = side.sum_exp_t1 * (side.reference - highest).exp()
+        log_sum_exp = (at_1 + below.exp().sum(-1)).log()
+        lse, label_loss = highest + log_sum_exp, (highest - side.label_logit) + log_sum_exp
+        hard_results(results, side, lse, label_loss, spec.asked, tile.vocab)
+    if tile.labels is not None:
+        results = torch.where((tile.labels >= 0)[:, None], results, 0.0)
+    return Solved(
+        results, SparseGradient(target.ids, grad[:, -1].double(), grad[:, :-1], highest, log_sum_exp)
+    )
 
 
-def _agreement(target: Outcomes, kept: Tensor, state: Tensor, spec: Spec) -> Tensor:
-    """Whether the student's top-1 token (of the kept ones under "conditional") is the teacher's."""
-    best, mine = kept.max(-1)
+def _rest(
+    target: Outcomes, side: SideState, highest: Tensor, temperatures: Temperatures, spec: Spec
+) -> Tensor:
+    """The student's log-mass of what is not stored, ``[rows, 1]``, relative to the highest logit."""
+    if spec.tail == Tail.CONDITIONAL:
+        return target.teacher[:, -1:].double()
+    return ((side.reference - highest) / temperatures.student + side.log_sum_exp)[:, None]
+
+
+def _solve_outcomes(
+    backend: Any,
+    tile: Tile,
+    student: Tensor,
+    target: Outcomes,
+    spec: Spec,
+    temperatures: Temperatures,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(results, d(soft term)/d(student's logits of the outcomes)) of the dense problem."""
+    problem = Tile(
+        student, target.teacher, tile.labels, temperatures.outcomes, tile.parameters, 0, student.shape[1]
+    )
+    weights = student.new_zeros(student.shape[0], OUTPUTS, dtype=torch.float64)
+    weights[:, Output.SOFT] = target.scale / temperatures.student
+    grad = torch.empty_like(student) if needs_grad else None
+    results = backend.fused(problem, weights, outcome_spec(spec), Gradients(grad, None))
+    results = results.clone()
+    results[:, Output.SOFT] = target.scale * results[:, Output.SOFT] + target.constant
+    return results, student if grad is None else grad  # without one, nobody reads it
+
+
+def _agreement(target: Outcomes, stored: Tensor, side: SideState, spec: Spec) -> Tensor:
+    """Whether the student's top-1 token (of the stored ones under "conditional") is the teacher's."""
+    best, mine = stored.max(-1)
     theirs = target.teacher[:, :-1].argmax(-1)
     agree = (mine == theirs) & (target.ids[:, 0] >= 0)
-    if spec.tail != "conditional":
-        best, top = best.double(), state[:, rs.M_S]
-        first = target.ids.gather(1, mine[:, None])[:, 0] < state[:, rs.ARG_S]
+    if spec.tail != Tail.CONDITIONAL:
+        best, top = best.double(), side.reference
+        first = target.ids.gather(1, mine[:, None])[:, 0] < side.top_index
         # Equal logits are equal here too, however the backend rounded its softcap.
-        tie = (best - top).abs() <= 4 * torch.finfo(kept.dtype).eps * top.abs()
+        tie = (best - top).abs() <= 4 * torch.finfo(stored.dtype).eps * top.abs()
         agree &= torch.where(tie, first, best > top)
     return agree.double()
 
 
 def in_two_passes(
-    student: Tensor,
-    target: Outcomes,
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    spec: Spec,
-    grad: Optional[Tensor],
-    accumulate: Callable[..., None],
-    fused: Callable[..., Tensor],
-    gradient: Callable[..., None],
+    backend: Any, tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, gradients: Gradients
 ) -> Tensor:
-    """Whole rows by a backend's entry points: results, and the gradient where a buffer is given."""
-    inner, vocab = student_spec(spec), student.shape[1]
-    state = rs.new_state(student.shape[0], student.device)
-    accumulate(student, None, labels, offset=0, spec=inner, state=state, skipped=target.ids)
-    kept = torch.full_like(target.teacher[:, :-1], -torch.inf)
-    gather_kept(kept, student, target.ids, 0, spec.student_map)
-    results, emission = solve(
-        target, kept, state, labels, vocab=vocab, spec=spec, fused=fused, want_gradient=grad is not None
-    )
-    if grad is not None:
-        gradient(
-            student,
-            None,
-            labels,
-            weights,
-            offset=0,
-            vocab=vocab,
-            spec=inner,
-            state=state,
-            grad=grad,
-            teacher_grad=None,
-            emission=emission,
-        )
-    return results
+    """``fused_sparse`` by a backend's other entry points."""
+    inner, own = student_spec(spec), student_tile(tile, spec)
+    state = new_state(tile.student.shape[0], tile.student.device)
+    backend.accumulate(own, inner, state, skipped=target.ids)
+    stored = no_logits(target)
+    gather_stored(stored, tile.student, target.ids, 0, spec.student_map)
+    solved = solve(backend, tile, target, stored, spec, state, gradients.asked)
+    if gradients.asked:
+        backend.gradient(own, weights, inner, state, gradients, sparse=solved.gradient)
+    return solved.results

@@ -1,16 +1,79 @@
-"""Everything about a loss that is a number: what operators and kernels are told beside the tensors."""
+"""What of a loss is static: what kernels are specialised on and compiled code may hold as constants.
+
+Numbers that change while training (temperatures, weights, a divergence's parameters) are tensors beside it.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import struct
+from enum import IntEnum
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence, from_code
+from ..divergences import Divergence, class_of
 from ..targets import TAILS
 
-_TAIL_CODES = ("", *TAILS)
+
+# Not enums, which torch.compile cannot follow as an index.
+class Output:
+    """The outputs of a row, of which the loss is a weighted sum (docs/design.md); columns of weights and results."""
+
+    SOFT = 0  # the divergence, at the temperature
+    LABEL = 1  # lse - label's logit: this and what follows at temperature 1
+    SMOOTH = 2  # lse - mean logit
+    LSE_SQUARED = 3
+    TEACHER_LABEL = 4  # the teacher's own lse - label's logit, whose gradient is the teacher's
+
+
+OUTPUTS = 5
+
+
+class Result:
+    """What a finished row reports beside its outputs; columns of ``[rows, RESULTS]`` fp64."""
+
+    STUDENT_ENTROPY = 5
+    TEACHER_ENTROPY = 6
+    AGREEMENT = 7
+
+
+RESULTS = 8
+
+
+class Asked:
+    """Which outputs are asked for: bit ``1 << output``."""
+
+    SOFT = 1 << Output.SOFT
+    LABEL = 1 << Output.LABEL
+    SMOOTH = 1 << Output.SMOOTH
+    LSE_SQUARED = 1 << Output.LSE_SQUARED
+    TEACHER_LABEL = 1 << Output.TEACHER_LABEL
+    HARD = LABEL | SMOOTH | LSE_SQUARED
+
+
+class Tail(IntEnum):
+    """What a sparse target says of the ids that it does not store; DENSE is no sparse target."""
+
+    DENSE = 0
+    BUCKET = 1
+    CONDITIONAL = 2
+    RENORMALIZE = 3
+    TRUNCATE = 4
+
+    @property
+    def word(self) -> Literal["bucket", "conditional", "renormalize", "truncate"]:
+        """As a :class:`SparseTarget` has it."""
+        return TAILS[self - 1]
+
+    @property
+    def tempers_student(self) -> bool:
+        """Whether the student's own logits are taken at the temperature, and the outcomes at 1."""
+        return self in (Tail.RENORMALIZE, Tail.TRUNCATE)
+
+
+assert tuple(tail.name.lower() for tail in Tail)[1:] == TAILS
 
 
 class LogitMap(NamedTuple):
@@ -37,61 +100,63 @@ class LogitMap(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """soft_weight * divergence(at temperature) + hard_weight * cross entropy, per row.
+    """The static part of a loss. ``csrc/spec.h`` has the same fields in the same order, but for ``linear``.
 
-    ``teacher_hard_weight`` is the weight of the teacher's own cross entropy in co-distillation.
-    T^2, where asked for, is already in ``soft_weight``. ``tail`` is that of a sparse target, "" where
-    the teacher is dense; ``linear`` says that the target holds weights and not log-probabilities.
+    ``kind`` is :attr:`Divergence.kind`. ``asked`` is the outputs that are computed. ``tempered`` is 0 where every
+    temperature is exactly 1: then one normaliser serves both terms. ``stats`` asks for entropies and agreement.
+    ``linear`` says that a sparse target holds weights and not log-probabilities.
     """
 
-    divergence: Divergence
-    temperature: float = 1.0
-    soft_weight: float = 1.0
-    hard_weight: float = 0.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    student_map: LogitMap = LogitMap()
-    teacher_map: LogitMap = LogitMap()
-    teacher_hard_weight: float = 0.0
-    tail: str = ""
-    linear: bool = False
+    kind: int = 0
+    tail: int = Tail.DENSE
+    asked: int = 0
+    tempered: int = 0
+    stats: int = 0
+    student_scale: float = 1.0
+    student_softcap: float = 0.0
+    teacher_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    linear: int = 0
 
-    def to_floats(self) -> list[float]:
-        """The flat form that crosses the operator boundary; ``csrc/spec.h`` reads the same order."""
-        first, second, *others = self.divergence.parameters
-        return [
-            float(self.divergence.code),
-            first,
-            second,
-            self.temperature,
-            self.soft_weight,
-            self.hard_weight,
-            self.label_smoothing,
-            self.z_loss,
-            self.student_map.scale,
-            self.student_map.softcap,
-            self.teacher_map.scale,
-            self.teacher_map.softcap,
-            self.teacher_hard_weight,
-            float(_TAIL_CODES.index(self.tail)),
-            float(self.linear),
-            *others,  # of a divergence that no kernel knows
-        ]
+    @property
+    def student_map(self) -> LogitMap:
+        return LogitMap(self.student_scale, self.student_softcap)
+
+    @property
+    def teacher_map(self) -> LogitMap:
+        return LogitMap(self.teacher_scale, self.teacher_softcap)
+
+    @property
+    def closed_form(self) -> str | None:
+        """ "forward", "reverse" or None: whether value and gradient follow from the first pass alone."""
+        return class_of(self.kind).closed_form
+
+    def divergence(self, parameters: Tensor) -> Divergence:
+        """The divergence with its numbers: Python's on the CPU, 0-dim tensors elsewhere, where looking would wait."""
+        numbers = parameters.tolist() if parameters.device.type == "cpu" else parameters.unbind()
+        return class_of(self.kind).with_parameters(self.kind, numbers)
+
+    def why_no_kernel(self) -> str | None:
+        """None for the divergences that kernels know, else why they serve no other."""
+        return (
+            None
+            if self.kind >= 0
+            else f"it knows kdkernels' own divergences, not {class_of(self.kind).__name__}"
+        )
+
+    def text(self) -> str:
+        """The form that crosses an operator: a constant of the graph that it is compiled into."""
+        return " ".join(str(field) if isinstance(field, float) else str(int(field)) for field in self)
 
     @staticmethod
-    def from_floats(values: list[float]) -> Spec:
-        code, first, second, temperature, soft, hard, smoothing, z_loss = values[:8]
-        student_scale, student_cap, teacher_scale, teacher_cap, teacher_hard, tail, linear = values[8:15]
-        return Spec(
-            divergence=from_code(int(code), [first, second, *values[15:]]),
-            temperature=temperature,
-            soft_weight=soft,
-            hard_weight=hard,
-            label_smoothing=smoothing,
-            z_loss=z_loss,
-            student_map=LogitMap(student_scale, student_cap),
-            teacher_map=LogitMap(teacher_scale, teacher_cap),
-            teacher_hard_weight=teacher_hard,
-            tail=_TAIL_CODES[int(tail)],
-            linear=bool(linear),
-        )
+    @functools.cache
+    def from_text(text: str) -> Spec:
+        fields = zip(text.split(), Spec._field_defaults.values())
+        return Spec._make(float(word) if isinstance(like, float) else int(word) for word, like in fields)
+
+
+@functools.cache
+def packed(spec: Spec) -> Tensor:
+    """The bytes of csrc's ``struct Spec``."""
+    form = "".join("d" if isinstance(default, float) else "q" for default in Spec._field_defaults.values())
+    return torch.frombuffer(bytearray(struct.pack(f"={form[:-1]}", *spec[:-1])), dtype=torch.uint8)

@@ -9,6 +9,7 @@ import torch
 
 from .. import __version__
 from ..backends import backends, chosen_backend, native
+from ..backends.spec import Spec
 
 
 def main(arguments: list[str]) -> None:
@@ -21,6 +22,6 @@ def main(arguments: list[str]) -> None:
         detail = f" ({native.instruction_set()})" if name == "native" and problem is None else ""
         print(f"  {name:<10} {'usable' + detail if problem is None else 'not usable: ' + problem}")
     if torch.cuda.is_available():
-        problem = native.cannot(torch.device("cuda"), [])
+        problem = native.cannot(torch.device("cuda"), [], Spec())
         print(f"  native's CUDA kernels: {'usable' if problem is None else problem}")
     print(f"  chosen     {chosen_backend()}")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backends, by_name, use_backend
+from ..backends.spec import Spec
 from ..divergences import (
     JSD,
     AlphaBeta,
@@ -154,7 +155,7 @@ def examine(scenario: Scenario, names: list[str], device: str) -> list[Outcome]:
     plain = problem.plain(scenario.divergence, **meaning)
     made = []
     for name in names:
-        why_not = by_name(name).cannot(torch.device(device), [problem.dtype])
+        why_not = by_name(name).cannot(torch.device(device), [problem.dtype], Spec())
         if why_not:
             made.append(Outcome(name, scenario, [], [], why_not))
             continue

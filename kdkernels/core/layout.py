@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
 def folds(t: Tensor) -> bool:
     """Whether the leading dimensions of ``t`` fold into one without a copy."""
-    kept = [(size, stride) for size, stride in zip(t.shape[:-1], t.stride()) if size != 1]
-    return all(stride == inner * step for (_, stride), (inner, step) in zip(kept, kept[1:], strict=False))
+    dims = [(size, stride) for size, stride in zip(t.shape[:-1], t.stride()) if size != 1]
+    return all(stride == inner * step for (_, stride), (inner, step) in zip(dims, dims[1:], strict=False))
+
+
+def folding_tokens(t: Tensor) -> int:
+    """How many tokens ``t`` ``[..., V]`` holds in the largest of its trailing dimensions that fold into one."""
+    for depth in range(t.dim() - 1):
+        inner = t[(0,) * depth] if t.numel() else t.new_empty(t.shape[depth:])
+        if folds(inner):
+            return math.prod(inner.shape[:-1])
+    return 1
 
 
 def flat(t: Tensor) -> Tensor:

@@ -1,425 +1,324 @@
-"""What the public losses are given: checked once, and packed into one :class:`Call` for the operators."""
+"""One call, checked once: what the public losses are given, as the record that everything below them reads."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Callable, Optional, Union
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ..backends import reference_asked
 from ..backends.outcomes import check_divergence
-from ..backends.spec import LogitMap, Spec
-from ..checks import (
-    DTYPES,
-    check_constant,
-    check_one_number,
-    check_tensor,
-    flag,
-    integer,
-    number,
-    positive_integer,
-    shown,
-)
-from ..divergences import JSD, Divergence, NoDivergence, simplified
-from ..heads import LinearHead, MappedLogits
+from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail
+from ..checks import DTYPES
+from ..divergences import Divergence, NoDivergence, simplified
 from ..targets import SparseTarget
-from . import autograd
+from . import tokens
+from .checked import checked_items, checked_target
+from .option_checks import Number, checked
 from .schedule import DEFAULT_CHUNK_BYTES
-
-Logits = Union[Tensor, LinearHead, MappedLogits]
-Teacher = Union[Logits, SparseTarget]
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_transforms, side
 
 
 @dataclass(frozen=True)
-class Side:
-    """One model's tensors: logits, or hidden, weight and bias; or a sparse target's ids and values."""
+class Terms:
+    """What of a row the loss is made of; the options' meaning is that of :func:`kdkernels.distillation_loss`."""
 
-    tensors: list[Tensor]
-    logit_map: LogitMap
+    divergence: Divergence
+    temperature: Number = 1.0
+    temperature_squared: bool = False
+    soft_weight: Number = 0.0
+    hard_weight: Number = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    return_stats: bool = False
+    teacher_learns: bool = False  # co-distillation: the teacher's own cross entropy, with its gradient
+
+    def checked(self) -> Terms:
+        """The same with its options checked, and the divergence in its simplest form."""
+        given = {
+            name: value for name, value in vars(self).items() if name not in ("divergence", "teacher_learns")
+        }
+        divergence = self.divergence
+        if not isinstance(divergence, NoDivergence):
+            divergence = simplified(checked(divergence=divergence)["divergence"])
+        return replace(self, divergence=divergence, **checked(**given))
+
+    @property
+    def has_hard_term(self) -> bool:
+        return _may_count(self.hard_weight)
+
+    def check_labels(self, labels: Any) -> None:
+        if self.has_hard_term and labels is None:
+            weight = "a tensor" if isinstance(self.hard_weight, Tensor) else self.hard_weight
+            raise ValueError(f"hard_weight={weight} needs labels")
+        if (self.label_smoothing or self.z_loss) and not self.has_hard_term:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} and z_loss={self.z_loss} belong to the hard "
+                "term, but hard_weight=0"
+            )
+
+    @property
+    def asked(self) -> int:
+        """The outputs that the loss or its statistics are made of."""
+        asked = 0
+        if self.divergence.kind and (
+            _may_count(self.soft_weight) or self.return_stats or self.teacher_learns
+        ):
+            asked |= Asked.SOFT
+        if self.has_hard_term:
+            asked |= Asked.LABEL
+            asked |= Asked.SMOOTH if self.label_smoothing else 0
+            asked |= Asked.LSE_SQUARED if self.z_loss else 0
+        return asked | (Asked.TEACHER_LABEL if self.teacher_learns else 0)
+
+
+def _may_count(weight: Number) -> bool:
+    """A tensor may: what it holds is not looked at."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is given for each token; ``reduction`` and ``num_items`` say how their losses become one."""
+
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    token_weights: Tensor | None = None
+    class_weights: Tensor | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    num_items: int | float | Tensor | None = None
+
+    def checked(self) -> Tokens:
+        if self.num_items is not None and self.reduction not in ("sum", "mean"):
+            checked(reduction=self.reduction)
+            raise ValueError(f"num_items divides the sum; it contradicts reduction={self.reduction!r}")
+        names = ("ignore_index", "reduction", "num_items")
+        return replace(self, **checked(**{name: getattr(self, name) for name in names}))
+
+
+def loss_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """That of the loss of a model."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the rows' losses become what the caller gets."""
+
+    name: str
+    scale: Tensor | float  # what each is multiplied by in the sum, if its weights are not already
     leading: torch.Size
+    dtype: torch.dtype
+    #: Whether tokens' losses meet autograd one by one: asked for, or fp16, whose gradients of a mean would underflow before a
+    #: GradScaler's factor arrives in the backward.
+    per_row: bool
+
+    def of(self, tensors: list[Tensor]) -> Reduction:
+        """The same for the loss of another model, whose ``tensors`` these are."""
+        return replace(self, dtype=loss_dtype(tensors))
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """The rows' losses ``[N]`` as one, or as ``[...]``."""
+        if self.name == "none":
+            return rows.reshape(self.leading).to(self.dtype)
+        return (rows * self.scale).sum().to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call: the operators' arguments, in their order.
+
+    ``weights`` ``[N, OUTPUTS]`` fp64 are what each row's outputs are multiplied by: token weights, the terms'
+    weights, T^2 and, unless token losses meet autograd, the reduction's scale. ``labels`` are -1 where a token
+    takes no part. A teacher with ``spec.tail`` is a sparse target's ids and values.
+    """
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    labels: Tensor | None
+    temperature: Tensor  # fp64 [N], or [1] for all
+    parameters: Tensor  # fp64, the divergence's numbers
+    weights: Tensor
+    spec: Spec
     vocab: int
+    chunk_bytes: int
+    needs_grad: list[bool]  # of the student's tensors, then the teacher's
+    backend: str = "auto"
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of ``kdkernels::rows``. What compiled code holds is the spec's text."""
+        return (
+            self.student,
+            self.teacher,
+            self.labels,
+            self.temperature,
+            self.parameters,
+            self.weights,
+            self.spec.text(),
+            self.vocab,
+            self.chunk_bytes,
+            self.needs_grad,
+        )
+
+    def detached(self) -> Request:
+        return replace(
+            self, student=[t.detach() for t in self.student], teacher=[t.detach() for t in self.teacher]
+        )
 
     @property
-    def is_head(self) -> bool:
-        return len(self.tensors) > 1
+    def tensors(self) -> list[Tensor]:
+        return self.student + self.teacher
 
-    @property
-    def device(self) -> torch.device:
-        return self.tensors[0].device
+    def wanted(self) -> list[Tensor]:
+        """The tensors that need a gradient."""
+        return [t for t, needed in zip(self.tensors, self.needs_grad) if needed]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A checked call: what goes to the operators."""
+    """A request, and what of the call the operators do not see."""
 
-    student: Side
-    teacher: Optional[Side]
-    labels: Optional[Tensor]
-    weights: Tensor
-    scale: Union[Tensor, float]
-    spec: Spec
-    vocab: int
-    chunk_bytes: int
-    reduction: str
-
-    @property
-    def teacher_tensors(self) -> list[Tensor]:
-        return [] if self.teacher is None else [t.detach() for t in self.teacher.tensors]
-
-    @property
-    def per_row(self) -> bool:
-        """Whether token losses meet autograd: asked for, or fp16, whose gradients of a mean would
-        underflow before a GradScaler's factor arrives in the backward."""
-        return self.reduction == "none" or self.student.tensors[0].dtype == torch.float16
+    request: Request
+    reduction: Reduction
+    terms: Terms
+    student: Side = field(repr=False)
 
 
-# Single options: each is checked by its name, wherever it is given.
-
-
-def _divergence(name: str, given: Any) -> Divergence:
-    if not isinstance(given, Divergence):
-        raise TypeError(f"{name} must be a kd.Divergence such as kd.ForwardKL(), got {shown(given)}")
-    given.check()
-    return given
-
-
-def _temperature(name: str, given: Any) -> float:
-    given = number(name, given)
-    if not given > 0:
-        raise ValueError(f"{name} must be > 0 and finite, got {given}")
-    return given
-
-
-def _label_smoothing(name: str, given: Any) -> float:
-    given = number(name, given)
-    if not 0.0 <= given <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {given}")
-    return given
-
-
-def _reduction(name: str, given: Any) -> str:
-    if given not in REDUCTIONS:
-        raise ValueError(f"unknown {name} {shown(given)}; there are {', '.join(REDUCTIONS)}")
-    return given
-
-
-def _num_items(name: str, given: Any) -> Union[int, float, Tensor, None]:
-    if isinstance(given, Tensor):
-        check_one_number(name, given)
-        return given  # its value is looked at where that waits for nothing
-    if given is not None and not number(name, given) > 0:
-        raise ValueError(f"{name} must be > 0, got {given}")
-    return given
-
-
-def _optional(check: Callable[[str, Any], int]) -> Callable[[str, Any], Optional[int]]:
-    return lambda name, given: None if given is None else check(name, given)
-
-
-_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "divergence": _divergence,
-    "beta": lambda name, given: JSD(given),
-    "temperature": _temperature,
-    "temperature_squared": flag,
-    "soft_weight": number,
-    "hard_weight": number,
-    "label_smoothing": _label_smoothing,
-    "z_loss": number,
-    "reduction": _reduction,
-    "num_items": _num_items,
-    "ignore_index": integer,
-    "vocab_size": _optional(positive_integer),
-    "inplace": flag,
-    "return_stats": flag,
-    "chunk_bytes": _optional(positive_integer),
-}
-
-
-def checked(**options) -> dict[str, Any]:
-    """The same options, each checked by what its name stands for."""
-    return {name: _OPTIONS[name](name, given) for name, given in options.items()}
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Those of them that are not one tensor for each call."""
-    checked(**{name: given for name, given in options.items() if name in _OPTIONS})
-
-
-def soft_spec(
-    divergence: Divergence,
-    temperature: float,
-    temperature_squared: bool,
-    soft_weight: float,
+def make(
+    student: Logits,
+    teacher: Teacher | None,
+    terms: Terms,
+    tokens_given: Tokens,
     *,
-    hard_weight: float,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Spec:
-    """What the options of a distillation loss mean for a row."""
-    given = checked(
-        divergence=divergence,
+    vocab_size: int | None,
+    chunk_bytes: int | None,
+) -> Call:
+    """The call that these arguments describe; an error where they describe none."""
+    terms, given = terms.checked(), tokens_given.checked()
+    limits = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    terms.check_labels(given.labels)
+    s = side("student", student)
+    t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
+    refuse_transforms(s.tensors if t is None else s.tensors + t.tensors)
+    vocab = common_vocab(s, t, limits["vocab_size"])
+    if t is not None:
+        check_together(s, t)
+    live = tokens.live_labels(given.labels, given.mask, s, vocab, given.ignore_index)
+    spec = _spec(terms, s, t)
+    if isinstance(teacher, SparseTarget):
+        spec, t = _sparse(teacher, s, live, vocab, spec, terms.divergence)
+    if not spec.asked & (Asked.SOFT | Asked.TEACHER_LABEL):  # nobody looks at the teacher
+        spec, t = spec._replace(kind=NoDivergence.code, tail=Tail.DENSE), None
+    temperature = tokens.per_row("temperature", terms.temperature, s, live)
+    weights, scale = _token_weights(given, s, live, terms, vocab)
+    per_row = given.reduction == "none" or s.tensors[0].dtype == torch.float16
+    reduction = Reduction(
+        given.reduction, scale if per_row else 1.0, s.leading, loss_dtype(s.tensors), per_row
+    )
+    request = Request(
+        student=s.tensors,
+        teacher=[] if t is None else t.tensors,
+        labels=live,
         temperature=temperature,
-        temperature_squared=temperature_squared,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+        parameters=tokens.constants(terms.divergence.parameters, s.device),
+        weights=_weights(terms, weights if per_row else weights * scale, temperature, s, live),
+        spec=spec,
+        vocab=vocab,
+        chunk_bytes=limits["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
+        needs_grad=_needs_grad(s, t, terms),
     )
-    if given.pop("temperature_squared"):
-        given["soft_weight"] *= given["temperature"] * given["temperature"]
-    return Spec(simplified(given.pop("divergence")), **given)
+    return Call(request, reduction, terms, s)
 
 
-def hard_spec(label_smoothing: float, z_loss: float) -> Spec:
-    """The cross entropy alone."""
-    return Spec(
-        NoDivergence(),
-        soft_weight=0.0,
-        hard_weight=1.0,
-        **checked(label_smoothing=label_smoothing, z_loss=z_loss),
+def _spec(terms: Terms, student: Side, teacher: Side | None) -> Spec:
+    tempered = isinstance(terms.temperature, Tensor) or terms.temperature != 1.0
+    spec = Spec(
+        kind=terms.divergence.kind,
+        asked=terms.asked,
+        tempered=int(tempered),
+        stats=int(terms.return_stats),
+        student_scale=student.logit_map.scale,
+        student_softcap=student.logit_map.softcap,
     )
+    if teacher is None:
+        return spec
+    return spec._replace(teacher_scale=teacher.logit_map.scale, teacher_softcap=teacher.logit_map.softcap)
 
 
-# What depends on several arguments.
-
-
-def side(role: str, given: Logits) -> Side:
-    """The model's side of a call, its tensors as they are."""
-    if isinstance(given, (LinearHead, MappedLogits)):
-        tensors, vocab, leading = given.tensors(), given.vocab_size, given.leading_shape
-        logit_map = LogitMap(given.logit_scale, given.softcap or 0.0)
-    elif isinstance(given, Tensor):
-        check_tensor(f"{role} logits", given)
-        if given.dim() < 1:
-            raise ValueError(f"{role} logits need a vocabulary dimension, got a scalar")
-        tensors, vocab, leading, logit_map = [given], given.shape[-1], given.shape[:-1], LogitMap()
-    else:
-        sparse = " or a kd.SparseTarget" if role == "teacher" else ""
-        raise TypeError(f"{role} must be a Tensor of logits or a kd.LinearHead{sparse}, got {shown(given)}")
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{role} needs fp64, fp32, bf16 or fp16, got {tensor.dtype}")
-    if vocab == 0:
-        raise ValueError(f"{role} has an empty vocabulary: shape {tuple(tensors[0].shape)}")
-    return Side(tensors, logit_map, leading, vocab)
-
-
-def common_vocab(student: Side, teacher: Optional[Side], vocab_size: Optional[int]) -> int:
-    sizes = [student.vocab] + ([] if teacher is None else [teacher.vocab])
-    if vocab_size is not None:
-        if vocab_size > min(sizes):
-            raise ValueError(f"vocab_size={vocab_size} must be in 1..{min(sizes)} (vocabularies {sizes})")
-        return vocab_size
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"student has vocabulary {sizes[0]}, teacher {sizes[1]}; if they share a tokenizer "
-            "and one is padded, pass vocab_size=<the tokenizer's size>"
-        )
-    return sizes[0]
-
-
-def _refuse_transforms(tensors: list[Tensor]) -> None:
-    """What cannot see through an operator; torch's own errors would not say whose operator it is."""
-    if torch.compiler.is_compiling():
-        return
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace cannot record kdkernels; torch.export.export and torch.compile can"
-        )
-    if reference_asked():
-        return
-    if any(unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("kdkernels has no forward-mode derivative; kd.use_backend('reference') has")
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-        raise RuntimeError(
-            "torch.func (grad, vmap, jacrev, ...) cannot transform kdkernels' operators; use torch.autograd.grad, "
-            "which takes is_grads_batched=True, and leading dimensions for vmap's, or kd.use_backend('reference')"
-        )
-
-
-def _check_sides(student: Side, teacher: Side) -> None:
-    if student.leading != teacher.leading:
-        raise ValueError(f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}")
-    if student.device != teacher.device:
-        raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
-
-
-def _target_side(
-    target: SparseTarget, student: Side, labels: Optional[Tensor], vocab: int, spec: Spec
-) -> Side:
+def _sparse(
+    target: SparseTarget, student: Side, labels: Tensor | None, vocab: int, spec: Spec, divergence: Divergence
+) -> tuple[Spec, Side]:
+    check_divergence(target.tail, divergence)
     if target.values.dtype not in DTYPES:
         raise ValueError(f"SparseTarget needs fp64, fp32, bf16 or fp16, got {target.values.dtype}")
     values = target.values.detach().reshape(-1, target.slots)
-    given = Side([target.ids, values], LogitMap(), target.leading_shape, vocab)
-    _check_sides(student, given)
-    ids = autograd.checked_target(target.ids, values, target.mask, labels, vocab, spec.to_floats())
-    return replace(given, tensors=[ids, values])
+    given = Side([target.ids, values], student.logit_map, target.leading_shape, vocab)
+    check_together(student, given)
+    spec = spec._replace(tail=int(Tail[target.tail.upper()]), linear=int(target.logprobs is None))
+    ids = checked_target(target.ids, values, target.mask, labels, vocab, spec.text())
+    return spec, replace(given, tensors=[ids, values])
 
 
-def _check_per_token(name: str, given: Any, student: Side) -> None:
-    check_tensor(name, given)
-    if given.shape != student.leading:
-        raise ValueError(
-            f"{name} has shape {tuple(given.shape)}, the student's tokens {tuple(student.leading)}"
-        )
-    if given.device != student.device:
-        raise ValueError(f"{name} is on {given.device}, student on {student.device}")
+def _needs_grad(student: Side, teacher: Side | None, terms: Terms) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    own = [enabled and t.requires_grad for t in student.tensors]
+    if teacher is None:
+        return own
+    return own + [enabled and terms.teacher_learns and t.requires_grad for t in teacher.tensors]
 
 
-def _check_labels(labels: Any, student: Side) -> None:
-    check_tensor("labels", labels)
-    if labels.is_floating_point() and labels.dim() > len(student.leading):
-        raise ValueError(
-            f"labels must be int64 class ids, got {labels.dtype} {tuple(labels.shape)}; "
-            "probabilities are a teacher: kd.kl_div(student, probabilities.log())"
-        )
-    if labels.dtype == torch.bool:
-        raise ValueError("labels must be int64 class ids, got torch.bool; a mask of tokens goes in mask=")
-    _check_per_token("labels", labels, student)
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
-
-
-def _check_mask(mask: Any, student: Side) -> None:
-    _check_per_token("mask", mask, student)
-    check_constant("mask", mask)
-    if mask.is_complex():
-        raise ValueError(f"mask must be bool or hold 0 and 1, got {mask.dtype}")
-
-
-def _live_labels(
-    labels: Optional[Tensor], mask: Optional[Tensor], student: Side, vocab: int, ignore_index: int
-) -> Optional[Tensor]:
-    """int64 ``[N]``, -1 where a token takes no part; None where all do and nobody gave a label."""
-    if labels is not None:
-        _check_labels(labels, student)
-    if mask is not None:
-        _check_mask(mask, student)
-    if labels is None and mask is None:
-        return None
-    return autograd.checked_labels(labels, mask, vocab, ignore_index)
-
-
-def _token_weights(token_weights: Any, student: Side, dtype: torch.dtype) -> Tensor:
-    if token_weights is None:
-        return torch.ones(math.prod(student.leading), dtype=dtype, device=student.device)
-    _check_per_token("token_weights", token_weights, student)
-    check_constant("token_weights", token_weights)
-    if token_weights.is_complex():
-        raise ValueError(f"token_weights must be real numbers, got {token_weights.dtype}")
-    return token_weights.reshape(-1).to(dtype)
-
-
-def _class_weights(class_weights: Any, labels: Tensor, spec: Spec, vocab: int, dtype: torch.dtype) -> Tensor:
-    """What each token's class weighs, ``[N]``; 0 where it is masked."""
-    check_tensor("class_weights", class_weights)
-    check_constant("class_weights", class_weights)
-    if class_weights.shape != (vocab,) or not class_weights.is_floating_point():
-        raise ValueError(
-            f"class_weights must be floating [V] = ({vocab},), got {class_weights.dtype} {tuple(class_weights.shape)}"
-        )
-    if class_weights.device != labels.device:
-        raise ValueError(f"class_weights is on {class_weights.device}, student on {labels.device}")
-    if spec.label_smoothing:
-        raise ValueError(
-            f"class_weights with label_smoothing={spec.label_smoothing} weigh every class of every token, "
-            "which one pass does not; use torch.nn.functional.cross_entropy"
-        )
-    return torch.where(labels >= 0, class_weights.to(dtype)[labels.clamp(min=0)], 0.0)
-
-
-def _check_items(num_items: Tensor, device: torch.device) -> None:
-    if num_items.device.type != "cpu" and num_items.device != device:
-        raise ValueError(f"num_items is on {num_items.device}, student on {device}")
+def _token_weights(
+    given: Tokens, student: Side, live: Tensor | None, terms: Terms, vocab: int
+) -> tuple[Tensor, Tensor | float]:
+    """(each token's weight, fp64 ``[N]``; what the reduction multiplies it by)."""
+    weights = tokens.token_weights(given.token_weights, student)
+    if live is not None:
+        weights = torch.where(live >= 0, weights, 0.0)
+    classes = None
+    if given.class_weights is not None:
+        assert live is not None
+        classes = tokens.class_weights(given.class_weights, live, terms.label_smoothing, vocab)
+        weights = weights * classes
+    return weights, _scale(given, live, weights, student.leading, classes)
 
 
 def _scale(
-    reduction: str,
-    num_items: Union[int, float, Tensor, None],
-    labels: Optional[Tensor],
-    weights: Tensor,
-    leading: torch.Size,
-    classes: Optional[Tensor],
-) -> Union[Tensor, float]:
-    """What a token's loss is multiplied by in the reduction."""
-    if num_items is not None:
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"num_items divides the sum; it contradicts reduction={reduction!r}")
-        if isinstance(num_items, Tensor):
-            _check_items(num_items, weights.device)
-            return 1.0 / autograd.checked_items(num_items.reshape(()), weights)
-        return 1.0 / num_items
-    if reduction == "mean":
+    given: Tokens, live: Tensor | None, weights: Tensor, leading: torch.Size, classes: Tensor | None
+) -> Tensor | float:
+    if isinstance(given.num_items, Tensor):
+        if given.num_items.device.type != "cpu" and given.num_items.device != weights.device:
+            raise ValueError(f"num_items is on {given.num_items.device}, student on {weights.device}")
+        return 1.0 / checked_items(given.num_items.reshape(()), weights)
+    if given.num_items is not None:
+        return 1.0 / given.num_items
+    if given.reduction == "mean":
         if classes is not None:
-            total = classes.sum(dtype=torch.float64)
+            total = classes.sum()
             return 1.0 / torch.where(total == 0, 1.0, total)
-        if labels is None:
+        if live is None:
             return 1.0 / max(math.prod(leading), 1)
-        return 1.0 / (labels >= 0).sum().clamp(min=1).double()
-    if reduction == "batchmean":
+        return 1.0 / (live >= 0).sum().clamp(min=1).double()
+    if given.reduction == "batchmean":
         return 1.0 / max(leading[0] if leading else 1, 1)
     return 1.0
 
 
-def _check_spec(spec: Spec, labels: Optional[Tensor]) -> None:
-    if spec.hard_weight and labels is None:
-        raise ValueError(f"hard_weight={spec.hard_weight} needs labels")
-    if (spec.label_smoothing or spec.z_loss) and not spec.hard_weight:
-        raise ValueError(
-            f"label_smoothing={spec.label_smoothing} and z_loss={spec.z_loss} belong to the hard "
-            "term, but hard_weight=0"
-        )
-
-
-def prepare(
-    student: Logits,
-    teacher: Optional[Teacher],
-    labels: Optional[Tensor],
-    spec: Spec,
-    *,
-    mask: Optional[Tensor],
-    token_weights: Optional[Tensor],
-    class_weights: Optional[Tensor] = None,
-    reduction: str,
-    num_items: Union[int, float, Tensor, None],
-    ignore_index: int,
-    vocab_size: Optional[int],
-    chunk_bytes: Optional[int],
-) -> Call:
-    """The call that these arguments describe; an error where they describe none."""
-    given = checked(
-        reduction=reduction,
-        num_items=num_items,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        chunk_bytes=DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes,
-    )
-    _check_spec(spec, labels)
-    s = side("student", student)
-    t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
-    _refuse_transforms(s.tensors if t is None else s.tensors + t.tensors)
-    vocab = common_vocab(s, t, given["vocab_size"])
-    if t is not None:
-        _check_sides(s, t)
-        spec = spec._replace(teacher_map=t.logit_map)
-    spec = spec._replace(student_map=s.logit_map)
-    live = _live_labels(labels, mask, s, vocab, given["ignore_index"])
-    if isinstance(teacher, SparseTarget):
-        check_divergence(teacher.tail, spec.divergence)
-        spec = spec._replace(tail=teacher.tail, linear=teacher.logprobs is None)
-        t = _target_side(teacher, s, live, vocab, spec)
-    dtype = torch.float64 if s.tensors[0].dtype == torch.float64 else torch.float32
-    weights = _token_weights(token_weights, s, dtype)
-    if live is not None:
-        weights = torch.where(live >= 0, weights, 0.0)
-    classes: Optional[Tensor] = None
-    if class_weights is not None and live is not None:
-        classes = _class_weights(class_weights, live, spec, vocab, dtype)
-        weights = weights * classes
-    scale = _scale(given["reduction"], given["num_items"], live, weights, s.leading, classes)
-    return Call(s, t, live, weights, scale, spec, vocab, given["chunk_bytes"], given["reduction"])
+def _weights(terms: Terms, each: Tensor, temperature: Tensor, student: Side, live: Tensor | None) -> Tensor:
+    """``[N, OUTPUTS]``: what each token's outputs are multiplied by, where it weighs ``each`` ``[N]``."""
+    columns = [torch.zeros_like(each)] * OUTPUTS
+    if terms.asked & Asked.SOFT and _may_count(terms.soft_weight):
+        soft = tokens.per_row("soft_weight", terms.soft_weight, student, live)
+        columns[Output.SOFT] = each * (soft * temperature.square() if terms.temperature_squared else soft)
+    if terms.has_hard_term:
+        hard = each * tokens.per_row("hard_weight", terms.hard_weight, student, live)
+        columns[Output.LABEL] = hard * (1 - terms.label_smoothing)
+        if terms.label_smoothing:
+            columns[Output.SMOOTH] = hard * terms.label_smoothing
+        if terms.z_loss:
+            columns[Output.LSE_SQUARED] = hard * terms.z_loss
+    if terms.teacher_learns:
+        columns[Output.TEACHER_LABEL] = each
+    return torch.stack(columns, 1)

@@ -1,111 +1,128 @@
-"""Where tiles of logits come from and where their gradients go: given logits, or hidden states and an lm_head."""
+"""Where tiles of logits come from and where their gradients go: given logits, or hidden states and an lm_head.
+
+Both sources have the same methods. ``tile`` gives the logits of some tokens and columns, ``gradient_tile`` a buffer
+for their gradient, and ``backward`` takes that gradient to where it belongs.
+"""
 
 from __future__ import annotations
 
-from typing import Optional
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import columns_adjoin, flat, folds
+from .layout import columns_adjoin, flat, folding_tokens
 
 HALF = (torch.bfloat16, torch.float16)
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
 _SLAB_BYTES = 2**22
 
 
+class Stored(NamedTuple):
+    """The logits of a sparse target's ids ``[n, K]``, and the lm_head's rows that they were made of, if any."""
+
+    logits: Tensor
+    lm_head_rows: Tensor | None
+
+
 class LogitRows:
     """Rows of given logits ``[..., V]`` and their gradient: a buffer ``[..., V]``, or the logits themselves.
 
-    A tile is a view where it can be. It is a copy where only some rows are kept, where the leading
-    dimensions do not fold into one, and where columns do not adjoin; its gradient is then written over
-    the copy, and put where it belongs by ``backward``.
+    A tile is a view, if its columns adjoin and its tokens lie in one ``segment``: so many tokens, or a multiple,
+    fold into one dimension. It is a copy where only some tokens are live, or where they were ``gathered``;
+    its gradient is then written over the copy.
     """
 
-    def __init__(self, logits: Tensor, vocab: int, grad: Optional[Tensor]) -> None:
-        self.vocab, self.tokens = vocab, logits.numel() // logits.shape[-1]
-        self.index: Optional[Tensor] = None
-        self.folded = folds(logits) and (grad is None or folds(grad))
-        self.full = flat(logits) if self.folded else logits
-        self.grad = flat(grad) if self.folded and grad is not None else grad
+    #: Beside the budget for outcomes, a stored logit costs nothing worth counting.
+    bytes_per_stored = 0
+    is_head = False
+
+    def __init__(self, logits: Tensor, vocab: int, grad: Tensor | None) -> None:
+        self.logits, self.vocab, self.grad = logits, vocab, grad
+        self.tokens = logits.numel() // logits.shape[-1]
+        self.index: Tensor | None = None
+        self.segment = folding_tokens(logits) if grad is None else min(map(folding_tokens, (logits, grad)))
 
     @property
-    def bytes_per_logit(self) -> int:
-        if self._gathered:
-            return self.full.element_size() * (1 + (self.grad is not None))
-        return 0 if columns_adjoin(self.full) else self.full.element_size()
-
-    #: Beside the budget for outcomes, a kept logit costs nothing worth counting.
-    bytes_per_kept = 0
-
-    @property
-    def _gathered(self) -> bool:
-        return self.index is not None or not self.folded
-
-    @property
-    def wants_gradient(self) -> bool:
+    def needs_grad(self) -> bool:
         return self.grad is not None
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        return [self.full.dtype]
+        return [self.logits.dtype]
 
-    def keep(self, index: Tensor, others: Tensor) -> None:
-        """Only the rows ``index``; the gradient of the ``others`` is zero."""
-        self.index, self.tokens = index, index.numel()
+    @property
+    def bytes_per_logit(self) -> int:
+        if self.index is not None:
+            return self.logits.element_size() * (1 + self.needs_grad)
+        return 0 if columns_adjoin(self.logits) else self.logits.element_size()
+
+    def keep_live(self, live: Tensor, others: Tensor) -> None:
+        """Only the tokens ``live``; the gradient of the ``others`` is zero."""
+        self.index, self.tokens, self.segment = live, live.numel(), live.numel()
         if self.grad is not None:
             self.grad[self._places(others)] = 0
 
+    def gather(self) -> None:
+        """Copy each tile, so that it may hold tokens of several segments."""
+        if self.index is None and self.segment < self.tokens:
+            self.index, self.segment = torch.arange(self.tokens, device=self.logits.device), self.tokens
+
     def _places(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """An index for each leading dimension."""
-        return (tokens,) if self.folded else torch.unravel_index(tokens, self.full.shape[:-1])
+        return torch.unravel_index(tokens, self.logits.shape[:-1])
 
-    def _at(self, rows: slice) -> tuple[Tensor, ...]:
-        if self.index is not None:
-            return self._places(self.index[rows])
-        return self._places(torch.arange(rows.start, rows.stop, device=self.full.device))
+    def _view(self, full: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Tokens of one segment."""
+        which, first = divmod(rows.start, self.segment)
+        outer = [
+            size for at, size in enumerate(full.shape[:-1]) if math.prod(full.shape[at:-1]) > self.segment
+        ]
+        for depth in range(len(outer)):
+            each = math.prod(outer[depth + 1 :])
+            full, which = full[which // each], which % each
+        return flat(full)[first : first + rows.stop - rows.start, columns]
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        if not self._gathered:
-            tile = self.full[rows, columns]
-            return tile if columns_adjoin(tile) else tile.contiguous()
-        if self.folded:
-            return self.full[:, columns].index_select(0, self._at(rows)[0])
-        return self.full[..., columns][self._at(rows)].contiguous()
+        if self.index is not None:
+            return self.logits[..., columns][self._places(self.index[rows])].contiguous()
+        tile = self._view(self.logits, rows, columns)
+        return tile if columns_adjoin(tile) else tile.contiguous()
 
-    def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Optional[Tensor]:
+    def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Tensor | None:
         if self.grad is None:
             return None
-        return tile if self._gathered or not columns_adjoin(self.grad) else self.grad[rows, columns]
+        copied = self.index is not None or not columns_adjoin(self.grad)
+        return tile if copied else self._view(self.grad, rows, columns)
 
     def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
         if self.grad is None:
             return
-        if not self._gathered:
-            if not columns_adjoin(self.grad):
-                self.grad[rows, columns] = gradient
-        elif self.folded:
-            self.grad[:, columns].index_copy_(0, self._at(rows)[0], gradient)
-        else:
-            self.grad[..., columns][self._at(rows)] = gradient
+        if self.index is not None:
+            self.grad[..., columns][self._places(self.index[rows])] = gradient
+        elif not columns_adjoin(self.grad):
+            self._view(self.grad, rows, columns).copy_(gradient)
 
-    def kept_tile(self, rows: slice, ids: Tensor) -> Tensor:
-        """The logits at ``ids`` ``[rows, K]``, anything where an id is -1."""
-        return self.full[self._entries(rows, ids)]
+    def stored(self, rows: slice, ids: Tensor) -> Stored:
+        """The logits at ``ids`` ``[n, K]``, anything where an id is -1."""
+        return Stored(self.logits[self._entries(rows, ids)], None)
 
-    def backward_kept(self, gradient: Tensor, rows: slice, ids: Tensor) -> None:
+    def backward_stored(self, gradient: Tensor, rows: slice, ids: Tensor, stored: Stored) -> None:
         """The gradient at ``ids`` (0 where an id is -1), and zero everywhere else."""
         if self.grad is None:
             return
-        if self._gathered:
-            self.grad[self._at(rows)] = 0
-        else:
-            self.grad[rows].zero_()
+        self.grad[self._places(self._tokens(rows))] = 0
         self.grad.index_put_(self._entries(rows, ids), gradient.to(self.grad.dtype), accumulate=True)
 
+    def _tokens(self, rows: slice) -> Tensor:
+        if self.index is not None:
+            return self.index[rows]
+        return torch.arange(rows.start, rows.stop, device=self.logits.device)
+
     def _entries(self, rows: slice, ids: Tensor) -> tuple[Tensor, ...]:
-        return (*(place[:, None] for place in self._at(rows)), ids.clamp(min=0))
+        return (*(place[:, None] for place in self._places(self._tokens(rows))), ids.clamp(min=0))
 
     def gradients(self) -> list[Tensor]:
         return [] if self.grad is None else [self.grad]
@@ -114,30 +131,40 @@ class LogitRows:
 class HeadRows:
     """Rows of ``hidden @ weight.T + bias``: tiles are projected, their gradients go to dH, dW, db.
 
-    ``wants`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
+    ``wanted`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
     Products are accumulated in fp32 (fp64 stays): dW in place where its dtype allows, else in one
     fp32 buffer, and only when there is more than one token chunk.
     """
 
-    def __init__(self, tensors: list[Tensor], vocab: int, wants: list[bool]) -> None:
+    is_head = True
+
+    def __init__(self, tensors: list[Tensor], vocab: int, wanted: list[bool]) -> None:
         self.hidden, self.weight = tensors[0], tensors[1][:vocab]
         self.bias = tensors[2][:vocab] if len(tensors) > 2 else None
-        self.given, self.vocab, self.wants = tensors, vocab, wants + [False] * (3 - len(wants))
+        self.given, self.vocab, self.wanted = tensors, vocab, wanted + [False] * (3 - len(wanted))
         self.dtype = self.hidden.dtype
         self.tokens = self.hidden.shape[0]
-        self.index: Optional[Tensor] = None
-        self.weightless: Optional[Tensor] = None
-        self.grad_hidden: Optional[Tensor] = None
-        self.grad_weight: Optional[Tensor] = None
-        self.grad_bias: Optional[Tensor] = None
+        self.index: Tensor | None = None
+        self.weightless: Tensor | None = None
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
         self.wide = torch.float32 if self.dtype in HALF else self.dtype
 
     @property
-    def wants_gradient(self) -> bool:
-        return any(self.wants)
+    def segment(self) -> int:
+        """All tokens fold into one dimension."""
+        return self.tokens
 
     @property
-    def bytes_per_kept(self) -> int:
+    def needs_grad(self) -> bool:
+        return any(self.wanted)
+
+    def gather(self) -> None:
+        """Tiles are copies already."""
+
+    @property
+    def bytes_per_stored(self) -> int:
         """A gathered row of the lm_head, and the same in the arithmetic's dtype."""
         return self.hidden.shape[1] * (self.wide.itemsize + self.dtype.itemsize)
 
@@ -149,17 +176,17 @@ class HeadRows:
 
     @property
     def bytes_per_logit(self) -> int:
-        extra = self.dtype.itemsize if self.tile_dtype != self.dtype and any(self.wants) else 0
+        extra = self.dtype.itemsize if self.tile_dtype != self.dtype and self.needs_grad else 0
         return self.tile_dtype.itemsize + extra
 
     @property
     def dtypes(self) -> list[torch.dtype]:
         return [self.tile_dtype, self.dtype]
 
-    def keep(self, index: Tensor, others: Tensor) -> None:
-        """Only the rows ``index``; the gradient of the ``others`` is zero."""
-        self.index, self.tokens = index, index.numel()
-        self.hidden = self.hidden.index_select(0, index)
+    def keep_live(self, live: Tensor, others: Tensor) -> None:
+        """Only the tokens ``live``; the gradient of the ``others`` is zero."""
+        self.index, self.tokens = live, live.numel()
+        self.hidden = self.hidden.index_select(0, live)
 
     def leave_out(self, weightless: Tensor) -> None:
         """The rows marked ``[N]`` have a gradient of 0. Their hidden states may be anything and stay out of dW's
@@ -179,17 +206,17 @@ class HeadRows:
         tile = torch.mm(hidden, weight.t(), out_dtype=self.tile_dtype)
         return tile if bias is None else tile.add_(bias)
 
-    def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Optional[Tensor]:
-        if not any(self.wants):
+    def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Tensor | None:
+        if not self.needs_grad:
             return None
         return tile if tile.dtype == self.dtype else torch.empty_like(tile, dtype=self.dtype)
 
     def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        if self.wants[0]:
+        if self.wanted[0]:
             self._backward_hidden(gradient, rows, columns)
-        if self.wants[1]:
+        if self.wanted[1]:
             self._backward_weight(gradient, rows, columns)
-        if self.wants[2]:
+        if self.wanted[2]:
             if self.grad_bias is None:
                 wide = torch.float32 if self.dtype in HALF else self.dtype
                 self.grad_bias = gradient.new_zeros(self.vocab, dtype=wide)
@@ -232,27 +259,28 @@ class HeadRows:
             slab = target[start : start + step]
             slab.copy_(product) if first else slab.add_(product)
 
-    def kept_tile(self, rows: slice, ids: Tensor) -> Tensor:
-        """The logits at ``ids`` ``[rows, K]``, anything where an id is -1, in fp32 or fp64."""
+    def stored(self, rows: slice, ids: Tensor) -> Stored:
+        """The logits at ``ids`` ``[n, K]``, anything where an id is -1, in fp32 or fp64."""
         ids = ids.clamp(min=0)
-        self._gathered = F.embedding(ids, self.weight).to(self.wide)
-        tile = torch.bmm(self._gathered, self.hidden[rows].to(self.wide)[:, :, None])[:, :, 0]
-        return tile if self.bias is None else tile + self.bias[ids].to(self.wide)
+        lm_head_rows = F.embedding(ids, self.weight).to(self.wide)
+        logits = torch.bmm(lm_head_rows, self.hidden[rows].to(self.wide)[:, :, None])[:, :, 0]
+        return Stored(logits if self.bias is None else logits + self.bias[ids].to(self.wide), lm_head_rows)
 
-    def backward_kept(self, gradient: Tensor, rows: slice, ids: Tensor) -> None:
-        """The gradient at ``ids`` (0 where an id is -1) of the last ``kept_tile``."""
+    def backward_stored(self, gradient: Tensor, rows: slice, ids: Tensor, stored: Stored) -> None:
+        """The gradient at ``ids`` (0 where an id is -1). It overwrites ``stored``'s rows of the lm_head."""
+        assert stored.lm_head_rows is not None
         ids = ids.clamp(min=0).flatten()
-        if self.wants[0]:
+        if self.wanted[0]:
             if self.grad_hidden is None:
                 self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
-            self.grad_hidden[rows] = torch.bmm(gradient[:, None], self._gathered)[:, 0].to(self.dtype)
-        if self.wants[1]:
+            self.grad_hidden[rows] = torch.bmm(gradient[:, None], stored.lm_head_rows)[:, 0].to(self.dtype)
+        if self.wanted[1]:
             if self.grad_weight is None:
                 self.grad_weight = self.weight.new_zeros(self.given[1].shape, dtype=self.wide)
             hidden = self._weighed(rows).to(self.wide)[:, None]
-            products = torch.mul(gradient[:, :, None], hidden, out=self._gathered)
+            products = torch.mul(gradient[:, :, None], hidden, out=stored.lm_head_rows)
             _add_rows(self.grad_weight, ids, products.flatten(0, 1))
-        if self.wants[2]:
+        if self.wanted[2]:
             if self.grad_bias is None:
                 self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
             _add_rows(self.grad_bias, ids, gradient.flatten())
@@ -261,13 +289,13 @@ class HeadRows:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
         grads = []
         for tensor, grad, want in zip(
-            self.given, (self.grad_hidden, self.grad_weight, self.grad_bias), self.wants
+            self.given, (self.grad_hidden, self.grad_weight, self.grad_bias), self.wanted
         ):
             if want:
                 grads.append(self._complete(tensor, grad))
         return grads
 
-    def _complete(self, tensor: Tensor, grad: Optional[Tensor]) -> Tensor:
+    def _complete(self, tensor: Tensor, grad: Tensor | None) -> Tensor:
         if grad is None or not self.tokens:
             return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         if tensor is self.given[0] and self.index is not None:

@@ -15,26 +15,31 @@ MIN_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of ``rows`` tokens by ``columns`` vocabulary entries; columns == vocab: no recompute."""
+    """Tiles of ``rows`` tokens by ``columns`` vocabulary entries; columns == vocab: no recompute.
+
+    No tile has tokens of two segments; there are ``segment`` tokens in each.
+    """
 
     tokens: int
     vocab: int
     rows: int
     columns: int
+    segment: int
 
     @property
     def one_tile_per_row(self) -> bool:
         return self.columns >= self.vocab
 
     def row_chunks(self) -> Iterator[slice]:
-        return _chunks(self.tokens, self.rows)
+        for segment in _chunks(0, self.tokens, self.segment):
+            yield from _chunks(segment.start, segment.stop, self.rows)
 
     def column_chunks(self) -> Iterator[slice]:
-        return _chunks(self.vocab, self.columns)
+        return _chunks(0, self.vocab, self.columns)
 
 
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def _chunks(begin: int, end: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, end)) for start in range(begin, end, size))
 
 
 def _balanced(total: int, most: int) -> int:
@@ -43,27 +48,43 @@ def _balanced(total: int, most: int) -> int:
     return -(-total // max(parts, 1)) if total else 1
 
 
-def plan(*, tokens: int, vocab: int, bytes_per_logit: int, chunk_bytes: int, bytes_per_row: int = 0) -> Plan:
+def plan(
+    *,
+    tokens: int,
+    vocab: int,
+    bytes_per_logit: int,
+    chunk_bytes: int,
+    bytes_per_row: int = 0,
+    segment: int | None = None,
+) -> Plan:
     """The tiles for ``[tokens, vocab]`` logits that cost ``bytes_per_logit`` each, and a token
-    ``bytes_per_row`` beside.
+    ``bytes_per_row`` beside. ``segment`` tokens, or all, can lie in one tile.
 
     Token chunks where at least MIN_ROWS rows (or all of them) fit, vocabulary chunks otherwise.
     ``bytes_per_logit=0`` means that tiles are views and cost nothing: one tile.
 
     >>> plan(tokens=512, vocab=32768, bytes_per_logit=8, chunk_bytes=2**26)
-    Plan(tokens=512, vocab=32768, rows=256, columns=32768)
+    Plan(tokens=512, vocab=32768, rows=256, columns=32768, segment=512)
     >>> plan(tokens=512, vocab=32768, bytes_per_logit=8, chunk_bytes=2**20)
-    Plan(tokens=512, vocab=32768, rows=512, columns=256)
+    Plan(tokens=512, vocab=32768, rows=512, columns=256, segment=512)
     """
+    together = max(tokens if segment is None else min(segment, tokens), 1)
+    rows, columns = _tile(together, vocab, bytes_per_logit, bytes_per_row, chunk_bytes)
+    return Plan(tokens, vocab, _balanced(together, rows), _balanced(vocab, columns), together)
+
+
+def _tile(
+    tokens: int, vocab: int, bytes_per_logit: int, bytes_per_row: int, chunk_bytes: int
+) -> tuple[int, int]:
+    """The most rows and columns."""
     whole_row = bytes_per_logit * vocab + bytes_per_row
-    if whole_row == 0 or tokens == 0:
-        return Plan(tokens, vocab, max(tokens, 1), vocab)
+    if whole_row == 0:
+        return tokens, vocab
     rows = chunk_bytes // whole_row
     if rows >= min(tokens, MIN_ROWS) or bytes_per_logit == 0:
-        return Plan(tokens, vocab, _balanced(tokens, rows), vocab)
+        return rows, vocab
     # What rows cost beside their logits gets at most half of the budget.
     most = min(tokens, max(chunk_bytes // 2 // bytes_per_row, 1)) if bytes_per_row else tokens
     logits = max((chunk_bytes - most * bytes_per_row) // bytes_per_logit, 1)
     columns = max(logits // most, min(MIN_COLUMNS, vocab, logits))
-    rows = min(max(logits // columns, 1), most)
-    return Plan(tokens, vocab, _balanced(tokens, rows), _balanced(vocab, columns))
+    return min(max(logits // columns, 1), most), columns

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ..core import autograd
+from ..core import scaling
 
 #: Elements of a piece. On a CPU a piece stays in cache; elsewhere it is large enough to hide the kernel launches.
 _PIECE = {"cpu": 2**20}
@@ -123,12 +123,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not autograd._tracing(arriving):
+    if torch.is_grad_enabled() and not scaling.tracing(arriving):
         raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
     x, t, mask = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
     arriving = arriving.expand(x.shape)
-    if autograd._batched(arriving):  # torch has a rule for its own functions only
+    if scaling.batched(arriving):  # is_grads_batched=True has rules for torch's own functions only
         slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
         made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
     else:

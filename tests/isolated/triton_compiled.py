@@ -19,7 +19,8 @@ from benchmarks.compile_triton import (
     offline,
     usages,
 )
-from kdkernels.backends.spec import Spec
+from kdkernels.backends.protocol import Gradients, Tile
+from kdkernels.backends.spec import OUTPUTS, Asked, Spec
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.divergences import NoDivergence
 
@@ -91,32 +92,47 @@ def variants():
 
 
 def test_numbers_and_shapes_compile_nothing_anew():
-    options = [
-        dict(temperature=t, soft_weight=w, hard_weight=h)
-        for t, w, h in [(2.0, 1.0, 0.5), (3.5, 0.0, 1.0), (0.7, 2.0, 1e-3)]
-    ]
     with offline("sm_90"):
-        for i, numbers in enumerate(options):
+        for beta in (0.1, 0.3, 0.5):
             for rows, columns in [(400, 100_000), (401, 128_256), (4_096, 40_000)]:
                 for chunked in (False, True):
-                    call(
-                        kd.JSD(0.1 + 0.2 * i),
-                        BF16,
-                        BF16,
-                        rows=rows,
-                        columns=columns,
-                        chunked=chunked,
-                        **numbers,
-                    )
+                    shape = dict(rows=rows, columns=columns, chunked=chunked)
+                    call(kd.JSD(beta), BF16, BF16, **shape, **EVERYTHING)
         assert variants() == {"fused": 1, "fold": 1, "merge": 1, "value": 1, "merge_value": 1, "gradient": 1}
-        call(kd.JSD(0.5), BF16, BF16, temperature=2.0, hard_weight=0.5, rows=400, columns=100_001)
+        call(kd.JSD(0.5), BF16, BF16, rows=400, columns=100_001, **EVERYTHING)
         assert variants()["fused"] == 2  # rows that do not end on 16 bytes
 
 
-def test_strides_and_addresses_compile_nothing_anew():
+def test_annealed_alpha_beta_compiles_nothing_anew():
+    """Where its corners lie is a number too."""
+    with offline("sm_90"):
+        for numbers in [(0.2, 0.7), (0.5, -0.5), (0.0, 0.5), (-0.3, 1.0)]:
+            call(kd.AlphaBeta(*numbers), BF16, BF16)
+        assert variants() == {"fused": 1}
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_strides_and_addresses_compile_nothing_anew(per_row):
+    """One temperature for all rows or one for each is a stride as well."""
     store = torch.empty(300 * 60_000, dtype=BF16)
+    temperature = torch.ones(200 if per_row else 1, dtype=torch.float64)
+    numbers, weights = torch.zeros(2, dtype=torch.float64), torch.ones(200, OUTPUTS, dtype=torch.float64)
+    spec = Spec(kind=kd.ForwardKL().kind, asked=Asked.SOFT, tempered=1)
     with offline("sm_90"):
         for start, stride in [(0, 50_000), (8, 50_000), (16, 50_008), (64, 59_992)]:
             s = store[start:].as_strided((200, 50_000), (stride, 1))
-            launch.fused(s, s, None, torch.ones(200), spec=Spec(kd.ForwardKL()), grad=s, teacher_grad=None)
+            for given in (temperature, torch.ones(1, dtype=torch.float64)):
+                launch.fused(Tile(s, s, None, given, numbers, 0, 50_000), weights, spec, Gradients(s, None))
         assert variants()["fused"] == 1
+
+
+def test_statistics_that_nobody_asked_for_are_not_computed():
+    """Two sums of products and two top columns fewer: seen in the loads and the products of the first pass."""
+    instructions = []
+    for stats in (0, 1):
+        with offline("sm_90") as compiled:
+            call(kd.ForwardKL(), BF16, BF16, chunked=True, asked=Asked.SOFT, stats=stats)
+        fold = next(kernel for kernel in compiled if kernel.metadata.name == "fold")
+        lines = fold.asm["ptx"].splitlines()
+        instructions.append([sum(word in line for line in lines) for word in ("ld.global", "max.f32")])
+    assert all(few < many for few, many in zip(*instructions))

@@ -15,20 +15,20 @@ from kdkernels.backends.triton import divergences, kernels, rows, state
 
 
 @triton.jit
-def no_tail_mask(pointer, columns, inside, gain, cap, MAP: tl.constexpr, POLICY: tl.constexpr):
+def no_tail_mask(side, columns, inside, MAP: tl.constexpr, POLICY: tl.constexpr):
     """What lies beyond a row's end counts, without being touched."""
-    raw = tl.load(pointer + columns, mask=inside, other=0.0)
-    return rows.mapped(raw.to(tl.float32), gain, cap, MAP)
+    raw = tl.load(side.row + columns, mask=inside, other=0.0)
+    return rows.mapped(raw.to(tl.float32), side.map, MAP)
 
 
 @triton.jit
-def no_rescale(F: tl.constexpr, r, m_s, m_t, factor):
-    return state.raised(r, m_s, m_t, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0)
+def no_rescale(F: tl.constexpr, old, new, factor):
+    return state.Rise(old * 0.0, old * 0.0 + 1.0, old * 0.0 + 1.0)
 
 
 @triton.jit
-def no_rescale_in_the_merge(r, m_s, m_t, temperature):
-    return state.raised(r, m_s, m_t, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0)
+def no_rescale_in_the_merge(old, new, temperature):
+    return state.Rise(old * 0.0, old * 0.0 + 1.0, old * 0.0 + 1.0)
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def no_shift(total, decay):
 
 
 @triton.jit
-def no_label(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
+def no_label(side, label, span, MAP: tl.constexpr):
     return (label * 0).to(tl.float64)
 
 
@@ -47,19 +47,19 @@ def no_mask(F: tl.constexpr, labels, row, offset):
 
 
 @triton.jit
-def no_softcap_backward(grad, z, gain, cap, MAP: tl.constexpr):
+def no_softcap_backward(grad, z, m, MAP: tl.constexpr):
     return grad
 
 
 @triton.jit
-def zero_gradient(F: tl.constexpr, p, q, x, log_p, log_q, numbers, disagree):
-    return divergences.terms(F, p, q, x, log_p, log_q, numbers, disagree)[0], q * 0.0
+def zero_gradient(F: tl.constexpr, p, q, x, log_p, log_q, parameters, disagree):
+    return divergences.terms(F, p, q, x, log_p, log_q, parameters, disagree)[0], q * 0.0
 
 
 MUTATIONS = {
     "no tail mask": (rows, "_logits", no_tail_mask),
-    "no rescale": (state, "_lifted", no_rescale),
-    "no rescale in the merge": (state, "_risen", no_rescale_in_the_merge),
+    "no rescale": (state, "lane_rise", no_rescale),
+    "no rescale in the merge": (state, "row_rise", no_rescale_in_the_merge),
     "no shift of the moments": (state, "faded", no_shift),
     "no label": (rows, "_label_logit", no_label),
     "no mask": (kernels, "_label", no_mask),

@@ -21,7 +21,8 @@ from test_conformance import (  # noqa: F401  (they need nothing but the backend
 )
 
 import kdkernels as kd
-from kdkernels.backends.spec import Spec
+from kdkernels.backends.protocol import Tile
+from kdkernels.backends.spec import Asked, Spec
 from kdkernels.backends.triton import launch
 from kdkernels.commands.verify import DIVERGENCES
 
@@ -46,6 +47,12 @@ def divergence(request):
 def backend():
     with kd.use_backend("triton"):
         yield "triton"
+
+
+def tiles(student, teacher, divergence):
+    one, numbers = torch.ones(1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    tile = Tile(student, teacher, None, one, numbers, 0, student.shape[1])
+    return launch._Tiles(tile, Spec(kind=divergence.kind, asked=Asked.SOFT))
 
 
 def check(problem, dtype=F32, **options):
@@ -87,7 +94,7 @@ def test_models_that_agree(divergence):
 @pytest.mark.parametrize("vocab", [40_000, 33_001])
 @pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.3)], ids=str)
 def test_rows_of_many_large_blocks(divergence, vocab):
-    assert vocab > launch._Tiles(torch.empty(9, vocab), None, None, Spec(divergence)).tile
+    assert vocab > tiles(torch.empty(9, vocab), None, divergence).tile
     check(Problem(vocab=vocab, shape=(1, 5), ignored=3), divergence=divergence)
 
 
@@ -242,8 +249,8 @@ class TestFewRows:
 
     def test_parts(self, divergence):
         problem = Problem(vocab=9000, shape=(1, 2), ignored=0)
-        tiles = launch._Tiles(problem.student[0][0], problem.teacher[0][0], None, Spec(divergence))
-        assert tiles.few and tiles.parts[0] > 2
+        made = tiles(problem.student[0][0], problem.teacher[0][0], divergence)
+        assert made.few and made.parts[0] > 2
         check(problem, divergence=divergence)
 
     def test_parts_with_everything(self):

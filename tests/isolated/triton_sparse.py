@@ -68,14 +68,14 @@ def test_logit_maps(backend):
     logit_maps(backend, "bucket", dict(softcap=4.0, logit_scale=-2.0))
 
 
-def test_whole_vocabulary_is_kept(backend):
+def test_whole_vocabulary_is_stored(backend):
     problem = SparseProblem(vocab=40, slots=40, messy=False, shape=(1, 6), ignored=1)
     conforms(problem, backend, hard_weight=0.5)
 
 
 @pytest.mark.parametrize("gap", [20.0, 200.0])
-def test_kept_mass_near_one(backend, gap):
-    """Kept logits far above the rest, which keeps its digits."""
+def test_stored_mass_near_one(backend, gap):
+    """Stored logits far above the rest, which keeps its digits."""
     student = torch.randn(3, 3000)
     student[:, 5:9] += gap
     ids = torch.tensor([[5, 6, 7, 8]] * 3)
@@ -91,7 +91,7 @@ def test_kept_mass_near_one(backend, gap):
     assert torch.isclose(loss.double(), truth, rtol=1e-5) and relative(grad, true_grad) < 3e-6
 
 
-def test_ties_between_kept_and_rest(backend):
+def test_ties_between_stored_and_rest(backend):
     """The student's top-1 token is the first of equals, wherever they are."""
     student = torch.zeros(4, 600)
     student[0, [3, 4]] = student[1, [4, 5]] = student[2, [100, 590]] = student[3, [4, 599]] = 9.0
@@ -105,16 +105,18 @@ def test_ties_between_kept_and_rest(backend):
 
 
 @triton.jit
-def nothing_left_out(z, columns, ids, slot, slots, end):
+def nothing_left_out(z, columns, at, slot, end):
     return z, slot
 
 
 @triton.jit
-def nothing_kept(g, columns, ids, kept, slot, begin, weight):
+def nothing_stored(g, columns, at, slot, begin, weight):
     return g, slot
 
 
-@pytest.mark.parametrize("name,mutation", [("_without", nothing_left_out), ("_with_kept", nothing_kept)])
+@pytest.mark.parametrize(
+    "name,mutation", [("_without_stored", nothing_left_out), ("_with_stored", nothing_stored)]
+)
 def test_mutation_is_seen(backend, monkeypatch, name, mutation):
     problem = SparseProblem(vocab=1500, **SMALL)
     conforms(problem, backend)

@@ -11,9 +11,19 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..spec import Spec
+
+if TYPE_CHECKING:
+    from .launch import accumulate as accumulate
+    from .launch import accumulate_value as accumulate_value
+    from .launch import fused as fused
+    from .launch import fused_sparse as fused_sparse
+    from .launch import gradient as gradient
+    from .launch import scale_ as scale_
 
 name = "triton"
 _ENTRY_POINTS = ("fused", "fused_sparse", "accumulate", "accumulate_value", "gradient", "scale_")
@@ -25,7 +35,7 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():
@@ -33,7 +43,9 @@ def why_not() -> Optional[str]:
     return None
 
 
-def cannot(device: torch.device, dtypes: list[torch.dtype]) -> Optional[str]:
+def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str | None:
+    if problem := spec.why_no_kernel():
+        return problem
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it serves cuda tensors, not {device.type}"
     odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
@@ -45,7 +57,7 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
 
 
 def __getattr__(attribute: str) -> Any:
-    """The entry points, of eager's signatures, and ``scale_``."""
+    """The entry points of the waist, and ``scale_``."""
     if attribute not in _ENTRY_POINTS:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
     return getattr(importlib.import_module(".launch", __name__), attribute)

@@ -1,19 +1,21 @@
 """What each divergence is, once for Triton: the pointwise phi and q_psi = q dphi/dq.
 
 ``terms`` sees p, q, x = log(p / q), log p and log q and returns both at once; what a caller does not
-use the compiler drops. As in ``kdkernels/divergences.py``, q_psi is defined up to c * q and chosen to
-be exactly 0 at x = 0; but in a row of which p and q ``disagree``, where SkewKL has another constant. x is +-inf where one side is padding and NaN where both are: there p = q = 0.
+use the compiler drops. As in ``kdkernels/divergences.py``, q_psi is defined up to c * q and chosen to be
+exactly 0 at x = 0. SkewKL has another constant in a row of which p and q ``disagree``. x is +-inf where one
+side is padding and NaN where both are: there p = q = 0.
 
-``F.kind`` is the divergence's code and ``F.variant`` what else changes its formula: whether the
-mixture is detached, or how alpha-beta's corners lie. The parameters are run-time numbers.
+``F.kind`` chooses the formula. The parameters are numbers in memory, so annealing one compiles nothing anew.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .state import times
 
-#: Codes of kdkernels/divergences.py and csrc/spec.h.
+#: Kinds of kdkernels/divergences.py and csrc/spec.h.
 FORWARD_KL = tl.constexpr(1)
 REVERSE_KL = tl.constexpr(2)
 JSD = tl.constexpr(3)
@@ -22,6 +24,7 @@ SKEW_REVERSE_KL = tl.constexpr(5)
 TOTAL_VARIATION = tl.constexpr(6)
 ALPHA_BETA = tl.constexpr(7)
 MIXED = tl.constexpr(8)
+SKEW_REVERSE_KL_DETACHED = tl.constexpr(9)
 
 #: Probabilities below it no longer count; a quotient by it, and its logarithm, stay finite.
 TINY = tl.constexpr(1e-30)
@@ -58,13 +61,13 @@ def _mixture(a, b):
 
 @triton.jit
 def _jsd(p, q, beta):
-    keep = 1.0 - beta
+    complement = 1.0 - beta
     bp = beta * p
-    kq = keep * q
-    m = _mixture(bp, kq)
+    cq = complement * q
+    m = _mixture(bp, cq)
     d = p - q
-    q_psi = kq * _log_ratio(q, m, -beta * d)
-    return bp * _log_ratio(p, m, keep * d) + q_psi, q_psi
+    q_psi = cq * _log_ratio(q, m, -beta * d)
+    return bp * _log_ratio(p, m, complement * d) + q_psi, q_psi
 
 
 # SkewKL's psi is -p / m, to which 1 is added: 0 where p = q. But the slope, sum q p / m, is at least the mass that p
@@ -73,19 +76,19 @@ def _jsd(p, q, beta):
 
 @triton.jit
 def _skew_kl(p, q, alpha, disagree):
-    keep = 1.0 - alpha
-    kq = keep * q
-    m = _mixture(alpha * p, kq)
-    d = keep * (q - p)
-    return d + p * _log_ratio(p, m, -d), kq * (tl.where(disagree, -p, d) / m)
+    complement = 1.0 - alpha
+    cq = complement * q
+    m = _mixture(alpha * p, cq)
+    d = complement * (q - p)
+    return d + p * _log_ratio(p, m, -d), cq * (tl.where(disagree, -p, d) / m)
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, alpha, DETACHED: tl.constexpr):
-    keep = 1.0 - alpha
+    complement = 1.0 - alpha
     aq = alpha * q
-    m = _mixture(aq, keep * p)
-    d = keep * (p - q)
+    m = _mixture(aq, complement * p)
+    d = complement * (p - q)
     q_log = q * _log_ratio(q, m, -d)
     q_psi = q_log
     if not DETACHED:
@@ -105,41 +108,62 @@ def _total_variation(p, q):
 # differ by a x, b x or s x, so which is the highest and which the lowest depends on the sign of x alone.
 
 
-#
-# The corners are numbered 0, 1, 2 in this order; the variant is three times the lowest one where x > 0, and the highest.
+class Corner(NamedTuple):
+    """An argument of exp as a combination of the logarithms: of_p log p + of_q log q."""
+
+    of_p: tl.tensor
+    of_q: tl.tensor
+
+
+class Corners(NamedTuple):
+    """Alpha-beta's corners where x > 0, and how they part per |x|."""
+
+    low: Corner
+    high: Corner
+    upper: tl.tensor  # from the highest to the middle one
+    lower: tl.tensor  # from the middle one to the lowest
+    width: tl.tensor
+    inner: tl.tensor  # the middle one beside the center of the outer two
+    alpha: tl.tensor  # between the two corners of q_psi
+    below_high: tl.tensor  # whether the highest corner is not one of q_psi's two
+    above_low: tl.tensor
 
 
 @triton.jit
-def _place(CORNER: tl.constexpr, a, sum_ab):
-    """What x is multiplied by from s log q to the corner."""
-    if CORNER == 0:
-        return a * 0.0
-    elif CORNER == 1:
-        return a
-    else:
-        return sum_ab
+def _ordered(a, b):
+    swap = a.of_p > b.of_p
+    first = Corner(tl.where(swap, b.of_p, a.of_p), tl.where(swap, b.of_q, a.of_q))
+    return first, Corner(tl.where(swap, a.of_p, b.of_p), tl.where(swap, a.of_q, b.of_q))
 
 
 @triton.jit
-def _power(CORNER: tl.constexpr, log_p, log_q, a, b, sum_ab):
-    """exp of the corner. exp(100) is inf in fp32, and 0^0 is 1."""
-    if CORNER == 0:
-        exponent = times(sum_ab, log_q)
-    elif CORNER == 1:
-        exponent = times(a, log_p) + times(b, log_q)
-    else:
-        exponent = times(sum_ab, log_p)
-    return tl.exp(tl.minimum(exponent, 100.0))
+def _nonzero(number):
+    """0 where it is next to nothing, which changes nothing of what is finite; fp32."""
+    return tl.where(tl.abs(number) > TINY, number, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _over(ONE: tl.constexpr, OTHER: tl.constexpr, distance, a, b, sum_ab):
-    """With the rate r at which two corners part: e^(-r distance), and its integral over the distance."""
-    rate = tl.abs(sum_ab)
-    if ONE + OTHER == 1:
-        rate = tl.abs(a)
-    if ONE + OTHER == 3:
-        rate = tl.abs(b)
+def _corners(a, b):
+    total, zero = a + b, a * 0.0
+    low, middle = _ordered(Corner(zero, total), Corner(a, b))
+    middle, high = _ordered(middle, Corner(total, zero))
+    low, middle = _ordered(low, middle)
+    return Corners(
+        low=Corner(_nonzero(low.of_p), _nonzero(low.of_q)),
+        high=Corner(_nonzero(high.of_p), _nonzero(high.of_q)),
+        upper=_nonzero(high.of_p - middle.of_p),
+        lower=_nonzero(middle.of_p - low.of_p),
+        width=_nonzero(high.of_p - low.of_p),
+        inner=_nonzero(middle.of_p - 0.5 * (low.of_p + high.of_p)),
+        alpha=_nonzero(tl.abs(a)),
+        below_high=total >= tl.maximum(a, 0.0),
+        above_low=total <= tl.minimum(a, 0.0),
+    )
+
+
+@triton.jit
+def _decayed(rate, distance):
+    """e^(-rate distance), and its integral over the distance."""
     y = times(rate, distance)
     series = 1.0 / 120.0 - y * (1.0 / 720.0 - y * (1.0 / 5040.0 - y * (1.0 / 40320.0)))
     series = 0.5 - y * (1.0 / 6.0 - y * (1.0 / 24.0 - y * series))
@@ -160,39 +184,41 @@ def _near(x, h, t):
 
 
 @triton.jit
-def _alpha_beta(p, q, x, log_p, log_q, a, b, sum_ab, VARIANT: tl.constexpr):
-    LOW: tl.constexpr = VARIANT // 3
-    HIGH: tl.constexpr = VARIANT % 3
-    MIDDLE: tl.constexpr = 3 - LOW - HIGH
+def _alpha_beta(p, q, x, log_p, log_q, c):
     padding = (x != x) & (p == 0.0) & (q == 0.0)
     x = tl.where(padding, 0.0, x)
     log_p, log_q = tl.where(padding, 0.0, log_p), tl.where(padding, 0.0, log_q)
     rising, distance = x > 0.0, tl.abs(x)
-    peak = tl.where(rising, _power(HIGH, log_p, log_q, a, b, sum_ab), _power(LOW, log_p, log_q, a, b, sum_ab))
+    of_p, of_q = tl.where(rising, c.high.of_p, c.low.of_p), tl.where(rising, c.high.of_q, c.low.of_q)
+    # exp(100) is inf in fp32, and 0^0 is 1.
+    peak = tl.exp(tl.minimum(times(of_p, log_p) + times(of_q, log_q), 100.0))
     # From the highest corner to the middle one, and from there to the lowest.
-    upper_left, upper = _over(HIGH, MIDDLE, distance, a, b, sum_ab)
-    lower_left, lower = _over(MIDDLE, LOW, distance, a, b, sum_ab)
+    upper_left, upper = _decayed(c.upper, distance)
+    lower_left, lower = _decayed(c.lower, distance)
     left = tl.where(rising, upper_left, lower_left)
     first, second = tl.where(rising, upper, lower), tl.where(rising, lower, upper)
-    low, middle, high = _place(LOW, a, sum_ab), _place(MIDDLE, a, sum_ab), _place(HIGH, a, sum_ab)
-    width = high - low
-    reach = times(width, distance)
-    near = _near(x, 0.5 * reach, times(middle - 0.5 * (low + high), x))
-    apart = (first - times(left, second)) / tl.where(width == 0.0, 1.0, width)
+    reach = times(c.width, distance)
+    near = _near(x, 0.5 * reach, times(c.inner, x))
+    apart = (first - times(left, second)) / tl.where(c.width == 0.0, 1.0, c.width)
     phi = times(peak, tl.where(reach < 0.75, near, apart))
-    if HIGH + MIDDLE == 1:  # the two corners of q_psi
-        slope = tl.where(rising, upper, times(left, upper))
-    elif MIDDLE + LOW == 1:
-        slope = tl.where(rising, times(left, lower), lower)
-    else:
-        slope = _over(HIGH, LOW, distance, a, b, sum_ab)[1]
+    slope = _decayed(c.alpha, distance)[1]
+    slope = tl.where(tl.where(rising, c.below_high, c.above_low), times(left, slope), slope)
     q_psi = times(peak, tl.where(rising, -slope, slope))
     # Between equals (padding too) both are 0, whatever overflows.
     return tl.where(x == 0.0, 0.0, phi), tl.where(x == 0.0, 0.0, q_psi)
 
 
 @triton.jit
-def terms(F: tl.constexpr, p, q, x, log_p, log_q, numbers, disagree):
+def load_parameters(F: tl.constexpr, pointer):
+    """The divergence's numbers as :func:`terms` reads them: alpha-beta's corners, else one fp32 number."""
+    if F.kind == ALPHA_BETA:
+        return _corners(tl.load(pointer), tl.load(pointer + 1))
+    else:
+        return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def terms(F: tl.constexpr, p, q, x, log_p, log_q, parameters, disagree):
     """(phi, q_psi) of a tile of one row."""
     if F.kind == FORWARD_KL:
         return times(p, x), q - p
@@ -200,16 +226,18 @@ def terms(F: tl.constexpr, p, q, x, log_p, log_q, numbers, disagree):
         reverse = times(q, -x)
         return reverse, reverse
     elif F.kind == JSD:
-        return _jsd(p, q, numbers.first)
+        return _jsd(p, q, parameters)
     elif F.kind == SKEW_KL:
-        return _skew_kl(p, q, numbers.first, disagree)
+        return _skew_kl(p, q, parameters, disagree)
     elif F.kind == SKEW_REVERSE_KL:
-        return _skew_reverse_kl(p, q, numbers.first, F.variant)
+        return _skew_reverse_kl(p, q, parameters, False)
+    elif F.kind == SKEW_REVERSE_KL_DETACHED:
+        return _skew_reverse_kl(p, q, parameters, True)
     elif F.kind == TOTAL_VARIATION:
         return _total_variation(p, q)
     elif F.kind == ALPHA_BETA:
-        return _alpha_beta(p, q, x, log_p, log_q, numbers.first, numbers.second, numbers.sum, F.variant)
+        return _alpha_beta(p, q, x, log_p, log_q, parameters)
     else:
         tl.static_assert(F.kind == MIXED)
-        reverse = times(q, -x) * (1.0 - numbers.first)
-        return times(p, x) * numbers.first + reverse, numbers.first * (q - p) + reverse
+        reverse = times(q, -x) * (1.0 - parameters)
+        return times(p, x) * parameters + reverse, parameters * (q - p) + reverse

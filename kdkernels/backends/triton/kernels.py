@@ -7,47 +7,97 @@ kernel       a program            does
 fused        rows, one by one     results and gradients of whole rows
 fold         (row, part)          the state of one part of a row's columns
 merge        a vector of rows     the parts' states into the rows' states, in order
-value        (row, part)          second pass of one part: value and slope
-merge_value  a vector of rows     the parts' values and slopes into the rows' states, in order
+value        (row, part)          second pass of one part: value and sum_q_psi
+merge_value  a vector of rows     the parts' values into the rows' states, in order
 finish       a vector of rows     results from finished states
 gradient     (row, part)          the gradient of one part from the finished state
 scale        tiles, one by one    a finished gradient times a number that only the GPU knows
 ============ ==================== ==========================================================
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
-from .divergences import REVERSE_KL
-from .rows import Emission, divergence, fold_row, gradient_row, row_pointer, value_row, zero_row
-from .state import COLUMNS, VALUE, RowState, load_state, merged, store_state, times
+from .. import spec
+from .divergences import REVERSE_KL, load_parameters
+from .rows import (
+    GradRows,
+    Matrix,
+    Row,
+    Side,
+    Span,
+    Stored,
+    Weights,
+    divergence,
+    fold_row,
+    row_pointer,
+    value_row,
+    write_gradient,
+    write_zeros,
+)
+from .state import COLUMNS, LOG2E, SUM_Q_PSI, VALUE, load_state, merged, store_state, with_value
 
-RESULTS = tl.constexpr(6)
+SOFT = tl.constexpr(spec.Output.SOFT)
+LABEL = tl.constexpr(spec.Output.LABEL)
+SMOOTH = tl.constexpr(spec.Output.SMOOTH)
+LSE_SQUARED = tl.constexpr(spec.Output.LSE_SQUARED)
+TEACHER_LABEL = tl.constexpr(spec.Output.TEACHER_LABEL)
+STUDENT_ENTROPY = tl.constexpr(spec.Result.STUDENT_ENTROPY)
+TEACHER_ENTROPY = tl.constexpr(spec.Result.TEACHER_ENTROPY)
+AGREEMENT = tl.constexpr(spec.Result.AGREEMENT)
+OUTPUTS = tl.constexpr(spec.OUTPUTS)
+RESULTS = tl.constexpr(spec.RESULTS)
+
+
+def _kernel(function):
+    """jit, with nothing specialised but what Flags says: no new code for another size or address."""
+    given = inspect.signature(function).parameters.values()
+    return triton.jit(function, do_not_specialize=[p.name for p in given if p.annotation is not tl.constexpr])
 
 
 @triton.jit
-def _results(F: tl.constexpr, r, vocab, numbers):
-    """soft, hard, student entropy, teacher entropy, agreement, teacher's hard term."""
-    zero = r.z_s * 0.0
-    soft, hard, teacher_entropy, agreement, teacher_hard = zero, zero, zero, zero, zero
+def _entropy(side):
+    return tl.log(side.sum_exp) - side.sum_exp_shift / side.sum_exp
+
+
+@triton.jit
+def _label_loss(side):
+    """The reference's distance to the label first: both may be far from 0, where a sum has no digits left."""
+    return (side.reference - side.label_logit) + tl.log(side.sum_exp_t1)
+
+
+@triton.jit
+def _results(F: tl.constexpr, r, vocab):
+    """In the order of Output and Result; 0 where nobody asked."""
+    s, t = r.student, r.teacher
+    zero = s.reference * 0.0
+    soft, label, smooth, lse_squared, teacher_label = zero, zero, zero, zero, zero
+    student_entropy, teacher_entropy, agreement = zero, zero, zero
     if F.kind:
         soft = divergence(F, r)
-        teacher_entropy = tl.log(r.z_t) - r.e_t / r.z_t
-        agreement = tl.where(r.arg_s == r.arg_t, 1.0, zero)
-    if F.hard:
-        # The maximum's distance to the label first: both may be far from 0, where a sum has no digits left.
-        lse, hard = r.m_s + tl.log(r.z1_s), (r.m_s - r.label_s) + tl.log(r.z1_s)
+    if F.label:
+        label = _label_loss(s)
+    if F.smooth or F.lse_squared:
+        lse = s.reference + tl.log(s.sum_exp_t1)
         if F.smooth:
-            hard = times(1.0 - numbers.smoothing, hard) + numbers.smoothing * (lse - r.sum_s / vocab)
-        hard += numbers.z_loss * lse * lse
-    if F.teacher_hard:
-        teacher_hard = (r.m_t - r.label_t) + tl.log(r.z1_t)
-    return soft, hard, tl.log(r.z_s) - r.e_s / r.z_s, teacher_entropy, agreement, teacher_hard
+            smooth = lse - s.sum_logits / vocab
+        if F.lse_squared:
+            lse_squared = lse * lse
+    if F.teacher_label:
+        teacher_label = _label_loss(t)
+    if F.stats:
+        student_entropy = _entropy(s)
+        if F.teacher:
+            teacher_entropy = _entropy(t)
+            agreement = tl.where(s.top_index == t.top_index, 1.0, zero)
+    return (soft, label, smooth, lse_squared, teacher_label, student_entropy, teacher_entropy, agreement)
 
 
 @triton.jit
 def _label(F: tl.constexpr, labels, row, offset):
-    """The label's column in the tile, and whether the row is live."""
+    """The label's column in the tile, and whether the row takes part."""
     label, live = -1, True
     if F.labels:
         given = tl.load(labels + row)
@@ -56,82 +106,65 @@ def _label(F: tl.constexpr, labels, row, offset):
 
 
 @triton.jit
-def _weight(weights, row, live):
-    return tl.where(live, tl.load(weights + row).to(tl.float64), 0.0)
+def _weight(pointer, live, ASKED: tl.constexpr):
+    weight = tl.cast(0.0, tl.float64)
+    if ASKED:
+        weight = tl.where(live, tl.load(pointer), 0.0)
+    return weight
 
 
 @triton.jit
-def _rows(
-    F: tl.constexpr,
-    student,
-    student_stride,
-    teacher,
-    teacher_stride,
-    grad,
-    grad_stride,
-    teacher_grad,
-    teacher_grad_stride,
-    row,
-):
-    """The row in each matrix; one that F says is not there has the student's pointer, which nobody uses."""
-    s_row = row_pointer(F, student, student_stride, row)
-    t_row, g_row, h_row = s_row, s_row, s_row
-    if F.kind:
-        t_row = row_pointer(F, teacher, teacher_stride, row)
-    if F.grad:
-        g_row = row_pointer(F, grad, grad_stride, row)
-    if F.teacher_grad:
-        h_row = row_pointer(F, teacher_grad, teacher_grad_stride, row)
-    return s_row, t_row, g_row, h_row
-
-
-@triton.jit
-def _store_results(pointer, results, mask):
-    for i in tl.static_range(RESULTS):
-        tl.store(pointer + i, results[i], mask)
-
-
-_SIZES = [
-    "student_stride",
-    "teacher_stride",
-    "grad_stride",
-    "teacher_grad_stride",
-    "rows",
-    "columns",
-    "part",
-    "parts",
-    "offset",
-    "vocab",
-    "count",
-    "slots",
-    "kept_stride",
-]
-_POINTERS = [
-    "student",
-    "teacher",
-    "labels",
-    "weights",
-    "grad",
-    "teacher_grad",
-    "state",
-    "partial",
-    "results",
-    "values",
-    "factor",
-    "ids",
-    "kept",
-    "rest",
-    "lse1",
-]
-
-
-def _kernel(function):
-    """jit, with nothing specialised but what Flags says: no new code for another size or address."""
-    return triton.jit(
-        function,
-        do_not_specialize=[p for p in _SIZES if p in function.__code__.co_varnames],
-        do_not_specialize_on_alignment=[p for p in _POINTERS if p in function.__code__.co_varnames],
+def _weights(F: tl.constexpr, pointer, row, live):
+    pointer += row * OUTPUTS
+    return Weights(
+        soft=_weight(pointer + SOFT, live, F.kind != 0 or F.sparse),
+        label=_weight(pointer + LABEL, live, F.label),
+        smooth=_weight(pointer + SMOOTH, live, F.smooth),
+        lse_squared=_weight(pointer + LSE_SQUARED, live, F.lse_squared),
+        teacher_label=_weight(pointer + TEACHER_LABEL, live, F.teacher_label),
     )
+
+
+@triton.jit
+def _any(w):
+    """Whether a weight is not 0: NaN is not."""
+    some = (w.soft != 0.0) | (w.label != 0.0) | (w.smooth != 0.0)
+    return some | (w.lse_squared != 0.0) | (w.teacher_label != 0.0)
+
+
+@triton.jit
+def _temperature(F: tl.constexpr, temperature, stride, row, mask):
+    found = tl.cast(1.0, tl.float64)
+    if F.tempered:
+        found = tl.load(temperature + stride.to(tl.int64) * row, mask)
+    return found
+
+
+@triton.jit
+def _side(F: tl.constexpr, matrix, logit_map, row):
+    return Side(row_pointer(F, matrix, row), logit_map)
+
+
+@triton.jit
+def _row(F: tl.constexpr, student, teacher, maps, row, label, temperature, parameters):
+    s = _side(F, student, maps.student, row)
+    t, numbers = s, 0.0
+    if F.teacher:
+        t = _side(F, teacher, maps.teacher, row)
+    if F.kind:
+        numbers = load_parameters(F, parameters)
+    return Row(s, t, label, temperature, (1.0 / temperature * LOG2E).to(tl.float32), numbers)
+
+
+@triton.jit
+def _gradient_rows(F: tl.constexpr, grad, teacher_grad, row, student):
+    """The rows that are written; ``student``, which nobody uses, for one that is not there."""
+    g, h = student.row, student.row
+    if F.grad:
+        g = row_pointer(F, grad, row)
+    if F.teacher_grad:
+        h = row_pointer(F, teacher_grad, row)
+    return GradRows(g, h)
 
 
 @_kernel
@@ -141,6 +174,9 @@ def fused(
     teacher,
     teacher_stride,
     labels,
+    temperature,
+    temperature_stride,
+    parameters,
     weights,
     grad,
     grad_stride,
@@ -149,12 +185,12 @@ def fused(
     results,
     rows,
     columns,
-    numbers,
+    maps,
     F: tl.constexpr,
     LANES: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Whole rows: results ``[rows, 6]`` and, where F says so, weights * d(loss)/d(logits).
+    """Whole rows: results and, where F says so, weights * d(outputs)/d(logits).
 
     Geometry: as many programs as the chip holds at a time, each going from row to row, so that the
     rows in flight are few and the later passes find them in L2.
@@ -170,87 +206,49 @@ def fused(
     last pass a tile's write depends on the reads of that tile, each column of which is held by one
     thread (LANES is a multiple of the threads), and tiles do not overlap.
     """
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        label, live = _label(F, labels, row, 0)
-        weight = _weight(weights, row, live)
-        s_row, t_row, g_row, h_row = _rows(
-            F,
-            student,
-            student_stride,
-            teacher,
-            teacher_stride,
-            grad,
-            grad_stride,
-            teacher_grad,
-            teacher_grad_stride,
-            row,
-        )
-        results_row = results + row * RESULTS
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        label, live = _label(F, labels, i, 0)
+        w = _weights(F, weights, i, live)
+        t = _temperature(F, temperature, temperature_stride, i, None)
+        s_rows, t_rows = Matrix(student, student_stride), Matrix(teacher, teacher_stride)
+        row = _row(F, s_rows, t_rows, maps, i, label, t, parameters)
+        g_rows, h_rows = Matrix(grad, grad_stride), Matrix(teacher_grad, teacher_grad_stride)
+        grads = _gradient_rows(F, g_rows, h_rows, i, row.student)
+        span, stored = Span(0, columns, 0, columns), Stored(row.student.row, 0, row.student.row, 0.0, 0.0)
+        results_row = results + i * RESULTS
         if live:
-            r = fold_row(F, s_row, t_row, labels, 0, label, 0, columns, 0, numbers, LANES, K)
+            r = fold_row(F, row, stored, span, LANES, K)
             if F.kind > REVERSE_KL:
-                value, slope = value_row(F, r, s_row, t_row, 0, columns, numbers, LANES, K)
-                r = _with_value(r, value, slope)
-            _store_results(results_row, _results(F, r, columns, numbers), None)
-            if weight != 0.0:
+                value, sum_q_psi = value_row(F, r, row, span, LANES, K)
+                r = with_value(r, value, sum_q_psi)
+            found = _results(F, r, columns)
+            for k in tl.static_range(RESULTS):
+                tl.store(results_row + k, found[k])
+            if _any(w):
                 tl.debug_barrier()
-                none = Emission(labels, 0, labels, 0.0, 0.0)
-                gradient_row(
-                    F,
-                    r,
-                    s_row,
-                    t_row,
-                    g_row,
-                    h_row,
-                    none,
-                    label,
-                    weight,
-                    0,
-                    columns,
-                    0,
-                    columns,
-                    numbers,
-                    LANES,
-                    K,
-                )
+                write_gradient(F, r, row, w, stored, span, grads, LANES, K)
         else:
-            zero = tl.zeros([1], tl.float64)
-            _store_results(results_row + tl.arange(0, 1), (zero, zero, zero, zero, zero, zero), None)
-        if weight == 0.0:
-            zero_row(F, g_row, h_row, 0, columns, LANES, K)
+            for k in tl.static_range(RESULTS):
+                tl.store(results_row + k, tl.cast(0.0, tl.float64))
+        if not _any(w):
+            write_zeros(F, span, grads, LANES, K)
 
 
 @triton.jit
-def _with_value(r, value, slope):
-    return RowState(
-        r.m_s,
-        r.z_s,
-        r.m_t,
-        r.z_t,
-        r.x_s,
-        r.x_t,
-        r.e_s,
-        r.e_t,
-        r.z1_s,
-        r.z1_t,
-        r.sum_s,
-        r.label_s,
-        r.label_t,
-        r.top_s,
-        r.arg_s,
-        r.top_t,
-        r.arg_t,
-        value,
-        slope,
-    )
-
-
-@triton.jit
-def _part(columns, part, TILE: tl.constexpr):
-    """The columns [begin, end) of this program; ``part`` is a multiple of the tile, which the compiler
-    is told: else it would load one column at a time."""
+def _part(columns, part, offset, vocab, TILE: tl.constexpr):
+    """This program's columns; ``part`` is a multiple of the tile, which the compiler is told: else it would
+    load one column at a time."""
     begin = tl.multiple_of(tl.program_id(1) * part, TILE)
-    return begin, tl.minimum(begin + part, columns)
+    return Span(begin, tl.minimum(begin + part, columns), offset, vocab)
+
+
+@triton.jit
+def _stored_ids(F: tl.constexpr, ids, slots, row, student):
+    """The row's stored ids; the address of ``student``, which nobody uses, where there are none."""
+    at = student.row
+    if F.sparse:
+        at = ids + slots.to(tl.int64) * row
+    return Stored(at, slots, at, 0.0, 0.0)
 
 
 @_kernel
@@ -260,6 +258,9 @@ def fold(
     teacher,
     teacher_stride,
     labels,
+    temperature,
+    temperature_stride,
+    parameters,
     ids,
     slots,
     partial,
@@ -267,42 +268,49 @@ def fold(
     columns,
     part,
     offset,
-    numbers,
+    maps,
     F: tl.constexpr,
     LANES: tl.constexpr,
     K: tl.constexpr,
 ):
-    """``partial [parts, rows, 19]``: each part's state, untouched for skipped rows. One read of s and t.
+    """``partial [parts, rows, COLUMNS]``: each part's state, untouched for skipped rows. One read of s and t.
 
-    ``ids [rows, slots]``, where F says so, are left out of the student's maxima and sums.
+    ``ids [rows, slots]``, where F says so, stay out of the student's reference, sums and top logit.
     """
-    row = tl.program_id(0)
-    label, live = _label(F, labels, row, offset)
-    begin, end = _part(columns, part, LANES * K)
+    i = tl.program_id(0)
+    label, live = _label(F, labels, i, offset)
+    span = _part(columns, part, offset, columns, LANES * K)
     if live:
-        s_row = row_pointer(F, student, student_stride, row)
-        t_row = s_row
-        if F.kind:
-            t_row = row_pointer(F, teacher, teacher_stride, row)
-        ids_row = ids
-        if F.sparse:
-            ids_row = ids + slots.to(tl.int64) * row
-        r = fold_row(F, s_row, t_row, ids_row, slots, label, begin, end, offset, numbers, LANES, K)
-        at = (tl.program_id(1).to(tl.int64) * rows + row) * COLUMNS
+        t = _temperature(F, temperature, temperature_stride, i, None)
+        s_rows, t_rows = Matrix(student, student_stride), Matrix(teacher, teacher_stride)
+        row = _row(F, s_rows, t_rows, maps, i, label, t, parameters)
+        r = fold_row(F, row, _stored_ids(F, ids, slots, i, row.student), span, LANES, K)
+        at = (tl.program_id(1).to(tl.int64) * rows + i) * COLUMNS
         store_state(partial + at, r, None)
 
 
 @_kernel
-def merge(partial, state, labels, rows, parts, temperature: tl.float64, F: tl.constexpr, ROWS: tl.constexpr):
-    """The parts' states into ``state [rows, 19]``, first to last."""
+def merge(
+    partial,
+    state,
+    labels,
+    temperature,
+    temperature_stride,
+    rows,
+    parts,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The parts' states into ``state [rows, COLUMNS]``, first to last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     if F.labels:
         live = live & (tl.load(labels + row, live, other=-1) >= 0)
+    t = _temperature(F, temperature, temperature_stride, row, live)
     at = row.to(tl.int64) * COLUMNS
     r = load_state(state + at, live)
     for _ in range(0, parts):
-        r = merged(r, load_state(partial + at, live), temperature)
+        r = merged(F, r, load_state(partial + at, live), t)
         at += rows.to(tl.int64) * COLUMNS
     store_state(state + row.to(tl.int64) * COLUMNS, r, live)
 
@@ -313,54 +321,57 @@ def value(
     student_stride,
     teacher,
     teacher_stride,
+    temperature,
+    temperature_stride,
+    parameters,
     state,
     partial,
     rows,
     columns,
     part,
-    numbers,
+    maps,
     F: tl.constexpr,
     LANES: tl.constexpr,
     K: tl.constexpr,
 ):
-    """``partial [parts, rows, 2]``: each part's value and slope. One read of s and t."""
-    row = tl.program_id(0)
-    begin, end = _part(columns, part, LANES * K)
-    r = load_state(state + row.to(tl.int64) * COLUMNS, None)
-    s_row = row_pointer(F, student, student_stride, row)
-    t_row = row_pointer(F, teacher, teacher_stride, row)
-    phi, slope = value_row(F, r, s_row, t_row, begin, end, numbers, LANES, K)
-    at = partial + (tl.program_id(1).to(tl.int64) * rows + row) * 2
+    """``partial [parts, rows, 2]``: each part's value and sum_q_psi. One read of s and t."""
+    i = tl.program_id(0)
+    t = _temperature(F, temperature, temperature_stride, i, None)
+    s_rows, t_rows = Matrix(student, student_stride), Matrix(teacher, teacher_stride)
+    row = _row(F, s_rows, t_rows, maps, i, -1, t, parameters)
+    r = load_state(state + i.to(tl.int64) * COLUMNS, None)
+    span = _part(columns, part, 0, columns, LANES * K)
+    phi, sum_q_psi = value_row(F, r, row, span, LANES, K)
+    at = partial + (tl.program_id(1).to(tl.int64) * rows + i) * 2
     tl.store(at, phi)
-    tl.store(at + 1, slope)
+    tl.store(at + 1, sum_q_psi)
 
 
 @_kernel
 def merge_value(partial, state, rows, parts, ROWS: tl.constexpr):
-    """The parts' values and slopes into ``state``, first to last."""
+    """The parts' values and sum_q_psi into ``state``, first to last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    to = state + row.to(tl.int64) * COLUMNS + VALUE
-    phi, slope = tl.load(to, live), tl.load(to + 1, live)
+    to = state + row.to(tl.int64) * COLUMNS
+    phi, sum_q_psi = tl.load(to + VALUE, live), tl.load(to + SUM_Q_PSI, live)
     at = partial + row.to(tl.int64) * 2
     for _ in range(0, parts):
         phi += tl.load(at, live)
-        slope += tl.load(at + 1, live)
+        sum_q_psi += tl.load(at + 1, live)
         at += rows.to(tl.int64) * 2
-    tl.store(to, phi, live)
-    tl.store(to + 1, slope, live)
+    tl.store(to + VALUE, phi, live)
+    tl.store(to + SUM_Q_PSI, sum_q_psi, live)
 
 
 @_kernel
-def finish(state, labels, results, rows, vocab, numbers, F: tl.constexpr, ROWS: tl.constexpr):
-    """``results [rows, 6]`` from finished states, 0 in skipped rows."""
+def finish(state, labels, results, rows, vocab, F: tl.constexpr, ROWS: tl.constexpr):
+    """``results [rows, RESULTS]`` from finished states, 0 in skipped rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     live = inside
     if F.labels:
         live = inside & (tl.load(labels + row, inside, other=-1) >= 0)
-    r = load_state(state + row.to(tl.int64) * COLUMNS, live)
-    found = _results(F, r, vocab, numbers)
+    found = _results(F, load_state(state + row.to(tl.int64) * COLUMNS, live), vocab)
     to = results + row.to(tl.int64) * RESULTS
     for i in tl.static_range(RESULTS):
         tl.store(to + i, tl.where(live, found[i], 0.0), inside)
@@ -373,6 +384,9 @@ def gradient(
     teacher,
     teacher_stride,
     labels,
+    temperature,
+    temperature_stride,
+    parameters,
     weights,
     grad,
     grad_stride,
@@ -380,8 +394,8 @@ def gradient(
     teacher_grad_stride,
     ids,
     slots,
-    kept,
-    kept_stride,
+    stored,
+    stored_stride,
     rest,
     lse1,
     state,
@@ -389,63 +403,34 @@ def gradient(
     part,
     offset,
     vocab,
-    numbers,
+    maps,
     F: tl.constexpr,
     LANES: tl.constexpr,
     K: tl.constexpr,
 ):
-    """weights * d(loss)/d(logits) of a chunk from finished states; 0 in skipped rows.
+    """weights * d(outputs)/d(logits) of a chunk from finished states; 0 in skipped rows.
 
-    With a sparse target the soft term is ``rest`` times the softmax of the rest, and ``kept`` at ``ids``.
+    With a sparse target the soft term is ``rest`` times the softmax of the rest, and ``stored`` at ``ids``.
     One read of s and t, one write. Aliasing as in ``fused``: a program reads only what it writes.
     """
-    row = tl.program_id(0)
-    label, live = _label(F, labels, row, offset)
-    weight = _weight(weights, row, live)
-    begin, end = _part(columns, part, LANES * K)
-    s_row, t_row, g_row, h_row = _rows(
-        F,
-        student,
-        student_stride,
-        teacher,
-        teacher_stride,
-        grad,
-        grad_stride,
-        teacher_grad,
-        teacher_grad_stride,
-        row,
-    )
-    if weight != 0.0:
-        r = load_state(state + row.to(tl.int64) * COLUMNS, None)
-        emission = Emission(ids, 0, kept, 0.0, 0.0)
+    i = tl.program_id(0)
+    label, live = _label(F, labels, i, offset)
+    w = _weights(F, weights, i, live)
+    t = _temperature(F, temperature, temperature_stride, i, None)
+    s_rows, t_rows = Matrix(student, student_stride), Matrix(teacher, teacher_stride)
+    row = _row(F, s_rows, t_rows, maps, i, label, t, parameters)
+    g_rows, h_rows = Matrix(grad, grad_stride), Matrix(teacher_grad, teacher_grad_stride)
+    grads = _gradient_rows(F, g_rows, h_rows, i, row.student)
+    span = _part(columns, part, offset, vocab, LANES * K)
+    if _any(w):
+        r = load_state(state + i.to(tl.int64) * COLUMNS, None)
+        at = _stored_ids(F, ids, slots, i, row.student)
         if F.sparse:
-            emission = Emission(
-                ids + slots.to(tl.int64) * row,
-                slots,
-                kept + kept_stride.to(tl.int64) * row,
-                tl.load(rest + row),
-                tl.load(lse1 + row),
-            )
-        gradient_row(
-            F,
-            r,
-            s_row,
-            t_row,
-            g_row,
-            h_row,
-            emission,
-            label,
-            weight,
-            begin,
-            end,
-            offset,
-            vocab,
-            numbers,
-            LANES,
-            K,
-        )
+            solved = stored + stored_stride.to(tl.int64) * i
+            at = Stored(at.ids, slots, solved, tl.load(rest + i), tl.load(lse1 + i))
+        write_gradient(F, r, row, w, at, span, grads, LANES, K)
     else:
-        zero_row(F, g_row, h_row, begin, end, LANES, K)
+        write_zeros(F, span, grads, LANES, K)
 
 
 @_kernel

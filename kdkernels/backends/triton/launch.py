@@ -7,21 +7,23 @@ current stream of the tensors' device. So calls can be captured in a CUDA graph.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional
+import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...divergences import AlphaBeta, SkewReverseKL
 from .. import row_state as rs
 from ..outcomes import Outcomes
-from ..sparse_rows import Emission, in_two_passes
-from ..spec import LogitMap, Spec
+from ..protocol import Gradients, SparseGradient, Tile
+from ..sparse_rows import in_two_passes
+from ..spec import RESULTS, Asked, Spec
+from ..spec import LogitMap as SpecMap
 from . import kernels
-from .divergences import TINY
-from .rows import IDENTITY, SCALE, SOFTCAP, Flags, Numbers
-from .state import LOG2E
+from .divergences import ALPHA_BETA, FORWARD_KL, REVERSE_KL, SKEW_KL
+from .rows import IDENTITY, SCALE, SOFTCAP, Flags, LogitMap, LogitMaps
 
+_NONE = Gradients(None, None)
 #: Contraction would fuse e.g. q - p into a product: p == q must give exactly 0.
 _NO_FUSION = dict(enable_fp_fusion=False)
 #: The kernels over vectors of rows: one row a thread.
@@ -79,56 +81,65 @@ def _chip(device: torch.device) -> Chip:
 class _Tiles:
     """The tensors of a call and what follows from their shapes: tiles, programs, arguments."""
 
-    def __init__(
-        self,
-        student: Tensor,
-        teacher: Optional[Tensor],
-        labels: Optional[Tensor],
-        spec: Spec,
-        grad: Optional[Tensor] = None,
-        teacher_grad: Optional[Tensor] = None,
-        sparse: bool = False,
-    ) -> None:
-        self.student, self.teacher = _adjacent(student), None if teacher is None else _adjacent(teacher)
-        self.labels = None if labels is None else labels.contiguous()
-        self.grad, self.teacher_grad, self.spec = grad, teacher_grad, spec
-        self.rows, self.columns = student.shape
-        self.chip = _chip(student.device)
-        tensors = [t for t in (self.student, self.teacher, grad, teacher_grad) if t is not None]
-        narrowest = min(t.element_size() for t in tensors)
-        self.k = 16 // narrowest
+    def __init__(self, tile: Tile, spec: Spec, gradients: Gradients = _NONE, sparse: bool = False) -> None:
+        self.student, self.teacher = _adjacent(tile.student), None
+        if tile.teacher is not None and (_teacher_needed(spec) or gradients.teacher is not None):
+            self.teacher = _adjacent(tile.teacher)
+        self.labels = None if tile.labels is None else tile.labels.contiguous()
+        self.temperature, self.parameters = tile.temperature, tile.parameters
+        self.gradients, self.offset, self.vocab = gradients, tile.offset, tile.vocab
+        self.rows, self.columns = tile.student.shape
+        self.chip = _chip(tile.student.device)
+        tensors = [t for t in (self.student, self.teacher, *gradients) if t is not None]
+        self.k = 16 // min(t.element_size() for t in tensors)
         aligned = self.columns % self.k == 0 and all(_aligned(t) for t in tensors)
-        self.closed = teacher is None or spec.divergence.closed_form is not None
+        self.flags = _flags(self, spec, sparse, aligned)
+        self.closed = self.flags.kind <= REVERSE_KL.value
         self.options = options(self.chip.maker, self.columns, self.closed and aligned)
         self.lanes = self.options.num_warps * self.chip.warp * self.options.lanes
         self.tile = self.lanes * self.k
         pair = [t for t in (self.student, self.teacher) if t is not None]
         self.pair_bytes = self.columns * sum(t.element_size() for t in pair)
-        self.flags = _flags(
-            spec,
-            teacher is not None,
-            labels is not None,
-            grad is not None,
-            teacher_grad is not None,
-            sparse,
-            aligned,
-        )
-        self.numbers = _numbers(spec)
-        self.block = dict(F=self.flags, LANES=self.lanes, K=self.k)
-        self.compile = dict(num_warps=self.options.num_warps, **_NO_FUSION)
+        self.maps = LogitMaps(_map_numbers(spec.student_map), _map_numbers(spec.teacher_map))
+
+    @property
+    def compile(self) -> dict:
+        """What a kernel over tiles is compiled with."""
+        made = dict(F=self.flags, LANES=self.lanes, K=self.k, num_warps=self.options.num_warps, **_NO_FUSION)
         if self.chip.maker == "nvidia":
             # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here.
-            heavy = isinstance(spec.divergence, AlphaBeta) or self.flags.teacher_hard
+            heavy = self.flags.kind == ALPHA_BETA.value or self.flags.teacher_label
             heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
-            self.compile["maxnreg"] = 168 if heavy else 128
+            made["maxnreg"] = 168 if heavy else 128
+        return made
 
     @property
-    def inputs(self) -> tuple:
-        return (self.student, self.student.stride(0), self.teacher, _stride(self.teacher))
+    def at_temperature(self) -> dict:
+        """One temperature for all rows has the stride 0."""
+        stride = self.temperature.stride(0) if self.temperature.shape[0] > 1 else 0
+        return dict(temperature=self.temperature, temperature_stride=stride)
 
     @property
-    def gradients(self) -> tuple:
-        return (self.grad, _stride(self.grad), self.teacher_grad, _stride(self.teacher_grad))
+    def inputs(self) -> dict:
+        return dict(
+            student=self.student,
+            student_stride=self.student.stride(0),
+            teacher=self.teacher,
+            teacher_stride=_stride(self.teacher),
+            parameters=self.parameters,
+            maps=self.maps,
+            columns=self.columns,
+            **self.at_temperature,
+        )
+
+    @property
+    def outputs(self) -> dict:
+        return dict(
+            grad=self.gradients.student,
+            grad_stride=_stride(self.gradients.student),
+            teacher_grad=self.gradients.teacher,
+            teacher_grad_stride=_stride(self.gradients.teacher),
+        )
 
     @property
     def programs(self) -> int:
@@ -156,7 +167,7 @@ def _adjacent(tile: Tensor) -> Tensor:
     return tile if tile.stride(-1) == 1 or tile.shape[-1] == 1 else tile.contiguous()
 
 
-def _stride(tile: Optional[Tensor]) -> int:
+def _stride(tile: Tensor | None) -> int:
     return 0 if tile is None else tile.stride(0)
 
 
@@ -164,105 +175,66 @@ def _aligned(tile: Tensor) -> bool:
     return tile.data_ptr() % 16 == 0 and tile.stride(0) * tile.element_size() % 16 == 0
 
 
-def _map(logit_map: LogitMap) -> int:
+def _map(logit_map: SpecMap) -> int:
     if logit_map.softcap:
         return SOFTCAP.value
     return IDENTITY.value if logit_map.scale == 1.0 else SCALE.value
 
 
-def _variant(spec: Spec) -> int:
-    """What of the divergence's parameters changes its formula."""
-    found = spec.divergence
-    if isinstance(found, SkewReverseKL):
-        return int(found.detach_mixture)
-    if isinstance(found, AlphaBeta):
-        corners = 0.0, found.alpha, found.alpha + found.beta
-        low, _, high = sorted(range(3), key=corners.__getitem__)
-        return 3 * low + high
-    return 0
+def _map_numbers(logit_map: SpecMap) -> LogitMap:
+    return LogitMap(gain=logit_map.scale / (logit_map.softcap or 1.0), cap=logit_map.softcap)
 
 
-def _flags(
-    spec: Spec, teacher: bool, labels: bool, grad: bool, teacher_grad: bool, sparse: bool, aligned: bool
-) -> Flags:
-    hard, teacher_hard = labels and spec.hard_weight != 0, labels and spec.teacher_hard_weight != 0
+def _teacher_needed(spec: Spec) -> bool:
+    return bool(spec.stats or spec.asked & (Asked.SOFT | Asked.TEACHER_LABEL))
+
+
+def _flags(tiles: _Tiles, spec: Spec, sparse: bool, aligned: bool) -> Flags:
+    kind = spec.kind if tiles.teacher is not None and spec.asked & Asked.SOFT else 0
+    asked = spec.asked if tiles.labels is not None else spec.asked & Asked.SOFT
     return Flags(
-        kind=spec.divergence.code if teacher else 0,
-        variant=_variant(spec),
-        labels=labels,
-        hard=hard,
-        smooth=hard and spec.label_smoothing != 0,
-        teacher_hard=teacher_hard,
-        tempered=(hard or teacher_hard) and spec.temperature != 1.0,
+        kind=kind,
+        needs_cross_s=kind == REVERSE_KL.value,
+        needs_cross_t=kind in (FORWARD_KL.value, SKEW_KL.value),  # its value; whether p and q disagree
+        label=bool(asked & Asked.LABEL),
+        smooth=bool(asked & Asked.SMOOTH),
+        lse_squared=bool(asked & Asked.LSE_SQUARED),
+        teacher_label=bool(asked & Asked.TEACHER_LABEL),
+        hard=bool(asked & Asked.HARD),
+        stats=bool(spec.stats),
+        teacher=tiles.teacher is not None,
+        labels=tiles.labels is not None,
+        tempered=bool(spec.tempered),
         student_map=_map(spec.student_map),
         teacher_map=_map(spec.teacher_map),
-        grad=grad,
-        teacher_grad=teacher_grad,
+        grad=tiles.gradients.student is not None,
+        teacher_grad=tiles.gradients.teacher is not None,
         sparse=sparse,
         aligned=aligned,
     )
-
-
-def _numbers(spec: Spec) -> Numbers:
-    first, second, both = (
-        number if abs(number) > TINY.value else 0.0  # which changes nothing of what is finite
-        for number in (*spec.divergence.parameters, sum(spec.divergence.parameters))
-    )
-    s, t = spec.student_map, spec.teacher_map
-    return Numbers(
-        factor=LOG2E.value / spec.temperature,
-        first=first,
-        second=second,
-        sum=both,
-        soft=spec.soft_weight / spec.temperature,
-        hard=spec.hard_weight,
-        smoothing=spec.label_smoothing,
-        z_loss=spec.z_loss,
-        teacher_hard=spec.teacher_hard_weight,
-        student_gain=s.scale / (s.softcap or 1.0),
-        student_cap=s.softcap,
-        teacher_gain=t.scale / (t.softcap or 1.0),
-        teacher_cap=t.softcap,
-    )
-
-
-def _slots(ids: Optional[Tensor]) -> tuple[Optional[Tensor], int]:
-    return (None, 0) if ids is None else (ids.contiguous(), ids.shape[1])
 
 
 def _over_rows(rows: int) -> tuple[int]:
     return (-(-rows // _OVER_ROWS["ROWS"]),)
 
 
-def fused(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    spec: Spec,
-    grad: Optional[Tensor],
-    teacher_grad: Optional[Tensor],
-) -> Tensor:
+def fused(tile: Tile, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
     """Whole rows: one launch, or where rows are too few to fill the chip one a pass over parts of them."""
-    tiles = _Tiles(student, teacher, labels, spec, grad, teacher_grad)
-    results = student.new_empty(tiles.rows, rs.RESULTS, dtype=torch.float64)
+    tiles = _Tiles(tile, spec, gradients)
+    results = tile.student.new_empty(tiles.rows, RESULTS, dtype=torch.float64)
     if tiles.rows == 0:
         return results
-    with torch.cuda.device_of(student):
+    with torch.cuda.device_of(tile.student):
         if tiles.few:
             _fused_in_parts(tiles, weights.contiguous(), results)
         else:
             kernels.fused[(tiles.programs,)](
-                *tiles.inputs,
-                tiles.labels,
-                weights.contiguous(),
-                *tiles.gradients,
-                results,
-                tiles.rows,
-                tiles.columns,
-                tiles.numbers,
-                **tiles.block,
+                labels=tiles.labels,
+                weights=weights.contiguous(),
+                results=results,
+                rows=tiles.rows,
+                **tiles.inputs,
+                **tiles.outputs,
                 **tiles.compile,
             )
     return results
@@ -270,47 +242,38 @@ def fused(
 
 def _fused_in_parts(tiles: _Tiles, weights: Tensor, results: Tensor) -> None:
     state = rs.new_state(tiles.rows, results.device)
-    _fold(tiles, 0, state, None)
+    _fold(tiles, state, None)
     if not tiles.closed:
         _value(tiles, state)
     kernels.finish[_over_rows(tiles.rows)](
-        state,
-        tiles.labels,
-        results,
-        tiles.rows,
-        tiles.columns,
-        tiles.numbers,
-        F=tiles.flags,
-        **_OVER_ROWS,
+        state, tiles.labels, results, tiles.rows, tiles.vocab, F=tiles.flags, **_OVER_ROWS
     )
-    if tiles.grad is not None or tiles.teacher_grad is not None:
-        _gradient(tiles, weights, 0, tiles.columns, state, None)
+    if tiles.gradients.asked:
+        _gradient(tiles, weights, state, None)
 
 
-def _fold(tiles: _Tiles, offset: int, state: Tensor, skipped: Optional[Tensor]) -> None:
+def _fold(tiles: _Tiles, state: Tensor, skipped: Tensor | None) -> None:
     parts, part = tiles.parts
     partial = state.new_empty(parts, tiles.rows, rs.COLUMNS)
     kernels.fold[(tiles.rows, parts)](
-        *tiles.inputs,
-        tiles.labels,
-        *_slots(skipped),
-        partial,
-        tiles.rows,
-        tiles.columns,
-        part,
-        offset,
-        tiles.numbers,
-        **tiles.block,
+        labels=tiles.labels,
+        ids=None if skipped is None else skipped.contiguous(),
+        slots=0 if skipped is None else skipped.shape[1],
+        partial=partial,
+        rows=tiles.rows,
+        part=part,
+        offset=tiles.offset,
+        **tiles.inputs,
         **tiles.compile,
     )
     kernels.merge[_over_rows(tiles.rows)](
         partial,
         state,
         tiles.labels,
-        tiles.rows,
-        parts,
-        tiles.spec.temperature,
+        rows=tiles.rows,
+        parts=parts,
         F=tiles.flags,
+        **tiles.at_temperature,
         **_OVER_ROWS,
     )
 
@@ -319,117 +282,76 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
     parts, part = tiles.parts
     partial = state.new_empty(parts, tiles.rows, 2)
     kernels.value[(tiles.rows, parts)](
-        *tiles.inputs,
-        state,
-        partial,
-        tiles.rows,
-        tiles.columns,
-        part,
-        tiles.numbers,
-        **tiles.block,
-        **tiles.compile,
+        state=state, partial=partial, rows=tiles.rows, part=part, **tiles.inputs, **tiles.compile
     )
     kernels.merge_value[_over_rows(tiles.rows)](partial, state, tiles.rows, parts, **_OVER_ROWS)
 
 
-def _gradient(
-    tiles: _Tiles, weights: Tensor, offset: int, vocab: int, state: Tensor, emission: Optional[Emission]
-) -> None:
+def _solved(sparse: SparseGradient | None) -> dict:
+    """The solved outcomes of a sparse target."""
+    if sparse is None:
+        return dict(ids=None, slots=0, stored=None, stored_stride=0, rest=None, lse1=None)
+    stored = _adjacent(sparse.stored)
+    return dict(
+        ids=sparse.ids.contiguous(),
+        slots=sparse.ids.shape[1],
+        stored=stored,
+        stored_stride=stored.stride(0),
+        rest=sparse.rest.contiguous(),
+        lse1=sparse.lse_t1.contiguous(),
+    )
+
+
+def _gradient(tiles: _Tiles, weights: Tensor, state: Tensor, sparse: SparseGradient | None) -> None:
     parts, part = tiles.parts
-    emitted: tuple = (None, 0, None, 0, None, None)
-    if emission is not None:
-        kept = _adjacent(emission.kept)
-        emitted = (
-            *_slots(emission.ids),
-            kept,
-            kept.stride(0),
-            emission.rest.contiguous(),
-            emission.lse1.contiguous(),
-        )
     kernels.gradient[(tiles.rows, parts)](
-        *tiles.inputs,
-        tiles.labels,
-        weights,
-        *tiles.gradients,
-        *emitted,
-        state,
-        tiles.columns,
-        part,
-        offset,
-        vocab,
-        tiles.numbers,
-        **tiles.block,
+        labels=tiles.labels,
+        weights=weights,
+        state=state,
+        part=part,
+        offset=tiles.offset,
+        vocab=tiles.vocab,
+        **tiles.inputs,
+        **tiles.outputs,
+        **_solved(sparse),
         **tiles.compile,
     )
 
 
-def accumulate(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
-    *,
-    offset: int,
-    spec: Spec,
-    state: Tensor,
-    skipped: Optional[Tensor] = None,
-) -> None:
-    """Fold the vocabulary chunk that begins at ``offset`` into ``state``, without the ids ``skipped``."""
-    tiles = _Tiles(student, teacher, labels, spec, sparse=skipped is not None)
+def accumulate(tile: Tile, spec: Spec, state: Tensor, skipped: Tensor | None = None) -> None:
+    """Fold one vocabulary chunk into ``state``, without the ids ``skipped``."""
+    tiles = _Tiles(tile, spec, sparse=skipped is not None)
     if tiles.rows:
-        with torch.cuda.device_of(student):
-            _fold(tiles, offset, state, skipped)
+        with torch.cuda.device_of(tile.student):
+            _fold(tiles, state, skipped)
 
 
-def accumulate_value(student: Tensor, teacher: Tensor, *, spec: Spec, state: Tensor) -> None:
-    """The second pass of divergences without a closed form: value and slope."""
-    tiles = _Tiles(student, teacher, None, spec)
+def accumulate_value(tile: Tile, spec: Spec, state: Tensor) -> None:
+    """The second pass of divergences without a closed form: value and sum_q_psi."""
+    tiles = _Tiles(tile._replace(labels=None), spec)
     if tiles.rows:
-        with torch.cuda.device_of(student):
+        with torch.cuda.device_of(tile.student):
             _value(tiles, state)
 
 
 def gradient(
-    student: Tensor,
-    teacher: Optional[Tensor],
-    labels: Optional[Tensor],
+    tile: Tile,
     weights: Tensor,
-    *,
-    offset: int,
-    vocab: int,
     spec: Spec,
     state: Tensor,
-    grad: Optional[Tensor],
-    teacher_grad: Optional[Tensor],
-    emission: Optional[Emission] = None,
+    gradients: Gradients,
+    sparse: SparseGradient | None = None,
 ) -> None:
-    """weights * d(loss)/d(raw logits) of one chunk into ``grad`` (may be ``student`` itself)."""
-    tiles = _Tiles(student, teacher, labels, spec, grad, teacher_grad, sparse=emission is not None)
-    if tiles.rows and (grad is not None or teacher_grad is not None):
-        with torch.cuda.device_of(student):
-            _gradient(tiles, weights.contiguous(), offset, vocab, state, emission)
+    """weights * d(outputs)/d(raw logits) of one chunk into ``gradients``, which may be the logits themselves."""
+    tiles = _Tiles(tile, spec, gradients, sparse=sparse is not None)
+    if tiles.rows and gradients.asked:
+        with torch.cuda.device_of(tile.student):
+            _gradient(tiles, weights.contiguous(), state, sparse)
 
 
-def fused_sparse(
-    student: Tensor,
-    target: Outcomes,
-    labels: Optional[Tensor],
-    weights: Tensor,
-    *,
-    spec: Spec,
-    grad: Optional[Tensor],
-) -> Tensor:
+def fused_sparse(tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
     """Whole rows with a sparse target: two reads and a write of the student's logits."""
-    return in_two_passes(
-        student,
-        target,
-        labels,
-        weights,
-        spec=spec,
-        grad=grad,
-        accumulate=accumulate,
-        fused=fused,
-        gradient=gradient,
-    )
+    return in_two_passes(sys.modules[__name__], tile, target, weights, spec, gradients)
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The passes over one row's columns ``[begin, end)``: fold, value, gradient.
+"""The passes over one row's columns: fold, value, gradient.
 
 A tile is ``[LANES, K]``: a lane's K columns are adjacent, K of them 16 bytes of the narrowest tensor,
 so a thread reads whole lanes with vector loads and reduces over K in registers.
@@ -9,8 +9,20 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergences import FORWARD_KL, REVERSE_KL, terms
-from .state import LN2, LOG2E, RowState, across_lanes, empty_lanes, exponent, fold, times
+from .divergences import FORWARD_KL, REVERSE_KL, SKEW_KL, terms
+from .state import (
+    LN2,
+    LOG2E,
+    NO_COLUMN,
+    RowState,
+    SideState,
+    across_lanes,
+    empty_lanes,
+    exponent,
+    fold_pair,
+    fold_side,
+    times,
+)
 
 #: Logit maps: as given; times the gain; cap * tanh(gain * z), with the scale over the cap as gain.
 IDENTITY, SCALE, SOFTCAP = (tl.constexpr(i) for i in range(3))
@@ -19,47 +31,103 @@ IDENTITY, SCALE, SOFTCAP = (tl.constexpr(i) for i in range(3))
 class Flags(NamedTuple):
     """What changes the code; every combination that is met is compiled once."""
 
-    kind: int  # the divergence's code, 0 without a teacher
-    variant: int  # of its formula
-    labels: bool  # rows with the label -1 are skipped
-    hard: bool  # the student's cross entropy
-    smooth: bool  # with label smoothing
-    teacher_hard: bool  # the teacher's own cross entropy
-    tempered: bool  # a hard term needs normalisers of its own, at temperature 1
+    kind: int  # of the divergence where it is asked for, else 0
+    needs_cross_s: bool  # the first pass sums cross_s
+    needs_cross_t: bool
+    label: bool  # the output is asked for, as the next three are
+    smooth: bool
+    lse_squared: bool
+    teacher_label: bool
+    hard: bool  # one of the student's outputs at temperature 1
+    stats: bool  # entropies and agreement
+    teacher: bool  # there is one
+    labels: bool  # rows with the label -1 take no part
+    tempered: bool  # a temperature is not 1
     student_map: int
     teacher_map: int
     grad: bool
     teacher_grad: bool
-    sparse: bool  # ids of the row are left out of the state, and have gradients of their own
+    sparse: bool  # stored ids are left out of the student's state, and have gradients of their own
     aligned: bool  # rows begin at 16 bytes and end on whole lanes
 
-    @property
-    def closed(self) -> bool:
-        return self.kind <= 2
+
+class LogitMap(NamedTuple):
+    gain: float
+    cap: float
 
 
-class Numbers(NamedTuple):
-    """The rest of a Spec, and what follows from it; fp32 in the kernel, where a relative rounding is
-    harmless. The temperature is passed beside it in fp64, for the states of parts that are merged."""
+class LogitMaps(NamedTuple):
+    """Run-time numbers in fp32, where a relative rounding is harmless."""
 
-    factor: float  # log2(e) / T
-    first: float
-    second: float
-    sum: float  # of both, as exactly as they are
-    soft: float  # soft_weight / T
-    hard: float
-    smoothing: float
-    z_loss: float
-    teacher_hard: float
-    student_gain: float
-    student_cap: float
-    teacher_gain: float
-    teacher_cap: float
+    student: LogitMap
+    teacher: LogitMap
+
+
+class Matrix(NamedTuple):
+    """Rows with adjacent columns. A kernel makes it of two parameters: Triton would compile a tuple that is a
+    parameter anew for other strides and addresses."""
+
+    pointer: tl.tensor
+    stride: tl.tensor
+
+
+class Side(NamedTuple):
+    """One model's row of raw logits, and its map."""
+
+    row: tl.tensor
+    map: LogitMap
+
+
+class Row(NamedTuple):
+    """What the passes read."""
+
+    student: Side
+    teacher: Side
+    label: tl.tensor  # from the tensors' first column; negative or beyond the last where it is not here
+    temperature: tl.tensor  # fp64
+    factor: tl.tensor  # log2(e) / T
+    parameters: tl.tensor  # of the divergence, see load_parameters
+
+
+class Span(NamedTuple):
+    """Columns [begin, end) of tensors that begin at ``offset`` in a vocabulary of ``vocab``."""
+
+    begin: tl.tensor
+    end: tl.tensor
+    offset: tl.tensor
+    vocab: tl.tensor
+
+
+class Stored(NamedTuple):
+    """A row of a sparse target and of its ``SparseGradient``; of no meaning where F is not sparse."""
+
+    ids: tl.tensor  # ascending, -1 for none
+    slots: tl.tensor
+    gradient: tl.tensor  # this and what follows for the last pass only
+    rest: tl.tensor
+    lse1: tl.tensor
+
+
+class GradRows(NamedTuple):
+    """Where the gradients of a row are written."""
+
+    student: tl.tensor
+    teacher: tl.tensor
+
+
+class Weights(NamedTuple):
+    """A row's weights, fp64; 0 where the output is not asked for."""
+
+    soft: tl.tensor
+    label: tl.tensor
+    smooth: tl.tensor
+    lse_squared: tl.tensor
+    teacher_label: tl.tensor
 
 
 @triton.jit
-def row_pointer(F: tl.constexpr, pointer, stride, row):
-    pointer += stride.to(tl.int64) * row
+def row_pointer(F: tl.constexpr, matrix, row):
+    pointer = matrix.pointer + matrix.stride.to(tl.int64) * row
     if F.aligned:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -80,22 +148,22 @@ def _tanh(x):
 
 
 @triton.jit
-def mapped(z, gain, cap, MAP: tl.constexpr):
+def mapped(z, m, MAP: tl.constexpr):
     if MAP == SCALE:
-        z = z * gain
+        z = z * m.gain
     if MAP == SOFTCAP:
-        z = cap * _tanh(z * gain)
+        z = m.cap * _tanh(z * m.gain)
     return z
 
 
 @triton.jit
-def _through_map(grad, z, gain, cap, MAP: tl.constexpr):
+def _through_map(grad, z, m, MAP: tl.constexpr):
     """d raw from d mapped, with the mapped logits z."""
     if MAP == SCALE:
-        grad = grad * gain
+        grad = grad * m.gain
     if MAP == SOFTCAP:
-        y = z / cap
-        grad = grad * (1.0 - y * y) * (gain * cap)
+        y = z / m.cap
+        grad = grad * (1.0 - y * y) * (m.gain * m.cap)
     return grad
 
 
@@ -112,206 +180,177 @@ def _columns(F: tl.constexpr, start, end, LANES: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _logits(pointer, columns, inside, gain, cap, MAP: tl.constexpr, POLICY: tl.constexpr):
-    raw = tl.load(pointer + columns, mask=inside, other=-float("inf"), eviction_policy=POLICY)
-    z = mapped(raw.to(tl.float32), gain, cap, MAP)
+def _logits(side, columns, inside, MAP: tl.constexpr, POLICY: tl.constexpr):
+    """Mapped logits in fp32. Columns beyond the row are -inf: they must not enter a sum or a maximum."""
+    raw = tl.load(side.row + columns, mask=inside, other=-float("inf"), eviction_policy=POLICY)
+    z = mapped(raw.to(tl.float32), side.map, MAP)
     if MAP != IDENTITY:
         z = tl.where(inside, z, -float("inf"))
     return z
 
 
 @triton.jit
-def _without(z, columns, ids, slot, slots, end):
-    """``z`` with -inf at the columns in ``ids`` (ascending, -1 for none), and the first slot at or
-    beyond ``end``."""
-    at = tl.load(ids + slot, mask=slot < slots, other=end)
-    while at < end:
-        z = tl.where(columns == at, -float("inf"), z)
+def _without_stored(z, columns, at, slot, end):
+    """``z`` with -inf at the columns that are stored, and the first slot at or beyond ``end``."""
+    stored = tl.load(at.ids + slot, mask=slot < at.slots, other=end)
+    while stored < end:
+        z = tl.where(columns == stored, -float("inf"), z)
         slot += 1
-        at = tl.load(ids + slot, mask=slot < slots, other=end)
+        stored = tl.load(at.ids + slot, mask=slot < at.slots, other=end)
     return z, slot
 
 
 @triton.jit
-def _with_kept(g, columns, ids, kept, slot, begin, weight):
-    """``g`` with ``weight * kept`` at the columns in ``ids``, and the last slot before ``begin``."""
-    at = tl.load(ids + slot, mask=slot >= 0, other=-2)
-    while (at >= begin) | (at == -1):
-        g = tl.where(columns == at, tl.load(kept + slot).to(tl.float32) * weight, g)
+def _with_stored(g, columns, at, slot, begin, weight):
+    """``g`` with ``weight`` times the stored gradient at the stored columns, and the last slot before ``begin``."""
+    stored = tl.load(at.ids + slot, mask=slot >= 0, other=-2)
+    while (stored >= begin) | (stored == -1):
+        mine = times(weight, tl.load(at.gradient + slot).to(tl.float32))
+        g = tl.where(columns == stored, mine, g)
         slot -= 1
-        at = tl.load(ids + slot, mask=slot >= 0, other=-2)
+        stored = tl.load(at.ids + slot, mask=slot >= 0, other=-2)
     return g, slot
 
 
 @triton.jit
-def _top_column(
-    F: tl.constexpr,
-    pointer,
-    group,
-    top,
-    end,
-    gain,
-    cap,
-    ids,
-    slots,
-    offset,
-    MAP: tl.constexpr,
-    K: tl.constexpr,
-):
-    """The first column of the group whose logit is ``top``, read again."""
-    columns = group + tl.arange(0, K)
-    raw = tl.load(pointer + columns, mask=columns < end, other=-float("inf"))
-    z = mapped(raw.to(tl.float32), gain, cap, MAP)
-    if F.sparse:
-        z = _without(z, offset + columns, ids, slots * 0, slots, offset + group + K)[0]
-    return tl.min(tl.where((z.to(tl.float64) == top) & (columns < end), columns, 2147483647), 0)
+def _top_column(side, state, stored, span, SPARSE: tl.constexpr, MAP: tl.constexpr, K: tl.constexpr):
+    """The first column of the state's group whose logit is the highest, read again."""
+    columns = state.top_index + tl.arange(0, K)
+    raw = tl.load(side.row + columns, mask=columns < span.end, other=-float("inf"))
+    z = mapped(raw.to(tl.float32), side.map, MAP)
+    if SPARSE:
+        end = span.offset + state.top_index + K
+        z = _without_stored(z, span.offset + columns, stored, stored.slots * 0, end)[0]
+    found = (z.to(tl.float64) == state.top_logit) & (columns < span.end)
+    return (span.offset + tl.min(tl.where(found, columns, NO_COLUMN), 0)).to(tl.float64)
 
 
 @triton.jit
-def _label_logit(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
-    """The label's logit where it is in [begin, end), else 0."""
-    inside = (label >= begin) & (label < end)
-    raw = tl.load(pointer + label, mask=inside, other=0.0)
-    return tl.where(inside, mapped(raw.to(tl.float32), gain, cap, MAP), 0.0).to(tl.float64)
+def _label_logit(side, label, span, MAP: tl.constexpr):
+    """The label's logit where it is one of these columns, else 0."""
+    inside = (label >= span.begin) & (label < span.end)
+    raw = tl.load(side.row + label, mask=inside, other=0.0)
+    return tl.where(inside, mapped(raw.to(tl.float32), side.map, MAP), 0.0).to(tl.float64)
 
 
 @triton.jit
-def _sum_base(pointer, label, begin, end, gain, cap, MAP: tl.constexpr):
+def _sum_base(side, label, span, MAP: tl.constexpr):
     """What label smoothing's sum of the logits is relative to, so that it keeps its digits where all of
     them are far from 0: the label's logit, to which the loss compares them, or one of these columns."""
-    base = mapped(
-        tl.load(pointer + tl.minimum(tl.maximum(label, begin), end - 1)).to(tl.float32), gain, cap, MAP
-    )
+    column = tl.minimum(tl.maximum(label, span.begin), span.end - 1)
+    base = mapped(tl.load(side.row + column).to(tl.float32), side.map, MAP)
     return tl.where(base - base == 0.0, base, 0.0)
 
 
 @triton.jit
-def fold_row(
-    F: tl.constexpr,
-    s_row,
-    t_row,
-    ids,
-    slots,
-    label,
-    begin,
-    end,
-    offset,
-    numbers,
-    LANES: tl.constexpr,
-    K: tl.constexpr,
-):
-    """First pass: the row's state from its columns [begin, end); each logit is read once.
-
-    ``label`` counts from the tensor's first column, ``ids``, arg_s and arg_t from the vocabulary's
-    (``offset``). Ids are ascending, so each costs one look at one tile.
-    """
-    lanes = empty_lanes(LANES)
-    base = 0.0
-    if F.smooth:
-        base = _sum_base(s_row, label, begin, end, numbers.student_gain, numbers.student_cap, F.student_map)
-    slot = slots * 0  # not a constant: the loop carries it
-    for start in range(begin, end, LANES * K):
-        group, columns, inside = _columns(F, start, end, LANES, K)
-        s = _logits(s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map, "")
-        t, given = s, s
-        if F.kind:
-            t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map, "")
-        if F.sparse:
-            s, slot = _without(s, offset + columns, ids, slot, slots, offset + start + LANES * K)
-        lanes = fold(F, lanes, s, t, given, base, group, inside, numbers.factor)
-    r = across_lanes(F, lanes, numbers.factor)
-    arg_s = _top_column(
-        F,
-        s_row,
-        r.arg_s,
-        r.top_s,
-        end,
-        numbers.student_gain,
-        numbers.student_cap,
-        ids,
-        slots,
-        offset,
-        F.student_map,
-        K,
+def _completed(side, sum_logits, label_logit, top_index):
+    return SideState(
+        reference=side.reference,
+        sum_exp=side.sum_exp,
+        sum_exp_shift=side.sum_exp_shift,
+        sum_exp_t1=side.sum_exp_t1,
+        sum_logits=sum_logits,
+        label_logit=label_logit,
+        top_logit=side.top_logit,
+        top_index=top_index,
     )
-    arg_t = arg_s
-    if F.kind:
-        arg_t = _top_column(
-            F,
-            t_row,
-            r.arg_t,
-            r.top_t,
-            end,
-            numbers.teacher_gain,
-            numbers.teacher_cap,
-            ids,
-            slots,
-            offset,
-            F.teacher_map,
-            K,
-        )
-    sum_s, label_s, label_t = r.sum_s, r.label_s, r.label_t
-    if F.smooth:
-        sum_s += tl.cast(base, tl.float64) * (end - begin)
-    if F.hard:
-        label_s = _label_logit(
-            s_row, label, begin, end, numbers.student_gain, numbers.student_cap, F.student_map
-        )
-    if F.teacher_hard:
-        label_t = _label_logit(
-            t_row, label, begin, end, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map
-        )
-    return RowState(
-        r.m_s,
-        r.z_s,
-        r.m_t,
-        r.z_t,
-        r.x_s,
-        r.x_t,
-        r.e_s,
-        r.e_t,
-        r.z1_s,
-        r.z1_t,
-        sum_s,
-        label_s,
-        label_t,
-        r.top_s,
-        (offset + arg_s).to(tl.float64),
-        r.top_t,
-        (offset + arg_t).to(tl.float64),
-        r.value,
-        r.slope,
-    )
-
-
-class Normalizers(NamedTuple):
-    """What turns logits into p, q and log(p / q), fp32. log z apart from the maximum, so that no digits
-    of it are lost to the logits' common shift."""
-
-    m_s: tl.tensor
-    m_t: tl.tensor
-    per_z_s: tl.tensor
-    per_z_t: tl.tensor
-    log_z_s: tl.tensor
-    log_z_t: tl.tensor
-    gap: tl.tensor  # log z_s - log z_t
-    disagree: (
-        tl.tensor
-    )  # whether KL(p || q) is above 1/2: below, they have at least half their mass in common
 
 
 @triton.jit
-def normalizers(r):
-    gap, log_z_s = tl.log(r.z_s / r.z_t), tl.log(r.z_s)
+def _completed_student(F: tl.constexpr, side, row, stored, span, sum_logits, K: tl.constexpr):
+    """The student's state with what is read again: the label's logit, and which column the highest one is."""
+    label_logit, top_index = side.label_logit, side.label_logit
+    if F.label:
+        label_logit = _label_logit(row.student, row.label, span, F.student_map)
+    if F.stats:
+        top_index = _top_column(row.student, side, stored, span, F.sparse, F.student_map, K)
+    return _completed(side, sum_logits, label_logit, top_index)
+
+
+@triton.jit
+def _completed_teacher(F: tl.constexpr, side, row, stored, span, K: tl.constexpr):
+    label_logit, top_index = side.label_logit, side.label_logit
+    if F.teacher_label:
+        label_logit = _label_logit(row.teacher, row.label, span, F.teacher_map)
+    if F.stats and F.teacher:
+        top_index = _top_column(row.teacher, side, stored, span, False, F.teacher_map, K)
+    return _completed(side, side.sum_logits, label_logit, top_index)
+
+
+@triton.jit
+def _folded_tile(F: tl.constexpr, lanes, s, t, group, factor):
+    student = fold_side(F, lanes.student, s, group, factor, F.hard)
+    teacher, pair = lanes.teacher, lanes.pair
+    if F.teacher:
+        folded = fold_side(F, lanes.teacher, t, group, factor, F.teacher_label)
+        teacher, pair = folded.state, fold_pair(F, pair, student, folded)
+    return RowState(student.state, teacher, pair)
+
+
+@triton.jit
+def fold_row(F: tl.constexpr, row, stored, span, LANES: tl.constexpr, K: tl.constexpr):
+    """First pass: the row's state from the span's columns; each logit is read once.
+
+    The stored ids count from the vocabulary's first column, as top_index does. They are ascending, so
+    each costs one look at one tile. They stay out of the student's sums, but not of sum_logits.
+    """
+    lanes = empty_lanes(LANES)
+    base = 0.0
+    sum_logits = lanes.student.sum_logits
+    if F.smooth:
+        base = _sum_base(row.student, row.label, span, F.student_map)
+    slot = stored.slots * 0  # not a constant: the loop carries it
+    for start in range(span.begin, span.end, LANES * K):
+        group, columns, inside = _columns(F, start, span.end, LANES, K)
+        s = _logits(row.student, columns, inside, F.student_map, "")
+        t = s
+        if F.teacher:
+            t = _logits(row.teacher, columns, inside, F.teacher_map, "")
+        if F.smooth:
+            sum_logits += tl.sum(tl.where(inside, s - base, 0.0), 1)
+        if F.sparse:
+            end = span.offset + start + LANES * K
+            s, slot = _without_stored(s, span.offset + columns, stored, slot, end)
+        lanes = _folded_tile(F, lanes, s, t, group, row.factor)
+    r = across_lanes(F, lanes, row.factor)
+    total = r.student.sum_logits
+    if F.smooth:
+        count = span.end - span.begin
+        total = tl.sum(sum_logits, 0).to(tl.float64) + tl.cast(base, tl.float64) * count
+    student = _completed_student(F, r.student, row, stored, span, total, K)
+    return RowState(student, _completed_teacher(F, r.teacher, row, stored, span, K), r.pair)
+
+
+class Normalizers(NamedTuple):
+    """What turns logits into p, q and log(p / q), fp32. log z apart from the reference, so that no digits
+    of it are lost to the logits' common shift."""
+
+    reference_s: tl.tensor
+    reference_t: tl.tensor
+    per_sum_s: tl.tensor
+    per_sum_t: tl.tensor
+    log_sum_s: tl.tensor
+    log_sum_t: tl.tensor
+    gap: tl.tensor  # log_sum_s - log_sum_t
+    disagree: tl.tensor  # KL(p || q) is above 1/2: below, at least half their mass is in common
+
+
+@triton.jit
+def normalizers(F: tl.constexpr, r):
+    s, t = r.student, r.teacher
+    gap, log_sum_s = tl.log(s.sum_exp / t.sum_exp), tl.log(s.sum_exp)
+    disagree = False
+    if F.kind == SKEW_KL:
+        disagree = (r.pair.cross_t / t.sum_exp + gap) > 0.5
     return Normalizers(
-        m_s=r.m_s.to(tl.float32),
-        m_t=r.m_t.to(tl.float32),
-        per_z_s=(1.0 / r.z_s).to(tl.float32),
-        per_z_t=(1.0 / r.z_t).to(tl.float32),
-        log_z_s=log_z_s.to(tl.float32),
-        log_z_t=(log_z_s - gap).to(tl.float32),
+        reference_s=s.reference.to(tl.float32),
+        reference_t=t.reference.to(tl.float32),
+        per_sum_s=(1.0 / s.sum_exp).to(tl.float32),
+        per_sum_t=(1.0 / t.sum_exp).to(tl.float32),
+        log_sum_s=log_sum_s.to(tl.float32),
+        log_sum_t=(log_sum_s - gap).to(tl.float32),
         gap=gap.to(tl.float32),
-        disagree=(r.x_t / r.z_t + gap) > 0.5,
+        disagree=disagree,
     )
 
 
@@ -319,168 +358,193 @@ def normalizers(r):
 def _distributions(s, t, n, factor):
     """p, q, log(p / q), log p, log q of a tile. Equal logits give equal bits: nothing here is fused
     (the kernels are compiled without contraction)."""
-    u_s, u_t = exponent(s, n.m_s, factor), exponent(t, n.m_t, factor)
-    q, p = tl.exp2(u_s) * n.per_z_s, tl.exp2(u_t) * n.per_z_t
-    return p, q, (u_t - u_s) * LN2 + n.gap, u_t * LN2 - n.log_z_t, u_s * LN2 - n.log_z_s
+    u_s, u_t = exponent(s, n.reference_s, factor), exponent(t, n.reference_t, factor)
+    q, p = tl.exp2(u_s) * n.per_sum_s, tl.exp2(u_t) * n.per_sum_t
+    return p, q, (u_t - u_s) * LN2 + n.gap, u_t * LN2 - n.log_sum_t, u_s * LN2 - n.log_sum_s
 
 
 @triton.jit
-def value_row(F: tl.constexpr, r, s_row, t_row, begin, end, numbers, LANES: tl.constexpr, K: tl.constexpr):
-    """Second pass, for divergences without a closed form: (value, slope) of the columns [begin, end).
+def _terms_of_tile(F: tl.constexpr, row, n, s, t):
+    p, q, x, log_p, log_q = _distributions(s, t, n, row.factor)
+    phi, q_psi = terms(F, p, q, x, log_p, log_q, row.parameters, n.disagree)
+    return phi, q_psi, q
 
-    It runs backwards: what the first pass read last is what L2 still holds.
+
+@triton.jit
+def value_row(F: tl.constexpr, r, row, span, LANES: tl.constexpr, K: tl.constexpr):
+    """Second pass, for divergences without a closed form: (value, sum_q_psi) of the span's columns.
+
+    It runs backwards: what the first pass read last is still near.
     """
-    n = normalizers(r)
-    value = tl.zeros([LANES, K], tl.float32)
-    slope = tl.zeros([LANES, K], tl.float32)
-    tiles = tl.cdiv(end - begin, LANES * K)
+    n = normalizers(F, r)
+    value, sum_q_psi = tl.zeros([LANES, K], tl.float32), tl.zeros([LANES, K], tl.float32)
+    tiles = tl.cdiv(span.end - span.begin, LANES * K)
     for i in range(0, tiles):
-        start = begin + (tiles - 1 - i) * (LANES * K)
-        group, columns, inside = _columns(F, start, end, LANES, K)
-        s = _logits(s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map, "")
-        t = _logits(t_row, columns, inside, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map, "")
-        p, q, x, log_p, log_q = _distributions(s, t, n, numbers.factor)
-        phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers, n.disagree)
+        start = span.begin + (tiles - 1 - i) * (LANES * K)
+        group, columns, inside = _columns(F, start, span.end, LANES, K)
+        s = _logits(row.student, columns, inside, F.student_map, "")
+        t = _logits(row.teacher, columns, inside, F.teacher_map, "")
+        phi, q_psi, q = _terms_of_tile(F, row, n, s, t)
         value += phi
-        slope += q_psi
+        sum_q_psi += q_psi
     # NaN logits stay visible, whatever the formula does with them.
-    visible = 0.0 * (r.z_s + r.z_t)
-    value, slope = tl.sum(tl.sum(value, 1), 0), tl.sum(tl.sum(slope, 1), 0)
-    return value.to(tl.float64) + visible, slope.to(tl.float64) + visible
+    visible = 0.0 * (r.student.sum_exp + r.teacher.sum_exp)
+    value, sum_q_psi = tl.sum(tl.sum(value, 1), 0), tl.sum(tl.sum(sum_q_psi, 1), 0)
+    return value.to(tl.float64) + visible, sum_q_psi.to(tl.float64) + visible
 
 
 @triton.jit
 def divergence(F: tl.constexpr, r):
-    gap = tl.log(r.z_t) - tl.log(r.z_s)
+    gap = tl.log(r.teacher.sum_exp) - tl.log(r.student.sum_exp)
     if F.kind == FORWARD_KL:
-        return r.x_t / r.z_t - gap
+        return r.pair.cross_t / r.teacher.sum_exp - gap
     elif F.kind == REVERSE_KL:
-        return gap - r.x_s / r.z_s
+        return gap - r.pair.cross_s / r.student.sum_exp
     else:
-        return r.value
+        return r.pair.value
 
 
-class Emission(NamedTuple):
-    """A row of ``kdkernels.backends.sparse_rows.Emission``; of no meaning where F is not sparse."""
+class Hard(NamedTuple):
+    """What the outputs at temperature 1 give a column: pull * exp(z - reference) - spread, and -onehot at the label."""
 
-    ids: tl.tensor
-    slots: tl.tensor
-    kept: tl.tensor
+    reference: tl.tensor
+    factor: tl.tensor
+    pull: tl.tensor
+    spread: tl.tensor
+    onehot: tl.tensor
+
+
+class Soft(NamedTuple):
+    """weight * (q_psi - q * slope); with a sparse target the rest's exponentials times ``rest``, and ``weight``
+    times what is stored."""
+
+    weight: tl.tensor
+    slope: tl.tensor
     rest: tl.tensor
-    lse1: tl.tensor
 
 
 @triton.jit
-def gradient_row(
-    F: tl.constexpr,
-    r,
-    s_row,
-    t_row,
-    grad_row,
-    teacher_grad_row,
-    emission,
-    label,
-    weight,
-    begin,
-    end,
-    offset,
-    vocab,
-    numbers,
-    LANES: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Last pass: weight * d(loss)/d(raw logits) of the columns [begin, end), from the finished state.
-
-    It runs against the pass before it: backwards after the first, forwards after the second.
-    """
-    n = normalizers(r)
+def _soft(F: tl.constexpr, r, weight, temperature, rest):
     slope = 0.0
     if F.kind == REVERSE_KL:
         slope = divergence(F, r).to(tl.float32)
     elif F.kind > REVERSE_KL:
-        slope = r.slope.to(tl.float32)
-    soft = (weight * numbers.soft).to(tl.float32)
-    hard, teacher = weight * numbers.hard, weight * numbers.teacher_hard
-    lse = r.m_s + tl.log(r.z1_s)
-    m1_s, per_z1_s = n.m_s, 1.0 / r.z1_s  # exp(z - lse) = exp(z - m1) per_z1
-    if F.sparse:  # whose state is the rest's: the ids may be far above its maximum
-        lse = emission.lse1
-        m1_s = lse.to(tl.float32)
-        per_z1_s = tl.exp(m1_s.to(tl.float64) - lse)
-        rest = tl.where(r.z_s == 0.0, 0.0, weight * emission.rest / r.z_s).to(tl.float32)
-        slot = emission.slots - 1
-    pull = hard * (1.0 + 2.0 * numbers.z_loss * lse) * per_z1_s
-    spread = (hard * numbers.smoothing / vocab).to(tl.float32)
-    onehot = (hard * (1.0 - numbers.smoothing)).to(tl.float32)
-    teacher_pull, teacher_onehot = (teacher / r.z1_t).to(tl.float32), teacher.to(tl.float32)
-    factor1 = numbers.factor  # without a temperature of its own the hard term shares its exponentials
-    if F.tempered:
-        factor1 = LOG2E
-    tiles = tl.cdiv(end - begin, LANES * K)
-    for i in range(0, tiles):
-        start = begin + i * (LANES * K)
-        if F.kind <= REVERSE_KL:
-            start = begin + (tiles - 1 - i) * (LANES * K)
-        group, columns, inside = _columns(F, start, end, LANES, K)
-        s = _logits(
-            s_row, columns, inside, numbers.student_gain, numbers.student_cap, F.student_map, "evict_first"
-        )
-        t = s
-        if F.kind:
-            t = _logits(
-                t_row,
-                columns,
-                inside,
-                numbers.teacher_gain,
-                numbers.teacher_cap,
-                F.teacher_map,
-                "evict_first",
-            )
-        p, q, x, log_p, log_q = _distributions(s, t, n, numbers.factor)
-        here = (label >= start) & (label < start + LANES * K)
-        if F.grad:
-            g = tl.zeros_like(s)
-            if F.kind:
-                phi, q_psi = terms(F, p, q, x, log_p, log_q, numbers, n.disagree)
-                if F.kind != FORWARD_KL:
-                    q_psi = q_psi - q * slope
-                g = times(soft, q_psi)
-            if F.sparse:
-                g = tl.exp2(exponent(s, n.m_s, numbers.factor)) * rest
-                g, slot = _with_kept(
-                    g,
-                    offset + columns,
-                    emission.ids,
-                    emission.kept,
-                    slot,
-                    offset + start,
-                    weight.to(tl.float32),
-                )
-            if F.hard:
-                g += tl.exp2(exponent(s, m1_s, factor1)) * pull.to(tl.float32)
-                if F.smooth:
-                    g -= spread
-                if here:
-                    g -= tl.where(columns == label, onehot, 0.0)
-            g = _through_map(g, s, numbers.student_gain, numbers.student_cap, F.student_map)
-            tl.store(grad_row + columns, g.to(grad_row.dtype.element_ty), mask=inside)
-        if F.teacher_grad:
-            h = tl.exp2(exponent(t, n.m_t, factor1)) * teacher_pull
-            if here:
-                h -= tl.where(columns == label, teacher_onehot, 0.0)
-            h = _through_map(h, t, numbers.teacher_gain, numbers.teacher_cap, F.teacher_map)
-            tl.store(teacher_grad_row + columns, h.to(teacher_grad_row.dtype.element_ty), mask=inside)
+        slope = r.pair.sum_q_psi.to(tl.float32)
+    if F.sparse:
+        sum_exp = r.student.sum_exp
+        rest = tl.where(sum_exp == 0.0, 0.0, times(weight, rest) / sum_exp).to(tl.float32)
+        return Soft(weight.to(tl.float32), slope, rest)
+    else:
+        return Soft((weight / temperature).to(tl.float32), slope, 0.0)
 
 
 @triton.jit
-def zero_row(F: tl.constexpr, grad_row, teacher_grad_row, begin, end, LANES: tl.constexpr, K: tl.constexpr):
-    for start in range(begin, end, LANES * K):
-        group, columns, inside = _columns(F, start, end, LANES, K)
+def _factor_t1(F: tl.constexpr, factor):
+    """Where every temperature is 1, the hard term shares the soft one's exponentials."""
+    if F.tempered:
+        factor = LOG2E
+    return factor
+
+
+@triton.jit
+def _student_hard(F: tl.constexpr, r, w, vocab, factor, lse1):
+    side = r.student
+    reference, per_sum = side.reference.to(tl.float32), 1.0 / side.sum_exp_t1
+    lse = side.reference + tl.log(side.sum_exp_t1)
+    if F.sparse:  # whose state is the rest's: the stored ids may be far above its reference
+        lse = lse1
+        reference = lse.to(tl.float32)
+        per_sum = tl.exp(reference.to(tl.float64) - lse)
+    pull = w.label + w.smooth + times(w.lse_squared, 2.0 * lse)
+    return Hard(
+        reference=reference,
+        factor=_factor_t1(F, factor),
+        pull=times(pull, per_sum).to(tl.float32),
+        spread=(w.smooth / vocab).to(tl.float32),
+        onehot=w.label.to(tl.float32),
+    )
+
+
+@triton.jit
+def _teacher_hard(F: tl.constexpr, r, w, factor):
+    return Hard(
+        reference=r.teacher.reference.to(tl.float32),
+        factor=_factor_t1(F, factor),
+        pull=times(w.teacher_label, 1.0 / r.teacher.sum_exp_t1).to(tl.float32),
+        spread=0.0,
+        onehot=w.teacher_label.to(tl.float32),
+    )
+
+
+@triton.jit
+def _hard_gradient(h, z, columns, label, here, SMOOTH: tl.constexpr):
+    g = times(h.pull, tl.exp2(exponent(z, h.reference, h.factor)))
+    if SMOOTH:
+        g -= h.spread
+    if here:
+        g -= tl.where(columns == label, h.onehot, 0.0)
+    return g
+
+
+@triton.jit
+def write_gradient(
+    F: tl.constexpr, r, row, weights, stored, span, grads, LANES: tl.constexpr, K: tl.constexpr
+):
+    """Last pass: weights * d(outputs)/d(raw logits) of the span's columns, from the finished state.
+
+    It runs against the pass before it: backwards after the first, forwards after the second.
+    """
+    n = normalizers(F, r)
+    soft = _soft(F, r, weights.soft, row.temperature, stored.rest)
+    student, teacher = Hard(0.0, 0.0, 0.0, 0.0, 0.0), Hard(0.0, 0.0, 0.0, 0.0, 0.0)
+    if F.hard:
+        student = _student_hard(F, r, weights, span.vocab, row.factor, stored.lse1)
+    if F.teacher_grad:
+        teacher = _teacher_hard(F, r, weights, row.factor)
+    slot = stored.slots - 1
+    tiles = tl.cdiv(span.end - span.begin, LANES * K)
+    for i in range(0, tiles):
+        start = span.begin + i * (LANES * K)
+        if F.kind <= REVERSE_KL:
+            start = span.begin + (tiles - 1 - i) * (LANES * K)
+        group, columns, inside = _columns(F, start, span.end, LANES, K)
+        here = (row.label >= start) & (row.label < start + LANES * K)
+        s = _logits(row.student, columns, inside, F.student_map, "evict_first")
+        t = s
+        if F.kind or F.teacher_grad:
+            t = _logits(row.teacher, columns, inside, F.teacher_map, "evict_first")
         if F.grad:
-            tl.store(grad_row + columns, tl.zeros([LANES, K], grad_row.dtype.element_ty), mask=inside)
+            g = tl.zeros_like(s)
+            if F.kind:
+                phi, q_psi, q = _terms_of_tile(F, row, n, s, t)
+                if F.kind != FORWARD_KL:
+                    q_psi = q_psi - q * soft.slope
+                g = times(soft.weight, q_psi)
+            if F.sparse:
+                g = tl.exp2(exponent(s, n.reference_s, row.factor)) * soft.rest
+                at, begin = span.offset + columns, span.offset + start
+                g, slot = _with_stored(g, at, stored, slot, begin, soft.weight)
+            if F.hard:
+                g += _hard_gradient(student, s, columns, row.label, here, F.smooth)
+            g = _through_map(g, s, row.student.map, F.student_map)
+            tl.store(grads.student + columns, g.to(grads.student.dtype.element_ty), mask=inside)
         if F.teacher_grad:
-            tl.store(
-                teacher_grad_row + columns,
-                tl.zeros([LANES, K], teacher_grad_row.dtype.element_ty),
-                mask=inside,
-            )
+            h = _hard_gradient(teacher, t, columns, row.label, here, False)
+            h = _through_map(h, t, row.teacher.map, F.teacher_map)
+            tl.store(grads.teacher + columns, h.to(grads.teacher.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write_zeros(pointer, columns, inside, LANES: tl.constexpr, K: tl.constexpr):
+    tl.store(pointer + columns, tl.zeros([LANES, K], pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_zeros(F: tl.constexpr, span, grads, LANES: tl.constexpr, K: tl.constexpr):
+    """For a row whose weights are all 0, or that takes no part."""
+    for start in range(span.begin, span.end, LANES * K):
+        group, columns, inside = _columns(F, start, span.end, LANES, K)
+        if F.grad:
+            _write_zeros(grads.student, columns, inside, LANES, K)
+        if F.teacher_grad:
+            _write_zeros(grads.teacher, columns, inside, LANES, K)

@@ -27,32 +27,36 @@ CHIPS = {
 #: What is broken -> file, a statement of it, and what stands there instead.
 MUTATIONS = {
     "the cluster's states are not combined": (
-        "row.h",
-        "if (warp_ == 0) combine(parts, blocks + onto, temperature, out);",
-        "if (warp_ == 0) combine(parts + rank, 1, temperature, out);",
+        "exchange.cuh",
+        "if (row.warp == 0) combine(parts, blocks + onto_memory, temperature, stats, out);",
+        "if (row.warp == 0) combine(parts + rank, 1, temperature, stats, out);",
     ),
     "the columns after the last sixteen bytes are not copied": (
-        "staging.h",
+        "staging.cuh",
         "if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k]; "
         "else ((uint16_t*)to)[k] = ((const uint16_t*)from)[k];",
         "",
     ),
     "what is before the row in its first sixteen bytes counts": (
-        "side.h",
+        "row_io.cuh",
         "return k >= before && k < count;",
         "return k < count;",
     ),
-    "a chunk is not waited for": ("row.h", "if (first) slice_.await(i, turn_);", ""),
-    "the exchange has no second buffer": ("row.h", "parity_ ^= 1;", ""),
+    "a chunk is not waited for": ("row.cuh", "if (first) slice.await(i, turn);", ""),
+    "the exchange has no second buffer": ("exchange.cuh", "row.parity ^= 1;", ""),
     "the gradient is zero": (
-        "row.h",
-        "store<Types>(to, column, count, g);",
-        "store<Types>(to, column, count, t);",
+        "gradient.cuh",
+        "store<Types>(grad, column, count, g);",
+        "store<Types>(grad, column, count, t[0]);",
     ),
-    "the label is not subtracted": ("row.h", "if (k == place) g[k] -= onehot;", ""),
-    "the lanes' maxima are not shared": ("lanes.h", "r.z_s = lane.z_s * by_s;", "r.z_s = lane.z_s;"),
-    "sums are not moved to a new maximum": ("lanes.h", "r.z_s *= by_s;", ""),
-    "the second pass is not added": ("row.h", "r.slope += added.slope;", ""),
+    "the label is not subtracted": ("gradient.cuh", "if (k == label) g[k] -= onehot;", ""),
+    "the lanes' maxima are not shared": (
+        "fold.cuh",
+        "side.sum_exp = lane.sum_exp * decay;",
+        "side.sum_exp = lane.sum_exp;",
+    ),
+    "sums are not moved to a new maximum": ("fold.cuh", "side.sum_exp *= decay;", ""),
+    "the second pass is not added": ("value.cuh", "state.pair.sum_q_psi += added.pair.sum_q_psi;", ""),
 }
 
 

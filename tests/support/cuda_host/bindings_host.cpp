@@ -4,7 +4,7 @@
 #include <Python.h>
 
 #include "cuda/launch.h"
-#include "cuda/platform.h"
+#include "cuda/platform.cuh"
 #include "cuda/runtime.h"
 #include "operators.h"
 

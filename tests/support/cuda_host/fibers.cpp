@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "platform.h"
+#include "platform.cuh"
 #include "runtime.h"
 
 namespace kd {

@@ -1,4 +1,4 @@
-// csrc/cuda/platform.h for a host: a CUDA thread is a fiber, and all blocks of a cluster run side by side.
+// csrc/cuda/platform.cuh for a host: a CUDA thread is a fiber, and all blocks of a cluster run side by side.
 //
 // What a GPU leaves open is made as bad as it may be: shared memory starts as NaN, a bulk copy happens
 // either at once or only when it is waited for, turn about, and what waits in vain ends the program.
@@ -21,7 +21,7 @@ namespace kd {
 
 constexpr bool kAsync = true;
 
-// The fibers' side (fibers.h). Every function here is called by a fiber, and acts on its thread.
+// The fibers' side (fibers.cpp). Every function here is called by a fiber, and acts on its thread.
 namespace host {
 extern int mutation;  // which of the tests' mutations is awake
 int thread_index();

@@ -1,23 +1,22 @@
 // One side's row as a warp reads it, eight columns a lane at a time, and how gradients are written.
 //
-// A row need not begin at 16 bytes. Its columns are numbered from the 16 bytes that it begins in: the first
-// `lead` of these places are not its own, and pointers to a row are to place 0. A lane's places are adjacent
-// and begin at a multiple of eight, so that they are read and written in 16-byte pieces. Values are fp32 in
-// registers whatever their type in memory.
+// A row need not begin at a multiple of 16 bytes in memory. Its columns are numbered from the last such
+// multiple before it; these numbers are called places. The first `lead` places are not the row's own, and
+// pointers to a row are to place 0. A lane's places are adjacent and begin at a multiple of eight, so that
+// they are read and written in pieces of 16 bytes. Values are fp32 in registers, whatever their type in
+// memory.
 #pragma once
 
 #include "../job.h"
-#include "platform.h"
+#include "platform.cuh"
 
 namespace kd {
 
 constexpr int kVector = 8;
 constexpr int kStep = kWarp * kVector;  // columns that a warp takes at once
 
-KD_HD int bytes_of(DType dtype) { return dtype == kFloat ? 4 : 2; }
-
 // What a kernel knows of its call when it is compiled: the common case, or nothing.
-struct PlainBFloat16 {  // both sides and the gradient are bf16, logits as they are
+struct PlainBFloat16 {  // both sides and the gradient are bf16, and no logit is mapped
   static constexpr bool kMapped = false;
   static constexpr int kTile = 2;  // vectors that a lane folds at once
   KD_HD static constexpr DType of(DType) { return kBFloat16; }
@@ -43,11 +42,11 @@ struct LogitMap {
   }
 };
 
-// In columns, how far after 16 bytes a row begins.
+// How many columns after a multiple of 16 bytes a row begins.
 KD_HD int lead_of(const Matrix& m, int row) { return (int)((uint64_t)m.row(row) & 15) / bytes_of(m.dtype); }
 
-// The row's lead, where all that is read and written has the same: else 0, and what does not begin at
-// 16 bytes then goes column by column.
+// The row's lead, where all that is read and written has the same. Else 0: what is not aligned then is read
+// and written column by column.
 KD_HD int lead_of(const Job& job, int row) {
   const int lead = lead_of(job.student, row);
   const bool agree = (job.teacher.data == nullptr || lead_of(job.teacher, row) == lead) &&
@@ -63,10 +62,10 @@ KD_HD bool is_aligned(const void* p) { return ((uint64_t)p & 15) == 0; }
 struct Side {
   const char* row = nullptr;  // place 0, in the caller's memory
   int lead = 0;
-  int resident = -1;  // where place `first` is in shared memory; -1: read the row
+  int resident = -1;  // where place `first` is in shared memory; -1: it is not there
   int first = 0;
   DType dtype = kFloat;
-  bool aligned = false;  // place 0 is at 16 bytes
+  bool aligned = false;  // place 0 is at a multiple of 16 bytes
   LogitMap map;
 };
 
@@ -112,7 +111,7 @@ struct Present {
   KD_DEVICE bool operator()(int k) const { return k >= before && k < count; }
 };
 
-// -inf stands for what is not there.
+// A vector whose entries that are not the row's are -inf.
 template <class Types>
 KD_DEVICE void load_from(const char* p, bool aligned, DType dtype, Present present, float (&v)[kVector]) {
   if (aligned && present.all()) return load_whole<Types>(p, dtype, v);
@@ -137,7 +136,7 @@ KD_DEVICE void load(const Side& side, int column, int count, float (&v)[kVector]
   }
 }
 
-// The same of a whole vector that is in shared memory, without a map.
+// The same for a whole vector in shared memory whose logits are not mapped.
 template <class Types>
 KD_DEVICE void load_resident(const Side& side, int column, float (&v)[kVector]) {
   const int at = side.resident + (column - side.first) * bytes_of(Types::of(side.dtype));
@@ -154,7 +153,7 @@ KD_DEVICE float logit(const Side& side, int column) {
 }
 
 // A row of a gradient.
-struct Target {
+struct GradRow {
   char* row = nullptr;
   int lead = 0;
   DType dtype = kFloat;
@@ -171,7 +170,7 @@ KD_DEVICE void store_value(char* row, DType dtype, int64_t i, float value) {
 }
 
 template <class Types>
-KD_DEVICE void store(const Target& to, int column, int count, const float (&v)[kVector]) {
+KD_DEVICE void store(const GradRow& to, int column, int count, const float (&v)[kVector]) {
   const DType dtype = Types::of(to.dtype);
   const Present present{to.lead - column, count};
   if (!present.all() || !to.aligned) {

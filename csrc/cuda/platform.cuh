@@ -1,8 +1,8 @@
 // What the kernels need of a GPU beyond C++: lanes of a warp, shared memory, clusters, bulk copies.
 //
-// Everything that is not plain CUDA C++ is here. tests/cuda_host/platform_host.h has the same names for a
-// host, where a thread is a fiber, so that the kernels' own source runs without a GPU.
-// Clusters, bulk copies and mbarriers exist from sm_90 on (kAsync). Below, a cluster is one block.
+// Everything that is not plain CUDA C++ is here. tests/support/cuda_host/platform_host.h has the same names
+// for a host, where a thread is a fiber, so that the kernels' own source runs without a GPU. Clusters, bulk
+// copies and mbarriers exist from sm_90 on (kAsync). Below, a cluster is one block.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ KD_DEVICE int block_threads() { return (int)blockDim.x; }
 KD_DEVICE int block_index() { return (int)blockIdx.x; }
 KD_DEVICE int grid_blocks() { return (int)gridDim.x; }
 
-// The block's memory, 128-byte aligned; its layout is SharedMemory's (staging.h).
+// The block's memory, 128-byte aligned; its layout is SharedMemory's (staging.cuh).
 KD_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
@@ -80,7 +80,7 @@ KD_DEVICE uint32_t pack_half(float low, float high) {
   return packed;
 }
 
-// Written once and not read again here: leave L2 to the logits.
+// For what is written once and not read again here: it leaves L2 to the logits.
 KD_DEVICE void store_streaming(void* to, uint4 value) { __stcs((uint4*)to, value); }
 
 KD_DEVICE int cluster_rank() {
@@ -92,8 +92,8 @@ KD_DEVICE int cluster_rank() {
   return 0;
 #endif
 }
-// All threads of all blocks of the cluster. What a warp `wrote` to other blocks is seen after; one that wrote
-// nothing there does not wait until the gradient that it wrote to memory has arrived.
+// Waits for all threads of all blocks of the cluster. `wrote`: what this warp wrote to other blocks is seen
+// by them afterwards. A warp that wrote nothing there need not wait until its gradient has arrived in memory.
 KD_DEVICE void sync_cluster(bool wrote) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (wrote)
@@ -119,7 +119,8 @@ KD_DEVICE T* in_block(T* mine, int rank) {
 
 KD_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// A barrier that one arrival and the bytes it announced complete; waited for by parity, 0 first.
+// A barrier that is complete after one arrival and the bytes that it announced. One waits for a parity: 0 the
+// first time, then 1, and so on.
 struct Barrier {
   uint64_t word;
 };
@@ -156,7 +157,7 @@ KD_DEVICE void wait(Barrier& barrier, uint32_t parity) {
   }
 #endif
 }
-// This thread's reads and writes of shared memory come before copies that are issued after.
+// This thread's earlier reads and writes of shared memory come before copies that it issues afterwards.
 KD_DEVICE void fence_before_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

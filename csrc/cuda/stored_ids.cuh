@@ -1,18 +1,18 @@
-// A sparse target's ids in a warp's slice: which of a step's columns they are, and in which lane.
+// A sparse target's stored ids in a warp's slice: which of a step's columns they are, and in which lane.
 //
-// Ids are ascending with -1 for "none" in between. A step of a warp looks at its ids all at once; a column
-// that is kept costs a few instructions, a step without any one look.
+// Ids are ascending with -1 for "none" in between. A step of a warp looks at its ids all at once. A stored
+// column costs a few instructions, a step without any costs one look.
 #pragma once
 
-#include "side.h"
+#include "row_io.cuh"
 
 namespace kd {
 
-class Kept {
+class StoredIds {
  public:
-  Kept() = default;
+  StoredIds() = default;
   // The ids of the row that lie in columns [begin, end) of a chunk that starts at `offset`.
-  KD_DEVICE Kept(const int64_t* ids, int64_t slots, int64_t offset, int begin, int end)
+  KD_DEVICE StoredIds(const int64_t* ids, int64_t slots, int64_t offset, int begin, int end)
       : ids_(ids), offset_(offset), first_((int)slots), last_((int)slots) {
     for (int64_t slot = thread_index() % kWarp; slot < slots; slot += kWarp) {
       if (ids[slot] >= offset + begin && slot < first_) first_ = (int)slot;
@@ -25,7 +25,7 @@ class Kept {
   KD_DEVICE bool any_in_row() const { return ids_ != nullptr; }
   KD_DEVICE bool any() const { return first_ < last_; }
 
-  // Calls f(slot, k, mine) for each kept column in [start, start + kStep); `mine` in the lane whose k-th it
+  // Calls f(slot, k, mine) for each stored column in [start, start + kStep); `mine` in the lane whose k-th it
   // is.
   template <class F>
   KD_DEVICE void each(int start, F&& f) const {

@@ -1,18 +1,25 @@
 // A row's logits on the chip: each warp copies its own columns into its own part of shared memory.
 //
-// The slice of a warp is cut into chunks, each with a barrier. The first pass waits for a chunk, the last
-// one, having written the chunk's gradient, asks for the same columns of the warp's next row: copies
-// are under way while the rest of this row is computed, and warps never wait for each other. The few
-// columns after the last 16 bytes are copied by the lanes themselves, and so are rows whose sides do not
-// begin equally far after 16 bytes. A copy from place 0 on reads what is before the row in those 16
-// bytes, another row's at worst; nobody looks at it.
+// The slice of a warp is cut into chunks, each with a barrier. The first pass waits for a chunk. The last
+// one, having written the chunk's gradient, asks for the same columns of the warp's next row: copies are
+// under way while the rest of this row is computed, and warps never wait for each other. The lanes themselves
+// copy the few columns after the last 16 bytes, and rows whose sides do not begin equally far after 16 bytes.
+// A copy from place 0 on reads what is before the row in those 16 bytes, another row's at worst; nobody looks
+// at it.
 #pragma once
 
+#include "coefficients.cuh"
 #include "geometry.h"
-#include "outcomes.h"
-#include "side.h"
+#include "row_io.cuh"
 
 namespace kd {
+
+// What is solved of a sparse target between the passes (sparse.cuh).
+struct Solved {
+  double lse_t1;  // the student's normaliser at temperature 1, stored ids included
+  double rest;    // the gradient for the rest as a whole
+  double results[kResults];
+};
 
 // A block's memory before the slices.
 struct SharedMemory {
@@ -49,14 +56,14 @@ class Slice {
   KD_DEVICE int end(int lead) const { return at_most(width() + lead); }
   KD_DEVICE bool resident() const { return student_ >= 0; }
   KD_DEVICE int chunk_columns() const { return chunk_; }
-  // As many for all rows, since a barrier counts its turns.
+  // The same for all rows, since a barrier counts its turns.
   KD_DEVICE int chunks() const {
     return resident() ? (at_most(width() + kVector - 1) - begin_ + chunk_ - 1) / chunk_ : 0;
   }
   KD_DEVICE int student() const { return student_; }
   KD_DEVICE int teacher() const { return teacher_; }
 
-  // Ask for chunk `i` of `row`. The caller has done with what it held.
+  // Asks for chunk `i` of `row`. The caller no longer needs what the chunk held.
   KD_DEVICE void fetch(int i, int row, int lead) {
     const int first = begin_ + i * chunk_, left = end(lead) - first;
     const int n = left <= 0 ? 0 : left < chunk_ ? left : chunk_;
@@ -71,7 +78,7 @@ class Slice {
     copy(job_.teacher, teacher, teacher_, first, n, i);
   }
 
-  // Until chunk `i`, fetched for the `turn`-th time (0, 1, ...), is there.
+  // Waits until chunk `i`, fetched for the `turn`-th time (0, 1, ...), is there.
   KD_DEVICE void await(int i, int turn) {
     wait(barrier(i), turn & 1);
     sync_warp();
@@ -82,7 +89,7 @@ class Slice {
     return ((SharedMemory*)shared_memory())->chunks[thread_index() / kWarp][i];
   }
 
-  // Of n columns: the bytes that the copy engine can take.
+  // How many bytes of n columns the copy engine can take.
   KD_DEVICE static uint32_t whole(const Matrix& m, const char* row, int slot, int n) {
     if (slot < 0 || !is_aligned(row)) return 0;
     return (uint32_t)(n * bytes_of(m.dtype)) & ~15u;
@@ -104,7 +111,7 @@ class Slice {
   }
 
   KD_DEVICE int width() const { return (int)job_.width; }
-  // Of this slice, at most up to place `end`.
+  // Place `end`, or the bound of this slice that is nearest to it.
   KD_DEVICE int at_most(int end) const { return end < begin_ ? begin_ : end < last_ ? end : last_; }
 
   const Job& job_;

@@ -1,0 +1,117 @@
+// Rows with a sparse target: each logit is read once, as with a dense one.
+//
+// A row is folded without its stored ids. The K + 1 outcomes, a row of their own a few vectors long, are
+// solved by the same code as a dense row. Then the row's gradient is written, while its exponentials are in
+// cache. What is solved, and why, is in kdkernels/backends/outcomes.py.
+#pragma once
+
+#include "entry_points.h"
+
+namespace kd {
+namespace KD_ISA {
+
+// One row of K + 1 outcomes as a dense problem, and the memory for it.
+class OutcomeRow {
+ public:
+  explicit OutcomeRow(const Job& job)
+      : slots_(job.sparse.slots), student_(padded(slots_ + 1)), grad_(student_.size()), scratch_(slots_ + 1) {
+    problem_.width = problem_.vocab = slots_ + 1;
+    problem_.spec = job.sparse.outcome_spec;
+    problem_.parameters = job.parameters;
+    problem_.student = {(char*)student_.data(), kFloat, 0};
+    if (job.grad.data) problem_.grad = {(char*)grad_.data(), kFloat, 0};
+  }
+
+  // `logits`: of the stored ids, which are divided by `inner`; `rest`: log-mass of all others. Results are
+  // those of the dense problem at temperature `outer`, the gradient is that for the logits, times `scale`.
+  void solve(const double* logits, double rest, const char* teacher, double inner, double outer,
+             double scale) {
+    double peak = std::max(rest, kNoReference);
+    for (int64_t k = 0; k < slots_; ++k) peak = std::max(peak, logits[k] / inner);
+    for (int64_t k = 0; k < slots_; ++k) student_[k] = (float)(logits[k] / inner - peak);
+    student_[slots_] = (float)(rest - peak);
+    problem_.teacher = {(char*)teacher, kFloat, 0};
+    std::fill(results_, results_ + kResults, 0.0);
+    with_kind(problem_.spec.kind, true, [&]<Kind kKind, class Divergence>() {
+      Row<kKind> row(problem_, problem_.spec, outer, source(problem_.student, 0, 1, 0),
+                     source(problem_.teacher, 0, 1, 0), scratch_, -1);
+      KD_ISA::solve<Divergence>(row, {.soft = scale / inner}, problem_.grad, 0, results_);
+    });
+  }
+
+  const double* results() const { return results_; }
+  const float* grad() const { return grad_.data(); }  // [slots + 1], the rest's last
+
+ private:
+  int64_t slots_;
+  std::vector<float> student_, grad_;
+  Scratch scratch_;
+  Job problem_;
+  double results_[kResults] = {};
+};
+
+// log(e^lse + sum e^logits)
+inline double log_add(double lse, const double* logits, int64_t count) {
+  double peak = std::max(lse, kNoReference);
+  for (int64_t k = 0; k < count; ++k) peak = std::max(peak, logits[k]);
+  double total = std::exp(lse - peak);
+  for (int64_t k = 0; k < count; ++k) total += std::exp(logits[k] - peak);
+  return peak + std::log(total);
+}
+
+// Whether the student's top-1 token (of the stored ones under "conditional") is the teacher's.
+inline bool agrees(const StoredIds& stored, const float* teacher, const SideState& rest, Tail tail) {
+  if (stored.count == 0 || stored.ids[0] < 0) return false;
+  const int64_t mine = std::max_element(stored.logits, stored.logits + stored.count) - stored.logits;
+  if (std::max_element(teacher, teacher + stored.count) - teacher != mine) return false;
+  const double best = stored.logits[mine];
+  return tail == kConditional || best > rest.reference ||
+         (best == rest.reference && stored.ids[mine] < (int64_t)rest.top_index);
+}
+
+inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
+  RowRange range(job);
+  OutcomeRow outcomes(job);
+  const Spec& spec = job.spec;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!job.is_live(i)) {
+      if (job.grad.data) write_zeros(job.grad, i, job.width);
+      continue;
+    }
+    auto row = range.row<kNone>(i);
+    StoredIds stored = range.stored(i);
+    row.leave_out(stored);
+    RowState r;
+    if (job.grad.data)
+      fold<true>(row, r);
+    else
+      fold<false>(row, r);
+    const SideState& student = r.student;  // of all ids that are not stored
+    const float* teacher = (const float*)job.sparse.teacher.row(i);
+    const double lse = student.sum_exp == 0 ? -(double)kInf : student.lse(row.temperature);
+    const double rest = spec.tail == kConditional ? (double)teacher[stored.count] : lse;
+    const double scale = job.sparse.scale[i];
+    outcomes.solve(stored.logits, rest, (const char*)teacher, row.temperature,
+                   job.temperature_of(i, job.sparse.outcome_spec), scale);
+    stored.grad = outcomes.grad();
+    stored.rest = outcomes.grad()[stored.count];
+
+    double* results = range.results(i);
+    if (spec.asks(kSoft)) results[kSoft] = scale * outcomes.results()[kSoft] + job.sparse.constant[i];
+    if (spec.asks_hard()) {
+      stored.lse_t1 = log_add(student.lse_t1(), stored.logits, stored.count);
+      hard_results(student, stored.lse_t1, stored.lse_t1 - student.label_logit, spec, job.vocab, results);
+    }
+    if (spec.stats) {
+      results[kStudentEntropy] = outcomes.results()[kStudentEntropy];
+      results[kTeacherEntropy] = outcomes.results()[kTeacherEntropy];
+      results[kAgreement] = agrees(stored, teacher, student, spec.tail);
+    }
+    if (job.grad.data) write_gradient(row, r, job.weights_of(i), job.grad, i);
+  }
+}
+
+constexpr RowLoops kRowLoops = {fused, accumulate, accumulate_value, gradient, fused_sparse};
+
+}  // namespace KD_ISA
+}  // namespace kd

@@ -1,0 +1,47 @@
+// Second pass, for divergences without a closed form: the divergence and the sum of q_psi.
+#pragma once
+
+#include "exchange.cuh"
+#include "formula.cuh"
+
+namespace kd {
+
+// Adds what the pass found to the row's state, and for accumulate_value to the state in memory.
+template <class Row>
+KD_DEVICE void add_value(Row& row, RowState& state, const RowState& added) {
+  // NaN logits stay visible, whatever the formula does with them.
+  state.pair.value += added.pair.value + 0 * (state.student.sum_exp + state.teacher.sum_exp);
+  state.pair.sum_q_psi += added.pair.sum_q_psi;
+  if (state.pair.value != state.pair.value) state.pair.sum_q_psi = state.pair.value;
+  if (row.plan.entry != Entry::kAccumulateValue || cluster_rank() != 0) return;
+  row.memory_state()->pair.value = state.pair.value;
+  row.memory_state()->pair.sum_q_psi = state.pair.sum_q_psi;
+}
+
+template <class Divergence, class Row>
+KD_DEVICE void value(Row& row) {
+  const Normal n = row.shared.coefficients.normal;
+  const Side student = row.student(), teacher = row.teacher();
+  const Formula<Row::kKind, Divergence> formula(row.job.parameters, n);
+  const bool first = row.plan.entry == Entry::kAccumulateValue, last = !row.plan.writes_gradient(row.job);
+  float phi = 0, q_psi = 0;
+  row.each_step(first, last, kStep, [&](int start, int end) {
+    const int column[1] = {start + row.lane * kVector};
+    float s[1][kVector], t[1][kVector];
+    load_step<Row>(student, teacher, start, end, column, s, t);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const Terms terms = formula.terms(n, s[0][k], t[0][k]);
+      phi += terms.phi;
+      q_psi += terms.q_psi;
+    }
+  });
+  RowState r;
+  r.pair.value = phi;
+  r.pair.sum_q_psi = q_psi;
+  write_state(&row.shared.warps[row.warp], r);
+  exchange(row, &row.shared.added, false);
+  if (thread_index() == 0) add_value(row, row.shared.state, row.shared.added);
+}
+
+}  // namespace kd

@@ -1,0 +1,91 @@
+"""Single options: each is checked by its name, wherever it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import check_number_tensor, check_one_number, flag, integer, number, positive_integer, shown
+from ..divergences import JSD, Divergence
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+#: A number that may change while training: Python's, or a tensor with one entry or one for each token.
+Number = float | Tensor
+
+
+def _divergence(name: str, given: Any) -> Divergence:
+    if not isinstance(given, Divergence):
+        raise TypeError(f"{name} must be a kd.Divergence such as kd.ForwardKL(), got {shown(given)}")
+    given.check()
+    return given
+
+
+def _number_or_tensor(name: str, given: Any) -> Number:
+    if isinstance(given, Tensor):
+        check_number_tensor(name, given)  # its values are looked at where that waits for nothing
+        return given
+    return number(name, given)
+
+
+def _temperature(name: str, given: Any) -> Number:
+    given = _number_or_tensor(name, given)
+    if not isinstance(given, Tensor) and not given > 0:
+        raise ValueError(f"{name} must be > 0 and finite, got {given}")
+    return given
+
+
+def _label_smoothing(name: str, given: Any) -> float:
+    given = number(name, given)
+    if not 0.0 <= given <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {given}")
+    return given
+
+
+def _reduction(name: str, given: Any) -> str:
+    if given not in REDUCTIONS:
+        raise ValueError(f"unknown {name} {shown(given)}; there are {', '.join(REDUCTIONS)}")
+    return given
+
+
+def _num_items(name: str, given: Any) -> int | float | Tensor | None:
+    if isinstance(given, Tensor):
+        check_one_number(name, given)
+        return given  # its value is looked at where that waits for nothing
+    if given is not None and not number(name, given) > 0:
+        raise ValueError(f"{name} must be > 0, got {given}")
+    return given
+
+
+def _optional(check: Callable[[str, Any], int]) -> Callable[[str, Any], int | None]:
+    return lambda name, given: None if given is None else check(name, given)
+
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "divergence": _divergence,
+    "beta": lambda name, given: JSD(given),
+    "temperature": _temperature,
+    "temperature_squared": flag,
+    "soft_weight": _number_or_tensor,
+    "hard_weight": _number_or_tensor,
+    "label_smoothing": _label_smoothing,
+    "z_loss": number,
+    "reduction": _reduction,
+    "num_items": _num_items,
+    "ignore_index": integer,
+    "vocab_size": _optional(positive_integer),
+    "inplace": flag,
+    "return_stats": flag,
+    "chunk_bytes": _optional(positive_integer),
+}
+
+
+def checked(**options) -> dict[str, Any]:
+    """The same options, each checked by what its name stands for."""
+    return {name: _OPTIONS[name](name, given) for name, given in options.items()}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Those of them that are not one tensor for each call."""
+    checked(**{name: given for name, given in options.items() if name in _OPTIONS})

@@ -1,0 +1,106 @@
+"""What a call says of its tokens: labels, masks, weights, and numbers that may differ by token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_constant, check_tensor
+from .checked import checked_labels, checked_numbers
+from .option_checks import Number
+from .sides import Side
+
+
+def _check_per_token(name: str, given: Any, student: Side) -> None:
+    check_tensor(name, given)
+    if given.shape != student.leading:
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)}, the student's tokens {tuple(student.leading)}"
+        )
+    if given.device != student.device:
+        raise ValueError(f"{name} is on {given.device}, student on {student.device}")
+
+
+def _check_labels(labels: Any, student: Side) -> None:
+    check_tensor("labels", labels)
+    if labels.is_floating_point() and labels.dim() > len(student.leading):
+        raise ValueError(
+            f"labels must be int64 class ids, got {labels.dtype} {tuple(labels.shape)}; "
+            "probabilities are a teacher: kd.kl_div(student, probabilities.log())"
+        )
+    if labels.dtype == torch.bool:
+        raise ValueError("labels must be int64 class ids, got torch.bool; a mask of tokens goes in mask=")
+    _check_per_token("labels", labels, student)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+
+
+def _check_mask(mask: Any, student: Side) -> None:
+    _check_per_token("mask", mask, student)
+    check_constant("mask", mask)
+    if mask.is_complex():
+        raise ValueError(f"mask must be bool or hold 0 and 1, got {mask.dtype}")
+
+
+def live_labels(labels: Any, mask: Any, student: Side, vocab: int, ignore_index: int) -> Tensor | None:
+    """int64 ``[N]``, -1 where a token takes no part; None where all do and nobody gave a label."""
+    if labels is not None:
+        _check_labels(labels, student)
+    if mask is not None:
+        _check_mask(mask, student)
+    if labels is None and mask is None:
+        return None
+    return checked_labels(labels, mask, vocab, ignore_index)
+
+
+def token_weights(given: Any, student: Side) -> Tensor:
+    """fp64 ``[N]``."""
+    if given is None:
+        return torch.ones(math.prod(student.leading), dtype=torch.float64, device=student.device)
+    _check_per_token("token_weights", given, student)
+    check_constant("token_weights", given)
+    if given.is_complex():
+        raise ValueError(f"token_weights must be real numbers, got {given.dtype}")
+    return given.reshape(-1).double()
+
+
+def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int) -> Tensor:
+    """What each token's class weighs, fp64 ``[N]``; 0 where it is masked."""
+    check_tensor("class_weights", given)
+    check_constant("class_weights", given)
+    if given.shape != (vocab,) or not given.is_floating_point():
+        raise ValueError(
+            f"class_weights must be floating [V] = ({vocab},), got {given.dtype} {tuple(given.shape)}"
+        )
+    if given.device != labels.device:
+        raise ValueError(f"class_weights is on {given.device}, student on {labels.device}")
+    if label_smoothing:
+        raise ValueError(
+            f"class_weights with label_smoothing={label_smoothing} weigh every class of every token, "
+            "which one pass does not; use torch.nn.functional.cross_entropy"
+        )
+    return torch.where(labels >= 0, given.double()[labels.clamp(min=0)], 0.0)
+
+
+def constants(values: list[float] | tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers as fp64 ``[len(values)]``. Compiled code holds none of them: added to a zero, one stays a symbol
+    that changes without another compilation, and on an accelerator nothing is copied there and waited for."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.stack([torch.zeros((), dtype=torch.float64, device=device) + value for value in values])
+
+
+def per_row(name: str, given: Number, student: Side, labels: Tensor | None) -> Tensor:
+    """A number as fp64 ``[1]``, or ``[N]`` where it differs by token. Out of range is an error as in
+    :func:`checked_labels`."""
+    if not isinstance(given, Tensor):
+        return constants([given], student.device)
+    if given.numel() != 1 or given.shape == student.leading:
+        _check_per_token(name, given, student)
+        return checked_numbers(given.reshape(-1), labels, name)
+    if given.device != student.device and given.device.type != "cpu":
+        raise ValueError(f"{name} is on {given.device}, student on {student.device}")
+    return checked_numbers(given.reshape(1), None, name).to(student.device, non_blocking=True)

@@ -1,0 +1,291 @@
+"""The one tile loop: dense and sparse targets, whole rows and vocabulary chunks.
+
+A :class:`Request` is walked in chunks of tokens. Where a whole row fits the budget, a chunk is one tile and one
+call of the backend. Else the vocabulary is cut: every chunk is folded into the rows' states, and then made again
+for its gradient. "conditional" without a hard term looks at the stored ids alone: K columns of given logits, K
+gathered rows of an lm_head, nothing as wide as the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import serving
+from ..backends.outcomes import Outcomes, outcomes, student_spec
+from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
+from ..backends.row_state import finish, new_state
+from ..backends.sparse_rows import Solved, gather_stored, no_logits, solve, student_tile
+from ..backends.spec import RESULTS, Asked, Output, Spec, Tail
+from .layout import flat
+from .request import Request
+from .rows import HeadRows, LogitRows
+from .schedule import Plan, plan
+
+Rows = LogitRows | HeadRows
+#: Temporaries per slot of a sparse target: distinct ids, log-masses in fp64, and the outcome problem.
+_SLOT_BYTES = 256
+
+
+class PerRow(NamedTuple):
+    """What a request says of each of its rows, or of some of them."""
+
+    labels: Tensor | None
+    temperature: Tensor
+    weights: Tensor
+    ids: Tensor | None  # of a sparse target
+    values: Tensor | None
+
+    def at(self, rows: slice | Tensor) -> PerRow:
+        one_for_all = self.temperature.shape[0] == 1
+        return PerRow(
+            None if self.labels is None else self.labels[rows],
+            self.temperature if one_for_all else self.temperature[rows],
+            self.weights[rows],
+            None if self.ids is None else self.ids[rows],
+            None if self.values is None else self.values[rows],
+        )
+
+
+def walk(request: Request, grads: Gradients) -> list[Tensor]:
+    """[results, *gradients that are needed], in the order of the request's tensors.
+
+    ``grads``: buffers ``[..., V]`` for the gradients of given logits; an lm_head's are made here.
+    """
+    student, teacher = sources(request, grads)
+    sides = [side for side in (student, teacher) if side is not None]
+    rows, live = _per_row(request), None
+    if any(side.is_head for side in sides):
+        rows, live = _projected(sides, rows)
+    results = _Walk(request, student, teacher, rows).run()
+    if live is not None:
+        results = results.new_zeros(request.weights.shape[0], RESULTS).index_copy_(0, live, results)
+    return [results, *(g for side in sides for g in side.gradients())]
+
+
+def _projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
+    """Only the tokens that take part are projected: (what is said of them, which they are; None: all)."""
+    split = _live(rows.labels)
+    for side in sides:
+        if split is None:
+            side.gather()
+        else:
+            side.keep_live(*split)
+    live = None if split is None else split[0]
+    rows = rows if live is None else rows.at(live)
+    weightless = (rows.weights == 0).all(-1)
+    for side in sides:
+        if isinstance(side, HeadRows):
+            side.leave_out(weightless)
+    return rows, live
+
+
+def sources(request: Request, grads: Gradients) -> tuple[Rows, Rows | None]:
+    """Where both models' tiles come from; None for a teacher that is none, or a sparse target."""
+    needs = request.needs_grad
+    count = len(request.student)
+    student = rows_of(request.student, request.vocab, needs[:count], grads.student)
+    if not request.teacher or request.spec.tail:
+        return student, None
+    return student, rows_of(request.teacher, request.vocab, needs[count:], grads.teacher)
+
+
+def rows_of(tensors: list[Tensor], vocab: int, wanted: list[bool], grad: Tensor | None) -> Rows:
+    if len(tensors) > 1:
+        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted)
+    return LogitRows(tensors[0], vocab, grad)
+
+
+def _per_row(request: Request) -> PerRow:
+    ids, values = request.teacher if request.spec.tail else (None, None)
+    return PerRow(request.labels, request.temperature, request.weights, ids, values)
+
+
+def _live(labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """(the tokens that take part, the others), or None where all do: an lm_head projects no others."""
+    if labels is None:
+        return None
+    dead = labels < 0
+    count = labels.numel() - int(dead.sum())
+    if count == labels.numel():
+        return None
+    live, others = dead.to(torch.uint8).argsort(stable=True).tensor_split([count])
+    return live, others
+
+
+class _Walk:
+    """A request's chunks of tokens, one after the other."""
+
+    def __init__(self, request: Request, student: Rows, teacher: Rows | None, rows: PerRow) -> None:
+        self.request, self.student, self.teacher, self.rows = request, student, teacher, rows
+        self.spec, self.sparse = request.spec, bool(request.spec.tail)
+        sides = [student] if teacher is None else [student, teacher]
+        self.dtypes = [dtype for side in sides for dtype in side.dtypes]
+        self.wide = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.backend: Backend = serving(request.backend, rows.weights.device, self.dtypes, self.spec)
+        self.tiles = self._plan(sides)
+
+    @property
+    def stored_only(self) -> bool:
+        return self.spec.tail == Tail.CONDITIONAL and not self.spec.asked & Asked.HARD
+
+    def _plan(self, sides: list[Rows]) -> Plan:
+        each, per_row = (
+            sum(side.bytes_per_logit for side in sides) + self.backend.bytes_per_logit(self.dtypes),
+            0,
+        )
+        if self.rows.ids is not None:
+            slots = self.rows.ids.shape[1]
+            per_row = slots * _SLOT_BYTES
+            if self.stored_only:
+                each, per_row = 0, per_row + slots * self.student.bytes_per_stored
+        return plan(
+            tokens=self.student.tokens,
+            vocab=self.request.vocab,
+            bytes_per_logit=each,
+            bytes_per_row=per_row,
+            chunk_bytes=self.request.chunk_bytes,
+            segment=self.student.tokens if self.stored_only else min(side.segment for side in sides),
+        )
+
+    def run(self) -> Tensor:
+        results = self.rows.weights.new_zeros(self.student.tokens, RESULTS)
+        for rows in self.tiles.row_chunks():
+            chunk = _Chunk(self, rows, self.rows.at(rows))
+            if self.stored_only:
+                results[rows] = chunk.stored_ids()
+            elif self.tiles.one_tile_per_row:
+                results[rows] = chunk.whole_rows()
+            else:
+                results[rows] = chunk.by_vocabulary()
+        return results
+
+
+@dataclass
+class _Chunk:
+    """One chunk of tokens."""
+
+    walk: _Walk
+    rows: slice
+    given: PerRow
+
+    def __post_init__(self) -> None:
+        self.spec, self.backend, self.vocab = self.walk.spec, self.walk.backend, self.walk.request.vocab
+        self.target: Outcomes | None = None
+        if self.given.ids is not None and self.given.values is not None:
+            self.target = outcomes(
+                self.given.ids,
+                self.given.values,
+                self.given.temperature,
+                self.spec,
+                vocab=self.vocab,
+                dtype=self.walk.wide,
+            )
+
+    def tile(self, columns: slice) -> Tile:
+        teacher = self.walk.teacher
+        return Tile(
+            self.walk.student.tile(self.rows, columns),
+            None if teacher is None else teacher.tile(self.rows, columns),
+            self.given.labels,
+            self.given.temperature,
+            self.walk.request.parameters,
+            columns.start,
+            self.vocab,
+        )
+
+    def buffers(self, tile: Tile, columns: slice) -> Gradients:
+        teacher = self.walk.teacher
+        theirs = None
+        if teacher is not None and tile.teacher is not None and self.spec.asked & Asked.TEACHER_LABEL:
+            theirs = teacher.gradient_tile(tile.teacher, self.rows, columns)
+        return Gradients(self.walk.student.gradient_tile(tile.student, self.rows, columns), theirs)
+
+    def backward(self, gradients: Gradients, columns: slice) -> None:
+        for side, grad in zip((self.walk.student, self.walk.teacher), gradients):
+            if side is not None and grad is not None:
+                side.backward(grad, self.rows, columns)
+
+    def whole_rows(self) -> Tensor:
+        columns = slice(0, self.vocab)
+        tile = self.tile(columns)
+        gradients = self.buffers(tile, columns)
+        if self.target is None:
+            results = self.backend.fused(tile, self.given.weights, self.spec, gradients)
+        else:
+            results = self.backend.fused_sparse(tile, self.target, self.given.weights, self.spec, gradients)
+        self.backward(gradients, columns)
+        return results
+
+    def by_vocabulary(self) -> Tensor:
+        state = new_state(self.given.weights.shape[0], self.given.weights.device)
+        if self.target is None:
+            results, spec, sparse = self._fold(state), self.spec, None
+        else:
+            solved = self._fold_sparse(state, self.target)
+            results, spec, sparse = solved.results, student_spec(self.spec), solved.gradient
+        if self.needs_grad:
+            for columns in self.walk.tiles.column_chunks():
+                self._gradient(columns, spec, state, sparse)
+        return results
+
+    @property
+    def needs_grad(self) -> bool:
+        teacher = self.walk.teacher
+        return self.walk.student.needs_grad or (teacher is not None and teacher.needs_grad)
+
+    def _fold(self, state: Tensor) -> Tensor:
+        for columns in self.walk.tiles.column_chunks():
+            self.backend.accumulate(self.tile(columns), self.spec, state)
+        if self.spec.asked & Asked.SOFT and self.spec.closed_form is None:
+            for columns in self.walk.tiles.column_chunks():
+                self.backend.accumulate_value(self.tile(columns), self.spec, state)
+        return finish(state, self.spec, self.given.labels, self.vocab)
+
+    def _fold_sparse(self, state: Tensor, target: Outcomes) -> Solved:
+        inner, stored = student_spec(self.spec), no_logits(target)
+        tile = None
+        for columns in self.walk.tiles.column_chunks():
+            tile = self.tile(columns)
+            self.backend.accumulate(student_tile(tile, self.spec), inner, state, skipped=target.ids)
+            gather_stored(stored, tile.student, target.ids, columns.start, self.spec.student_map)
+        assert tile is not None
+        return solve(self.backend, tile, target, stored, self.spec, state, self.needs_grad)
+
+    def _gradient(self, columns: slice, spec: Spec, state: Tensor, sparse: SparseGradient | None) -> None:
+        tile = self.tile(columns)
+        gradients = self.buffers(tile, columns)
+        if sparse is not None:
+            tile = student_tile(tile, self.spec)
+        self.backend.gradient(tile, self.given.weights, spec, state, gradients, sparse)
+        self.backward(gradients, columns)
+
+    def stored_ids(self) -> Tensor:
+        """The row's soft term from its stored ids alone."""
+        assert self.target is not None
+        student, ids, logit_map = self.walk.student, self.target.ids, self.spec.student_map
+        found = student.stored(self.rows, ids)
+        logits = logit_map.logits(found.logits, self.target.teacher.dtype)
+        logits = torch.where(ids >= 0, logits, -torch.inf)
+        state = new_state(ids.shape[0], ids.device)
+        tile = Tile(
+            logits,
+            None,
+            self.given.labels,
+            self.given.temperature,
+            self.walk.request.parameters,
+            0,
+            self.vocab,
+        )
+        solved = solve(self.backend, tile, self.target, logits, self.spec, state, student.needs_grad)
+        if student.needs_grad:
+            weight = self.given.weights[:, Output.SOFT, None]
+            if self.given.labels is not None:
+                weight = torch.where(self.given.labels[:, None] >= 0, weight, 0.0)
+            grad = logit_map.backward(solved.gradient.stored, logits) * weight.to(logits.dtype)
+            grad = torch.where((ids >= 0) & (weight != 0), grad, 0.0)
+            student.backward_stored(grad, self.rows, ids, found)
+        return solved.results
