@@ -23,6 +23,7 @@ def refused(student: Tensor, teacher: Tensor) -> None:
     kd.kl_div(student, teacher, reduction="average")  # type: ignore[call-overload]
     kd.kl_div(student, teacher, temprature=2.0)  # type: ignore[call-overload]
     kd.linear_cross_entropy(student, teacher, student, z_los=1e-4)  # type: ignore[call-arg]
+    kd.use_backend("natvie")  # type: ignore[arg-type]
     kd.top_k_target(teacher, 8, tail="buckets")  # type: ignore[arg-type]
     print(kd.distillation_loss(student, teacher).soft)  # type: ignore[attr-defined]
     kd.distillation_loss(student, teacher, return_stats=True).backward()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import AbstractContextManager
+from typing import Literal, get_args
 
 import torch
 
@@ -21,7 +22,9 @@ _triton: Backend = triton
 _eager: Backend = eager
 _ORDER = (_native, _triton, _eager)
 _NAMES = tuple(module.name for module in _ORDER)
-CHOICES = ("auto", *_NAMES, "reference")
+BackendName = Literal["auto", "native", "triton", "eager", "reference"]
+CHOICES: tuple[BackendName, ...] = get_args(BackendName)
+assert CHOICES == ("auto", *_NAMES, "reference")
 
 
 class _ThreadsChoice(threading.local):
@@ -61,7 +64,7 @@ class _Choice(AbstractContextManager):
         _chosen.name = self._before
 
 
-def use_backend(name: str) -> AbstractContextManager:
+def use_backend(name: BackendName) -> AbstractContextManager:
     """Prefer the backend ``name`` in this thread, from now on or for a ``with`` block.
 
     Args:
