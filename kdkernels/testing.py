@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import use_backend
+from .backends import BackendName, use_backend
 from .divergences import (
     JSD,
     AlphaBeta,
@@ -122,7 +122,7 @@ class Problem:
 
     def run(
         self,
-        backend: str,
+        backend: BackendName,
         *,
         double: bool = False,
         loss: Callable[..., Any] = distillation_loss,

@@ -156,7 +156,7 @@ def test_nan_is_not_hidden(backend):
             assert value[0].isnan() == (at == 3 or tail != "conditional") and value[1].isfinite()
 
 
-def test_impossible_kept_token_is_infinite(backend):
+def test_impossible_stored_token_is_infinite(backend):
     student = torch.zeros(1, 40)
     student[0, 7] = -torch.inf
     target = kd.SparseTarget(torch.tensor([[7, 8]]), torch.tensor([[-1.0, -2.0]]))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import backends, by_name, use_backend
+from ..backends import CHOICES, BackendName, backends, by_name, use_backend
 from ..backends.spec import Spec
 from ..divergences import (
     JSD,
@@ -145,7 +145,7 @@ class Outcome:
         }
 
 
-def examine(scenario: Scenario, names: list[str], device: str) -> list[Outcome]:
+def examine(scenario: Scenario, names: list[BackendName], device: str) -> list[Outcome]:
     """The scenario on every backend of ``names`` that serves its dtypes; the oracle answers once."""
     problem = scenario.problem(device)
     meaning = {k: v for k, v in scenario.options.items() if k != "chunk_bytes"}
@@ -167,7 +167,7 @@ def examine(scenario: Scenario, names: list[str], device: str) -> list[Outcome]:
     return made
 
 
-def beyond_32_bits(name: str, device: str, *, tokens: int = 2**14 + 8, vocab: int = 2**17) -> Outcome:
+def beyond_32_bits(name: BackendName, device: str, *, tokens: int = 2**14 + 8, vocab: int = 2**17) -> Outcome:
     """Logits with more than 2^31 numbers: the last rows are right only if no offset wrapped around.
 
     Needs 9 GB: bf16 logits that repeat eight rows, and their gradient; the teacher is one row.
@@ -201,7 +201,7 @@ def _unfit(oracle: Result, problem: Problem) -> str | None:
     return None
 
 
-def _exact_rules(scenario: Scenario, backend: str, problem: Problem, ours: Result) -> list[str]:
+def _exact_rules(scenario: Scenario, backend: BackendName, problem: Problem, ours: Result) -> list[str]:
     """Rules that allow no error at all."""
     broken = []
     value, grads = ours
@@ -215,7 +215,7 @@ def _exact_rules(scenario: Scenario, backend: str, problem: Problem, ours: Resul
     return broken
 
 
-def usable(wanted: list[str] | None) -> list[str]:
+def usable(wanted: list[str] | None) -> list[BackendName]:
     """The backends to verify: those asked for, or all that are usable here."""
     there = {name: why for name, why in backends().items() if name != "reference"}
     for name in wanted or []:
@@ -223,11 +223,11 @@ def usable(wanted: list[str] | None) -> list[str]:
             raise ValueError(f"unknown backend {name!r}; there are {', '.join(there)}")
         if there[name]:
             raise ValueError(f"backend {name!r} is not usable here: {there[name]}")
-    return wanted or [name for name, why in there.items() if why is None]
+    return [name for name in CHOICES if (name in wanted if wanted else name in there and there[name] is None)]
 
 
 def verify(
-    names: list[str],
+    names: list[BackendName],
     device: str,
     *,
     only: str | None = None,
