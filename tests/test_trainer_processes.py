@@ -211,6 +211,7 @@ SHARDED = {  # name -> mode and options; LoRA on the lm_head is what shards coul
 }
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_in_the_same_bits(tmp_path, uneven, micro_models):
     """FSDP, with and without LoRA: what one process computes, and the same bits from checkpoint 2 on."""
     script = tmp_path / "main.py"
@@ -259,6 +260,7 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
     """from_pretrained leaves an empty lm_head.weight of both models here; the numbers are those of one process."""
     pytest.importorskip("deepspeed")
