@@ -95,24 +95,15 @@ def toolkit_libraries(compiler):
 
 
 def build_kernels(compiler, folder):
-    """The object of csrc/cuda/launch.cu; all cores help."""
+    """The object of csrc/cuda/launch.cu; all cores help.
+
+    By hand and not by CUDAExtension, which refuses an nvcc of another major version than torch's and links the
+    shared runtime: the kernels include nothing of torch, and bring their own.
+    """
     made = os.path.join(folder, "cuda_launch.o")
     os.makedirs(folder, exist_ok=True)
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O3",
-        "-Xcompiler",
-        "-fPIC,-fvisibility=hidden",
-        "--threads=0",
-        "--split-compile=0",
-        *architectures(),
-        "-Icsrc",
-        "-c",
-        "csrc/cuda/launch.cu",
-        "-o",
-        made,
-    ]
+    flags = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads=0 --split-compile=0 -Icsrc".split()
+    command = [compiler, *flags, *architectures(), "-c", "csrc/cuda/launch.cu", "-o", made]
     print(" ".join(command))
     subprocess.run(command, check=True)
     return made

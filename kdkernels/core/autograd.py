@@ -164,6 +164,7 @@ def _attach_backward(ctx, arriving):
             "pass retain_graph=True to the first backward"
         )
     gradients = ctx.gradients
+    # torch has no public name for whether retain_graph=True was given.
     if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
     if compiling or batched(arriving):

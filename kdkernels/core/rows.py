@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .head_gradient import HALF, WeightGradient, add_rows, wide
 from .layout import columns_adjoin, flat, folding_tokens
-
-HALF = (torch.bfloat16, torch.float16)
-#: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
-_SLAB_BYTES = 2**22
 
 
 class Stored(NamedTuple):
@@ -132,8 +129,7 @@ class HeadRows:
     """Rows of ``hidden @ weight.T + bias``: tiles are projected, their gradients go to dH, dW, db.
 
     ``wanted`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
-    Products are accumulated in fp32 (fp64 stays): dW in place where its dtype allows, else in one
-    fp32 buffer, and only when there is more than one token chunk.
+    Products are added up in fp32 (fp64 stays), where there is more than one.
     """
 
     is_head = True
@@ -147,9 +143,9 @@ class HeadRows:
         self.index: Tensor | None = None
         self.weightless: Tensor | None = None
         self.grad_hidden: Tensor | None = None
-        self.grad_weight: Tensor | None = None
+        self.grad_weight = WeightGradient(tensors[1], vocab)
         self.grad_bias: Tensor | None = None
-        self.wide = torch.float32 if self.dtype in HALF else self.dtype
+        self.wide = wide(self.dtype)
 
     @property
     def segment(self) -> int:
@@ -215,18 +211,19 @@ class HeadRows:
         if self.wanted[0]:
             self._backward_hidden(gradient, rows, columns)
         if self.wanted[1]:
-            self._backward_weight(gradient, rows, columns)
+            everything = rows == slice(0, self.tokens)
+            hidden = self._weighed(rows)
+            self.grad_weight.add(gradient, hidden, columns, first=rows.start == 0, all_tokens=everything)
         if self.wanted[2]:
             if self.grad_bias is None:
-                wide = torch.float32 if self.dtype in HALF else self.dtype
-                self.grad_bias = gradient.new_zeros(self.vocab, dtype=wide)
+                self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
             self.grad_bias[columns] += gradient.sum(0, dtype=self.grad_bias.dtype)
 
     def _backward_hidden(self, gradient: Tensor, rows: slice, columns: slice) -> None:
         whole = columns == slice(0, self.vocab)
         if self.grad_hidden is None:
-            wide = torch.float32 if self.dtype in HALF and not whole else self.dtype
-            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=wide)
+            dtype = self.dtype if whole else self.wide
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype)
         target, weight = self.grad_hidden[rows], self.weight[columns]
         if whole:
             torch.mm(gradient, weight, out=target)
@@ -234,30 +231,6 @@ class HeadRows:
             target.addmm_(gradient, weight)
         else:
             target += gradient @ weight
-
-    def _backward_weight(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        whole = rows == slice(0, self.tokens)
-        if self.grad_weight is None:
-            wide = torch.float32 if self.dtype in HALF and not whole else self.dtype
-            shape = self.given[1].shape
-            # The first product writes every row below vocab; only the rows cut off need zeros.
-            self.grad_weight = self.weight.new_empty(shape, dtype=wide)
-            self.grad_weight[self.vocab :].zero_()
-        target, hidden = self.grad_weight[columns], self._weighed(rows)
-        if whole:
-            torch.mm(gradient.t(), hidden, out=target)
-        elif target.dtype == self.dtype:
-            target.addmm_(gradient.t(), hidden, beta=1 if rows.start else 0)
-        else:
-            self._add_in_slabs(target, gradient, hidden, first=rows.start == 0)
-
-    @staticmethod
-    def _add_in_slabs(target: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:
-        step = max(_SLAB_BYTES // (hidden.shape[1] * hidden.element_size()), 1)
-        for start in range(0, target.shape[0], step):
-            product = gradient[:, start : start + step].t() @ hidden
-            slab = target[start : start + step]
-            slab.copy_(product) if first else slab.add_(product)
 
     def stored(self, rows: slice, ids: Tensor) -> Stored:
         """The logits at ``ids`` ``[n, K]``, anything where an id is -1, in fp32 or fp64."""
@@ -275,25 +248,18 @@ class HeadRows:
                 self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
             self.grad_hidden[rows] = torch.bmm(gradient[:, None], stored.lm_head_rows)[:, 0].to(self.dtype)
         if self.wanted[1]:
-            if self.grad_weight is None:
-                self.grad_weight = self.weight.new_zeros(self.given[1].shape, dtype=self.wide)
             hidden = self._weighed(rows).to(self.wide)[:, None]
             products = torch.mul(gradient[:, :, None], hidden, out=stored.lm_head_rows)
-            _add_rows(self.grad_weight, ids, products.flatten(0, 1))
+            self.grad_weight.add_rows(ids, products.flatten(0, 1))
         if self.wanted[2]:
             if self.grad_bias is None:
                 self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
-            _add_rows(self.grad_bias, ids, gradient.flatten())
+            add_rows(self.grad_bias, ids, gradient.flatten())
 
     def gradients(self) -> list[Tensor]:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
-        grads = []
-        for tensor, grad, want in zip(
-            self.given, (self.grad_hidden, self.grad_weight, self.grad_bias), self.wanted
-        ):
-            if want:
-                grads.append(self._complete(tensor, grad))
-        return grads
+        made = self.grad_hidden, self.grad_weight.total, self.grad_bias
+        return [self._complete(t, grad) for t, grad, want in zip(self.given, made, self.wanted) if want]
 
     def _complete(self, tensor: Tensor, grad: Tensor | None) -> Tensor:
         if grad is None or not self.tokens:
@@ -304,11 +270,3 @@ class HeadRows:
         if grad.shape != tensor.shape:
             grad = F.pad(grad, (0, tensor.shape[0] - grad.shape[0]))
         return grad.to(self.dtype)
-
-
-def _add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
-    """target[index] += rows, in the same order each time: index_add_ is not that on a GPU."""
-    if target.is_cuda:
-        target.index_put_((index,), rows, accumulate=True)
-    else:
-        target.index_add_(0, index, rows)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
+from .head_gradient import HALF
 from .layout import flat, folds
-from .rows import HALF
 
 #: What is widened to fp32 at a time where a half-precision gradient is scaled: 4 MiB of it.
 _SLAB_LOGITS = 2**20

@@ -1,0 +1,61 @@
+"""dW of an lm_head, added up over chunks of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+#: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
+_SLAB_BYTES = 2**22
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What products in ``dtype`` are added up in: fp32 for half precision."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+class WeightGradient:
+    """dW ``[V, H]``. The product of all tokens at once is written in the weight's dtype; several are added up in
+    fp32 (fp64 stays), in place where the dtype allows, else through slabs of a few rows."""
+
+    def __init__(self, weight: Tensor, vocab: int) -> None:
+        self.weight, self.vocab = weight, vocab
+        self.total: Tensor | None = None
+
+    def add(self, gradient: Tensor, hidden: Tensor, columns: slice, *, first: bool, all_tokens: bool) -> None:
+        """``gradient.T @ hidden`` to the rows ``columns``; ``first`` of their chunks of tokens."""
+        if self.total is None:
+            # The first product writes every row below vocab; only the rows cut off need zeros.
+            dtype = self.weight.dtype if all_tokens else wide(self.weight.dtype)
+            self.total = self.weight.new_empty(self.weight.shape, dtype=dtype)
+            self.total[self.vocab :].zero_()
+        target = self.total[columns]
+        if all_tokens:
+            torch.mm(gradient.t(), hidden, out=target)
+        elif target.dtype == hidden.dtype:
+            target.addmm_(gradient.t(), hidden, beta=0 if first else 1)
+        else:
+            self._add_in_slabs(target, gradient, hidden, first=first)
+
+    @staticmethod
+    def _add_in_slabs(target: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:
+        step = max(_SLAB_BYTES // (hidden.shape[1] * hidden.element_size()), 1)
+        for start in range(0, target.shape[0], step):
+            product = gradient[:, start : start + step].t() @ hidden
+            slab = target[start : start + step]
+            slab.copy_(product) if first else slab.add_(product)
+
+    def add_rows(self, ids: Tensor, rows: Tensor) -> None:
+        """``rows`` ``[n, H]`` to the rows ``ids``, and zero to all that are never named."""
+        if self.total is None:
+            self.total = self.weight.new_zeros(self.weight.shape, dtype=wide(self.weight.dtype))
+        add_rows(self.total, ids, rows)
+
+
+def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    """target[index] += rows, in the same order each time: index_add_ is not that on a GPU."""
+    if target.is_cuda:
+        target.index_put_((index,), rows, accumulate=True)
+    else:
+        target.index_add_(0, index, rows)
