@@ -95,14 +95,9 @@ def test_conformance_on_the_host(running, chip):
     assert code == 0, said[-20_000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(name, marks=[] if name == "sm_90a" else pytest.mark.slow)
-        for name in compile_cuda.ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("architecture", compile_cuda.ARCHITECTURES)
 def test_compiles_without_spills(tmp_path, architecture):
     source = tmp_path / "representatives.cu"
     source.write_text(compile_cuda.instances(*REPRESENTATIVES))

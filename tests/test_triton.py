@@ -39,6 +39,11 @@ def test_the_rest_interpreted(file):
     run(file, which="slow", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
+def test_the_rest_compiled():
+    run("triton_compiled.py", which="slow", TRITON_INTERPRET="0")
+
+
 def test_compiled():
     run("triton_compiled.py", TRITON_INTERPRET="0")
 

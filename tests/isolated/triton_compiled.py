@@ -35,7 +35,13 @@ REPRESENTATIVES = [
 ]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+#: sm_90 here, the others in the slow part.
+targets = pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=[] if t == "sm_90" else pytest.mark.slow) for t in TARGETS]
+)
+
+
+@targets
 def test_kernels_compile_without_spills(target):
     names = set()
     for divergence, tile, gradient, options in REPRESENTATIVES:
@@ -57,7 +63,7 @@ def test_few_rows_and_scale_compile():
     assert all(used.spilled == 0 for used in found.values())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 def test_sparse_targets_compile_without_spills(target):
     with offline(target) as compiled:
         call_sparse(F32, BF16, **EVERYTHING)
