@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -49,7 +48,7 @@ class CodistillationLoss(NamedTuple):
 
 
 def _check_inplace(call: Call) -> None:
-    if call.student.is_head:
+    if call.request.has_head:
         raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
     logits = call.request.student[0]
     if overlaps_itself(logits):
@@ -84,22 +83,60 @@ def _solve(call: Call, inplace: bool) -> _Solved:
     return _Solved(results, gradients)
 
 
-def _loss(call: Call, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """(loss, per-row results), attached to the student."""
+class _Evaluated(NamedTuple):
+    """The student's loss, attached to it; the teacher's own, where it learns; and the per-row results."""
+
+    student: Tensor
+    teacher: Tensor | None
+    results: Tensor
+
+
+def _evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool = False) -> _Evaluated:
+    """By the oracle, if it is asked for, which takes the models as they were given; else by an operator."""
+    if reference_asked():
+        loss, own, results = reference.run(student, teacher, call)
+        return _Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())
+    if not call.terms.teacher_learns:
+        return _alone(call, inplace)
+    if not call.reduction.per_row:
+        return _both(call)
+    # Each model's gradient is made when its own tokens' weights arrive.
+    students, teachers = _alone(call.students), _alone(call.teachers)
+    return _Evaluated(students.student, teachers.student, students.results)
+
+
+def _alone(call: Call, inplace: bool = False) -> _Evaluated:
+    """One model's loss."""
     request, reduction = call.request, call.reduction
     needed = any(request.needs_grad)
     if inplace and needed:
         _check_inplace(call)
-    if needed and reduction.per_row and call.student.is_head:
+    if needed and reduction.per_row and call.request.has_head:
         rows, results, _ = autograd.deferred(*request.arguments())
-        return reduction.apply(rows), results
+        return _Evaluated(reduction.apply(rows), None, results)
     solved = _solve(call, inplace)
     value = autograd.row_losses(solved.results, request.weights)
     if not reduction.per_row:
-        return _attached(reduction.apply(value), request.wanted(), solved.gradients), solved.results
+        value = _attached(reduction.apply(value), request.wanted(), solved.gradients)
+        return _Evaluated(value, None, solved.results)
     # fp64 stays inside: what is added up in a reduction is rounded once.
     value = _attached(value.reshape(reduction.leading), request.wanted(), solved.gradients)
-    return reduction.apply(value), solved.results
+    return _Evaluated(reduction.apply(value), None, solved.results)
+
+
+def _both(call: Call) -> _Evaluated:
+    """Both models' losses from one pass."""
+    request = call.request
+    solved, inputs = _solve(call, inplace=False), request.wanted()
+    split, own = sum(request.needs_grad[: len(request.student)]), request.weights[:, Output.TEACHER_LABEL]
+    loss = call.reduction.apply(autograd.row_losses(solved.results, request.weights))
+    theirs = torch.where(own != 0, solved.results[:, Output.TEACHER_LABEL] * own, 0.0)
+    teachers = call.reduction.of(request.teacher).apply(theirs)
+    return _Evaluated(
+        _attached(loss, inputs[:split], solved.gradients[:split]),
+        _attached(teachers, inputs[split:], solved.gradients[split:]),
+        solved.results,
+    )
 
 
 def _attached(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
@@ -246,11 +283,8 @@ def distillation_loss(
     tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
     checked(inplace=inplace)
     call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    if reference_asked():
-        loss, _, results = reference.run(student, teacher, call)
-    else:
-        loss, results = _loss(call, inplace)
-    return (loss, _stats(call, results.detach())) if return_stats else loss
+    made = _evaluate(student, teacher, call, inplace)
+    return (made.student, _stats(call, made.results)) if return_stats else made.student
 
 
 @overload
@@ -342,38 +376,10 @@ def codistillation_loss(
     )
     tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
     call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    if reference_asked():
-        student_loss, teacher_loss, results = reference.run(student, teacher, call)
-        losses = CodistillationLoss(student_loss, teacher_loss)
-    elif call.reduction.per_row or call.request.teacher[0].dtype == torch.float16:
-        losses, results = _in_two_passes(student, teacher, terms, tokens, call)
-    else:
-        losses, results = _in_one_pass(call)
-    return (losses, _stats(call, results.detach())) if return_stats else losses
-
-
-def _in_two_passes(
-    student: Logits, teacher: Logits, terms: Terms, tokens: Tokens, call: Call
-) -> tuple[CodistillationLoss, Tensor]:
-    """Both losses where token losses meet autograd: each model's gradient is made when its own weights arrive."""
-    limits: dict[str, Any] = dict(vocab_size=call.request.vocab, chunk_bytes=call.request.chunk_bytes)
-    loss, results = _loss(make(student, teacher, replace(terms, teacher_learns=False), tokens, **limits))
-    own, _ = _loss(make(teacher, None, Terms(NoDivergence(), hard_weight=1.0), tokens, **limits))
-    return CodistillationLoss(loss, own), results
-
-
-def _in_one_pass(call: Call) -> tuple[CodistillationLoss, Tensor]:
-    """Both losses, each attached to its model, and the per-row results."""
-    request = call.request
-    solved = _solve(call, inplace=False)
-    split, own = sum(request.needs_grad[: len(request.student)]), request.weights[:, Output.TEACHER_LABEL]
-    theirs = torch.where(own != 0, solved.results[:, Output.TEACHER_LABEL] * own, 0.0)
-    student_loss = call.reduction.apply(autograd.row_losses(solved.results, request.weights))
-    inputs = request.wanted()
-    return CodistillationLoss(
-        _attached(student_loss, inputs[:split], solved.gradients[:split]),
-        _attached(call.reduction.of(request.teacher).apply(theirs), inputs[split:], solved.gradients[split:]),
-    ), solved.results
+    made = _evaluate(student, teacher, call)
+    assert made.teacher is not None
+    losses = CodistillationLoss(made.student, made.teacher)
+    return (losses, _stats(call, made.results)) if return_stats else losses
 
 
 def cross_entropy(
@@ -413,7 +419,7 @@ def cross_entropy(
     tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
     checked(inplace=inplace)
     call = make(student, None, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    return reference.run(student, None, call)[0] if reference_asked() else _loss(call, inplace)[0]
+    return _evaluate(student, None, call, inplace).student
 
 
 def linear_cross_entropy(

@@ -58,7 +58,7 @@ def logits_of_another(form, dtype):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["none", slow("mean")])
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, slow(torch.float32), slow(torch.float64)], ids=str
+    "dtype", [torch.bfloat16, torch.float32, slow(torch.float16), slow(torch.float64)], ids=str
 )
 def test_logits_cost_one_gradient_of_their_own_dtype(dtype, reduction, inplace, form):
     """Nothing in place: no half-precision gradient is widened to be scaled, and no layout copied whole.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -169,6 +169,11 @@ class Request:
         )
 
     @property
+    def has_head(self) -> bool:
+        """Whether the student is hidden states and an lm_head."""
+        return len(self.student) > 1
+
+    @property
     def tensors(self) -> list[Tensor]:
         return self.student + self.teacher
 
@@ -184,7 +189,35 @@ class Call:
     request: Request
     reduction: Reduction
     terms: Terms
-    student: Side = field(repr=False)
+
+    @property
+    def students(self) -> Call:
+        """Co-distillation's loss of the student alone."""
+        request, count = self.request, len(self.request.student)
+        spec = request.spec._replace(asked=request.spec.asked & ~Asked.TEACHER_LABEL)
+        needs_grad = request.needs_grad[:count] + [False] * len(request.teacher)
+        return replace(self, request=replace(request, spec=spec, needs_grad=needs_grad))
+
+    @property
+    def teachers(self) -> Call:
+        """Co-distillation's loss of the teacher alone: it is a student without a teacher."""
+        request, count = self.request, len(self.request.student)
+        columns = [torch.zeros_like(request.weights[:, 0])] * OUTPUTS
+        columns[Output.LABEL] = request.weights[:, Output.TEACHER_LABEL]
+        own = replace(
+            request,
+            student=request.teacher,
+            teacher=[],
+            temperature=torch.ones_like(request.temperature),
+            weights=torch.stack(columns, 1),
+            spec=Spec(
+                asked=Asked.LABEL,
+                student_scale=request.spec.teacher_scale,
+                student_softcap=request.spec.teacher_softcap,
+            ),
+            needs_grad=request.needs_grad[count:],
+        )
+        return replace(self, request=own, reduction=self.reduction.of(request.teacher))
 
 
 def make(
@@ -214,7 +247,8 @@ def make(
         spec, t = spec._replace(kind=NoDivergence.code, tail=Tail.DENSE), None
     temperature = tokens.per_row("temperature", terms.temperature, s, live)
     weights, scale = _token_weights(given, s, live, terms, vocab)
-    per_row = given.reduction == "none" or s.tensors[0].dtype == torch.float16
+    learning = s.tensors + (t.tensors if t is not None and terms.teacher_learns else [])
+    per_row = given.reduction == "none" or any(tensor.dtype == torch.float16 for tensor in learning)
     reduction = Reduction(
         given.reduction, scale if per_row else 1.0, s.leading, loss_dtype(s.tensors), per_row
     )
@@ -230,7 +264,7 @@ def make(
         chunk_bytes=limits["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
         needs_grad=_needs_grad(s, t, terms),
     )
-    return Call(request, reduction, terms, s)
+    return Call(request, reduction, terms)
 
 
 def _spec(terms: Terms, student: Side, teacher: Side | None) -> Spec:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from .head_gradient import HALF
+from .head_gradient import HALF, wide
 from .layout import flat, folds
 
 #: What is widened to fp32 at a time where a half-precision gradient is scaled: 4 MiB of it.
@@ -20,6 +20,8 @@ def scaled(grad: Tensor, factor: Tensor, reuse: bool) -> Tensor:
     if factor.dim() == 0 and grad.is_cuda and reuse and grad.is_contiguous() and triton.why_not() is None:
         return triton.scale_(grad, factor)  # looks at the factor without waiting for it
     out = grad if reuse else torch.empty_like(grad)
+    if factor.dim():
+        factor = factor.to(wide(grad.dtype))  # in fp64 torch would hold the whole gradient in it
     _multiply(grad, factor, out)
     return out
 
