@@ -10,6 +10,7 @@ pytest.importorskip("accelerate")
 
 from trainer_runs import WRITES, options, run  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 import kdkernels as kd  # noqa: E402
 from kdkernels.trainer import progress, train  # noqa: E402
@@ -48,7 +49,9 @@ def test_hard_without_a_teacher_says_what_it_learns(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_bars_are_lines_where_no_terminal_shows_them(terminal, tmp_path, capsys, monkeypatch):
+def test_bars_are_lines_where_no_terminal_shows_them(terminal, tmp_path, capsys, monkeypatch, request):
+    transformers_logging.disable_progress_bar()  # as the command does
+    request.addfinalizer(transformers_logging.enable_progress_bar)
     monkeypatch.setattr(progress, "INTERVAL", 1e-9)
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal)
     run("hard", tmp_path, disable_tqdm=False, **WRITES)
