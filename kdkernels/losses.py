@@ -242,7 +242,8 @@ def distillation_loss(
             (Hinton et al., 2015).
         soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels. These and the
             temperature may be tensors, 0-dim or one number for each token ``[...]``: constants, which nothing
-            waits for. Numbers that change from step to step, given either way, compile nothing again.
+            waits for and compiled code never holds. A Python number compiles again at its first change, and where
+            a weight becomes 0 or the temperature 1, which is another kind of loss.
         label_smoothing, z_loss: of the hard term, as in :func:`cross_entropy`.
         mask: bool or 0/1 ``[...]``; tokens where it is False or 0 leave both terms, as those at
             ``ignore_index`` do, whatever their label.

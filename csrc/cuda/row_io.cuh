@@ -35,7 +35,7 @@ struct LogitMap {
   KD_HD float operator()(float raw) const {
     return cap == 0 ? raw * scale : cap * KD_ISA::vtanh(raw * (scale / cap));
   }
-  // d raw / d logit, at the logit.
+  // d logit / d raw, from the logit.
   KD_HD float slope(float logit) const {
     const float u = cap == 0 ? 0.0f : logit / cap;
     return (1.0f - u * u) * scale;
