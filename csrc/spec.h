@@ -27,7 +27,7 @@ enum Tail : int64_t { kDense, kBucket, kConditional, kRenormalize, kTruncate };
 
 // What the loss is linear in. All but the first are at temperature 1.
 enum Output { kSoft, kLabel, kSmooth, kLseSquared, kTeacherLabel, kOutputs };
-// What a finished row reports: its outputs, then its statistics.
+// A finished row's results are its outputs, then these statistics.
 enum Result { kStudentEntropy = kOutputs, kTeacherEntropy, kAgreement, kResults };
 
 struct Spec {

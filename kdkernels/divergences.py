@@ -298,8 +298,9 @@ class SkewKL(Divergence):
         return (1 - self.alpha) ** 2 * q * _over_mixture(q - p, self._mixture(p, q))
 
     def q_psi_apart(self, p: Tensor, q: Tensor) -> Tensor:
-        """q_psi with the constant for rows of which p and q disagree (``backends/row_state.py``): the slope,
-        sum q p / m, is at least the mass that they have in common, and q_psi's 1 would be nearly all of it."""
+        """q_psi without the 1 that is added to psi elsewhere, for rows whose p and q ``disagree``
+        (``backends/row_state.py``). Where they have little in common, sum q p / m is small, and the 1 would be nearly
+        all of every psi and of the sum of q_psi, which are subtracted from each other."""
         return -(1 - self.alpha) * q * _over_mixture(p, self._mixture(p, q))
 
     def _mixture(self, p: Tensor, q: Tensor) -> Tensor:

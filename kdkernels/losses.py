@@ -1,4 +1,4 @@
-"""The public losses. Each checks its arguments, describes the loss in numbers, and runs one operator."""
+"""The public losses. Each checks its arguments once, makes one request of them, and ties what the operators make of it to autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import candidates, chosen_backend, reference_asked
-from .backends.spec import Output, Result, Spec
+from .backends.spec import Asked, Output, Result, Spec
 from .core import autograd
 from .core.layout import overlaps_itself
 from .core.option_checks import checked
@@ -98,9 +98,9 @@ def _evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: boo
         return _Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())
     if not call.terms.teacher_learns:
         return _alone(call, inplace)
-    if not call.reduction.per_row:
+    if call.request.spec.asked & Asked.SOFT and not call.reduction.per_row:
         return _both(call)
-    # Each model's gradient is made when its own tokens' weights arrive.
+    # Nothing to share, or each model's gradient is made when its own tokens' weights arrive.
     students, teachers = _alone(call.students), _alone(call.teachers)
     return _Evaluated(students.student, teachers.student, students.results)
 
@@ -111,7 +111,7 @@ def _alone(call: Call, inplace: bool = False) -> _Evaluated:
     needed = any(request.needs_grad)
     if inplace and needed:
         _check_inplace(call)
-    if needed and reduction.per_row and call.request.has_head:
+    if needed and reduction.per_row and request.has_head:
         rows, results, _ = autograd.deferred(*request.arguments())
         return _Evaluated(reduction.apply(rows), None, results)
     solved = _solve(call, inplace)
@@ -128,7 +128,8 @@ def _both(call: Call) -> _Evaluated:
     """Both models' losses from one pass."""
     request = call.request
     solved, inputs = _solve(call, inplace=False), request.wanted()
-    split, own = sum(request.needs_grad[: len(request.student)]), request.weights[:, Output.TEACHER_LABEL]
+    split = sum(request.needs_grad[: len(request.student)])
+    own = request.weights[:, Output.TEACHER_LABEL]
     loss = call.reduction.apply(autograd.row_losses(solved.results, request.weights))
     theirs = torch.where(own != 0, solved.results[:, Output.TEACHER_LABEL] * own, 0.0)
     teachers = call.reduction.of(request.teacher).apply(theirs)

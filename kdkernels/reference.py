@@ -165,10 +165,12 @@ class _Problem:
         the tokens that are not ``counted`` ``[N]``, whose logits may be anything."""
         s = logits_of(self.student, self.request.vocab, counted)
         z, some, temperature = _below_top(s), counted, self.request.temperature[:, None]
-        soft, agreement, compared = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0]), [z / temperature]
-        if not self.request.spec.asked & Asked.SOFT:
-            pass
-        elif isinstance(self.teacher, SparseTarget):
+        soft = torch.where(
+            torch.zeros_like(counted), s[:, 0], 0.0
+        )  # where nothing is asked, the gradient is 0
+        agreement, compared = torch.zeros_like(s[:, 0]), [z / temperature]
+        asked = self.request.spec.asked & Asked.SOFT
+        if asked and isinstance(self.teacher, SparseTarget):
             oracle = SparseOracle(self.teacher, self.request.vocab, counted)
             soft = oracle.rows(z, self.divergence, temperature)
             some, compared, agreement = (
@@ -176,8 +178,8 @@ class _Problem:
                 list(oracle.compared(z, temperature)),
                 oracle.agreement(s),
             )
-        else:
-            assert self.teacher is not None
+        elif asked:
+            assert self.teacher is not None and not isinstance(self.teacher, SparseTarget)
             t = _below_top(logits_of(self.teacher, self.request.vocab, counted))
             soft = divergence_rows(z, t, self.divergence, temperature)
             compared, agreement = [*compared, t / temperature], (s.argmax(-1) == t.argmax(-1)).double()

@@ -109,6 +109,39 @@ def test_a_token_in_codistillation(backend, form, chunk_bytes, left_out):
             assert true.norm() > 1e-6 and relative(mine, true) < 3e-6
 
 
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_no_term_has_a_gradient_of_0(backend, form):
+    problem = Problem(student=form)
+    for name in ("reference", backend):
+        leaves = [t.clone().requires_grad_() for t in problem.student]
+        with kd.use_backend(name):
+            loss = kd.kl_div(problem.side(leaves), problem.teacher[0], problem.labels, soft_weight=0.0)
+        assert loss == 0 and not any(g.any() for g in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_codistillation_without_a_soft_term_is_two_cross_entropies(backend, form, monkeypatch):
+    """And nobody computes a divergence."""
+    monkeypatch.setattr(kd.JSD, "phi", lambda *_: pytest.fail("a divergence was computed"))
+    problem = Problem(student=form, teacher=form)
+    with kd.use_backend(backend):
+        both, hard = [], []
+        for made in (both, hard):
+            sides = [
+                [t.clone().requires_grad_() for t in side] for side in (problem.student, problem.teacher)
+            ]
+            models = [problem.side(side) for side in sides]
+            if made is both:
+                losses = kd.codistillation_loss(
+                    *models, problem.labels, divergence=kd.JSD(0.5), soft_weight=0.0
+                )
+            else:
+                losses = [kd.cross_entropy(model, problem.labels) for model in models]
+            made += [*losses, *torch.autograd.grad(sum(losses), sides[0] + sides[1])]
+    for mine, true in zip(both, hard):
+        assert true.norm() > 1e-3 and torch.equal(mine, true)
+
+
 @pytest.mark.parametrize("name", ["reference", "backend"])
 def test_the_soft_term(backend, divergence, name):
     """soft_weight=0 where the divergence is infinite, or NaN: the cross entropy."""

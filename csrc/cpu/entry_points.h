@@ -68,7 +68,7 @@ class RowRange {
   unsigned before_ = 0;
 };
 
-// A whole row: results, and the gradient into row i of `grad` unless that is absent.
+// Solves row i: its results, and its weighted gradient into `grad` where there is one.
 template <class Divergence, Kind kKind>
 void solve(Row<kKind>& row, const RowWeights& weights, const Matrix& grad, int64_t i, double* results) {
   RowState r;

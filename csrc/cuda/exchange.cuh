@@ -25,8 +25,9 @@ KD_DEVICE double sum_of_warp(double value) {
   return value;
 }
 
-// The warp's sums of `count` numbers a lane, a power of two: lane l's v[0] is, afterwards, that of
-// v[l * count / 32]. Each step halves what a lane carries on, so that few numbers cross the warp.
+// Adds each of a lane's `count` (a power of two) numbers over the warp. Afterwards lane l's v[0] is the sum
+// of v[l * count / 32], so 32 / count neighbours hold the same one. Each step halves what a lane carries on,
+// so that few numbers cross the warp.
 template <int count, int lanes = kWarp>
 KD_DEVICE void add_across_warp(double* v) {
   if constexpr (lanes > 1) {

@@ -170,8 +170,8 @@ KD_DEVICE float sum_base(const Row& row) {
   return found - found == 0 ? found : 0;
 }
 
-// The first column, counted from the vocabulary's, that holds the warp's maximum `top`. `lane`: this lane's
-// own.
+// The index in the vocabulary of the first of the warp's columns that holds its maximum `top`; the chunk's
+// offset where none does (NaN). `lane`: what this lane folded of the side.
 template <class Row>
 KD_DEVICE double top_column(const Row& row, const Side& side, const StoredIds& ids, const LaneSide& lane,
                             double top) {

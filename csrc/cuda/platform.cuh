@@ -119,8 +119,8 @@ KD_DEVICE T* in_block(T* mine, int rank) {
 
 KD_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// A barrier that is complete after one arrival and the bytes that it announced. One waits for a parity: 0 the
-// first time, then 1, and so on.
+// An mbarrier, used again and again. A use is complete when one thread has arrived and the bytes that it
+// announced have been copied. A waiter names the use by its parity: 0, 1, 0, 1, ...
 struct Barrier {
   uint64_t word;
 };

@@ -152,7 +152,7 @@ KD_DEVICE float logit(const Side& side, int column) {
   return Types::kMapped ? side.map(raw) : raw;
 }
 
-// A row of a gradient.
+// Where a row's gradient is written; the fields are those of Side.
 struct GradRow {
   char* row = nullptr;
   int lead = 0;

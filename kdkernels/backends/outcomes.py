@@ -64,7 +64,7 @@ def warn_if_approximate(spec: Spec) -> None:
     if not (spec.tail and spec.tempered) or Tail(spec.tail).word not in _APPROXIMATE:
         return
     tail = Tail(spec.tail).word
-    # The temperature is not named: one that is annealed would warn at every step.
+    # Python shows each text once. With the temperature's value, one that is annealed would be a new text at every step.
     warn(
         f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
         "tail='renormalize' are exact at any temperature"

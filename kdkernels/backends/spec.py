@@ -32,7 +32,7 @@ OUTPUTS = 5
 
 
 class Result:
-    """What a finished row reports beside its outputs; columns of ``[rows, RESULTS]`` fp64."""
+    """What a finished row's results hold after its outputs: statistics; columns of ``[rows, RESULTS]`` fp64."""
 
     STUDENT_ENTROPY = 5
     TEACHER_ENTROPY = 6

@@ -3,10 +3,10 @@
 ``kdkernels::rows`` (and ``rows_``, which overwrites the student's logits) walks a request and returns per-row
 results with the gradients that are needed. Two operators connect these to autograd:
 
-* ``attach``: the gradients were made in the forward, already weighted for the reduction. The
-  backward scales them by what arrives, in place when nobody can ask for them again.
-* ``deferred``: only the values were made; the backward walks the tiles with the arriving weights.
-  It serves ``reduction="none"`` from hidden states, where dW depends on every token's weight.
+* ``attach``: the gradients were made in the forward. The backward multiplies them by what arrives, in place
+  when nobody can ask for them again.
+* ``deferred``: only the values were made; the backward walks the tiles with the arriving weights. It serves an
+  lm_head whose tokens' losses meet autograd one by one (``reduction="none"``, fp16): dW depends on every weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import CHOICES, chosen_backend, native
 from ..backends.protocol import Gradients
-from ..backends.spec import OUTPUTS, RESULTS, Spec
+from ..backends.spec import RESULTS, Output, Spec
 from .layout import overlap
 from .request import Request
 from .scaling import batched, scaled, tracing
@@ -210,11 +210,11 @@ def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, c
     return torch.empty_like(weights[:, 0]), results, torch.empty((), dtype=torch.uint8, device="cpu")
 
 
-def row_losses(results: Tensor, weights: Tensor, outputs: int = OUTPUTS - 1) -> Tensor:
-    """The sum of weight times output over the first ``outputs``, all but the teacher's own; weight 0 times an
+def row_losses(results: Tensor, weights: Tensor) -> Tensor:
+    """The sum of weight times output over all outputs but the teacher's own, which comes last; weight 0 times an
     infinity is 0."""
-    weights = weights[:, :outputs]
-    return torch.where(weights != 0, results[:, :outputs] * weights, 0.0).sum(1)
+    results, weights = results[:, : Output.TEACHER_LABEL], weights[:, : Output.TEACHER_LABEL]
+    return torch.where(weights != 0, results * weights, 0.0).sum(1)
 
 
 def _deferred_setup(ctx, inputs, output) -> None:

@@ -63,9 +63,7 @@ class Terms:
     def asked(self) -> int:
         """The outputs that the loss or its statistics are made of."""
         asked = 0
-        if self.divergence.kind and (
-            _may_count(self.soft_weight) or self.return_stats or self.teacher_learns
-        ):
+        if self.divergence.kind and (_may_count(self.soft_weight) or self.return_stats):
             asked |= Asked.SOFT
         if self.has_hard_term:
             asked |= Asked.LABEL
@@ -112,8 +110,8 @@ class Reduction:
     scale: Tensor | float  # what each is multiplied by in the sum, if its weights are not already
     leading: torch.Size
     dtype: torch.dtype
-    #: Whether tokens' losses meet autograd one by one: asked for, or fp16, whose gradients of a mean would underflow before a
-    #: GradScaler's factor arrives in the backward.
+    #: Whether tokens' losses meet autograd one by one: asked for, or fp16, whose gradients of a mean would
+    #: underflow before a GradScaler's factor arrives in the backward.
     per_row: bool
 
     def of(self, tensors: list[Tensor]) -> Reduction:
@@ -194,9 +192,14 @@ class Call:
     def students(self) -> Call:
         """Co-distillation's loss of the student alone."""
         request, count = self.request, len(self.request.student)
-        spec = request.spec._replace(asked=request.spec.asked & ~Asked.TEACHER_LABEL)
-        needs_grad = request.needs_grad[:count] + [False] * len(request.teacher)
-        return replace(self, request=replace(request, spec=spec, needs_grad=needs_grad))
+        spec, teacher = (
+            request.spec._replace(asked=request.spec.asked & ~Asked.TEACHER_LABEL),
+            request.teacher,
+        )
+        if not spec.asked & Asked.SOFT:
+            spec, teacher = spec._replace(kind=NoDivergence.code), []
+        needs_grad = request.needs_grad[:count] + [False] * len(teacher)
+        return replace(self, request=replace(request, teacher=teacher, spec=spec, needs_grad=needs_grad))
 
     @property
     def teachers(self) -> Call:

@@ -133,10 +133,8 @@ class _Walk:
         return self.spec.tail == Tail.CONDITIONAL and not self.spec.asked & Asked.HARD
 
     def _plan(self, sides: list[Rows]) -> Plan:
-        each, per_row = (
-            sum(side.bytes_per_logit for side in sides) + self.backend.bytes_per_logit(self.dtypes),
-            0,
-        )
+        each = sum(side.bytes_per_logit for side in sides) + self.backend.bytes_per_logit(self.dtypes)
+        per_row = 0
         if self.rows.ids is not None:
             slots = self.rows.ids.shape[1]
             per_row = slots * _SLOT_BYTES

@@ -70,8 +70,9 @@ def _jsd(p, q, beta):
     return bp * _log_ratio(p, m, complement * d) + q_psi, q_psi
 
 
-# SkewKL's psi is -p / m, to which 1 is added: 0 where p = q. But the slope, sum q p / m, is at least the mass that p
-# and q have in common; where they have little, the 1 would be nearly all of every psi and of the slope, which cancel.
+# SkewKL's psi is -p / m (times 1 - alpha). Adding 1 makes it 0 where p = q. But where p and q have little in common,
+# sum q p / m is small, and the 1 would be nearly all of every psi and of the sum of q psi, which are subtracted from
+# each other. So it is not added in rows that `disagree`.
 
 
 @triton.jit
