@@ -9,12 +9,12 @@ from torch import Tensor
 
 from . import reference
 from .backends import candidates, chosen_backend, reference_asked
-from .backends.spec import Asked, Output, Result, Spec
+from .backends.spec import Asked, Output, Result
 from .core import autograd
 from .core.layout import overlaps_itself
 from .core.option_checks import checked
 from .core.request import Call, Terms, Tokens, make
-from .core.sides import Logits, Teacher, side
+from .core.sides import Logits, Teacher
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead
 from .options import CodistillationOptions, CrossEntropyOptions, DistillationOptions, Reduction
@@ -535,21 +535,28 @@ def js_divergence(
     return distillation_loss(student, teacher, labels, divergence=JSD(beta), **options)
 
 
-def explain(student: Logits, teacher: Teacher | None = None, *, divergence: Divergence = ForwardKL()) -> str:
-    """Which backend serves these inputs, and why those before it do not.
+def explain(
+    student: Logits,
+    teacher: Teacher | None = None,
+    *,
+    divergence: Divergence = ForwardKL(),
+    vocab_size: int | None = None,
+) -> str:
+    """Which backend serves these inputs, and why those before it do not; arguments that no loss takes are the same
+    errors as :func:`distillation_loss`'s.
 
     >>> import torch, kdkernels as kd
     >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
     'eager: serves this call'
     """
+    terms = Terms(NoDivergence()) if teacher is None else Terms(divergence, soft_weight=1.0)
+    request = make(student, teacher, terms, Tokens(), vocab_size=vocab_size, chunk_bytes=None).request
     if reference_asked():
         return "reference: serves this call"
-    given = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-    sides = [side(role, each) for role, each in given.items() if not isinstance(each, SparseTarget)]
-    dtypes = [side.tensors[0].dtype for side in sides]
+    models = [request.student] if request.spec.tail else [request.student, request.teacher]
+    dtypes = [tensors[0].dtype for tensors in models if tensors]
     lines = []
-    spec = Spec(kind=divergence.kind)
-    for backend, reason in candidates(chosen_backend(), sides[0].device, dtypes, spec):
+    for backend, reason in candidates(chosen_backend(), request.weights.device, dtypes, request.spec):
         lines.append(f"{backend.name}: {reason or 'serves this call'}")
         if reason is None:
             break

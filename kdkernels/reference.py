@@ -119,8 +119,13 @@ class SparseOracle:
         return torch.where(rest > 0, rest, LEAST_TAIL)
 
     def conditional(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = ~self.is_stored & self.some[:, None]
-        return z.masked_fill(hidden, -torch.inf), self.log_t.masked_fill(~self.some[:, None], 0.0)
+        return self.seen(z), self.log_t.masked_fill(~self.some[:, None], 0.0)
+
+    def seen(self, z: Tensor) -> Tensor:
+        """The student's logits that the target looks at: "conditional" at the stored ids alone."""
+        if self.tail != "conditional":
+            return z
+        return z.masked_fill(~self.is_stored & self.some[:, None], -torch.inf)
 
     def compared(self, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits of the outcomes compared, for the metrics."""
@@ -134,14 +139,13 @@ class SparseOracle:
         return student, teacher / (temperature if self.tail == "renormalize" else 1)
 
     def agreement(self, z: Tensor) -> Tensor:
-        if self.tail == "conditional":
-            z = z.masked_fill(~self.is_stored, -torch.inf)
+        z = self.seen(z)
         return (self.some & (z.argmax(-1) == self.log_t.argmax(-1))).double()
 
 
 def _entropy(logits: Tensor) -> Tensor:
     log_q = logits.log_softmax(-1)
-    return -torch.where(log_q.exp() > 0, log_q.exp() * log_q, 0.0).sum(-1)
+    return -torch.where(log_q.exp() == 0, 0.0, log_q.exp() * log_q).sum(-1)  # NaN stays
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,7 @@ class _Problem:
         asked = self.request.spec.asked & Asked.SOFT
         if asked and isinstance(self.teacher, SparseTarget):
             oracle = SparseOracle(self.teacher, self.request.vocab, counted)
+            z = _below_top(oracle.seen(s))
             soft = oracle.rows(z, self.divergence, temperature)
             some, compared, agreement = (
                 oracle.some,

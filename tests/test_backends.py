@@ -181,3 +181,14 @@ def test_choosing_inside_compiled_code_is_not_compiled(served):
     with pytest.raises(Exception, match="around the compiled function"):
         torch.compile(loss, backend="eager", fullgraph=True)(s)
     assert chosen_backend() == "auto"
+
+
+def test_explain_refuses_what_no_loss_takes():
+    s = torch.randn(2, 5)
+    assert "serves this call" in kd.explain(s, torch.randn(2, 7), vocab_size=5)
+    with pytest.raises(ValueError, match="student has vocabulary 5, teacher 7"):
+        kd.explain(s, torch.randn(2, 7))
+    with pytest.raises(TypeError, match="divergence must be a kd.Divergence"):
+        kd.explain(s, s, divergence="kl")
+    with pytest.raises(TypeError, match="student must be a Tensor of logits"):
+        kd.explain(kd.top_k_target(s, 2))

@@ -119,3 +119,22 @@ def test_a_masked_token_of_a_padded_head_has_no_gradient(divergence):
     assert torch.isclose(value, eager_value, rtol=1e-12)
     for grad, eager_grad in zip(grads, eager_grads):
         assert grad.isfinite().all() and grad.norm() > 1 and relative(grad, eager_grad) < 1e-12
+
+
+def test_a_row_with_nan_has_no_entropy():
+    s = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 0.0, float("-inf")]])
+    with kd.use_backend("reference"):
+        stats = [kd.kl_div(row, row, return_stats=True)[1] for row in s.split(1)]
+    assert stats[0].student_entropy.isnan() and stats[0].teacher_entropy.isnan()
+    assert torch.isclose(stats[1].student_entropy, torch.tensor(2.0).log())
+
+
+@pytest.mark.parametrize("name", ["reference", "eager", "native"])
+def test_conditional_looks_at_stored_ids_alone(name):
+    s = torch.tensor([[0.3, float("nan"), 1.0, float("inf")]])
+    target = kd.SparseTarget(
+        torch.tensor([[0, 2]]), logprobs=torch.tensor([[-1.0, -2.0]]), tail="conditional"
+    )
+    kept = kd.kl_div(s[:, [0, 2]], torch.tensor([[-1.0, -2.0]]))
+    with kd.use_backend(name):
+        assert torch.isclose(kd.kl_div(s, target), kept)

@@ -168,3 +168,16 @@ def test_codistillation_smooths_the_students_labels_only(backend, form, chunk_by
     assert torch.isclose(losses.teacher.double(), teachers[0], rtol=1e-5)
     for mine, truth in zip(grads, [*expected, *teachers[1]], strict=True):
         assert truth.norm() > 1e-3 and (mine.double() - truth).norm() < 3e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_are_finite_where_they_count(bad):
+    s, t, y = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, -100, 2])
+    weights = torch.tensor([1.0, bad, 2.0])
+    assert kd.kl_div(s, t, y, token_weights=weights).isfinite()
+    with pytest.raises(ValueError, match=r"token_weights must be finite, got (nan|inf) at token 2"):
+        kd.kl_div(s, t, y, token_weights=weights.roll(1))
+    classes = torch.tensor([1.0, bad, 1.0, 1.0, 1.0])
+    assert kd.cross_entropy(s, y, class_weights=classes).isfinite()
+    with pytest.raises(ValueError, match=r"class_weights must be finite, got (nan|inf) at token 2"):
+        kd.cross_entropy(s, y, class_weights=classes.roll(1))

@@ -56,7 +56,7 @@ class Terms:
         if (self.label_smoothing or self.z_loss) and not self.has_hard_term:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} and z_loss={self.z_loss} belong to the hard "
-                "term, but hard_weight=0"
+                "term, but hard_weight=0; one that is annealed to 0 may be a tensor"
             )
 
     @property
@@ -311,7 +311,7 @@ def _token_weights(
     given: Tokens, student: Side, live: Tensor | None, terms: Terms, vocab: int
 ) -> tuple[Tensor, Tensor | float]:
     """(each token's weight, fp64 ``[N]``; what the reduction multiplies it by)."""
-    weights = tokens.token_weights(given.token_weights, student)
+    weights = tokens.token_weights(given.token_weights, student, live)
     if live is not None:
         weights = torch.where(live >= 0, weights, 0.0)
     classes = None

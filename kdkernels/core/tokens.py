@@ -56,15 +56,15 @@ def live_labels(labels: Any, mask: Any, student: Side, vocab: int, ignore_index:
     return checked_labels(labels, mask, vocab, ignore_index)
 
 
-def token_weights(given: Any, student: Side) -> Tensor:
-    """fp64 ``[N]``."""
+def token_weights(given: Any, student: Side, labels: Tensor | None) -> Tensor:
+    """fp64 ``[N]``; anything where a token takes no part."""
     if given is None:
         return torch.ones(math.prod(student.leading), dtype=torch.float64, device=student.device)
     _check_per_token("token_weights", given, student)
     check_constant("token_weights", given)
     if given.is_complex():
         raise ValueError(f"token_weights must be real numbers, got {given.dtype}")
-    return given.reshape(-1).double()
+    return checked_numbers(given.reshape(-1), labels, "token_weights")
 
 
 def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int) -> Tensor:
@@ -82,7 +82,8 @@ def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int
             f"class_weights with label_smoothing={label_smoothing} weigh every class of every token, "
             "which one pass does not; use torch.nn.functional.cross_entropy"
         )
-    return torch.where(labels >= 0, given.double()[labels.clamp(min=0)], 0.0)
+    weights = checked_numbers(given.double()[labels.clamp(min=0)], labels, "class_weights")
+    return torch.where(labels >= 0, weights, 0.0)
 
 
 def constants(values: list[float] | tuple[float, ...], device: torch.device) -> Tensor:
