@@ -104,7 +104,7 @@ struct Mixed {
 // sign alone.
 struct AlphaBeta {
   static constexpr bool kFromProbabilities = false;
-  // An argument of exp as a combination of the logarithms.
+  // One of exp's three arguments: of_p log p + of_q log q.
   struct Corner {
     double of_p, of_q;
   };

@@ -1,4 +1,4 @@
-// The entry points of dense rows: which passes each of them makes over its rows.
+// The entry points but for fused_sparse (sparse.h): which passes each of them makes over its rows.
 #pragma once
 
 #include <vector>

@@ -32,8 +32,9 @@ namespace KD_ISA {
 // row's largest, and what is left of 1 beside a token with p = 0.999 keeps its digits.
 constexpr int kGroup = 16 * kLanes;
 
-// A sparse target's ids in one row. The fold leaves them out. The gradient at them is what was solved for
-// them, and for all other ids `rest` times their softmax.
+// A sparse target's ids in one row. The fold leaves them out. The soft gradient at them comes from the K +
+// 1 outcomes (docs/design.md, "Sparse targets"; sparse.h). At every other id it is `rest` times the id's
+// softmax among those others.
 struct StoredIds {
   const int64_t* ids = nullptr;  // ascending, -1 anywhere in between: none
   int64_t count = 0;

@@ -15,7 +15,8 @@ namespace kd {
 namespace KD_ISA {
 
 // Columns of a block. Both sides of a block fit in L1. A lane adds 128 fp32 terms before fp64 takes over
-// where there are 16 lanes, and 32 where there are fewer, since their partial sums are larger.
+// where there are 16 lanes. Where there are fewer it adds 32: fewer lanes average less of their rounding
+// out, and the tests' 4 ulp need it.
 constexpr int kBlock = kLanes >= 16 ? 2048 : 32 * kLanes;
 
 inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
@@ -38,7 +39,8 @@ struct Source {
     return cap == 0 ? z : cap * std::tanh(z / cap);
   }
 
-  // n entries from `start`, padded with -inf to whole vectors. They are read in place where nothing is to do.
+  // n logits from `start`, in fp32, mapped, padded with -inf to whole vectors. They are made in `buffer`;
+  // where there is nothing to convert, map or pad, the row's own memory is returned.
   const float* block(int64_t start, int n, float* buffer) const {
     if (dtype == kFloat && !is_mapped() && n % kLanes == 0) return (const float*)row + start;
     load_floats(row, dtype, start, n, buffer);

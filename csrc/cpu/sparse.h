@@ -22,8 +22,9 @@ class OutcomeRow {
     if (job.grad.data) problem_.grad = {(char*)grad_.data(), kFloat, 0};
   }
 
-  // `logits`: of the stored ids, which are divided by `inner`; `rest`: log-mass of all others. Results are
-  // those of the dense problem at temperature `outer`, the gradient is that for the logits, times `scale`.
+  // `logits`: the stored ids', still to be divided by `inner`; `rest`: log-mass of all other ids, already
+  // so divided; `teacher`: the K + 1 log-masses. The outcomes are compared at temperature `outer`.
+  // results() are theirs, not scaled; grad() is for the undivided logits and is multiplied by `scale`.
   void solve(const double* logits, double rest, const char* teacher, double inner, double outer,
              double scale) {
     double peak = std::max(rest, kNoReference);

@@ -11,8 +11,8 @@ namespace kd {
 struct PassFlags {
   bool soft = false, label = false, smooth = false, teacher_label = false;
   bool hard = false;        // one of the student's outputs at temperature 1
-  bool hard_t1 = false;     // its normaliser there has a sum of its own
-  bool teacher_t1 = false;  // the same of the teacher
+  bool hard_t1 = false;     // hard, and a temperature differs from 1: sum_exp_t1 is summed too
+  bool teacher_t1 = false;  // the same for teacher_label
   bool stats = false;
 };
 

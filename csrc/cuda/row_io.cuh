@@ -104,7 +104,8 @@ KD_DEVICE void load_whole(const char* p, DType dtype, float (&v)[kVector]) {
   }
 }
 
-// Which of a vector's entries are the row's: all but the first `before`, and none from `count` on.
+// Which of a vector's entries are the row's: those from `before` (which may be negative) up to, not
+// including, `count`.
 struct Present {
   int before, count;
   KD_DEVICE bool all() const { return before <= 0 && count >= kVector; }

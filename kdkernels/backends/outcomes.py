@@ -64,7 +64,8 @@ def warn_if_approximate(spec: Spec) -> None:
     if not (spec.tail and spec.tempered) or Tail(spec.tail).word not in _APPROXIMATE:
         return
     tail = Tail(spec.tail).word
-    # Python shows each text once. With the temperature's value, one that is annealed would be a new text at every step.
+    # The temperature's value is left out on purpose: Python shows a warning's text once per line of the
+    # caller, and an annealed temperature would make a new text at every step.
     warn(
         f"a temperature other than 1 with tail={tail!r} {_APPROXIMATE[tail]}; tail='conditional' and "
         "tail='renormalize' are exact at any temperature"

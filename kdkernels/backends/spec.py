@@ -32,7 +32,8 @@ OUTPUTS = 5
 
 
 class Result:
-    """What a finished row's results hold after its outputs: statistics; columns of ``[rows, RESULTS]`` fp64."""
+    """The statistics of a finished row: the columns of its results, ``[rows, RESULTS]`` fp64, that come
+    after those of the outputs."""
 
     STUDENT_ENTROPY = 5
     TEACHER_ENTROPY = 6

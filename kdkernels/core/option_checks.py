@@ -24,7 +24,7 @@ def _divergence(name: str, given: Any) -> Divergence:
 
 def _number_or_tensor(name: str, given: Any) -> Number:
     if isinstance(given, Tensor):
-        check_number_tensor(name, given)  # its values are looked at where that waits for nothing
+        check_number_tensor(name, given)  # checked_numbers looks at its values
         return given
     return number(name, given)
 
@@ -52,7 +52,7 @@ def _reduction(name: str, given: Any) -> str:
 def _num_items(name: str, given: Any) -> int | float | Tensor | None:
     if isinstance(given, Tensor):
         check_one_number(name, given)
-        return given  # its value is looked at where that waits for nothing
+        return given  # checked_items looks at its value
     if given is not None and not number(name, given) > 0:
         raise ValueError(f"{name} must be > 0, got {given}")
     return given

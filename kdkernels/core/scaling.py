@@ -47,7 +47,7 @@ def tracing(t: Tensor) -> bool:
 
 
 def batched(t: Tensor) -> bool:
-    """Whether these are many backwards at once, by is_grads_batched (torch's old vmap) or torch.func.vmap."""
+    """Whether ``t`` stands for many backwards at once, by is_grads_batched (torch's old vmap) or torch.func.vmap."""
     return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(
         t
     )

@@ -32,8 +32,9 @@ TINY = tl.constexpr(1e-30)
 
 @triton.jit
 def _log_ratio(p, m, d):
-    """log(p / m) to a few ulp of itself, given d = p - m as exactly as p and m: 0 where d is. A polynomial
-    (cephes' logf) where p / m is near 1; beyond, the hardware's logarithm."""
+    """log(p / m) to a few ulp, relative to the result. d = p - m must be as accurate as p and m are; where
+    d is 0, so is the result. A polynomial (cephes' logf) where p / m is near 1, the hardware's logarithm
+    elsewhere."""
     inverse = 1.0 / m
     u = d * inverse
     y = tl.fma(u, 7.0376836292e-2, -1.1514610310e-1)
