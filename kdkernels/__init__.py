@@ -34,7 +34,8 @@ from .modules import (
     KLDivLoss,
     LinearCrossEntropyLoss,
 )
-from .producers import GEMMA_SAMPLES, sample_target, top_k_target, top_p_target
+from .producers import GEMMA_SAMPLES, sample_target, target_at, top_k_target, top_p_target
+from .sampled import sampled_kl
 from .targets import SparseTarget
 
 __version__ = "0.1.0"
@@ -70,6 +71,8 @@ __all__ = [
     "kl_div",
     "linear_cross_entropy",
     "sample_target",
+    "sampled_kl",
+    "target_at",
     "testing",
     "top_k_target",
     "top_p_target",

@@ -1,4 +1,4 @@
-"""Sparse targets from a live teacher: its top entries, or samples of it.
+"""Sparse targets from a live teacher: its top entries, samples of it, or what it says of given ids.
 
 Logits of a LinearHead are made for a chunk of tokens at a time; the whole ``[tokens, vocab]`` never is.
 """
@@ -16,7 +16,7 @@ from .backends import chosen_backend, serving
 from .backends.protocol import Tile
 from .backends.row_state import RowState, new_state
 from .backends.spec import LogitMap, Spec
-from .checks import integer, number, positive_integer
+from .checks import check_tensor, integer, number, positive_integer, require
 from .core.option_checks import checked
 from .core.schedule import DEFAULT_CHUNK_BYTES
 from .core.sides import common_vocab, side
@@ -71,12 +71,21 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     keeps its digits, however small, and is the rest's as the loss takes it from a student's logits.
     """
     values, ids = logits.topk(k, -1)
-    values = values.double()
-    top, values = values[:, :1], values - values[:, :1]
-    normalizer = values.logsumexp(-1, keepdim=True)
-    if k < logits.shape[1]:
-        normalizer = torch.logaddexp(normalizer, _normalizer(logits, ids.sort(-1).values) - top)
-    return ids, values - normalizer
+    rest = _normalizer(logits, ids.sort(-1).values) if k < logits.shape[1] else None
+    return ids, _normalized(values.double(), rest)
+
+
+def _normalized(values: Tensor, rest: Tensor | None) -> Tensor:
+    """Logits ``[rows, K]`` as log-probabilities, where those of all others have the logsumexp ``rest`` ``[rows, 1]``.
+
+    What the largest leaves of the mass is added up beside it and not to it, so that it keeps its digits.
+    """
+    top, at = values.max(-1, keepdim=True)
+    values = values - torch.where(top == -torch.inf, 0.0, top)  # a row of empty slots stays one
+    normalizer = values.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
+    if rest is not None:
+        normalizer = torch.logaddexp(normalizer, rest - top)
+    return torch.where(values == -torch.inf, values, values - normalizer)
 
 
 def _unfilled(teacher: list[Tensor], slots: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +135,40 @@ def _top_k(
 @_top_k.register_fake
 def _(teacher, logit_map, vocab, chunk_bytes, k):
     return _unfilled(teacher, k)
+
+
+@torch.library.custom_op("kdkernels::target_at", mutates_args=())
+def _target_at(
+    teacher: list[Tensor], logit_map: list[float], vocab: int, chunk_bytes: int, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(ids, log-probabilities) at ``ids`` ``[..., K]``; -1 where an id is one already, or was there before."""
+    flat = ids.reshape(-1, ids.shape[-1])
+    require(
+        (flat < -1) | (flat >= vocab),
+        flat,
+        f"target_at got the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot",
+    )
+
+    def select(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        asked = _first_of_each(flat[rows])
+        values = logits.gather(-1, asked.clamp(min=0)).double()
+        values = torch.where(asked >= 0, values, -torch.inf)
+        return asked, _normalized(values, _normalizer(logits, asked.sort(-1).values))
+
+    return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select, least=ids.shape[-1])
+
+
+@_target_at.register_fake
+def _(teacher, logit_map, vocab, chunk_bytes, ids):
+    return _unfilled(teacher, ids.shape[-1])
+
+
+def _first_of_each(ids: Tensor) -> Tensor:
+    """``ids`` ``[rows, K]`` with -1 where a row has the same id further left."""
+    ascending, order = ids.sort(dim=-1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
+    return ids.masked_fill(torch.zeros_like(again).scatter_(-1, order, again), -1)
 
 
 @torch.library.custom_op("kdkernels::top_p", mutates_args=())
@@ -205,6 +248,47 @@ def top_k_target(
     if not 1 <= k <= given.vocab:
         raise ValueError(f"k={k} must be in 1..{given.vocab}, the vocabulary")
     ids, logprobs = _top_k(*given, k)
+    return SparseTarget(ids, logprobs, tail=tail)
+
+
+def target_at(
+    teacher: Logits,
+    ids: Tensor,
+    *,
+    tail: Tail = "bucket",
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+) -> SparseTarget:
+    """The teacher's log-probabilities at ``ids``: of the tokens that a student finds probable, say.
+
+    On-policy distillation compares the models where the student's mass is. Its own top entries are
+    ``kd.top_k_target(student, k).ids``, which carry no gradient, and the union with the teacher's is
+    ``torch.cat([students, kd.top_k_target(teacher, k).ids], -1)``.
+
+    Args:
+        ids: int64 ``[..., K]`` with the teacher's leading shape, or -1 for an empty slot. What a token names twice is
+            stored once, at the first place; the other becomes -1.
+
+    Other arguments and errors as in :func:`top_k_target`; ValueError for ids out of range too (a device-side
+    assertion on an accelerator).
+
+    >>> student, teacher = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    >>> ids = torch.cat([top_k_target(model, 2).ids for model in (student, teacher)], -1)
+    >>> ids, target_at(teacher, ids).ids
+    (tensor([[2, 1, 0, 1]]), tensor([[ 2,  1,  0, -1]]))
+    """
+    given = _given(teacher, vocab_size, chunk_bytes)
+    check_tensor("ids", ids)
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64, got {ids.dtype}")
+    leading = given.teacher[0].shape[:-1]
+    if ids.dim() < 1 or ids.shape[:-1] != leading or ids.shape[-1] == 0:
+        raise ValueError(
+            f"ids must be {(*leading, 'K')} with K >= 1, as the teacher's tokens, got {tuple(ids.shape)}"
+        )
+    if ids.device != given.teacher[0].device:
+        raise ValueError(f"ids are on {ids.device}, teacher on {given.teacher[0].device}")
+    ids, logprobs = _target_at(*given, ids)
     return SparseTarget(ids, logprobs, tail=tail)
 
 

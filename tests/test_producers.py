@@ -302,3 +302,86 @@ def test_the_draw_of_a_number_is_its_place_in_the_distribution():
     draws = torch.tensor([[0, 2**51 - 1, 2**51, 2**52, 2**53 - 1]])
     ids = producers._inverted(torch.tensor([[0.25, 0.0, 0.75, 0.0]], dtype=torch.float64), draws)
     assert ids.tolist() == [[0, 0, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk_bytes", [None, 5000])
+@pytest.mark.parametrize("vocab", [None, 50])
+def test_target_at(form, chunk_bytes, vocab):
+    teacher = FORMS[form]()
+    ids = torch.randint(0, vocab or 60, (3, 4, 9))
+    ids[0, 0] = -1
+    ids[1, :, 5] = ids[1, :, 2]
+    target = kd.target_at(teacher, ids, vocab_size=vocab, chunk_bytes=chunk_bytes)
+    stored = target.ids >= 0
+    assert torch.equal(target.ids[stored], ids[stored]) and not stored[0, 0].any()
+    exact = logprobs_of(teacher, vocab).gather(-1, ids.clamp(min=0))
+    assert torch.allclose(target.logprobs[stored].double(), exact[stored], atol=2e-6)
+    assert (target.logprobs[~stored] == -torch.inf).all()
+    for token, kept in zip(ids.view(-1, 9).tolist(), target.ids.view(-1, 9).tolist()):
+        once = [id for at, id in enumerate(token) if id not in token[:at]]
+        assert [id for id in kept if id >= 0] == [id for id in once if id >= 0]
+
+
+@pytest.mark.parametrize("gap", [8.0, 15.0, 30.0])
+@pytest.mark.parametrize("slots", [1, 4, 500])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_target_at_given_ids_leaves_keeps_its_digits(backend, slots, gap):
+    teacher = torch.randn(4, 500)
+    teacher[:, 123] = gap
+    ids = torch.cat([torch.full((4, 1), 123), torch.stack([torch.randperm(500) for _ in range(4)])], 1)
+    ids = ids[:, : slots + (slots == 500)]
+    rest = logprobs_of(teacher).scatter(-1, torch.full((4, 1), 123), -torch.inf).exp().sum(-1)
+    with kd.use_backend(backend):
+        target = kd.target_at(teacher.double() if backend == "eager" else teacher, ids)
+    assert torch.allclose(-target.logprobs[:, 0].double().expm1(), rest, rtol=1e-5, atol=0.0)
+
+
+def test_the_students_own_tokens_and_the_teachers():
+    """The union is the sparse target of all its ids, however they came together."""
+    student, teacher = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40)
+    students, teachers = (kd.top_k_target(model, 5).ids for model in (student, teacher))
+    target = kd.target_at(teacher, torch.cat([students, teachers], -1))
+    assert not target.logprobs.requires_grad and target.slots == 10
+    log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
+    inside = torch.zeros(6, 41, dtype=torch.bool).scatter(-1, torch.cat([students, teachers], -1), True)[
+        :, :40
+    ]
+    assert inside.sum() < 60 and (target.ids >= 0).sum() == inside.sum()
+    groups = [torch.where(inside, z, -torch.inf) for z in (log_p, log_q)]
+    rests = [torch.where(inside, -torch.inf, z).logsumexp(-1, keepdim=True) for z in (log_p, log_q)]
+    p, q = (torch.cat([z, rest], -1) for z, rest in zip(groups, rests))
+    exact = torch.where(q.exp() > 0, q.exp() * (q - p), 0.0).sum(-1).mean()
+    mine = kd.distillation_loss(student, target, divergence=kd.ReverseKL())
+    assert torch.allclose(mine.double(), exact, rtol=1e-5)
+    wanted, got = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (exact, mine))
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-7) and wanted.norm() > 1e-2
+
+
+def test_target_at_memory_and_compiled():
+    hidden, weight = torch.randn(N, H), torch.randn(V, H)
+    ids = torch.randint(0, V, (N, 16))
+    assert (
+        peak_of(lambda: kd.target_at(kd.LinearHead(hidden, weight), ids, chunk_bytes=UNIT // 16)) < UNIT // 4
+    )
+    teacher = torch.randn(4, 30)
+    few = torch.tensor([[1, 2, 1], [29, 0, 3], [-1, 5, 5], [7, 8, 9]])
+    assert_compiled(lambda s: kd.kl_div(s, kd.target_at(teacher, few)), [torch.randn(4, 30)])
+    arguments = ([teacher], [1.0, 0.0], 30, 2**20, few)
+    torch.library.opcheck(torch.ops.kdkernels.target_at.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (torch.tensor([[0, 60]]), r"the id 60 at token 0; ids must be in \[0, 60\)"),
+        (torch.tensor([[0, -2]]), "the id -2 at token 0"),
+        (torch.tensor([[0.0]]), "ids must be int64, got torch.float32"),
+        (torch.tensor([0]), r"ids must be \(1, 'K'\) with K >= 1, as the teacher's tokens, got \(1,\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"got \(2, 3\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"got \(1, 0\)"),
+    ],
+)
+def test_ids_that_cannot_be_meant(ids, message):
+    with pytest.raises(ValueError, match=message):
+        kd.target_at(torch.randn(1, 60), ids)

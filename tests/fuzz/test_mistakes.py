@@ -154,10 +154,14 @@ def test_a_head_that_is_none(argument, value):
     assert "\n" not in str(caught.value) and any(word in str(caught.value) for word in named)
 
 
+IDS = torch.zeros(N, 2, dtype=torch.int64)
 PRODUCERS = {
     kd.top_k_target: {"k": [0, -1, V + 1, 2.0, None, "3"]},
     kd.top_p_target: {"p": [0.0, -0.1, 1.5, math.nan, None, "0.9"]},
     kd.sample_target: {"samples": [0, -2, 1.5, None, "8"]},
+    kd.target_at: {
+        "ids": [None, "3", torch.tensor(3), torch.zeros(N, 2), IDS[:1], IDS[:, :0], IDS + V, IDS - 2]
+    },
 }
 
 
@@ -171,7 +175,7 @@ def wrong_producers():
 
 @pytest.mark.parametrize("function, argument, value", numbered(wrong_producers()))
 def test_a_producer_says_so(function, argument, value):
-    first = {kd.top_k_target: 3, kd.top_p_target: 0.9, kd.sample_target: 8}[function]
+    first = {kd.top_k_target: 3, kd.top_p_target: 0.9, kd.sample_target: 8, kd.target_at: IDS}[function]
     teacher, number, options = torch.randn(N, V), first, {}
     if argument == "teacher":
         teacher = value
