@@ -11,7 +11,7 @@ TRITON ?= triton==3.7.1
 # What has to be built (this package, DeepSpeed) is built with the torch and the setuptools that are here.
 PIP = PIP_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --no-build-isolation
 
-.PHONY: setup test test-all test-newest lock lint bench figures demo clean
+.PHONY: setup test test-all test-newest lock lint docs bench figures demo clean
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(LOCK) $(wildcard csrc/*.h csrc/*.cpp c
 
 # The libraries that are tested and measured beside ours.
 $(VENV)/.peers: $(VENV)/.ready
-	$(PIP) "kdkernels[bench,integrations]" --group peers
+	$(PIP) "kdkernels[bench,integrations]" --group peers --group docs
 	$(PIP) --no-deps --no-warn-conflicts --group alone
 	touch $@
 
@@ -56,6 +56,11 @@ lint: setup
 	$(BIN)/ruff format --check -q . || { echo "ruff format . would change these"; exit 1; }
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 	$(BIN)/mypy
+
+# Into site/; a link that leads nowhere is an error.
+docs: setup
+	$(PIP) --group docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks --suite cpu

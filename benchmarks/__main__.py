@@ -1,8 +1,9 @@
 """``python -m benchmarks``: measures a suite and writes JSON, tables and plots into one folder.
 
 python -m benchmarks [--suite small|cpu|gpu] [--out FOLDER]   measure
+python -m benchmarks --case "logits 2048 151936 bfloat16"     measure a shape of your own
 python -m benchmarks report RESULT.json [--out FOLDER]        tables and plots from a result
-python -m benchmarks publish [RESULT.json]                    commit-ready: README, results/
+python -m benchmarks publish [RESULT.json]                    commit-ready: README, docs, results/
 python -m benchmarks compare BEFORE.json AFTER.json           exit code 1 if more than 10% is lost
 """
 
@@ -32,14 +33,16 @@ def load(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def write_report(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
-    """The Markdown page, and the plots where matplotlib is installed."""
+def write_report(
+    result: dict[str, Any], folder: Path, prefix: str = "", images: Path | None = None
+) -> list[Path]:
+    """The Markdown page, and the plots where matplotlib is installed (in the folder ``images``)."""
     from benchmarks import plots, report
 
     page = folder / f"{prefix}tables.md"
     page.write_text(report.full(result))
     try:
-        return [page, *plots.draw(result, folder, prefix)]
+        return [page, *plots.draw(result, images or folder, prefix)]
     except ModuleNotFoundError as error:
         print(f"no plots: {error}")
         return [page]
@@ -54,7 +57,11 @@ def measure(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for the gpu suite")
     parser.add_argument("--rounds", type=int, help="rounds per variant (default 7)")
     parser.add_argument("--minutes", type=float, help="leave out the cases that would start later")
-    parser.add_argument("--case", help="only cases with this in their name")
+    parser.add_argument(
+        "--case",
+        help='only cases with this in their name; or a shape: "logits TOKENS VOCAB [DTYPE]", '
+        '"hidden TOKENS WIDTH VOCAB [DTYPE]"',
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
@@ -71,9 +78,9 @@ def measure(arguments: list[str]) -> int:
     # Imported here and not earlier: importing kdkernels loads the extension, which may just have been built.
     from benchmarks import cases, goals, measure, report, run
 
-    chosen = [c for c in cases.SUITES[options.suite] if not options.case or options.case in c.name]
+    chosen = cases.chosen(options.suite, options.case or "")
     if not chosen:
-        parser.error(f"no case of suite {options.suite} has {options.case!r} in its name")
+        parser.error(f"no case of suite {options.suite} has {options.case!r} in its name, nor is it a shape")
     path = folder / "result.json"
 
     def save(so_far: dict[str, Any]) -> None:
@@ -147,8 +154,8 @@ def report_command(arguments: list[str]) -> int:
 
 
 def publish(arguments: list[str]) -> int:
-    """Makes a result the committed one of its suite: JSON, tables, plots, README's figures."""
-    from benchmarks import readme, report
+    """Makes a result the committed one of its suite: JSON, tables, plots, the figures of README and docs."""
+    from benchmarks import pages, report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks publish", description=publish.__doc__)
     parser.add_argument("result", type=Path, nargs="?", help="default: what is committed already")
@@ -156,9 +163,11 @@ def publish(arguments: list[str]) -> int:
     for path in [options.result] if options.result else committed():
         result = load(path)
         (RESULTS / f"{result['suite']}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print("written:", ", ".join(str(p) for p in write_report(result, RESULTS, f"{result['suite']}-")))
-    readme.fill("figures", "\n\n".join(report.figures(load(path)) for path in committed()))
-    print("README.md has the figures of", ", ".join(path.name for path in committed()))
+        written = write_report(result, RESULTS, f"{result['suite']}-", pages.IMAGES)
+        print("written:", ", ".join(str(p) for p in written))
+    for name, text in report.parts([load(path) for path in committed()]).items():
+        pages.fill(name, text)
+        print(pages.PAGES[name].name, "has the figures of", ", ".join(path.name for path in committed()))
     return 0
 
 

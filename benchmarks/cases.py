@@ -5,6 +5,7 @@ A new case is a line in a suite; a new loss is a line in :data:`LOSSES` and its 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,3 +159,18 @@ SUITES: dict[str, list[Case]] = {
         *_over_tokens(_GPU_HIDDEN, (32768,)),
     ],
 }
+
+
+_SHAPE = re.compile(r"(?:logits (\d+)|hidden (\d+) (\d+)) (\d+)(?: (float32|bfloat16|float16))?")
+
+
+def chosen(suite: str, text: str) -> list[Case]:
+    """The suite's cases with ``text`` in their name; or the case that it is the shape of; or none."""
+    if found := [case for case in SUITES[suite] if text in case.name]:
+        return found
+    if (shape := _SHAPE.fullmatch(text)) is None:
+        return []
+    tokens, hidden_tokens, width, vocab, dtype = shape.groups()
+    return [
+        Case(int(tokens or hidden_tokens), int(vocab), dtype or "float32", losses=_ALL, width=int(width or 0))
+    ]

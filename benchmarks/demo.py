@@ -1,4 +1,4 @@
-"""``python -m benchmarks.demo [FOLDER]``: README's demo figures, from a finished ``make demo``.
+"""``python -m benchmarks.demo [FOLDER]``: the demo's figures, from a finished ``make demo``.
 
 With FOLDER (``runs/demo``) its comparison and picture become the committed ones first.
 """
@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks import readme
+from benchmarks import pages
 from kdkernels.trainer import report
 
 RESULT = Path(__file__).parent / "results" / "demo-cpu.json"
@@ -26,8 +26,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     if folder is not None:
         shutil.copy(folder / "comparison.json", RESULT)
-        shutil.copy(folder / "curves.png", RESULT.with_suffix(".png"))
-    readme.fill("demo", text(json.loads(RESULT.read_text())))
+        shutil.copy(folder / "curves.png", pages.IMAGES / "demo-cpu.png")
+    pages.fill("demo", text(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

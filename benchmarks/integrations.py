@@ -2,7 +2,7 @@
 
 Every measurement is a process of its own: peak resident memory of one forward and backward above its
 inputs, the gradients included. Time is for ``python -m benchmarks``, which has the peers in one run.
-``--readme FILE`` fills README's table of trainers from a committed result.
+``--fill FILE`` fills the table in docs of trainers from a committed result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks import readme
+from benchmarks import pages
 from benchmarks.machine import describe
 from benchmarks.memory import resident_peak
 from benchmarks.peers.axolotl import axolotl_module
@@ -273,12 +273,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the result here, as JSON")
     parser.add_argument(
-        "--readme", metavar="RESULT", help="fill README's table from a result, measure nothing"
+        "--fill", metavar="RESULT", help="fill the table of trainers in docs from a result, measure nothing"
     )
     parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure one side in this process")
     given = parser.parse_args()
-    if given.readme:
-        return readme.fill("integrations", table(json.loads(Path(given.readme).read_text())))
+    if given.fill:
+        return pages.fill("integrations", table(json.loads(Path(given.fill).read_text())))
     if given.one:
         return print(measure(*given.one))
     peaks = {name: {side: in_process(name, side) for side in SIDES} for name in CASES}

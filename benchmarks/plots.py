@@ -1,4 +1,4 @@
-"""Curves from a result: time against tokens and vocabulary, memory against tokens."""
+"""Pictures of a result: time and memory of one headline case, and curves over tokens and vocabulary."""
 
 from __future__ import annotations
 
@@ -32,11 +32,63 @@ def curves(result: dict[str, Any], curve: str, x: str, memory: bool, hidden: boo
     return {variant: sorted(points) for variant, points in made.items()}
 
 
+#: The headline's bars: variant -> its label.
+BARS = {
+    "F.kl_div": "F.kl_div",
+    "F.kl_div compiled": "F.kl_div,\ntorch.compile",
+    "kdkernels": "kdkernels",
+    "kdkernels in place": "kdkernels,\ninplace=True",
+}
+
+
+def bars(result: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """(name of the first case from logits, its rows of the headline's variants)."""
+    for case in result["cases"]:
+        rows = {
+            row["variant"]: row for row in case["variants"] if row["loss"] == LOSS and "peak_bytes" in row
+        }
+        if not case["width"] and {"F.kl_div", "kdkernels"} <= rows.keys():
+            return case["name"], [rows[variant] for variant in BARS if variant in rows]
+    return "", []
+
+
 def draw(result: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
     """Writes the PNGs that the result has points for."""
     import matplotlib
 
     matplotlib.use("Agg")
+    return _draw_bars(result, folder, prefix) + _draw_curves(result, folder, prefix)
+
+
+def _draw_bars(result: dict[str, Any], folder: Path, prefix: str) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    name, rows = bars(result)
+    if not rows:
+        return []
+    panels = {
+        "time, forward + backward": ("ms", [row["both_ms"]["median"] for row in rows]),
+        "memory beside inputs and gradients": ("MiB", [row["peak_bytes"] / 2**20 for row in rows]),
+    }
+    labels = [BARS[row["variant"]] for row in rows]
+    colors = ["C0" if row["package"] == "kdkernels" else "0.65" for row in rows]
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.6), layout="constrained")
+    for axis, (title, (unit, values)) in zip(axes, panels.items()):
+        drawn = axis.barh(labels, values, color=colors)
+        axis.bar_label(drawn, [f"{value:,.0f} {unit}" for value in values], padding=3, fontsize=9)
+        axis.set(title=title, xlim=(0, max(values) * 1.22))
+        axis.invert_yaxis()
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    machine = result["machine"]
+    figure.suptitle(f"forward KL, {name}; {machine['name']}, {machine['date'][:10]}", fontsize=9)
+    path = folder / f"{prefix}headline.png"
+    figure.savefig(path, dpi=110, metadata={"Description": where(result)})
+    plt.close(figure)
+    return [path]
+
+
+def _draw_curves(result: dict[str, Any], folder: Path, prefix: str) -> list[Path]:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, ScalarFormatter
 

@@ -1,4 +1,4 @@
-"""Markdown from a result: the full tables of a run, and README's figures."""
+"""Markdown from a result: the full tables of a run, and the figures of README and docs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def full(result: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: README's columns: a title and which variants stand in it, the fastest of them.
+#: The figures' columns: a title and which variants stand in it, the fastest of them.
 COLUMNS: dict[str, Callable[[Row], bool]] = {
     "kdkernels": lambda row: row["variant"] == "kdkernels",
     "in place": lambda row: row["variant"] == "kdkernels in place",
@@ -110,7 +110,7 @@ _LOSSES = ("kl", "kl conditional", "rkl", "jsd", "ce", "codistill")
 
 
 def figures(result: Row) -> str:
-    """README's figures: one line per headline case and loss."""
+    """One line per headline case and loss."""
     cases = [case for case in result["cases"] if case["headline"]]
     sections = (
         (
@@ -153,3 +153,52 @@ def _pivot(case: Row, cell: Callable[[Row], str]) -> list[str]:
             cells.append(f"{fastest['variant']} {text}" if fastest and title == "fastest other" else text)
         lines.append(f"| {case['name']} | {loss} | {' | '.join(cells)} |")
     return lines
+
+
+_TITLES = {"kl": "forward KL", "rkl": "reverse KL", "jsd": "JSD", "ce": "cross entropy"}
+#: README's few rows: the kind of case, and losses.
+HEADLINES = {
+    "cpu": {
+        "logits [512, 131072] float32": ("kl", "jsd", "ce"),
+        "logits [512, 131072] bfloat16": ("kl",),
+        "hidden [512, 512] -> 32768 float32": ("kl", "jsd"),
+    },
+    "gpu": {
+        "logits [4096, 131072] bfloat16": ("kl", "jsd"),
+        "hidden [4096, 4096] -> 131072 bfloat16": ("kl", "jsd", "ce"),
+    },
+}
+
+
+def headline(result: Row) -> str:
+    """README's figures: the fastest way of PyTorch's own beside ours, time and memory."""
+    lines = [
+        "| forward and backward | PyTorch | kdkernels | faster by | memory, PyTorch | memory, kdkernels |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in result["cases"]:
+        for loss in HEADLINES[result["suite"]].get(case["name"], ()):
+            rows = [row for row in case["variants"] if row["loss"] == loss and "peak_bytes" in row]
+            theirs = min((r for r in rows if COLUMNS["PyTorch"](r)), key=lambda r: r["both_ms"]["median"])
+            ours = next(r for r in rows if COLUMNS["kdkernels"](r))
+            ratio = theirs["both_ms"]["median"] / ours["both_ms"]["median"]
+            lines.append(
+                f"| {_TITLES[loss]}, {case['name']} | {_ms(theirs['both_ms']['median'])} ms | "
+                f"{_ms(ours['both_ms']['median'])} ms | {ratio:.1f}x | {_mebibytes(theirs)} | {_mebibytes(ours)} |"
+            )
+    machine = result["machine"]
+    return "\n".join(
+        [*lines, "", f"{machine['name']}, torch {machine['versions']['torch']}, {machine['date'][:10]}."]
+    )
+
+
+def _mebibytes(row: Row) -> str:
+    return f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+
+
+def parts(results: list[Row]) -> dict[str, str]:
+    """The parts of README and docs that these results fill, by their names there."""
+    return {
+        "figures": "\n\n".join(map(figures, results)),
+        "headline": "\n\n".join(map(headline, results)),
+    }

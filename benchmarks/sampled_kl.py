@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks import machine
-from benchmarks.readme import with_part
+from benchmarks import machine, pages
 
-DOCS = Path(__file__).parent.parent / "docs" / "on-policy-and-drafts.md"
 RESULT = Path(__file__).parent / "results" / "sampled-kl.json"
 TOKENS, VOCAB, SLOTS = 32, 4096, 20
 #: How far the student is from the teacher, in nats per entry.
@@ -134,7 +132,7 @@ def main() -> None:
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     if options.docs:
-        DOCS.write_text(with_part(DOCS.read_text(), "sampled-kl", table(result)))
+        pages.fill("sampled-kl", table(result))
 
 
 if __name__ == "__main__":

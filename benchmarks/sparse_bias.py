@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks import machine
-from benchmarks.readme import with_part
+from benchmarks import machine, pages
 
-DOCS = Path(__file__).parent.parent / "docs" / "sparse-targets.md"
 TOKENS, VOCAB, SLOTS = 32, 4096, (8, 32, 128)
 DRAWS, STEPS, LEARNING_RATE = 256, 1000, 0.05
 VARIANTS = ("truncate", "renormalize", "conditional", "bucket", "sampling")
@@ -144,7 +142,7 @@ def main() -> None:
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     if options.docs:
-        DOCS.write_text(with_part(DOCS.read_text(), "bias", table(result)))
+        pages.fill("bias", table(result))
 
 
 if __name__ == "__main__":

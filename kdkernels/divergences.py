@@ -463,7 +463,9 @@ def _decayed(rate: float, distance: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Mixed(Divergence):
-    """weight KL(p || q) + (1 - weight) KL(q || p). Raises ValueError unless 0 <= weight <= 1.
+    """weight KL(p || q) + (1 - weight) KL(q || p): Jeffreys' divergence (1946) with weights.
+
+    Raises ValueError unless 0 <= weight <= 1.
 
     >>> Mixed(weight=0.5)
     Mixed(weight=0.5)

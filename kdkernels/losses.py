@@ -30,6 +30,11 @@ class Stats(NamedTuple):
     ``soft`` is the divergence (without weight and T^2), ``hard`` the cross entropy, entropies are
     in nats at the loss's temperature, ``agreement`` is how often the two top-1 tokens are the same.
     With a :class:`SparseTarget` both entropies are those of the K + 1 (or K) outcomes that are compared.
+
+    >>> import torch, kdkernels as kd
+    >>> loss, stats = kd.kl_div(torch.randn(4, 10), torch.randn(4, 10), return_stats=True)
+    >>> bool(stats.soft == loss), stats.tokens.item()
+    (True, 4)
     """
 
     soft: Tensor
@@ -41,7 +46,13 @@ class Stats(NamedTuple):
 
 
 class CodistillationLoss(NamedTuple):
-    """Both models' losses; add them (or weigh them) and call backward once."""
+    """Both models' losses, each a scalar or ``[...]``; add them (or weigh them) and call backward once.
+
+    >>> import torch, kdkernels as kd
+    >>> s, t = (torch.randn(4, 100, requires_grad=True) for _ in range(2))
+    >>> student, teacher = kd.codistillation_loss(s, t, torch.tensor([1, 2, -100, 3]))
+    >>> (student + 0.5 * teacher).backward()
+    """
 
     student: Tensor
     teacher: Tensor
@@ -241,11 +252,13 @@ def distillation_loss(
             SparseTarget see :mod:`kdkernels.backends.outcomes`; where it is an approximation, a warning says so.
         temperature_squared: multiply the soft term (value and gradient) by temperature^2
             (Hinton et al., 2015).
-        soft_weight, hard_weight: the mix; the hard term is at temperature 1 and needs labels. These and the
+        soft_weight: of the divergence.
+        hard_weight: of the cross entropy, which is at temperature 1 and needs labels. Both weights and the
             temperature may be tensors, 0-dim or one number for each token ``[...]``: constants, which nothing
             waits for and compiled code never holds. A Python number compiles again at its first change, and where
             a weight becomes 0 or the temperature 1, which is another kind of loss.
-        label_smoothing, z_loss: of the hard term, as in :func:`cross_entropy`.
+        label_smoothing: of the hard term, as in :func:`cross_entropy`.
+        z_loss: the same.
         mask: bool or 0/1 ``[...]``; tokens where it is False or 0 leave both terms, as those at
             ``ignore_index`` do, whatever their label.
         token_weights: ``[...]``, multiplies each token's loss; does not enter the mean's divisor. A
@@ -475,9 +488,9 @@ def kl_div(
 def kl_div(
     student: Logits, teacher: Teacher, labels: Tensor | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, Stats]:
-    """Forward KL(teacher || student): :func:`distillation_loss` under its common name.
+    """Forward KL(teacher || student): :func:`distillation_loss` under its common name, with its arguments and errors.
 
-    Takes logits, not log-probabilities. ``reduction="batchmean"`` divides as F.kl_div's does.
+    Takes logits; ``labels`` of ``ignore_index`` mask tokens. ``reduction="batchmean"`` divides as F.kl_div's does.
 
     >>> import torch, kdkernels as kd
     >>> s, t = torch.randn(4, 10), torch.randn(4, 10)

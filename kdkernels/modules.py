@@ -63,33 +63,61 @@ class DistillationLoss(_Loss):
 
 
 class CodistillationLossModule(_Loss):
-    """:func:`kdkernels.codistillation_loss` with its options kept."""
+    """:func:`kdkernels.codistillation_loss` with its options kept.
+
+    >>> import torch, kdkernels as kd
+    >>> loss = kd.CodistillationLossModule(soft_weight=0.5)
+    >>> losses = loss(torch.randn(2, 5), torch.randn(2, 5), torch.tensor([1, 4]))
+    >>> losses.student.shape, losses.teacher.shape
+    (torch.Size([]), torch.Size([]))
+    """
 
     function = staticmethod(losses.codistillation_loss)
 
 
 class KLDivLoss(_Loss):
-    """:func:`kdkernels.kl_div` with its options kept."""
+    """:func:`kdkernels.kl_div` with its options kept.
+
+    >>> import torch, kdkernels as kd
+    >>> kd.KLDivLoss(reduction="none")(torch.randn(2, 5), torch.randn(2, 5)).shape
+    torch.Size([2])
+    """
 
     function = staticmethod(losses.kl_div)
     general = staticmethod(losses.distillation_loss)
 
 
 class JSDivergenceLoss(_Loss):
-    """:func:`kdkernels.js_divergence` with its options kept."""
+    """:func:`kdkernels.js_divergence` with its options kept.
+
+    >>> import torch, kdkernels as kd
+    >>> kd.JSDivergenceLoss(beta=0.1)(torch.randn(2, 5), torch.randn(2, 5)).shape
+    torch.Size([])
+    """
 
     function = staticmethod(losses.js_divergence)
     general = staticmethod(losses.distillation_loss)
 
 
 class CrossEntropyLoss(_Loss):
-    """:func:`kdkernels.cross_entropy` with its options kept."""
+    """:func:`kdkernels.cross_entropy` with its options kept.
+
+    >>> import torch, kdkernels as kd
+    >>> kd.CrossEntropyLoss(label_smoothing=0.1)(torch.randn(2, 5), torch.tensor([1, -100])).shape
+    torch.Size([])
+    """
 
     function = staticmethod(losses.cross_entropy)
 
 
 class LinearCrossEntropyLoss(_Loss):
-    """:func:`kdkernels.linear_cross_entropy` with its options kept."""
+    """:func:`kdkernels.linear_cross_entropy` with its options kept.
+
+    >>> import torch, kdkernels as kd
+    >>> loss = kd.LinearCrossEntropyLoss(z_loss=1e-4)
+    >>> loss(torch.randn(2, 8), torch.randn(5, 8), torch.tensor([1, 4])).shape
+    torch.Size([])
+    """
 
     function = staticmethod(losses.linear_cross_entropy)
     general = staticmethod(losses.cross_entropy)

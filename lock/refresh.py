@@ -38,7 +38,8 @@ def resolve(*arguments: str, given: str = "") -> list[str]:
     return done.stdout.splitlines()
 
 
-EVERYTHING = ("pyproject.toml", "-", "--all-extras", "--group", "peers", "--group", "tools")
+GROUPS = [word for name in ("peers", "tools", "docs") for word in ("--group", name)]
+EVERYTHING = ("pyproject.toml", "-", "--all-extras", *GROUPS)
 
 
 def locked(torch: str) -> list[str]:

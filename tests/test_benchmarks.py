@@ -19,8 +19,8 @@ from benchmarks import (
     inputs,
     measure,
     memory,
+    pages,
     peers,
-    readme,
     report,
     run,
     variants,
@@ -164,15 +164,15 @@ def test_time_that_is_up_is_said():
 def test_report_and_plots(result, tmp_path):
     pytest.importorskip("matplotlib")
     written = {path.name for path in command.write_report(result, tmp_path)}
-    assert written == {"tables.md", "time-tokens.png", "memory-tokens.png"}
+    assert written == {"tables.md", "time-tokens.png", "memory-tokens.png", "headline.png"}
     page = (tmp_path / "tables.md").read_text()
     assert result["machine"]["name"] in page and TINY_CODISTILL.name in page
     figures = report.figures(result)
     assert result["machine"]["name"] in figures and TINY.name in figures
-    page = readme.with_part("a\n<!-- figures -->\nold\n<!-- /figures -->\nb\n", "figures", figures)
+    page = pages.with_part("a\n<!-- figures -->\nold\n<!-- /figures -->\nb\n", "figures", figures)
     assert "old" not in page and page.startswith("a\n") and page.endswith("\nb\n")
     with pytest.raises(ValueError, match="no <!-- figures -->"):
-        readme.with_part("nothing here", "figures", figures)
+        pages.with_part("nothing here", "figures", figures)
 
 
 def test_a_busy_machine_is_told(result):
@@ -234,14 +234,28 @@ def test_goals_name_cases_and_variants_that_exist(monkeypatch):
         assert {(goal.variant, goal.loss), (goal.against, goal.against_loss)} <= there, goal
 
 
-def test_committed_results_fill_readme():
-    """README says what the committed JSON says, to the letter."""
+def test_committed_results_fill_the_pages():
+    """README and docs say what the committed JSON says, to the letter."""
     results = {path: command.load(path) for path in command.committed()}
     assert "cpu" in {result["suite"] for result in results.values()}
-    page = (command.ROOT / "README.md").read_text()
-    assert readme.with_part(page, "figures", "\n\n".join(map(report.figures, results.values()))) == page
+    made = report.parts(list(results.values()))
+    assert {"headline", "figures"} == set(made) and made["headline"].count("\n") >= 8
+    for name, text in made.items():
+        assert pages.is_filled(name, text), pages.PAGES[name]
     for path, result in results.items():
         assert path.with_name(f"{result['suite']}-tables.md").read_text() == report.full(result)
+
+
+def test_a_shape_of_your_own():
+    assert cases.chosen("small", "logits 8 1000 bfloat16") == [
+        cases.Case(8, 1000, "bfloat16", losses=("kl", "rkl", "jsd", "ce"))
+    ]
+    assert cases.chosen("small", "hidden 8 16 1000") == [
+        cases.Case(8, 1000, width=16, losses=("kl", "rkl", "jsd", "ce"))
+    ]
+    assert len(cases.chosen("small", "co-distillation")) == 1
+    for wrong in ("logits 8", "logits 8 -1", "hidden 8 16", "logits 8 1000 int8", "nothing"):
+        assert cases.chosen("small", wrong) == []
 
 
 def test_one_command(tmp_path):

@@ -71,7 +71,12 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
 
 
 def instruction_set() -> str | None:
-    """ "avx512", "avx2" or "baseline": what the row loops were dispatched to."""
+    """ "avx512", "avx2" or "baseline": what the CPU's row loops were dispatched to. None without a native backend.
+
+    >>> import kdkernels as kd
+    >>> kd.instruction_set() in ("avx512", "avx2", "baseline", None)
+    True
+    """
     if _problem:
         return None
     code = torch.ops.kdkernels_native.instruction_set(torch.empty(0, device="cpu"))

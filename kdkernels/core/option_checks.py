@@ -16,6 +16,8 @@ Number = float | Tensor
 
 
 def _divergence(name: str, given: Any) -> Divergence:
+    if isinstance(given, type) and issubclass(given, Divergence):
+        raise TypeError(f"{name} must be a divergence, not its class; write kd.{given.__name__}(...)")
     if not isinstance(given, Divergence):
         raise TypeError(f"{name} must be a kd.Divergence such as kd.ForwardKL(), got {shown(given)}")
     given.check()

@@ -49,12 +49,11 @@ class DistillationTrainer(Trainer):
     ``router``. ``torch_compile=True`` compiles the part before the lm_head. docs/transformers.md has the rest.
 
     Args:
-        model, args, **trainer: as of ``transformers.Trainer``.
+        model: as of ``transformers.Trainer``, as are args and further keyword arguments.
         teacher: a causal LM with the student's vocabulary. Frozen and set to eval mode. None means no
             teacher: the hard term alone, as fused linear cross entropy.
-        divergence, temperature, temperature_squared, soft_weight, hard_weight, label_smoothing,
-            z_loss, vocab_size, chunk_bytes: as of :func:`kdkernels.distillation_loss`, which gives
-            the defaults.
+        divergence: as of :func:`kdkernels.distillation_loss`, which gives the defaults, as are temperature,
+            temperature_squared, soft_weight, hard_weight, label_smoothing, z_loss, vocab_size and chunk_bytes.
         tail: of the sparse targets in a batch, as of :class:`kdkernels.SparseTarget`.
 
     Raises:

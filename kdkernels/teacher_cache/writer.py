@@ -30,7 +30,8 @@ class CacheWriter:
     Args:
         directory: new, empty, or a cache with the same manifest.
         manifest: what is written; see :class:`Manifest`.
-        rank, world_size: of this process among those that write.
+        rank: of this process among those that write.
+        world_size: how many write.
         shard_tokens: a shard is committed when it has that many; a killed process loses at most so much.
 
     Raises:
