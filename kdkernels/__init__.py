@@ -1,6 +1,6 @@
 """The loss layer for LLM distillation: exact losses without a full ``[tokens, vocab]`` tensor."""
 
-from . import testing
+from . import distributed, testing
 from .backends import backends, use_backend
 from .backends.native import instruction_set
 from .divergences import (
@@ -14,7 +14,7 @@ from .divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from .heads import LinearHead
+from .heads import LinearHead, Shard, ShardedLogits
 from .losses import (
     CodistillationLoss,
     Stats,
@@ -56,6 +56,8 @@ __all__ = [
     "LinearHead",
     "Mixed",
     "ReverseKL",
+    "Shard",
+    "ShardedLogits",
     "SkewKL",
     "SkewReverseKL",
     "SparseTarget",
@@ -65,6 +67,7 @@ __all__ = [
     "codistillation_loss",
     "cross_entropy",
     "distillation_loss",
+    "distributed",
     "explain",
     "instruction_set",
     "js_divergence",

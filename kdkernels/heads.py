@@ -1,13 +1,63 @@
-"""What users hand over besides plain logits: hidden states and an lm_head, or logits that are still to be mapped."""
+"""What users hand over besides plain logits: hidden states and an lm_head, logits that are still to be mapped, and
+either of them of one rank's part of the vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, number
+from .checks import check_tensor, flag, integer, number, shown
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One rank's part of a vocabulary that a group of ranks shares out, as tensor parallelism does.
+
+    Every rank of the group makes the same calls in the same order. How the ranks share out the vocabulary is asked
+    once, at the first call, and belongs to the object from then on: make one for each lm_head, and keep it. Shards
+    may differ in width, and be empty. The student's and the teacher's have the same rows on a rank, once
+    ``vocab_size`` has cut off the padding; one object serves both where their widths are the same.
+
+    Args:
+        group: a ``torch.distributed`` process group that this rank is in; None: all ranks.
+        start: the first id of this rank's part; None: the parts lie in the order of the ranks.
+        tokens: "replicated": hidden states, labels and weights of tokens are the same on all ranks.
+        reduce_hidden: the gradient for hidden states is summed over the group. False: it is this rank's part, for
+            a caller whose own mapping sums it, as Megatron's does.
+        reduce_dtype: what it is summed in; fp64 stays fp64.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind. What needs the other ranks is found out at the first
+            loss: ValueError on all of them.
+
+    >>> import torch, kdkernels as kd
+    >>> shard = kd.Shard(reduce_dtype=torch.float32)
+    """
+
+    group: Any = None
+    start: int | None = None
+    tokens: Literal["replicated"] = "replicated"
+    reduce_hidden: bool = True
+    reduce_dtype: torch.dtype = torch.float32
+    #: Filled once, by core/exchange.py: how the group shares out this vocabulary.
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.start is not None and integer("Shard's start", self.start) < 0:
+            raise ValueError(f"Shard needs start >= 0 or None, got start={self.start}")
+        if self.tokens != "replicated":
+            raise ValueError(f"Shard needs tokens='replicated', got {shown(self.tokens)}")
+        flag("Shard's reduce_hidden", self.reduce_hidden)
+        if not isinstance(self.reduce_dtype, torch.dtype) or not self.reduce_dtype.is_floating_point:
+            raise TypeError(f"Shard needs a floating reduce_dtype, got {self.reduce_dtype!r}")
+
+
+def _check_shard(owner: str, given: Any) -> None:
+    if not isinstance(given, Shard):
+        raise TypeError(f"{owner}'s shard must be a kd.Shard, got {shown(given)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +70,7 @@ class LinearHead:
         bias: ``[V]`` or None.
         logit_scale: logits are multiplied by it (Cohere); a finite number, a constant, not 0.
         softcap: ``softcap * tanh(logits / softcap)`` after the scale (Gemma 2); > 0 or None; a constant too.
+        shard: a :class:`Shard`, where weight and bias are this rank's rows of the lm_head.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or a number is out of range or requires
@@ -35,6 +86,7 @@ class LinearHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         hidden, weight = self.hidden, self.weight
@@ -52,11 +104,14 @@ class LinearHead:
         tensors = [hidden, weight] + ([] if self.bias is None else [self.bias])
         if len({t.device for t in tensors}) > 1:
             raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
+        if self.shard is not None:
+            _check_shard("LinearHead", self.shard)
         self._check_dtypes(tensors)
         _check_map(self)
 
     @property
     def vocab_size(self) -> int:
+        """Rows of ``weight``: of a shard, this rank's."""
         return self.weight.shape[0]
 
     @property
@@ -117,7 +172,47 @@ class MappedLogits:
         return [self.logits]
 
 
-def _check_map(given: LinearHead | MappedLogits) -> None:
+@dataclass(frozen=True, eq=False)
+class ShardedLogits:
+    """This rank's columns ``[..., V_rank]`` of logits whose vocabulary a group of ranks shares out.
+
+    Their gradient is that of these columns. ``logit_scale`` and ``softcap`` as in :class:`MappedLogits`.
+
+    Args:
+        logits: ``[..., V_rank]`` (fp64, fp32, bf16, fp16); V_rank may be 0.
+        shard: where these columns lie.
+
+    >>> import torch, kdkernels as kd
+    >>> kd.ShardedLogits(torch.randn(2, 3, 50), kd.Shard()).leading_shape
+    torch.Size([2, 3])
+    """
+
+    logits: Tensor
+    shard: Shard
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_tensor("ShardedLogits' logits", self.logits)
+        if self.logits.dim() < 1:
+            raise ValueError("ShardedLogits need a vocabulary dimension, got a scalar")
+        _check_shard("ShardedLogits", self.shard)
+        _check_map(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """This rank's columns."""
+        return self.logits.shape[-1]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.logits]
+
+
+def _check_map(given: LinearHead | MappedLogits | ShardedLogits) -> None:
     """Makes the scale and the cap Python numbers. An error where one is out of range, not a number, or learned."""
     owner = type(given).__name__
     object.__setattr__(given, "logit_scale", number(f"{owner}'s logit_scale", given.logit_scale))

@@ -16,7 +16,7 @@ from .core.option_checks import checked
 from .core.request import Call, Terms, Tokens, make
 from .core.sides import Logits, Teacher
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
-from .heads import LinearHead
+from .heads import LinearHead, ShardedLogits
 from .options import CodistillationOptions, CrossEntropyOptions, DistillationOptions, Reduction
 from .targets import SparseTarget
 
@@ -105,6 +105,8 @@ class _Evaluated(NamedTuple):
 def _evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool = False) -> _Evaluated:
     """By the oracle, if it is asked for, which takes the models as they were given; else by an operator."""
     if reference_asked():
+        if call.request.shard or isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits):
+            raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
         loss, own, results = reference.run(student, teacher, call)
         return _Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())
     if not call.terms.teacher_learns:

@@ -49,6 +49,8 @@ class _Given(NamedTuple):
 def _given(teacher: Logits, vocab_size: int | None, chunk_bytes: int | None) -> _Given:
     options = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     of = side("teacher", teacher)
+    if of.shard is not None:
+        raise ValueError("a sparse target is taken from a teacher's whole vocabulary, not from a shard of it")
     vocab = common_vocab(of, None, options["vocab_size"])
     tensors = [t.detach() for t in of.tensors]
     return _Given(tensors, list(of.logit_map), vocab, options["chunk_bytes"] or DEFAULT_CHUNK_BYTES)

@@ -10,11 +10,13 @@ rounded to 2e-4, and no reference taken away afterwards brings these digits back
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..divergences import SkewKL
 from .spec import RESULTS, Asked, Output, Result, Spec
 
 #: The reference of no logits: finite, so that m - m is 0 and not NaN for a chunk of padding.
@@ -76,7 +78,7 @@ class RowState(NamedTuple):
 
     @staticmethod
     def of(state: Tensor) -> RowState:
-        columns = state.unbind(1)
+        columns = state.unbind(-1)
         return RowState(
             SideState(*columns[:_SIDE]),
             SideState(*columns[_SIDE : 2 * _SIDE]),
@@ -107,6 +109,106 @@ def new_state(rows: int, device: torch.device) -> Tensor:
         side.reference.fill_(NO_REFERENCE)
         side.top_logit.fill_(NO_REFERENCE)
     return state
+
+
+class Pass(NamedTuple):
+    """A pass over a row, made in parts: which columns of the state it has filled, and how the parts' are merged.
+
+    ``merge(parts [parts, rows, columns], state)`` writes them into the state of all. Parts are added up in their
+    order, so that everybody who does it gets the same bits. NaN stays; equal tops go to the lowest id.
+    """
+
+    columns: list[int]
+    merge: Callable[[Tensor, Tensor], None]
+
+
+def first_pass(spec: Spec, temperature: Tensor) -> Pass:
+    """Its parts are folded each from a new state."""
+
+    def merge(parts: Tensor, state: Tensor) -> None:
+        states = new_state(parts.shape[1], parts.device).repeat(parts.shape[0], 1, 1)
+        states[..., columns] = parts
+        state.copy_(_merged(states, spec, temperature))
+
+    columns = _first_columns(spec)
+    return Pass(columns, merge)
+
+
+def _add_values(parts: Tensor, state: Tensor) -> None:
+    state[:, SECOND_PASS.columns] = in_order(parts)
+
+
+#: Each part starts from the merged state of the first.
+SECOND_PASS = Pass([COLUMNS - 2, COLUMNS - 1], _add_values)
+
+
+def _first_columns(spec: Spec) -> list[int]:
+    """The columns that results and gradients of this spec are made of, once the first pass is over."""
+    student = {"reference", "sum_exp"}
+    teacher = {"reference", "sum_exp"} if spec.kind else set()
+    student |= {"sum_exp_t1"} if spec.tempered and spec.asked & Asked.HARD else set()
+    student |= {"label_logit"} if spec.asked & Asked.LABEL else set()
+    student |= {"sum_logits"} if spec.asked & Asked.SMOOTH else set()
+    if spec.asked & Asked.TEACHER_LABEL:
+        teacher |= {"label_logit"} | ({"sum_exp_t1"} if spec.tempered else set())
+    if spec.stats:
+        told = {"sum_exp_shift", "top_logit", "top_index"}
+        student, teacher = student | told, teacher | (told if spec.kind else set())
+    cross: set[str] = set()
+    if spec.asked & Asked.SOFT and spec.closed_form == "reverse":
+        cross = {"cross_s"}
+    elif spec.asked & Asked.SOFT and (spec.closed_form == "forward" or spec.kind == SkewKL.code):
+        cross = {"cross_t"}  # SkewKL asks by the forward KL whether p and q `disagree`
+    names = [(student, SideState._fields), (teacher, SideState._fields), (cross, PairState._fields)]
+    wanted = [name in some for some, fields in names for name in fields]
+    return [at for at, want in enumerate(wanted) if want]
+
+
+def _merged(states: Tensor, spec: Spec, temperature: Tensor) -> Tensor:
+    """States ``[parts, rows, COLUMNS]`` of different columns of the same rows, as that of all columns."""
+    given = RowState.of(states)
+    student, risen_s = _merged_side(given.student, spec, temperature)
+    teacher, risen_t = _merged_side(given.teacher, spec, temperature)
+    cross_s = _decayed(given.pair.cross_s, given.student.sum_exp, risen_s - risen_t, risen_s)
+    cross_t = _decayed(given.pair.cross_t, given.teacher.sum_exp, risen_s - risen_t, risen_t)
+    none = torch.zeros_like(student.reference)  # the second pass is still to come
+    pair = PairState(in_order(cross_s), in_order(cross_t), value=none, sum_q_psi=none)
+    return torch.stack([*student, *teacher, *pair], 1)
+
+
+def in_order(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, from the first to the last."""
+    total, *others = parts.unbind(0)
+    for part in others:
+        total = total + part
+    return total
+
+
+def _merged_side(side: SideState, spec: Spec, temperature: Tensor) -> tuple[SideState, Tensor]:
+    """One model's state, and how far each part's m / T rose to the common one ``[parts, rows]``."""
+    reference = side.reference.amax(0)
+    up = reference - side.reference
+    risen = up / temperature
+    sum_exp = in_order(side.sum_exp * (-risen).exp())
+    top = side.top_logit.amax(0)
+    first = torch.where(side.top_logit == top, side.top_index, torch.inf).amin(0)
+    return SideState(
+        reference,
+        sum_exp,
+        in_order(_decayed(side.sum_exp_shift, side.sum_exp, -risen, risen)),
+        in_order(side.sum_exp_t1 * (-up).exp()) if spec.tempered else sum_exp,
+        in_order(side.sum_logits),
+        in_order(side.label_logit),
+        top,
+        first,
+    ), risen
+
+
+def _decayed(total: Tensor, sum_exp: Tensor, moved: Tensor, risen: Tensor) -> Tensor:
+    """Sum of e times something, after that ``moved`` and m / T has ``risen``. What decays to 0 is 0, an infinity too."""
+    shifted = total + torch.where(sum_exp > 0, sum_exp * moved, 0.0)
+    decay = (-risen).exp()
+    return torch.where(decay == 0, 0.0, shifted * decay)
 
 
 def hard_results(

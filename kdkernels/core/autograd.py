@@ -39,8 +39,8 @@ def _buffers(request: Request) -> Gradients:
     count = len(request.student)
     own, theirs = request.needs_grad[:count], request.needs_grad[count:]
     return Gradients(
-        new_gradient(request.student[0], request.vocab) if count == 1 and any(own) else None,
-        new_gradient(request.teacher[0], request.vocab) if len(theirs) == 1 and any(theirs) else None,
+        new_gradient(request.student[0], request.columns_here) if count == 1 and any(own) else None,
+        new_gradient(request.teacher[0], request.columns_here) if len(theirs) == 1 and any(theirs) else None,
     )
 
 
@@ -62,6 +62,7 @@ def rows(
     weights: Tensor,
     spec: str,
     vocab: int,
+    shard: str,
     chunk_bytes: int,
     needs_grad: list[bool],
     choice: Tensor | None = None,
@@ -69,7 +70,7 @@ def rows(
     """``choice``: what :func:`deferred` gave of it; None is what is chosen in this thread now."""
     backend = chosen_backend() if choice is None else CHOICES[int(choice)]
     given = student, teacher, labels, temperature, parameters, weights
-    return compute(Request(*given, Spec.from_text(spec), vocab, chunk_bytes, needs_grad, backend))
+    return compute(Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad, backend))
 
 
 @rows.register_fake
@@ -82,6 +83,7 @@ def _(
     weights,
     spec,
     vocab,
+    shard,
     chunk_bytes,
     needs_grad,
     choice=None,
@@ -101,23 +103,24 @@ def rows_(
     weights: Tensor,
     spec: str,
     vocab: int,
+    shard: str,
     chunk_bytes: int,
 ) -> Tensor:
     _refuse_overlap(student, teacher)
     given = [student], teacher, labels, temperature, parameters, weights
     needs_grad = [True] + [False] * len(teacher)
-    request = Request(*given, Spec.from_text(spec), vocab, chunk_bytes, needs_grad, chosen_backend())
+    request = Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad, chosen_backend())
     if request.backend == "reference":
         results, gradient = reference.operator(request)
         student.copy_(gradient)
         return results
     results = walk(request, Gradients(student, None))[0]
-    student[..., vocab:].zero_()
+    student[..., request.columns_here :].zero_()
     return results
 
 
 @rows_.register_fake
-def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, chunk_bytes):
+def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, shard, chunk_bytes):
     return weights.new_empty(weights.shape[0], RESULTS)
 
 
@@ -188,6 +191,7 @@ def deferred(
     weights: Tensor,
     spec: str,
     vocab: int,
+    shard: str,
     chunk_bytes: int,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,14 +202,16 @@ def deferred(
     """
     given = student, teacher, labels, temperature, parameters, weights
     backend = chosen_backend()
-    request = Request(*given, Spec.from_text(spec), vocab, chunk_bytes, needs_grad, backend)
+    request = Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad, backend)
     results = compute(replace(request, needs_grad=[False] * len(needs_grad)))[0]
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
     return row_losses(results, weights), results, choice
 
 
 @deferred.register_fake
-def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, chunk_bytes, needs_grad):
+def _(
+    student, teacher, labels, temperature, parameters, weights, spec, vocab, shard, chunk_bytes, needs_grad
+):
     results = weights.new_empty(weights.shape[0], RESULTS)
     return torch.empty_like(weights[:, 0]), results, torch.empty((), dtype=torch.uint8, device="cpu")
 
@@ -239,11 +245,11 @@ def _deferred_backward(ctx, arriving, *_):
     saved = zip(ctx.saved_tensors, ctx.constants)
     choice, labels, temperature, parameters, weights, *tensors = (t if c is None else c for t, c in saved)
     n, m = ctx.sizes
-    spec, vocab, chunk_bytes, needs_grad = ctx.rest
+    spec, vocab, shard, chunk_bytes, needs_grad = ctx.rest
     given = tensors[:n], tensors[n:], labels, temperature, parameters, weights * arriving[:, None]
-    made = iter(rows(*given, _without_stats(spec), vocab, chunk_bytes, needs_grad, choice)[1:])
+    made = iter(rows(*given, _without_stats(spec), vocab, shard, chunk_bytes, needs_grad, choice)[1:])
     grads = [next(made) if needed else None for needed in needs_grad]
-    return (grads[:n], [None] * m) + (None,) * 8
+    return (grads[:n], [None] * m) + (None,) * 9
 
 
 def _without_stats(spec: str) -> str:

@@ -24,7 +24,7 @@ def folding_tokens(t: Tensor) -> int:
 
 def flat(t: Tensor) -> Tensor:
     """``[..., V]`` as ``[N, V]``."""
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # an empty shard has no columns
 
 
 def columns_adjoin(t: Tensor) -> bool:

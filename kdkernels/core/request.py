@@ -14,7 +14,7 @@ from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail
 from ..checks import DTYPES
 from ..divergences import Divergence, NoDivergence, simplified
 from ..targets import SparseTarget
-from . import tokens
+from . import exchange, tokens
 from .checked import checked_items, checked_target
 from .option_checks import Number, checked
 from .schedule import DEFAULT_CHUNK_BYTES
@@ -142,6 +142,7 @@ class Request:
     weights: Tensor
     spec: Spec
     vocab: int
+    shard: str  # :class:`exchange.Place` as text; "": the whole vocabulary is here
     chunk_bytes: int
     needs_grad: list[bool]  # of the student's tensors, then the teacher's
     backend: str = "auto"
@@ -157,6 +158,7 @@ class Request:
             self.weights,
             self.spec.text(),
             self.vocab,
+            self.shard,
             self.chunk_bytes,
             self.needs_grad,
         )
@@ -165,6 +167,15 @@ class Request:
         return replace(
             self, student=[t.detach() for t in self.student], teacher=[t.detach() for t in self.teacher]
         )
+
+    @property
+    def place(self) -> exchange.Place | None:
+        return exchange.Place.from_text(self.shard)
+
+    @property
+    def columns_here(self) -> int:
+        """How many of the vocabulary's columns are on this rank."""
+        return self.vocab if self.place is None else self.place.width
 
     @property
     def has_head(self) -> bool:
@@ -239,7 +250,13 @@ def make(
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
     refuse_transforms(s.tensors if t is None else s.tensors + t.tensors)
+    s, t = exchange.placed(s, t)
     vocab = common_vocab(s, t, limits["vocab_size"])
+    place = exchange.place(s, t, vocab)
+    if place is not None and isinstance(teacher, SparseTarget):
+        raise ValueError(
+            "a kd.SparseTarget beside a student that is sharded over the vocabulary is not built yet"
+        )
     if t is not None:
         check_together(s, t)
     live = tokens.live_labels(given.labels, given.mask, s, vocab, given.ignore_index)
@@ -264,6 +281,7 @@ def make(
         weights=_weights(terms, weights if per_row else weights * scale, temperature, s, live),
         spec=spec,
         vocab=vocab,
+        shard="" if place is None else place.text(),
         chunk_bytes=limits["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
         needs_grad=_needs_grad(s, t, terms),
     )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exchange import Exchange
 from .head_gradient import HALF, WeightGradient, add_rows, wide
 from .layout import columns_adjoin, flat, folding_tokens
 
@@ -38,7 +39,7 @@ class LogitRows:
 
     def __init__(self, logits: Tensor, vocab: int, grad: Tensor | None) -> None:
         self.logits, self.vocab, self.grad = logits, vocab, grad
-        self.tokens = logits.numel() // logits.shape[-1]
+        self.tokens = math.prod(logits.shape[:-1])
         self.index: Tensor | None = None
         self.segment = folding_tokens(logits) if grad is None else min(map(folding_tokens, (logits, grad)))
 
@@ -129,12 +130,16 @@ class HeadRows:
     """Rows of ``hidden @ weight.T + bias``: tiles are projected, their gradients go to dH, dW, db.
 
     ``wanted`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
-    Products are added up in fp32 (fp64 stays), where there is more than one.
+    Products are added up in fp32 (fp64 stays), where there is more than one. With an ``exchange`` the lm_head is one
+    rank's shard, and dH is summed over the group.
     """
 
     is_head = True
 
-    def __init__(self, tensors: list[Tensor], vocab: int, wanted: list[bool]) -> None:
+    def __init__(
+        self, tensors: list[Tensor], vocab: int, wanted: list[bool], exchange: Exchange | None = None
+    ) -> None:
+        self.exchange = exchange
         self.hidden, self.weight = tensors[0], tensors[1][:vocab]
         self.bias = tensors[2][:vocab] if len(tensors) > 2 else None
         self.given, self.vocab, self.wanted = tensors, vocab, wanted + [False] * (3 - len(wanted))
@@ -221,16 +226,21 @@ class HeadRows:
 
     def _backward_hidden(self, gradient: Tensor, rows: slice, columns: slice) -> None:
         whole = columns == slice(0, self.vocab)
+        summed = None if self.exchange is None else self.exchange.hidden_dtype(self.dtype)
         if self.grad_hidden is None:
-            dtype = self.dtype if whole else self.wide
+            dtype = summed or (self.dtype if whole else self.wide)
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype)
         target, weight = self.grad_hidden[rows], self.weight[columns]
-        if whole:
+        if whole and target.dtype == self.dtype:
             torch.mm(gradient, weight, out=target)
         elif target.dtype == self.dtype:
             target.addmm_(gradient, weight)
+        elif gradient.is_cuda and target.dtype == torch.float32:
+            target += torch.mm(gradient, weight, out_dtype=torch.float32)
         else:
             target += gradient @ weight
+        if summed and self.exchange is not None and columns.stop == self.vocab:
+            self.exchange.start_sum(target)
 
     def stored(self, rows: slice, ids: Tensor) -> Stored:
         """The logits at ``ids`` ``[n, K]``, anything where an id is -1, in fp32 or fp64."""
@@ -258,6 +268,8 @@ class HeadRows:
 
     def gradients(self) -> list[Tensor]:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
+        if self.exchange is not None:
+            self.exchange.wait()
         made = self.grad_hidden, self.grad_weight.total, self.grad_bias
         return [self._complete(t, grad) for t, grad, want in zip(self.given, made, self.wanted) if want]
 

@@ -12,10 +12,10 @@ from torch.autograd.forward_ad import unpack_dual
 from ..backends import reference_asked
 from ..backends.spec import LogitMap
 from ..checks import DTYPES, check_tensor, shown
-from ..heads import LinearHead, MappedLogits
+from ..heads import LinearHead, MappedLogits, Shard, ShardedLogits
 from ..targets import SparseTarget
 
-Logits = Tensor | LinearHead | MappedLogits
+Logits = Tensor | LinearHead | MappedLogits | ShardedLogits
 Teacher = Logits | SparseTarget
 
 
@@ -27,6 +27,7 @@ class Side:
     logit_map: LogitMap
     leading: torch.Size
     vocab: int
+    shard: Shard | None = None  # then the tensors, and at first ``vocab``, are this rank's part
 
     @property
     def is_head(self) -> bool:
@@ -39,9 +40,11 @@ class Side:
 
 def side(role: str, given: Any) -> Side:
     """The model's side of a call, its tensors as they are."""
-    if isinstance(given, (LinearHead, MappedLogits)):
+    shard = None
+    if isinstance(given, (LinearHead, MappedLogits, ShardedLogits)):
         tensors, vocab, leading = given.tensors(), given.vocab_size, given.leading_shape
         logit_map = LogitMap(given.logit_scale, given.softcap or 0.0)
+        shard = None if isinstance(given, MappedLogits) else given.shard
     elif isinstance(given, Tensor):
         check_tensor(f"{role} logits", given)
         if given.dim() < 1:
@@ -53,9 +56,9 @@ def side(role: str, given: Any) -> Side:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{role} needs fp64, fp32, bf16 or fp16, got {tensor.dtype}")
-    if vocab == 0:
+    if vocab == 0 and shard is None:
         raise ValueError(f"{role} has an empty vocabulary: shape {tuple(tensors[0].shape)}")
-    return Side(tensors, logit_map, leading, vocab)
+    return Side(tensors, logit_map, leading, vocab, shard)
 
 
 def common_vocab(student: Side, teacher: Side | None, vocab_size: int | None) -> int:

@@ -8,7 +8,8 @@ gathered rows of an lm_head, nothing as wide as the vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from ..backends import serving
 from ..backends.outcomes import Outcomes, outcomes, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
-from ..backends.row_state import finish, new_state
+from ..backends.row_state import SECOND_PASS, Pass, finish, first_pass, new_state
 from ..backends.sparse_rows import Solved, gather_stored, no_logits, solve, student_tile
 from ..backends.spec import RESULTS, Asked, Output, Spec, Tail
+from .exchange import Exchange
 from .layout import flat
 from .request import Request
 from .rows import HeadRows, LogitRows
@@ -55,12 +57,14 @@ def walk(request: Request, grads: Gradients) -> list[Tensor]:
 
     ``grads``: buffers ``[..., V]`` for the gradients of given logits; an lm_head's are made here.
     """
-    student, teacher = sources(request, grads)
+    place = request.place
+    exchange = None if place is None else Exchange(place)
+    student, teacher = sources(request, grads, exchange)
     sides = [side for side in (student, teacher) if side is not None]
     rows, live = _per_row(request), None
     if any(side.is_head for side in sides):
         rows, live = _projected(sides, rows)
-    results = _Walk(request, student, teacher, rows).run()
+    results = _Walk(request, student, teacher, rows, exchange).run()
     if live is not None:
         results = results.new_zeros(request.weights.shape[0], RESULTS).index_copy_(0, live, results)
     return [results, *(g for side in sides for g in side.gradients())]
@@ -83,19 +87,26 @@ def _projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
     return rows, live
 
 
-def sources(request: Request, grads: Gradients) -> tuple[Rows, Rows | None]:
+def sources(request: Request, grads: Gradients, exchange: Exchange | None) -> tuple[Rows, Rows | None]:
     """Where both models' tiles come from; None for a teacher that is none, or a sparse target."""
     needs = request.needs_grad
     count = len(request.student)
-    student = rows_of(request.student, request.vocab, needs[:count], grads.student)
+    columns = request.columns_here
+    student = rows_of(request.student, columns, needs[:count], grads.student, exchange)
     if not request.teacher or request.spec.tail:
         return student, None
-    return student, rows_of(request.teacher, request.vocab, needs[count:], grads.teacher)
+    return student, rows_of(request.teacher, columns, needs[count:], grads.teacher, exchange)
 
 
-def rows_of(tensors: list[Tensor], vocab: int, wanted: list[bool], grad: Tensor | None) -> Rows:
+def rows_of(
+    tensors: list[Tensor],
+    vocab: int,
+    wanted: list[bool],
+    grad: Tensor | None,
+    exchange: Exchange | None = None,
+) -> Rows:
     if len(tensors) > 1:
-        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted)
+        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted, exchange)
     return LogitRows(tensors[0], vocab, grad)
 
 
@@ -119,8 +130,16 @@ def _live(labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
 class _Walk:
     """A request's chunks of tokens, one after the other."""
 
-    def __init__(self, request: Request, student: Rows, teacher: Rows | None, rows: PerRow) -> None:
+    def __init__(
+        self,
+        request: Request,
+        student: Rows,
+        teacher: Rows | None,
+        rows: PerRow,
+        exchange: Exchange | None,
+    ) -> None:
         self.request, self.student, self.teacher, self.rows = request, student, teacher, rows
+        self.exchange = exchange
         self.spec, self.sparse = request.spec, bool(request.spec.tail)
         sides = [student] if teacher is None else [student, teacher]
         self.dtypes = [dtype for side in sides for dtype in side.dtypes]
@@ -140,14 +159,16 @@ class _Walk:
             per_row = slots * _SLOT_BYTES
             if self.stored_only:
                 each, per_row = 0, per_row + slots * self.student.bytes_per_stored
-        return plan(
+        place, here = self.request.place, self.request.columns_here
+        tiles = plan(
             tokens=self.student.tokens,
-            vocab=self.request.vocab,
+            vocab=here if place is None else place.widest,
             bytes_per_logit=each,
             bytes_per_row=per_row,
             chunk_bytes=self.request.chunk_bytes,
             segment=self.student.tokens if self.stored_only else min(side.segment for side in sides),
         )
+        return replace(tiles, vocab=here)  # all ranks have the same chunks of tokens
 
     def run(self) -> Tensor:
         results = self.rows.weights.new_zeros(self.student.tokens, RESULTS)
@@ -155,7 +176,7 @@ class _Walk:
             chunk = _Chunk(self, rows, self.rows.at(rows))
             if self.stored_only:
                 results[rows] = chunk.stored_ids()
-            elif self.tiles.one_tile_per_row:
+            elif self.tiles.one_tile_per_row and self.exchange is None:
                 results[rows] = chunk.whole_rows()
             else:
                 results[rows] = chunk.by_vocabulary()
@@ -172,6 +193,8 @@ class _Chunk:
 
     def __post_init__(self) -> None:
         self.spec, self.backend, self.vocab = self.walk.spec, self.walk.backend, self.walk.request.vocab
+        self.exchange = self.walk.exchange
+        self.held: Tile | None = None
         self.target: Outcomes | None = None
         if self.given.ids is not None and self.given.values is not None:
             self.target = outcomes(
@@ -184,16 +207,26 @@ class _Chunk:
             )
 
     def tile(self, columns: slice) -> Tile:
+        """Of shards, the only tile of these rows is held between the passes."""
+        if self.held is not None:
+            return self.held
         teacher = self.walk.teacher
-        return Tile(
+        tile = Tile(
             self.walk.student.tile(self.rows, columns),
             None if teacher is None else teacher.tile(self.rows, columns),
             self.given.labels,
             self.given.temperature,
             self.walk.request.parameters,
-            columns.start,
+            columns.start + (0 if self.exchange is None else self.exchange.place.start),
             self.vocab,
         )
+        if self.exchange is not None and self.walk.tiles.one_tile_per_row:
+            self.held = tile
+        return tile
+
+    def column_chunks(self) -> list[slice]:
+        """On an empty shard one chunk without columns: it has a part in the sum of dH."""
+        return list(self.walk.tiles.column_chunks()) or [slice(0, 0)]
 
     def buffers(self, tile: Tile, columns: slice) -> Gradients:
         teacher = self.walk.teacher
@@ -226,7 +259,7 @@ class _Chunk:
             solved = self._fold_sparse(state, self.target)
             results, spec, sparse = solved.results, student_spec(self.spec), solved.gradient
         if self.needs_grad:
-            for columns in self.walk.tiles.column_chunks():
+            for columns in self.column_chunks():
                 self._gradient(columns, spec, state, sparse)
         return results
 
@@ -236,17 +269,37 @@ class _Chunk:
         return self.walk.student.needs_grad or (teacher is not None and teacher.needs_grad)
 
     def _fold(self, state: Tensor) -> Tensor:
-        for columns in self.walk.tiles.column_chunks():
-            self.backend.accumulate(self.tile(columns), self.spec, state)
+        def first() -> None:
+            for tile in self._tiles():
+                self.backend.accumulate(tile, self.spec, state)
+
+        def second() -> None:
+            for tile in self._tiles():
+                self.backend.accumulate_value(tile, self.spec, state)
+
+        self._everywhere(first, first_pass(self.spec, self.given.temperature), state)
         if self.spec.asked & Asked.SOFT and self.spec.closed_form is None:
-            for columns in self.walk.tiles.column_chunks():
-                self.backend.accumulate_value(self.tile(columns), self.spec, state)
+            self._everywhere(second, SECOND_PASS, state)
         return finish(state, self.spec, self.given.labels, self.vocab)
+
+    def _everywhere(self, here: Callable[[], None], merger: Pass, state: Tensor) -> None:
+        """Let ``here`` fold this rank's tiles into the state, and merge what the other ranks have folded."""
+        if self.exchange is None:
+            here()
+        else:
+            self.exchange.merge(here, merger, state)
+
+    def _tiles(self) -> Iterator[Tile]:
+        """Those with any columns."""
+        for columns in self.column_chunks():
+            tile = self.tile(columns)
+            if tile.student.shape[1]:
+                yield tile
 
     def _fold_sparse(self, state: Tensor, target: Outcomes) -> Solved:
         inner, stored = student_spec(self.spec), no_logits(target)
         tile = None
-        for columns in self.walk.tiles.column_chunks():
+        for columns in self.column_chunks():
             tile = self.tile(columns)
             self.backend.accumulate(student_tile(tile, self.spec), inner, state, skipped=target.ids)
             gather_stored(stored, tile.student, target.ids, columns.start, self.spec.student_map)
@@ -258,7 +311,8 @@ class _Chunk:
         gradients = self.buffers(tile, columns)
         if sparse is not None:
             tile = student_tile(tile, self.spec)
-        self.backend.gradient(tile, self.given.weights, spec, state, gradients, sparse)
+        if tile.student.shape[1]:
+            self.backend.gradient(tile, self.given.weights, spec, state, gradients, sparse)
         self.backward(gradients, columns)
 
     def stored_ids(self) -> Tensor:

@@ -1,0 +1,258 @@
+"""Vocabulary shards: which part of the vocabulary each rank of a group has, and what ranks tell each other.
+
+Between the passes over a chunk of rows there is one exchange: an all_gather of those columns of the row states that
+the loss needs. Every rank merges them in the order of the ranks, so all have the same bits. A sum of dH over the
+group runs beside the product for dW. Every rank walks the same chunks, so that the exchanges meet.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.row_state import Pass
+from ..checks import require
+from ..heads import Shard
+from .sides import Side
+
+# torch 2.13 has renamed it.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Place(NamedTuple):
+    """Where a rank's columns lie, and how gradients for hidden states are summed: what crosses an operator."""
+
+    group: str
+    start: int
+    width: int  # columns here, without what vocab_size cuts off
+    widest: int  # of all ranks
+    reduce_hidden: bool
+    reduce_dtype: str
+    #: What is wrong on this rank alone. It becomes everybody's error in the first exchange.
+    problem: str = ""
+
+    def text(self) -> str:
+        return json.dumps(self)
+
+    @staticmethod
+    @functools.cache
+    def from_text(text: str) -> Place | None:
+        return Place(*json.loads(text)) if text else None
+
+
+Range = tuple[int, int]
+
+
+def _group(shard: Shard) -> Any:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("kd.Shard needs torch.distributed: call torch.distributed.init_process_group first")
+    group = dist.group.WORLD if shard.group is None else shard.group
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"Shard's group must be a torch.distributed process group that this rank is in, got {group!r}"
+        )
+    return group
+
+
+def tell(group: Any, message: Any) -> list[Any]:
+    """Every rank's message, in the order of the ranks. An exception that one of them tells is raised on all."""
+    heard: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(heard, message, group=group)
+    for rank, said in enumerate(heard):
+        if isinstance(said, Exception):
+            raise said if said is message else ValueError(f"rank {rank} of the shard's group: {said}")
+    return heard
+
+
+def ranges(shard: Shard, width: int) -> tuple[Range, ...]:
+    """The first id of every rank's part and the one after its last. It is asked once of each Shard."""
+    if "ranges" not in shard.known:
+        group = _group(shard)
+        told = tell(group, (shard.start, width))
+        shard.known.update(width=width, ranges=_joined(told))
+    return shard.known["ranges"]
+
+
+def _joined(told: list[tuple[int | None, int]]) -> tuple[Range, ...]:
+    starts = [start for start, _ in told]
+    if None in starts:
+        if any(start is not None for start in starts):
+            raise ValueError(
+                f"Shard's start must be given on all ranks of the group or on none, got {starts}"
+            )
+        starts = [sum(width for _, width in told[:rank]) for rank in range(len(told))]
+    found = tuple((start, start + width) for start, (_, width) in zip(starts, told) if start is not None)
+    end = 0
+    for start, stop in sorted(part for part in found if part[0] < part[1]):
+        if start != end:
+            raise ValueError(
+                f"the shards {list(found)} do not cover a vocabulary: {end} is followed by {start}"
+            )
+        end = stop
+    if end == 0:
+        raise ValueError(f"the shards {list(found)} have an empty vocabulary")
+    return found
+
+
+def placed(student: Side, teacher: Side | None) -> tuple[Side, Side | None]:
+    """Both sides with the size of the whole vocabulary, where they have shards of it."""
+    if teacher is not None and (student.shard is None) != (teacher.shard is None):
+        whole, part = ("student", "teacher") if student.shard is None else ("teacher", "student")
+        raise ValueError(
+            f"the {part} is sharded over the vocabulary, the {whole} is not; give this rank's part of both, as "
+            "kd.ShardedLogits or kd.LinearHead(..., shard=...)"
+        )
+    if student.shard is None:
+        return student, teacher
+    if teacher is not None and teacher.shard is not None and _group(teacher.shard) != _group(student.shard):
+        raise ValueError("student and teacher are sharded over two different groups")
+    return _whole(student), None if teacher is None else _whole(teacher)
+
+
+def _whole(side: Side) -> Side:
+    assert side.shard is not None
+    tensors, vocab = side.tensors, max(stop for _, stop in ranges(side.shard, side.vocab))
+    if not side.is_head:  # every rank must cut its tokens alike, whatever its strides
+        tensors = [tensors[0].contiguous()]
+    return replace(side, tensors=tensors, vocab=vocab)
+
+
+def place(student: Side, teacher: Side | None, vocab: int) -> Place | None:
+    """Where this rank's columns lie, once the vocabulary is cut to ``vocab``."""
+    if student.shard is None:
+        return None
+    cut = [_cut(student.shard, vocab)] + (
+        [] if teacher is None or teacher.shard is None else [_cut(teacher.shard, vocab)]
+    )
+    for rank, parts in enumerate(zip(*cut)):
+        if len(set(parts)) > 1:
+            raise ValueError(
+                f"rank {rank} has the ids {_shown(parts[0])} of the student and {_shown(parts[1])} of the teacher; "
+                "kd.distributed.reshard_head moves a teacher's rows"
+            )
+    group = _group(student.shard)
+    start, stop = cut[0][dist.get_rank(group)]
+    return Place(
+        group.group_name,
+        start,
+        stop - start,
+        max(end - begin for begin, end in cut[0]),
+        student.shard.reduce_hidden,
+        str(student.shard.reduce_dtype).removeprefix("torch."),
+        _problem("student", student) or ("" if teacher is None else _problem("teacher", teacher)),
+    )
+
+
+def _cut(shard: Shard, vocab: int) -> list[Range]:
+    cut = [(start, min(stop, vocab)) for start, stop in shard.known["ranges"]]
+    return [(start, stop) if start < stop else (0, 0) for start, stop in cut]
+
+
+def _shown(part: Range) -> str:
+    return f"{part[0]}..{part[1] - 1}" if part[0] < part[1] else "none"
+
+
+def _problem(role: str, side: Side) -> str:
+    assert side.shard is not None
+    width, known = side.tensors[-1].shape[0 if side.is_head else -1], side.shard.known["width"]
+    return (
+        ""
+        if width == known
+        else (
+            f"the {role}'s shard has {width} ids here, but its kd.Shard was first used for {known}; "
+            "make one kd.Shard for each lm_head"
+        )
+    )
+
+
+class Exchange:
+    """The exchanges of one walk."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.group: Any = dist.distributed_c10d._resolve_process_group(place.group)  # type: ignore[arg-type]
+        self.ranks = dist.get_world_size(self.group)
+        self.pending: list[Any] = []
+
+    def merge(self, here: Callable[[], None], of: Pass, state: Tensor) -> None:
+        """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns."""
+        of.merge(self._gathered(here, state, of.columns), state)
+
+    def _gathered(self, here: Callable[[], None], state: Tensor, columns: list[int]) -> Tensor:
+        """``[ranks, rows, columns]``. An error on one rank is told to all in a row of its own, and raised on all."""
+        rows, failure = state.shape[0], None
+        try:
+            if self.place.problem:
+                raise ValueError(self.place.problem)
+            here()
+        except Exception as error:
+            failure = error
+        told = state.new_zeros(rows + 1, len(columns))
+        if failure is None:
+            told[:rows] = state[:, columns]
+        else:
+            told[rows] = 1
+        heard = told.new_empty(self.ranks * (rows + 1), len(columns))
+        _all_gather(heard, told, group=self.group)
+        if failure is not None:
+            raise failure
+        heard = heard.view(self.ranks, rows + 1, len(columns))
+        require(
+            heard[:, rows, 0] != 0,
+            heard[:, rows, 0],
+            "rank {1} of the shard's group failed; its own error says why",
+        )
+        return heard[:, :rows]
+
+    def hidden_dtype(self, given: torch.dtype) -> torch.dtype | None:
+        """What a gradient for hidden states is summed in over the group; None where it is not."""
+        if not self.place.reduce_hidden:
+            return None
+        return given if given == torch.float64 else getattr(torch, self.place.reduce_dtype)
+
+    def start_sum(self, total: Tensor) -> None:
+        """Sum ``total`` over the group, in place and beside what is computed meanwhile."""
+        self.pending.append(dist.all_reduce(total, group=self.group, async_op=True))
+
+    def wait(self) -> None:
+        for work in self.pending:
+            work.wait()
+        self.pending.clear()
+
+
+def move_rows(rows: Tensor, source: Shard, width: int, target: Shard) -> Tensor:
+    """``rows`` of ``source``, to where the ``target``'s parts lie, of which this rank's is ``width`` wide."""
+    group = _group(source)
+    if _group(target) != group:
+        raise ValueError("the two shards are of two different groups")
+    have, want = ranges(source, rows.shape[0]), ranges(target, width)
+    mine = dist.get_rank(group)
+    sent = [_common(have[mine], part) for part in want]
+    received = [_common(part, want[mine]) for part in have]
+    first = have[mine][0]
+    given = torch.cat([rows[start - first : stop - first] for start, stop in sent]).contiguous()
+    lengths = [stop - start for start, stop in received]
+    out = rows.new_empty((sum(lengths), *rows.shape[1:]))
+    each = math.prod(rows.shape[1:]) * rows.element_size()
+    dist.all_to_all_single(
+        out.view(torch.uint8).view(-1),
+        given.view(torch.uint8).view(-1),
+        [n * each for n in lengths],
+        [(stop - start) * each for start, stop in sent],
+        group=group,
+    )
+    pieces = zip(received, out.split(lengths))
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+
+
+def _common(a: Range, b: Range) -> Range:
+    start, stop = max(a[0], b[0]), min(a[1], b[1])
+    return (start, stop) if start < stop else (a[0], a[0])

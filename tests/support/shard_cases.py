@@ -1,0 +1,333 @@
+"""Losses on vocabulary shards: what is asked, what one rank of a group makes of it, and how ranks are started.
+
+Four processes are started once. Groups of 2, 3 and 4 of them run the cases; a group's first rank is not the world's.
+"""
+
+import contextlib
+import datetime
+import functools
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import kdkernels as kd
+from kdkernels.backends import eager, native, row_state
+from kdkernels.backends.row_state import hard_results
+from kdkernels.core import exchange
+from kdkernels.testing import Problem
+
+WORLD = 4
+VOCAB = 61
+
+
+@dataclass(frozen=True)
+class Case:
+    """``split``: how the vocabulary is shared out; ``shard``: options of kd.Shard; ``ranks``: how many."""
+
+    name: str
+    problem: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: str = "distillation_loss"
+    split: str = "uneven"
+    shard: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 2
+    backend: str = "auto"
+
+    def made(self) -> Problem:
+        torch.manual_seed(len(self.name))
+        problem = Problem(vocab=VOCAB, **self.problem)
+        first = [0, *self.bounds()[1:-1], self.bounds()[-1] - 1]  # labels at every boundary
+        labels, most = problem.labels.view(-1), self.options.get("vocab_size", VOCAB)
+        most -= VOCAB // 5 if problem.rows == "padding" else 0
+        labels[-len(first) :] = torch.tensor(first)
+        labels[labels >= 0] %= most
+        return problem
+
+    def bounds(self) -> list[int]:
+        """Where each rank's part begins, and the end."""
+        even = [VOCAB * rank // self.ranks for rank in range(self.ranks + 1)]
+        if self.split == "uneven":  # 0, 7, ..., of which one part ends in the middle of a vector
+            return [0, *(7 + 20 * rank for rank in range(self.ranks - 1)), VOCAB]
+        if self.split == "empty":  # the last rank has nothing, and of more than two the second neither
+            return [0, *[VOCAB // 3] * max(self.ranks - 2, 0), VOCAB, VOCAB]
+        return even
+
+
+@dataclass
+class Outcome:
+    """What a rank made: losses, its part of the gradients, statistics, and the collectives that it took."""
+
+    losses: list[torch.Tensor]
+    gradients: list[list[torch.Tensor]]
+    stats: Any = None
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+
+def part(tensors, bounds, rank, head, shard):
+    """(this rank's leaves, its form of the model)."""
+    here = slice(bounds[rank], bounds[rank + 1])
+    if len(tensors) == 1:
+        leaves = [tensors[0][..., here].clone().requires_grad_()]
+        return leaves, kd.ShardedLogits(leaves[0], shard)
+    leaves = [tensors[0].clone(), *(t[here].clone() for t in tensors[1:])]
+    leaves = [t.requires_grad_() for t in leaves]
+    return leaves, kd.LinearHead(*leaves, shard=shard, **head)
+
+
+def call(case, student, teacher, labels):
+    """[losses], statistics."""
+    if case.loss == "cross_entropy":
+        return [kd.cross_entropy(student, labels, **case.options)], None
+    made = getattr(kd, case.loss)(student, teacher, labels, **case.options)
+    made, stats = made if case.options.get("return_stats") else (made, None)
+    return list(made) if case.loss == "codistillation_loss" else [made], stats
+
+
+def sharded(case, group):
+    """What this rank makes of a case."""
+    problem, bounds, rank = case.made(), case.bounds(), dist.get_rank(group)
+    shard = kd.Shard(group, **case.shard)
+    own, student = part(problem.student, bounds, rank, problem.head, shard)
+    theirs, teacher = part(problem.teacher, bounds, rank, problem.head, shard)
+    with counted() as calls, kd.use_backend(case.backend):
+        losses, stats = call(case, student, teacher, problem.labels)
+        learning = [own, theirs] if case.loss == "codistillation_loss" else [own]
+        flat = [leaf for leaves in learning for leaf in leaves]
+        made = iter(torch.autograd.grad(sum(loss.sum() for loss in losses), flat))
+        gradients = [[next(made) for _ in leaves] for leaves in learning]
+    return Outcome([loss.detach() for loss in losses], gradients, stats, calls)
+
+
+class counted:
+    """Every collective that is started meanwhile, with the bytes that this rank gives."""
+
+    NAMES = (
+        "all_reduce",
+        "all_gather_object",
+        "all_gather_single",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+    )
+
+    def __enter__(self):
+        self.calls = []
+        self.kept = {(dist, name): getattr(dist, name) for name in self.NAMES if hasattr(dist, name)}
+        self.kept[exchange, "_all_gather"] = exchange._all_gather
+        for (module, name), function in self.kept.items():
+            setattr(module, name, self.noting(name.removeprefix("_"), function))
+        return self.calls
+
+    def noting(self, name, function):
+        def noted(*args, **kwargs):
+            given = args[-1] if name.startswith("all_gather") else args[0]
+            size = given.numel() * given.element_size() if isinstance(given, torch.Tensor) else 0
+            self.calls.append((name, size))
+            return function(*args, **kwargs)
+
+        return noted
+
+    def __exit__(self, *error):
+        for (module, name), function in self.kept.items():
+            setattr(module, name, function)
+
+
+def leaf(*shape, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(shape).requires_grad_()
+
+
+def refused(name, group):
+    """(type of the error, its message, what it should say) of a call that no rank may serve."""
+    rank, shard = dist.get_rank(group), kd.Shard(group)
+    student, labels = kd.ShardedLogits(leaf(3, 5), shard), torch.tensor([0, 6, 14])
+    teacher = kd.ShardedLogits(leaf(3, 5), kd.Shard(group))
+
+    def call():
+        return kd.kl_div(student, teacher, labels)
+
+    pattern = ""
+    if name == "another width":
+        call()
+        student, pattern = kd.ShardedLogits(leaf(3, 6 if rank == 1 else 5), shard), "rank 1|first used for 5"
+    elif name == "a whole teacher":
+        teacher, pattern = leaf(3, 15), "the student is sharded over the vocabulary, the teacher is not"
+    elif name == "another range of the teacher":
+        teacher = kd.ShardedLogits(leaf(3, 7 if rank == 0 else 4), kd.Shard(group))
+        pattern = r"rank 0 has the ids 0\.\.4 of the student and 0\.\.6 of the teacher; .*reshard_head"
+    elif name == "a gap":
+        student, pattern = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, start=6 * rank)), "5 is followed by 6"
+    elif name == "starts on one rank only":
+        student = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, start=0 if rank == 0 else None))
+        pattern = "on all ranks of the group or on none"
+    elif name == "an empty vocabulary":
+        student, pattern = kd.ShardedLogits(leaf(3, 0), kd.Shard(group)), "empty vocabulary"
+    elif name == "a backend that fails on one rank":
+        pattern = "rank 1 of the shard's group failed" if rank != 1 else "out of memory"
+        if rank == 1:
+            with (
+                patched(native, "accumulate", failing),
+                patched(eager, "accumulate", failing),
+            ):
+                return told(call, pattern)
+    elif name == "the oracle":
+        with kd.use_backend("reference"):
+            return told(call, "whole vocabularies")
+    elif name == "create_graph":
+        loss = call()
+        return told(lambda: torch.autograd.grad(loss, student.logits, create_graph=True), "create_graph")
+    return told(call, pattern)
+
+
+def failing(*args, **kwargs):
+    raise RuntimeError("out of memory")
+
+
+def told(call, pattern):
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error), pattern
+    return "nothing", "", pattern
+
+
+@contextlib.contextmanager
+def patched(owner, name, value):
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def resharded(group):
+    """Rows of a head that is shared out evenly, with two rows of padding, to parts of another width."""
+    rank, head = dist.get_rank(group), leaf(18, 3).detach()
+    bounds = [0, 2, 2, 16]
+    like = head[bounds[rank] : bounds[rank + 1]]
+    moved = kd.distributed.reshard_head(head[6 * rank : 6 * rank + 6], kd.Shard(group), like, kd.Shard(group))
+    return moved, like
+
+
+def counted_tokens(group):
+    labels = torch.arange(3).where(torch.arange(3) < dist.get_rank(group), -100)
+    return kd.distributed.global_tokens(labels, group).item()
+
+
+def nan(group):
+    """Token losses, and the gradients of the other rows and of the row in which one rank has a NaN."""
+    student, teacher = leaf(3, 4), leaf(3, 4, seed=1).detach()
+    with torch.no_grad():
+        student[1, 2] = torch.nan if dist.get_rank(group) == 1 else 0.0
+        student[0, 3] = teacher[0, 3] = -torch.inf
+    sides = [kd.ShardedLogits(side, kd.Shard(group)) for side in (student, teacher)]
+    loss = kd.js_divergence(*sides, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    return loss.detach(), gradient[[0, 2]], gradient[1]
+
+
+def twice(group):
+    hidden, weight = leaf(4, 6), leaf(5, 6, seed=1 + dist.get_rank(group))
+    loss = kd.cross_entropy(kd.LinearHead(hidden, weight, shard=kd.Shard(group)), torch.tensor([0, 4, 9, 14]))
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    first = first.clone()
+    return first, torch.autograd.grad(loss, hidden)[0]
+
+
+def own_dh(group):
+    """(this rank's parts of dH, added up; dH from the loss; the collectives where it is left to the caller)."""
+    made = []
+    for reduce_hidden in (False, True):
+        hidden, weight = leaf(4, 6), leaf(5, 6, seed=1 + dist.get_rank(group))
+        head = kd.LinearHead(hidden, weight, shard=kd.Shard(group, reduce_hidden=reduce_hidden))
+        with counted() as calls:
+            loss = kd.cross_entropy(head, torch.tensor([0, 4, 9, 14]))
+            made.append(torch.autograd.grad(loss, hidden)[0])
+        if not reduce_hidden:
+            kept = [name for name, _ in calls]
+    dist.all_reduce(made[0], group=group)
+    return *made, kept
+
+
+BROKEN = Case(
+    "broken",
+    dict(student="head", teacher="head"),
+    dict(hard_weight=0.5, label_smoothing=0.2, soft_weight=0.5),
+    ranks=3,
+)
+
+
+def rank_times_width(given):
+    widths = [width for _, width in given]
+    return tuple((rank * width, rank * width + width) for rank, width in enumerate(widths))
+
+
+def mean_of_the_shard(results, side, lse, label_loss, asked, vocab):
+    return hard_results(results, side, lse, label_loss, asked, 20)
+
+
+def summed_twice(self, total):
+    for _ in range(2):
+        dist.all_reduce(total, group=self.group)
+
+
+#: What others got wrong: (owner, name, what it is replaced by).
+MISTAKES = {
+    "dH is not summed": (exchange.Exchange, "start_sum", lambda self, total: None),
+    "dH is summed twice": (exchange.Exchange, "start_sum", summed_twice),
+    "smoothing over the local vocabulary": (row_state, "hard_results", mean_of_the_shard),
+    "the first id is rank times width": (exchange, "_joined", rank_times_width),
+    "the states of one rank": (row_state, "in_order", lambda parts: parts[0]),
+}
+
+
+def mistaken(mistake, group):
+    owner, name, value = MISTAKES[mistake]
+    with patched(owner, name, value):
+        return sharded(BROKEN, group)
+
+
+OTHERS = {
+    "reshard_head": resharded,
+    "global_tokens": counted_tokens,
+    "nan": nan,
+    "twice": twice,
+    "own dH": own_dh,
+    "unbroken": functools.partial(sharded, BROKEN),
+    **{f"mistake: {mistake}": functools.partial(mistaken, mistake) for mistake in MISTAKES},
+}
+
+
+def on_rank(rank, folder, given):
+    """Every case of this rank's groups; an exception is a result too."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    groups = {size: dist.new_group(list(range(WORLD - size, WORLD))) for size in (2, 3, 4)}
+    made = {}
+    for key, size, work, *rest in given:
+        if rank < WORLD - size:
+            continue
+        try:
+            made[key] = work(*rest, groups[size])
+        except Exception:
+            made[key] = traceback.format_exc()
+    torch.save(made, f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(folder, given):
+    """``work(*rest, group)`` of every (key, ranks, work, *rest), on each rank: {key: [results by rank]}."""
+    mp.spawn(on_rank, (str(folder), given), WORLD)
+    made = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(WORLD)]
+    return {key: [results[key] for results in made if key in results] for key, *_ in given}

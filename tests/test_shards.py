@@ -1,0 +1,313 @@
+"""Losses whose vocabulary is shared out over 2, 3 and 4 gloo processes, against the fp64 oracle of the whole."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import kdkernels as kd
+from tests.support import shard_cases
+from tests.support.problems import assert_exact, assert_refused
+from tests.support.shard_cases import Case
+
+HEADS = dict(student="head", teacher="head")
+DIVERGENCES = [
+    kd.ForwardKL(),
+    kd.ReverseKL(),
+    kd.JSD(0.3),
+    kd.SkewKL(0.1),
+    kd.SkewReverseKL(0.1, detach_mixture=True),
+    kd.TotalVariation(),
+    kd.AlphaBeta(0.3, 0.4),
+    kd.Mixed(0.4),
+]
+MIX = dict(temperature=1.7, soft_weight=0.7, hard_weight=0.4, temperature_squared=True)
+HARD = dict(soft_weight=0.0, hard_weight=1.0, label_smoothing=0.2, z_loss=1e-2)
+
+
+def per_token(low):
+    torch.manual_seed(7)
+    return low + torch.rand(3, 5)
+
+
+CASES = [
+    *(Case(f"{d!r} of logits", {}, dict(divergence=d), ranks=2 + i % 3) for i, d in enumerate(DIVERGENCES)),
+    *(
+        Case(f"{d!r} of heads", HEADS, dict(divergence=d, **MIX), ranks=2 + (i + 1) % 3)
+        for i, d in enumerate(DIVERGENCES)
+    ),
+    *(
+        Case(
+            f"{rows} rows in {dtype}",
+            dict(rows=rows, dtype=dtype),
+            dict(divergence=d, **MIX),
+            ranks=3,
+            split="even",
+        )
+        for rows, dtype, d in [
+            ("ties", torch.bfloat16, kd.TotalVariation()),
+            ("padding", torch.float32, kd.JSD()),
+            ("padding", torch.bfloat16, kd.ForwardKL()),
+            ("one-hot", torch.float32, kd.ReverseKL()),
+            ("extreme", torch.float32, kd.ForwardKL()),
+        ]
+    ),
+    Case("hard term of logits", {}, HARD, ranks=4, split="empty"),
+    Case("hard term of heads", HEADS, dict(**HARD, reduction="sum"), ranks=3, split="empty"),
+    Case(
+        "everything at once",
+        HEADS,
+        dict(**MIX, label_smoothing=0.1, z_loss=1e-3, divergence=kd.JSD()),
+        ranks=4,
+    ),
+    Case("cross entropy", {}, dict(label_smoothing=0.1), loss="cross_entropy", ranks=3),
+    Case("empty shards", HEADS, MIX, ranks=4, split="empty"),
+    Case(
+        "vocab_size inside a shard",
+        HEADS,
+        dict(vocab_size=50, label_smoothing=0.1, **MIX),
+        ranks=3,
+        split="even",
+    ),
+    Case("vocab_size leaves a rank nothing", {}, dict(vocab_size=40), ranks=4, split="even"),
+    Case("bf16 heads", dict(dtype=torch.bfloat16, **HEADS), MIX, ranks=2),
+    Case("fp16 heads", dict(dtype=torch.float16, scale=1.0, **HEADS), MIX, ranks=3),
+    Case("fp64 heads", dict(dtype=torch.float64, **HEADS), dict(divergence=kd.SkewKL(0.2), **MIX), ranks=3),
+    Case("softcap", dict(softcap=5.0, logit_scale=0.7, **HEADS), MIX, ranks=2),
+    Case("no bias", dict(bias=False, **HEADS), dict(reduction="batchmean"), ranks=3),
+    Case("head from logits", dict(student="head"), dict(divergence=kd.ReverseKL(), num_items=7), ranks=2),
+    Case("logits from head", dict(teacher="head"), dict(divergence=kd.JSD(), **MIX), ranks=4),
+    Case("token losses of logits", {}, dict(reduction="none", **MIX), ranks=2),
+    Case("token losses of heads", HEADS, dict(reduction="none", divergence=kd.JSD(), **MIX), ranks=3),
+    Case("token numbers", HEADS, dict(temperature=per_token(0.5), hard_weight=per_token(0.0)), ranks=2),
+    Case("token weights", HEADS, dict(token_weights=per_token(-0.5), divergence=kd.ReverseKL()), ranks=4),
+    Case("chunks of tokens", HEADS, dict(chunk_bytes=8 * 61 * 4, **MIX), ranks=3),
+    Case(
+        "chunks of the shard",
+        dict(shape=(40,), **HEADS),
+        dict(chunk_bytes=3000, divergence=kd.JSD(), **MIX),
+        ranks=2,
+    ),
+    Case("the eager backend", HEADS, dict(divergence=kd.ReverseKL(), **MIX), ranks=3, backend="eager"),
+    Case(
+        "dH summed in fp64",
+        dict(dtype=torch.float64, **HEADS),
+        MIX,
+        shard=dict(reduce_dtype=torch.bfloat16),
+        ranks=2,
+    ),
+]
+TOGETHER = [
+    Case("of logits", {}, MIX, "codistillation_loss", ranks=3),
+    Case(
+        "of heads",
+        HEADS,
+        dict(divergence=kd.ReverseKL(), label_smoothing=0.1, **MIX),
+        "codistillation_loss",
+        ranks=2,
+    ),
+    Case("token losses", HEADS, dict(reduction="none"), "codistillation_loss", ranks=2),
+]
+STATS = [
+    Case(
+        "stats",
+        dict(rows="ties", dtype=torch.bfloat16),
+        dict(return_stats=True, **MIX),
+        ranks=3,
+        split="even",
+    ),
+    Case(
+        "stats of heads", HEADS, dict(return_stats=True, divergence=kd.JSD(), **MIX), ranks=4, split="empty"
+    ),
+]
+
+
+REFUSED = [
+    "another width",
+    "a whole teacher",
+    "another range of the teacher",
+    "a gap",
+    "starts on one rank only",
+    "an empty vocabulary",
+    "a backend that fails on one rank",
+    "the oracle",
+    "create_graph",
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    everything = [("exact", CASES), ("codistilled", TOGETHER), ("stats", STATS)]
+    given = [
+        ((kind, case.name), case.ranks, shard_cases.sharded, case)
+        for kind, cases in everything
+        for case in cases
+    ]
+    given += [(("refused", name), 3, shard_cases.refused, name) for name in REFUSED]
+    given += [(name, 3, function) for name, function in shard_cases.OTHERS.items()]
+    return shard_cases.run(tmp_path_factory.mktemp("shards"), given)
+
+
+def of(outcomes, key):
+    """What each rank made."""
+    failed = [outcome for outcome in outcomes[key] if isinstance(outcome, str)]
+    assert not failed, "\n".join(failed)
+    return outcomes[key]
+
+
+def whole(parts, which=0):
+    """The gradients of the whole vocabulary; that for hidden states is the same on all ranks."""
+    gradients = [outcome.gradients[which] for outcome in parts]
+    if len(gradients[0]) == 1:
+        return [torch.cat([g[0] for g in gradients], -1)]
+    assert all(torch.equal(g[0], gradients[0][0]) for g in gradients), "dH differs between ranks"
+    return [gradients[0][0], *(torch.cat(pieces) for pieces in list(zip(*gradients))[1:])]
+
+
+def same_on_all_ranks(parts):
+    """The losses, which have the same bits everywhere."""
+    for outcome in parts[1:]:
+        assert all(map(torch.equal, outcome.losses, parts[0].losses)), "the loss differs between ranks"
+    return parts[0].losses
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_shards_are_exact(case, outcomes):
+    parts, problem = of(outcomes, ("exact", case.name)), case.made()
+    options = dict(case.options)
+    if case.loss == "cross_entropy":
+        options.update(soft_weight=0.0, hard_weight=1.0)
+    oracle = problem.oracle(**options)
+    options.pop("chunk_bytes", None)
+    plain = problem.plain(**options)
+    (loss,) = same_on_all_ranks(parts)
+    assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)
+def test_both_models_learn_on_shards(case, outcomes):
+    parts, problem = of(outcomes, ("codistilled", case.name)), case.made()
+    students, teachers = same_on_all_ranks(parts)
+    options = dict(hard_weight=1.0) | case.options
+    theirs = dataclasses.replace(case).made()
+    theirs.student = problem.teacher
+    hard = dict(soft_weight=0.0, hard_weight=1.0, reduction=options.get("reduction", "mean"))
+    for loss, which, one, asked in [(students, 0, problem, options), (teachers, 1, theirs, hard)]:
+        oracle, plain = one.oracle(**asked), one.plain(**asked)
+        assert_exact((loss, whole(parts, which)), oracle, plain, dtype=one.dtype, projected=one.projected)
+
+
+@pytest.mark.parametrize("case", STATS, ids=lambda case: case.name)
+def test_statistics_on_shards(case, outcomes):
+    parts, problem = of(outcomes, ("stats", case.name)), case.made()
+    student, teacher = (
+        problem.side([t.double() for t in tensors]) for tensors in (problem.student, problem.teacher)
+    )
+    with kd.use_backend("reference"):
+        _, truth = kd.distillation_loss(student, teacher, problem.labels, **case.options)
+    for outcome in parts:
+        for name, ours, oracle in zip(truth._fields, outcome.stats, truth):
+            assert ours.double().item() == pytest.approx(
+                oracle.item(), rel=2e-2 if problem.projected else 1e-5
+            ), name
+        assert all(map(torch.equal, outcome.stats, parts[0].stats))
+
+
+def sizes(outcomes, kind, name):
+    """The collectives of a case but the first question how the vocabulary is shared out, with bytes a token."""
+    for kept in of(outcomes, (kind, name)):
+        assert [kind for kind, _ in kept.calls].count("all_gather_object") == 1
+    return [call for call in of(outcomes, (kind, name))[0].calls if call[0] != "all_gather_object"]
+
+
+ROWS = 15
+LIVE = 13
+
+
+@pytest.mark.parametrize(
+    ("name", "gathers", "sums"),
+    [
+        # fp64 columns of the rows, and the row that carries errors
+        ("ForwardKL() of logits", [5 * 8 * (ROWS + 1)], 0),
+        ("ReverseKL() of logits", [5 * 8 * (ROWS + 1)], 0),
+        ("JSD(beta=0.3) of logits", [4 * 8 * (ROWS + 1), 2 * 8 * (ROWS + 1)], 0),
+        ("SkewKL(alpha=0.1) of logits", [5 * 8 * (ROWS + 1), 2 * 8 * (ROWS + 1)], 0),
+        ("hard term of logits", [4 * 8 * (ROWS + 1)], 0),
+        ("ForwardKL() of heads", [7 * 8 * (LIVE + 1)], LIVE * 16 * 4),
+    ],
+)
+def test_collectives_are_counted(name, gathers, sums, outcomes):
+    made = sizes(outcomes, "exact", name)
+    assert [size for kind, size in made if kind == "all_gather"] == gathers
+    assert [size for kind, size in made if kind == "all_reduce"] == ([sums] if sums else [])
+    assert len(made) == len(gathers) + bool(sums)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_rank_says_what_is_wrong(name, outcomes):
+    for said in of(outcomes, ("refused", name)):
+        kind, message, pattern = said
+        assert kind in ("ValueError", "RuntimeError", "TypeError")
+        assert re.search(pattern, message), message
+        assert "\n" not in message
+
+
+def test_a_head_moves_to_the_students_rows(outcomes):
+    for moved, truth in of(outcomes, "reshard_head"):
+        assert torch.equal(moved, truth)
+
+
+def test_global_tokens(outcomes):
+    assert of(outcomes, "global_tokens") == [0 + 1 + 2] * 3
+
+
+def test_nan_reaches_every_rank(outcomes):
+    for loss, others, row in of(outcomes, "nan"):
+        assert loss.isnan().tolist() == [False, True, False]
+        assert row.isnan().all() and others.isfinite().all()
+
+
+def test_the_second_backward_is_the_first(outcomes):
+    for first, second in of(outcomes, "twice"):
+        assert torch.equal(first, second)
+
+
+def test_dh_is_left_to_the_caller(outcomes):
+    for mine, summed, calls in of(outcomes, "own dH"):
+        assert torch.allclose(mine, summed, rtol=1e-5, atol=1e-7)
+        assert "all_reduce" not in calls
+
+
+@pytest.mark.parametrize("mistake", shard_cases.MISTAKES)
+def test_a_mistake_is_seen(mistake, outcomes):
+    """The comparison fails where the code is broken on purpose."""
+    parts, case = of(outcomes, f"mistake: {mistake}"), shard_cases.BROKEN
+    problem = case.made()
+    oracle, plain = problem.oracle(**case.options), problem.plain(**case.options)
+    with pytest.raises(AssertionError):
+        (loss,) = same_on_all_ranks(parts)
+        assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
+
+
+def test_the_broken_case_is_right_when_whole(outcomes):
+    parts, problem = of(outcomes, "unbroken"), shard_cases.BROKEN.made()
+    oracle, plain = problem.oracle(**shard_cases.BROKEN.options), problem.plain(**shard_cases.BROKEN.options)
+    (loss,) = same_on_all_ranks(parts)
+    assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
+
+
+def test_without_processes():
+    assert_refused(
+        lambda: kd.cross_entropy(kd.ShardedLogits(torch.randn(2, 3), kd.Shard()), torch.tensor([0, 1])),
+        "init_process_group",
+    )
+    assert_refused(lambda: kd.Shard(start=-1), "start >= 0")
+    assert_refused(lambda: kd.Shard(tokens="halved"), "replicated")
+    with pytest.raises(TypeError, match="reduce_dtype"):
+        kd.Shard(reduce_dtype="fp32")
+    with pytest.raises(TypeError, match=r"kd\.Shard"):
+        kd.ShardedLogits(torch.randn(2, 3), None)
+    assert_refused(
+        lambda: kd.top_k_target(kd.ShardedLogits(torch.randn(2, 3), kd.Shard()), 2), "whole vocabulary"
+    )
