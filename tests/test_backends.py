@@ -1,6 +1,8 @@
 """Which backend serves: chosen for a block or from now on, in one thread, for compiled code too."""
 
 import gc
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -192,3 +194,15 @@ def test_explain_refuses_what_no_loss_takes():
         kd.explain(s, s, divergence="kl")
     with pytest.raises(TypeError, match="student must be a Tensor of logits"):
         kd.explain(kd.top_k_target(s, 2))
+
+
+def test_a_missing_native_backend_is_said_once_at_import():
+    code = "import sys; sys.modules['kdkernels._C'] = None; import kdkernels, kdkernels.backends.native"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("UserWarning: kdkernels._C is not built") == 1, (
+        done.stderr
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import kdkernels"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""

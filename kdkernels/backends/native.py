@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ def _load(module: str) -> str | None:
 
 
 _problem = _load("_C")
+if _problem:
+    warnings.warn(
+        f"{_problem}. CPU tensors go through plain PyTorch operators, which are slower.", stacklevel=2
+    )
 
 
 def why_not() -> str | None:
