@@ -50,6 +50,7 @@ DIVERGENCES = [
     kd.SkewReverseKL(0.1),
     kd.SkewReverseKL(0.1, detach_mixture=True),
     kd.TotalVariation(),
+    kd.Overlap(),
     kd.AlphaBeta(0.2, 0.7),
     kd.AlphaBeta(0.5, 0.0),
     kd.AlphaBeta(0.0, 0.5),

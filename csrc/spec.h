@@ -19,7 +19,8 @@ enum Kind : int64_t {
   kTotalVariation,
   kAlphaBeta,
   kMixed,
-  kSkewReverseKLDetached
+  kSkewReverseKLDetached,
+  kOverlap
 };
 
 // What becomes of the vocabulary that a sparse target does not store (kdkernels/backends/outcomes.py).

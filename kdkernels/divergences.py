@@ -33,6 +33,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "TotalVariation",
+    "Overlap",
     "AlphaBeta",
     "Mixed",
 ]
@@ -371,6 +372,27 @@ class TotalVariation(Divergence):
 
     def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 0.5 * q * torch.sign(q - p)
+
+
+@dataclass(frozen=True)
+class Overlap(Divergence):
+    """sum min(p, q): how often speculative decoding accepts a token that q drafted and p verifies.
+
+    It is 1 - TotalVariation, and what two models have in common, not how they differ: a loss is its negative, or
+    its negative logarithm. Where that is small, 1 - TV has no digits left; this keeps its own, and so does its
+    gradient. The gradient at ties is that of p, which is 0.
+
+    >>> Overlap()
+    Overlap()
+    """
+
+    code: ClassVar[int] = 10
+
+    def phi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return torch.where(q < p, q, p + 0.0 * q)  # NaN of either stays
+
+    def q_psi(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return torch.where(q < p, q, 0.0 * q)
 
 
 @dataclass(frozen=True)

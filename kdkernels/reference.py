@@ -102,10 +102,10 @@ class SparseOracle:
 
     def rows(self, z: Tensor, divergence: Divergence, temperature: Tensor) -> Tensor:
         """The soft term of each row, ``[N]``."""
-        if self.tail == "bucket":
-            return divergence_rows(*self.grouped(z, self.rest()), divergence, temperature)
-        if self.tail == "conditional":
-            student, teacher = self.conditional(z)
+        if self.tail in ("bucket", "conditional"):
+            student, teacher = (
+                self.conditional(z) if self.tail == "conditional" else self.grouped(z, self.rest())
+            )
             return torch.where(self.some, divergence_rows(student, teacher, divergence, temperature), 0.0)
         log_p = self.log_t
         if self.tail == "renormalize":

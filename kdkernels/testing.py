@@ -23,6 +23,7 @@ from .divergences import (
     Divergence,
     ForwardKL,
     Mixed,
+    Overlap,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -204,6 +205,8 @@ def textbook(divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q:
         return divergence.weight * forward + (1 - divergence.weight) * reverse
     if isinstance(divergence, TotalVariation):
         return 0.5 * (p - q).abs()
+    if isinstance(divergence, Overlap):
+        return torch.where(q < p, q, p)
     if isinstance(divergence, JSD):
         log_m = _log_mixture(log_p, log_q, divergence.beta)
         of_p, of_q = _weighted(p, log_p - log_m), _weighted(q, log_q - log_m)

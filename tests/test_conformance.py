@@ -1,5 +1,7 @@
 """Every backend x divergence x input form x dtype x option against the fp64 oracle."""
 
+import math
+
 import pytest
 import torch
 from problems import Problem, assert_exact, relative
@@ -268,7 +270,9 @@ def test_models_that_agree(backend, divergence):
     by_term |= isinstance(divergence, (kd.SkewKL, kd.SkewReverseKL)) and backend != "eager"
     if by_term:  # every term is small: so is its error
         assert relative(ours[0], oracle[0]) < 3e-4
-    if not isinstance(divergence, kd.TotalVariation):  # whose gradient jumps where p and q are an ulp apart
+    if not isinstance(
+        divergence, (kd.TotalVariation, kd.Overlap)
+    ):  # whose gradient jumps where p and q are an ulp apart
         assert_exact(ours, oracle, problem.plain(divergence), dtype=torch.float32)
 
 
@@ -289,7 +293,7 @@ def test_mixtures_of_little_of_one_side(backend, divergence, sharp):
 
 
 @pytest.mark.parametrize(
-    "divergence", [kd.SkewKL(1e-3), kd.SkewKL(0.5), kd.ForwardKL(), kd.JSD(0.5)], ids=str
+    "divergence", [kd.SkewKL(1e-3), kd.SkewKL(0.5), kd.ForwardKL(), kd.JSD(0.5), kd.Overlap()], ids=str
 )
 @pytest.mark.parametrize("sure", ["student", "teacher", "both"])
 def test_sure_models(backend, divergence, sure):
@@ -305,6 +309,29 @@ def test_sure_models(backend, divergence, sure):
         problem.plain(divergence),
         dtype=torch.float32,
     )
+
+
+@pytest.mark.parametrize("form", ["logits", "head"])
+@pytest.mark.parametrize("apart", [12.0, 25.0, 50.0])
+def test_little_in_common_keeps_its_digits(backend, form, apart):
+    """Each model is sure of another token: the overlap is e^-apart, of which 1 - TV has no digit left in fp32. Nor
+    has a gradient that is a difference of what is near 1/2."""
+    problem = Problem(student=form, vocab=1025, shape=(4,), ignored=0, scale=1.0, bias=False)
+    columns = torch.arange(1025) % 2
+    shift = apart * columns.float(), apart * (1 - columns.float())
+    if form == "logits":
+        problem.student[0].add_(shift[0])
+    else:
+        problem.student.append(shift[0])
+    problem.teacher[0].add_(shift[1])
+    ours, oracle = (
+        run(divergence=kd.Overlap(), reduction="none")
+        for run in (lambda **o: problem.run(backend, **o), problem.oracle)
+    )
+    assert (oracle[0] < 100 * math.exp(-apart)).all()
+    torch.testing.assert_close(ours[0].double(), oracle[0], rtol=2e-5, atol=0.0)
+    for mine, true in zip(ours[1], oracle[1]):
+        assert relative(mine, true) < 2e-5
 
 
 def test_same_inputs_same_bits(backend):

@@ -33,6 +33,7 @@ __global__ void kernel(Spec spec, const double* parameters, const float* in, flo
   terms<SkewKL>(parameters, in, out);
   terms<SkewReverseKL<true>>(parameters, in, out);
   terms<TotalVariation>(parameters, in, out);
+  terms<Overlap>(parameters, in, out);
   terms<AlphaBeta>(parameters, in, out);
   terms<Mixed>(parameters, in, out);
   RowState row;

@@ -41,6 +41,7 @@ SMALL = [
     kd.SkewKL(0.5),
     kd.SkewReverseKL(1e-5),
     kd.SkewReverseKL(1e-6, detach_mixture=True),
+    kd.Overlap(),
 ]
 DIVERGENCES = [*(kd.AlphaBeta(a, b) for a, b in LIMITS), *SMALL]
 
@@ -64,6 +65,8 @@ def terms(divergence, p, q):
         return phi, phi + q - (
             0 if divergence.detach_mixture else alpha * q * q / (alpha * q + (1 - alpha) * p)
         )
+    if isinstance(divergence, kd.Overlap):
+        return min(p, q), q if q < p else mp.mpf(0)
     a, b, x = mp.mpf(divergence.alpha), mp.mpf(divergence.beta), mp.log(p / q)
     s = a + b
     q_psi = (q**s - p**a * q**b) / a if a else -(q**s) * x

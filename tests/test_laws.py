@@ -30,15 +30,27 @@ def loss(backend, divergence, s, t, **options):
 @quick
 @given(case=problems, shift=st.floats(-20, 20))
 def test_divergences_are(backend, divergence, case, shift):
-    """Non-negative, zero between equals, blind to shifts and to the order of the vocabulary."""
+    """Non-negative, zero between equals (what they have in common is 1), blind to shifts and to the order of the
+    vocabulary."""
     s, t = logits(case)
     value = loss(backend, divergence, s, t)
     close = dict(rtol=2e-4, atol=2e-5)
     assert (value >= -1e-5).all()
-    assert torch.allclose(loss(backend, divergence, s, s), torch.zeros_like(value), atol=1e-6)
+    equal = float(divergence == kd.Overlap())
+    assert torch.allclose(loss(backend, divergence, s, s), torch.full_like(value, equal), atol=1e-6)
     assert torch.allclose(loss(backend, divergence, s + shift, t - shift), value, **close)
     order = torch.randperm(s.shape[1])
     assert torch.allclose(loss(backend, divergence, s[:, order], t[:, order]), value, **close)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@quick
+@given(case=problems, apart=st.floats(0, 60))
+def test_what_is_in_common_is_what_total_variation_leaves(backend, case, apart):
+    s, t = logits(case)
+    s[:, 0] += apart
+    tv, overlap = (loss(backend, divergence, s, t) for divergence in (kd.TotalVariation(), kd.Overlap()))
+    assert torch.allclose(overlap, 1 - tv, atol=1e-6) and (overlap >= 0).all() and (overlap <= 1 + 1e-6).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

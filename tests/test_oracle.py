@@ -17,6 +17,7 @@ HAND = [
     (kd.ReverseKL(), 0.25 * LN2),
     (kd.JSD(0.5), 0.5 * math.log(0.5 / M) + 0.25 * math.log(0.25 / M)),
     (kd.TotalVariation(), 0.25),
+    (kd.Overlap(), 0.75),
     (kd.Mixed(0.3), 0.25 * LN2),
     (kd.SkewKL(0.5), 0.5 * math.log(0.5 / M) + 0.25 * math.log(0.25 / M)),
     (kd.SkewReverseKL(0.5), 0.5 * math.log(0.5 / M) + 0.25 * math.log(0.25 / M)),

@@ -36,7 +36,7 @@ _SLACK = 1e-4
 
 
 class Outcomes(NamedTuple):
-    """The outcomes of n tokens. A token without slots has one outcome, the rest, with mass 1."""
+    """The outcomes of n tokens. A token without slots has one outcome, the rest, with mass 1, and scale 0."""
 
     ids: Tensor  # int64 [n, K], ascending and distinct, with -1 for "none" anywhere in between
     teacher: Tensor  # [n, K + 1], log-masses; -inf where there is none; the rest comes last
@@ -96,8 +96,8 @@ def outcomes(
     ids, values = ids.contiguous(), values.contiguous()
     ids, log_t = _distinct(ids, _log_weights(ids, values, bool(spec.linear)))
     tail = torch.full_like(log_t[:, 0], -torch.inf)
-    scale, constant = torch.ones_like(tail), torch.zeros_like(tail)
     some = (ids >= 0).any(-1)
+    scale, constant = some.to(tail.dtype), torch.zeros_like(tail)
     if spec.tail == Tail.BUCKET:
         everything = (ids >= 0).sum(-1) == vocab
         rest, slack = missing_mass(log_t, values.dtype)

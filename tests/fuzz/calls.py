@@ -116,6 +116,7 @@ def shipped(divergence: tuple) -> kd.Divergence:
         "skew": kd.SkewKL,
         "skew_reverse": kd.SkewReverseKL,
         "total_variation": kd.TotalVariation,
+        "overlap": kd.Overlap,
         "alpha_beta": kd.AlphaBeta,
         "mixed": kd.Mixed,
     }
@@ -236,6 +237,7 @@ class Draw:
             ("skew", share),
             ("skew_reverse", share, self.one(True, False)),
             ("total_variation",),
+            ("overlap",),
             ("mixed", self.often(share, 1.0)),
             (
                 "alpha_beta",

@@ -84,6 +84,11 @@ def _total_variation(lp, lq):
     return np.abs(p - q) / 2, q * np.sign(q - p) / 2
 
 
+def _overlap(lp, lq):
+    p, q = np.exp(lp), np.exp(lq)
+    return np.minimum(p, q), np.where(q < p, q, 0)
+
+
 def _alpha_beta(lp, lq, a, b):
     """-1/(ab) [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]; a, b and a + b far from 0 or exactly 0."""
     if a == 0 and b == 0:
@@ -130,6 +135,7 @@ DIVERGENCES = {
     "skew": _skew,
     "skew_reverse": _skew_reverse,
     "total_variation": _total_variation,
+    "overlap": _overlap,
     "alpha_beta": _alpha_beta,
     "mixed": _mixed,
 }

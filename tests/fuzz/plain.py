@@ -48,6 +48,8 @@ def divergence(name: str, parameters: list, lp: Tensor, lq: Tensor) -> Tensor:
         return (q * (lq - m)).sum(-1)
     if name == "total_variation":
         return (p - q).abs().sum(-1) / 2
+    if name == "overlap":
+        return torch.where(q < p, q, p).sum(-1)
     if name == "mixed":
         return (share * p * (lp - lq) + (1 - share) * q * (lq - lp)).sum(-1)
     return alpha_beta(lp, lq, *parameters).sum(-1)

@@ -25,6 +25,7 @@ TOTAL_VARIATION = tl.constexpr(6)
 ALPHA_BETA = tl.constexpr(7)
 MIXED = tl.constexpr(8)
 SKEW_REVERSE_KL_DETACHED = tl.constexpr(9)
+OVERLAP = tl.constexpr(10)
 
 #: Probabilities below it no longer count; a quotient by it, and its logarithm, stay finite.
 TINY = tl.constexpr(1e-30)
@@ -103,6 +104,12 @@ def _total_variation(p, q):
     d = q - p
     sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
     return 0.5 * tl.abs(d), sign * q
+
+
+@triton.jit
+def _overlap(p, q):
+    """psi is 1 where q < p and else 0: its sum over q is as small as the overlap, and keeps its digits."""
+    return tl.where(q < p, q, p), tl.where(q < p, q, 0.0)
 
 
 # Alpha-beta has no limit cases: a term is x^2 exp[s log q, a log p + b log q, s log p], with s = a + b and exp[...] the
@@ -237,6 +244,8 @@ def terms(F: tl.constexpr, p, q, x, log_p, log_q, parameters, disagree):
         return _skew_reverse_kl(p, q, parameters, True)
     elif F.kind == TOTAL_VARIATION:
         return _total_variation(p, q)
+    elif F.kind == OVERLAP:
+        return _overlap(p, q)
     elif F.kind == ALPHA_BETA:
         return _alpha_beta(p, q, x, log_p, log_q, parameters)
     else:
