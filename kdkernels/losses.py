@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,6 +15,7 @@ from .core import autograd
 from .core.layout import overlaps_itself
 from .core.option_checks import checked
 from .core.request import Call, Terms, Tokens, make
+from .core.several import check_several, checked_divergences, losses
 from .core.sides import Logits, Teacher
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead, ShardedLogits
@@ -153,6 +155,24 @@ def _both(call: Call) -> _Evaluated:
     )
 
 
+def _each(
+    student: Logits, teacher: Teacher, call: Call, divergences: tuple[Divergence, ...]
+) -> tuple[Tensor, ...]:
+    """The token losses of several divergences."""
+    if not reference_asked():
+        return losses(call, divergences)
+    request = call.request
+    calls = (
+        replace(
+            call,
+            terms=replace(call.terms, divergence=divergence),
+            request=replace(request, spec=request.spec._replace(kind=divergence.kind)),
+        )
+        for divergence in divergences
+    )
+    return tuple(_evaluate(student, teacher, each).student for each in calls)
+
+
 def _attached(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return autograd.attach(value, inputs, gradients) if inputs else value
 
@@ -217,12 +237,24 @@ def distillation_loss(
 ) -> Tensor | tuple[Tensor, Stats]: ...
 
 
+@overload
 def distillation_loss(
     student: Logits,
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
-    divergence: Divergence = ForwardKL(),
+    divergence: tuple[Divergence, ...],
+    return_stats: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> tuple[Tensor, ...]: ...
+
+
+def distillation_loss(
+    student: Logits,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | tuple[Divergence, ...] = ForwardKL(),
     temperature: float | Tensor = 1.0,
     temperature_squared: bool = False,
     soft_weight: float | Tensor = 1.0,
@@ -238,7 +270,7 @@ def distillation_loss(
     inplace: bool = False,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Tensor | tuple[Tensor, Stats] | tuple[Tensor, ...]:
     """soft_weight * D(teacher, student) + hard_weight * CE(labels, student), and its gradient.
 
     The full ``[tokens, vocab]`` logits of a LinearHead are never held, and logits that are given
@@ -249,7 +281,9 @@ def distillation_loss(
         teacher: the same, of any dtype and width, with the same leading shape and vocabulary; or a
             :class:`SparseTarget`, whose tail says what of the teacher was not stored.
         labels: int64 ``[...]``; tokens at ``ignore_index`` leave both terms. Not shifted here.
-        divergence: one of the classes in :mod:`kdkernels.divergences`.
+        divergence: one of the classes in :mod:`kdkernels.divergences`. Or a tuple of them with ``reduction="none"``:
+            then the result is a tuple of their token losses, from one projection of each model, whose gradient is
+            made in one pass of the backward. Soft term only, of a dense teacher.
         temperature: both distributions of the soft term are taken at logits / temperature. For a
             SparseTarget see :mod:`kdkernels.backends.outcomes`; where it is an approximation, a warning says so.
         temperature_squared: multiply the soft term (value and gradient) by temperature^2
@@ -287,8 +321,10 @@ def distillation_loss(
     """
     if teacher is None:
         raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
+    several = isinstance(divergence, tuple)
+    divergences = checked_divergences(divergence)
     terms = Terms(
-        divergence,
+        divergences[0],
         temperature,
         temperature_squared,
         soft_weight,
@@ -299,7 +335,11 @@ def distillation_loss(
     )
     tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
     checked(inplace=inplace)
+    if several:
+        check_several(terms, tokens, teacher, inplace)
     call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    if several:
+        return _each(student, teacher, call, divergences)
     made = _evaluate(student, teacher, call, inplace)
     return (made.student, _stats(call, made.results)) if return_stats else made.student
 

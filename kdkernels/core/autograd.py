@@ -135,7 +135,7 @@ def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
             )
 
 
-def _refuse_double_backward(compiling: bool) -> None:
+def refuse_double_backward(compiling: bool) -> None:
     if torch.is_grad_enabled() and not compiling:
         raise RuntimeError(
             "kdkernels' gradient is made in the forward and cannot be differentiated again "
@@ -160,7 +160,7 @@ def _attach_setup(ctx, inputs, output) -> None:
 
 def _attach_backward(ctx, arriving):
     compiling = tracing(arriving)
-    _refuse_double_backward(compiling)
+    refuse_double_backward(compiling)
     if ctx.gradients is None:
         raise RuntimeError(
             "this loss was already differentiated and its gradient handed over; "
@@ -228,22 +228,32 @@ def _deferred_setup(ctx, inputs, output) -> None:
     ctx.sizes = len(student), len(teacher)
     _, results, choice = output
     ctx.mark_non_differentiable(results, choice)
-    tensors = [choice, labels, temperature, parameters, weights, *student, *teacher]
+    save_tensors(ctx, [choice, labels, temperature, parameters, weights, *student, *teacher])
+
+
+def save_tensors(ctx, tensors: list[Tensor | None]) -> None:
     # A teacher's tensors often come from inference mode; autograd does not save those, and nobody can
     # overwrite them outside of it.
     ctx.constants = [t if t is not None and t.is_inference() else None for t in tensors]
     ctx.save_for_backward(*(t if c is None else None for t, c in zip(tensors, ctx.constants)))
 
 
-def _deferred_backward(ctx, arriving, *_):
-    _refuse_double_backward(tracing(arriving))
+def saved_tensors(ctx) -> list[Tensor | None]:
+    return [t if c is None else c for t, c in zip(ctx.saved_tensors, ctx.constants)]
+
+
+def refuse_batched(arriving: Tensor) -> None:
     if batched(arriving):
         raise RuntimeError(
-            "kdkernels takes token losses of a LinearHead backward one at a time; without is_grads_batched=True or "
+            "kdkernels takes gradients that are made in the backward one at a time; without is_grads_batched=True or "
             "vmap, or with kd.use_backend('reference')"
         )
-    saved = zip(ctx.saved_tensors, ctx.constants)
-    choice, labels, temperature, parameters, weights, *tensors = (t if c is None else c for t, c in saved)
+
+
+def _deferred_backward(ctx, arriving, *_):
+    refuse_double_backward(tracing(arriving))
+    refuse_batched(arriving)
+    choice, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
     n, m = ctx.sizes
     spec, vocab, shard, chunk_bytes, needs_grad = ctx.rest
     given = tensors[:n], tensors[n:], labels, temperature, parameters, weights * arriving[:, None]
