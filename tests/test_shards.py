@@ -4,12 +4,13 @@ import dataclasses
 import re
 
 import pytest
+import shard_cases
 import torch
+from problems import assert_exact, assert_refused, relative
+from shard_cases import Case
+from sparse_problems import TAILS
 
 import kdkernels as kd
-from tests.support import shard_cases
-from tests.support.problems import assert_exact, assert_refused
-from tests.support.shard_cases import Case
 
 HEADS = dict(student="head", teacher="head")
 DIVERGENCES = [
@@ -109,7 +110,37 @@ TOGETHER = [
     ),
     Case("token losses", HEADS, dict(reduction="none"), "codistillation_loss", ranks=2),
 ]
+SPARSE = [
+    *(
+        Case(f"{tail}, {name}", problem, options, tail=tail, ranks=2 + i % 3, split=("even", "empty")[i % 2])
+        for tail in TAILS
+        for i, (name, problem, options) in enumerate(
+            [
+                ("logits", {}, dict(temperature=1.7, hard_weight=0.5)),
+                ("head", dict(student="head"), dict(temperature=1.7)),
+                ("token losses of a head", dict(student="head"), dict(reduction="none", hard_weight=0.5)),
+            ]
+        )
+    ),
+    Case("soft logits", {}, dict(temperature=1.7), tail="conditional", ranks=4, split="empty"),
+    Case(
+        "JSD",
+        dict(student="head"),
+        dict(divergence=kd.JSD(0.3), temperature_squared=True),
+        tail="bucket",
+        ranks=3,
+    ),
+    Case("ReverseKL", dict(student="head"), dict(divergence=kd.ReverseKL()), tail="conditional", ranks=4),
+    Case(
+        "a softcap",
+        dict(student="head", softcap=5.0),
+        dict(label_smoothing=0.1, hard_weight=0.3),
+        tail="truncate",
+    ),
+    Case("chunks", dict(student="head", shape=(40,)), dict(chunk_bytes=3000), tail="bucket"),
+]
 STATS = [
+    Case("stats of a sparse target", {}, dict(return_stats=True, hard_weight=0.5), tail="bucket", ranks=3),
     Case(
         "stats",
         dict(rows="ties", dtype=torch.bfloat16),
@@ -138,7 +169,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    everything = [("exact", CASES), ("codistilled", TOGETHER), ("stats", STATS)]
+    everything = [("exact", CASES), ("codistilled", TOGETHER), ("sparse", SPARSE), ("stats", STATS)]
     given = [
         ((kind, case.name), case.ranks, shard_cases.sharded, case)
         for kind, cases in everything
@@ -198,12 +229,25 @@ def test_both_models_learn_on_shards(case, outcomes):
         assert_exact((loss, whole(parts, which)), oracle, plain, dtype=one.dtype, projected=one.projected)
 
 
+@pytest.mark.parametrize("case", SPARSE, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:a temperature other")
+def test_sparse_targets_on_shards(case, outcomes):
+    parts = of(outcomes, ("sparse", case.name))
+    options = dict(case.options)
+    options.pop("chunk_bytes", None)
+    truth, gradients = case.made().oracle(**options)
+    (loss,) = same_on_all_ranks(parts)
+    assert torch.allclose(loss.double(), truth, rtol=1e-5, atol=2e-6)
+    for mine, oracle in zip(whole(parts), gradients, strict=True):
+        assert mine.shape == oracle.shape and oracle.norm() > 1e-6
+        assert relative(mine, oracle) < 4e-6
+
+
 @pytest.mark.parametrize("case", STATS, ids=lambda case: case.name)
 def test_statistics_on_shards(case, outcomes):
     parts, problem = of(outcomes, ("stats", case.name)), case.made()
-    student, teacher = (
-        problem.side([t.double() for t in tensors]) for tensors in (problem.student, problem.teacher)
-    )
+    student = problem.side([t.double() for t in problem.student])
+    teacher = problem.side(problem.teacher if case.tail else [t.double() for t in problem.teacher])
     with kd.use_backend("reference"):
         _, truth = kd.distillation_loss(student, teacher, problem.labels, **case.options)
     for outcome in parts:
@@ -214,34 +258,30 @@ def test_statistics_on_shards(case, outcomes):
         assert all(map(torch.equal, outcome.stats, parts[0].stats))
 
 
-def sizes(outcomes, kind, name):
-    """The collectives of a case but the first question how the vocabulary is shared out, with bytes a token."""
-    for kept in of(outcomes, (kind, name)):
-        assert [kind for kind, _ in kept.calls].count("all_gather_object") == 1
-    return [call for call in of(outcomes, (kind, name))[0].calls if call[0] != "all_gather_object"]
-
-
-ROWS = 15
-LIVE = 13
+ROWS, LIVE, SLOTS = 15, 13, 10
 
 
 @pytest.mark.parametrize(
-    ("name", "gathers", "sums"),
+    ("kind", "name", "gathers", "sums"),
     [
-        # fp64 columns of the rows, and the row that carries errors
-        ("ForwardKL() of logits", [5 * 8 * (ROWS + 1)], 0),
-        ("ReverseKL() of logits", [5 * 8 * (ROWS + 1)], 0),
-        ("JSD(beta=0.3) of logits", [4 * 8 * (ROWS + 1), 2 * 8 * (ROWS + 1)], 0),
-        ("SkewKL(alpha=0.1) of logits", [5 * 8 * (ROWS + 1), 2 * 8 * (ROWS + 1)], 0),
-        ("hard term of logits", [4 * 8 * (ROWS + 1)], 0),
-        ("ForwardKL() of heads", [7 * 8 * (LIVE + 1)], LIVE * 16 * 4),
+        # fp64 columns of the rows' states, and one row that carries errors
+        ("exact", "ForwardKL() of logits", [5 * 8 * (ROWS + 1)], []),
+        ("exact", "ReverseKL() of logits", [5 * 8 * (ROWS + 1)], []),
+        ("exact", "JSD(beta=0.3) of logits", [4 * 8 * (ROWS + 1), 2 * 8 * (ROWS + 1)], []),
+        ("exact", "SkewKL(alpha=0.1) of logits", [5 * 8 * (ROWS + 1), 2 * 8 * (ROWS + 1)], []),
+        ("exact", "hard term of logits", [4 * 8 * (ROWS + 1)], []),
+        # dH of the tokens that count, in fp32
+        ("exact", "ForwardKL() of heads", [7 * 8 * (LIVE + 1)], [LIVE * 16 * 4]),
+        # the normaliser of the rest and the label's logit; the stored ids' logits
+        ("sparse", "bucket, logits", [3 * 8 * (ROWS + 1)], [SLOTS * 4 * (ROWS + 1)]),
+        ("sparse", "soft logits", [], [SLOTS * 4 * (ROWS + 1)]),
     ],
 )
-def test_collectives_are_counted(name, gathers, sums, outcomes):
-    made = sizes(outcomes, "exact", name)
-    assert [size for kind, size in made if kind == "all_gather"] == gathers
-    assert [size for kind, size in made if kind == "all_reduce"] == ([sums] if sums else [])
-    assert len(made) == len(gathers) + bool(sums)
+def test_collectives_are_counted(kind, name, gathers, sums, outcomes):
+    for made in of(outcomes, (kind, name)):
+        calls = [call for call in made.calls if call[0] != "all_gather_object"]
+        assert len(made.calls) == len(calls) + 1  # once, how the vocabulary is shared out
+        assert calls == [("all_gather", size) for size in gathers] + [("all_reduce", size) for size in sums]
 
 
 @pytest.mark.parametrize("name", REFUSED)

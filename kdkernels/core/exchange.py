@@ -186,15 +186,41 @@ class Exchange:
         """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns."""
         of.merge(self._gathered(here, state, of.columns), state)
 
-    def _gathered(self, here: Callable[[], None], state: Tensor, columns: list[int]) -> Tensor:
-        """``[ranks, rows, columns]``. An error on one rank is told to all in a row of its own, and raised on all."""
-        rows, failure = state.shape[0], None
+    def local(self, ids: Tensor) -> Tensor:
+        """Which of this rank's columns the ids are; -1 for those of other ranks and for no id."""
+        at = ids - self.place.start
+        return torch.where((ids >= 0) & (at >= 0) & (at < self.place.width), at, -1)
+
+    def stored(self, here: Callable[[], Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The logits at the ids ``[rows, K]``, of which ``here`` gives this rank's; -inf where there is no id. The
+        others' enter the sum as zeros, so it is exact in any order, and NaN stays."""
+        rows, slots = ids.shape
+        told = torch.zeros(rows + 1, max(slots, 1), dtype=dtype, device=ids.device)
+
+        def give() -> None:
+            told[:rows, :slots] = torch.where(self.local(ids) >= 0, here(), 0.0)
+
+        failure = self._failure(give)
+        if failure is not None:
+            told[rows] = 1
+        dist.all_reduce(told, group=self.group)
+        if failure is not None:
+            raise failure
+        require(told[rows] != 0, told[rows], "a rank of the shard's group failed; its own error says why")
+        return torch.where(ids >= 0, told[:rows, :slots], -torch.inf)
+
+    def _failure(self, here: Callable[[], None]) -> Exception | None:
         try:
             if self.place.problem:
                 raise ValueError(self.place.problem)
             here()
         except Exception as error:
-            failure = error
+            return error
+        return None
+
+    def _gathered(self, here: Callable[[], None], state: Tensor, columns: list[int]) -> Tensor:
+        """``[ranks, rows, columns]``. An error on one rank is told to all in a row of its own, and raised on all."""
+        rows, failure = state.shape[0], self._failure(here)
         told = state.new_zeros(rows + 1, len(columns))
         if failure is None:
             told[:rows] = state[:, columns]

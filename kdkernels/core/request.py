@@ -253,10 +253,6 @@ def make(
     s, t = exchange.placed(s, t)
     vocab = common_vocab(s, t, limits["vocab_size"])
     place = exchange.place(s, t, vocab)
-    if place is not None and isinstance(teacher, SparseTarget):
-        raise ValueError(
-            "a kd.SparseTarget beside a student that is sharded over the vocabulary is not built yet"
-        )
     if t is not None:
         check_together(s, t)
     live = tokens.live_labels(given.labels, given.mask, s, vocab, given.ignore_index)

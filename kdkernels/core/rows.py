@@ -105,11 +105,13 @@ class LogitRows:
 
     def stored(self, rows: slice, ids: Tensor) -> Stored:
         """The logits at ``ids`` ``[n, K]``, anything where an id is -1."""
+        if not self.vocab:  # an empty shard
+            return Stored(self.logits.new_zeros(ids.shape), None)
         return Stored(self.logits[self._entries(rows, ids)], None)
 
     def backward_stored(self, gradient: Tensor, rows: slice, ids: Tensor, stored: Stored) -> None:
         """The gradient at ``ids`` (0 where an id is -1), and zero everywhere else."""
-        if self.grad is None:
+        if self.grad is None or not self.vocab:
             return
         self.grad[self._places(self._tokens(rows))] = 0
         self.grad.index_put_(self._entries(rows, ids), gradient.to(self.grad.dtype), accumulate=True)
@@ -170,6 +172,11 @@ class HeadRows:
         return self.hidden.shape[1] * (self.wide.itemsize + self.dtype.itemsize)
 
     @property
+    def summed_in(self) -> torch.dtype | None:
+        """What dH is summed in over the group of a shard; None where it is not summed."""
+        return None if self.exchange is None else self.exchange.hidden_dtype(self.dtype)
+
+    @property
     def tile_dtype(self) -> torch.dtype:
         """fp32 tiles for half-precision models where torch can multiply into fp32: on CUDA."""
         wide = self.hidden.is_cuda and self.dtype in HALF
@@ -226,9 +233,8 @@ class HeadRows:
 
     def _backward_hidden(self, gradient: Tensor, rows: slice, columns: slice) -> None:
         whole = columns == slice(0, self.vocab)
-        summed = None if self.exchange is None else self.exchange.hidden_dtype(self.dtype)
         if self.grad_hidden is None:
-            dtype = summed or (self.dtype if whole else self.wide)
+            dtype = self.summed_in or (self.dtype if whole else self.wide)
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype)
         target, weight = self.grad_hidden[rows], self.weight[columns]
         if whole and target.dtype == self.dtype:
@@ -239,11 +245,19 @@ class HeadRows:
             target += torch.mm(gradient, weight, out_dtype=torch.float32)
         else:
             target += gradient @ weight
-        if summed and self.exchange is not None and columns.stop == self.vocab:
-            self.exchange.start_sum(target)
+        if columns.stop == self.vocab:
+            self._sum(target)
+
+    def _sum(self, grad_hidden: Tensor) -> None:
+        """Of rows whose dH has this rank's whole part: add up the group's."""
+        if self.exchange is not None and self.summed_in is not None:
+            self.exchange.start_sum(grad_hidden)
 
     def stored(self, rows: slice, ids: Tensor) -> Stored:
         """The logits at ``ids`` ``[n, K]``, anything where an id is -1, in fp32 or fp64."""
+        if not self.vocab:  # an empty shard
+            nothing = self.hidden.new_zeros(*ids.shape, self.hidden.shape[1], dtype=self.wide)
+            return Stored(nothing[..., 0], nothing)
         ids = ids.clamp(min=0)
         lm_head_rows = F.embedding(ids, self.weight).to(self.wide)
         logits = torch.bmm(lm_head_rows, self.hidden[rows].to(self.wide)[:, :, None])[:, :, 0]
@@ -255,8 +269,14 @@ class HeadRows:
         ids = ids.clamp(min=0).flatten()
         if self.wanted[0]:
             if self.grad_hidden is None:
-                self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
-            self.grad_hidden[rows] = torch.bmm(gradient[:, None], stored.lm_head_rows)[:, 0].to(self.dtype)
+                self.grad_hidden = self.hidden.new_zeros(
+                    self.hidden.shape, dtype=self.summed_in or self.dtype
+                )
+            target = self.grad_hidden[rows]
+            target.copy_(torch.bmm(gradient[:, None], stored.lm_head_rows)[:, 0])
+            self._sum(target)
+        if not self.vocab:
+            return
         if self.wanted[1]:
             hidden = self._weighed(rows).to(self.wide)[:, None]
             products = torch.mul(gradient[:, :, None], hidden, out=stored.lm_head_rows)

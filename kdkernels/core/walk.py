@@ -19,12 +19,12 @@ from ..backends import serving
 from ..backends.outcomes import Outcomes, outcomes, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
 from ..backends.row_state import SECOND_PASS, Pass, finish, first_pass, new_state
-from ..backends.sparse_rows import Solved, gather_stored, no_logits, solve, student_tile
+from ..backends.sparse_rows import Solved, Temperatures, gather_stored, no_logits, solve, student_tile
 from ..backends.spec import RESULTS, Asked, Output, Spec, Tail
 from .exchange import Exchange
 from .layout import flat
 from .request import Request
-from .rows import HeadRows, LogitRows
+from .rows import HeadRows, LogitRows, Stored
 from .schedule import Plan, plan
 
 Rows = LogitRows | HeadRows
@@ -298,12 +298,21 @@ class _Chunk:
 
     def _fold_sparse(self, state: Tensor, target: Outcomes) -> Solved:
         inner, stored = student_spec(self.spec), no_logits(target)
-        tile = None
-        for columns in self.column_chunks():
-            tile = self.tile(columns)
-            self.backend.accumulate(student_tile(tile, self.spec), inner, state, skipped=target.ids)
-            gather_stored(stored, tile.student, target.ids, columns.start, self.spec.student_map)
-        assert tile is not None
+
+        def first() -> None:
+            for tile in self._tiles():
+                self.backend.accumulate(student_tile(tile, self.spec), inner, state, skipped=target.ids)
+                gather_stored(stored, tile.student, target.ids, tile.offset, self.spec.student_map)
+
+        own = Temperatures.of(self.spec, self.given.temperature).student
+        self._everywhere(first, first_pass(inner, own), state)
+        if self.exchange is None:
+            return self._solve(target, stored, state)
+        return self._solve(target, self.exchange.stored(lambda: stored, target.ids, stored.dtype), state)
+
+    def _solve(self, target: Outcomes, stored: Tensor, state: Tensor) -> Solved:
+        given, parameters = self.given, self.walk.request.parameters
+        tile = Tile(stored, None, given.labels, given.temperature, parameters, 0, self.vocab)
         return solve(self.backend, tile, target, stored, self.spec, state, self.needs_grad)
 
     def _gradient(self, columns: slice, spec: Spec, state: Tensor, sparse: SparseGradient | None) -> None:
@@ -319,25 +328,24 @@ class _Chunk:
         """The row's soft term from its stored ids alone."""
         assert self.target is not None
         student, ids, logit_map = self.walk.student, self.target.ids, self.spec.student_map
-        found = student.stored(self.rows, ids)
-        logits = logit_map.logits(found.logits, self.target.teacher.dtype)
-        logits = torch.where(ids >= 0, logits, -torch.inf)
-        state = new_state(ids.shape[0], ids.device)
-        tile = Tile(
-            logits,
-            None,
-            self.given.labels,
-            self.given.temperature,
-            self.walk.request.parameters,
-            0,
-            self.vocab,
-        )
-        solved = solve(self.backend, tile, self.target, logits, self.spec, state, student.needs_grad)
+        here = ids if self.exchange is None else self.exchange.local(ids)
+        found, wide = Stored(ids, None), self.target.teacher.dtype
+
+        def look() -> Tensor:
+            nonlocal found
+            found = student.stored(self.rows, here)
+            return logit_map.logits(found.logits, wide)
+
+        if self.exchange is None:
+            logits = torch.where(ids >= 0, look(), -torch.inf)
+        else:
+            logits = self.exchange.stored(look, ids, wide)
+        solved = self._solve(self.target, logits, new_state(ids.shape[0], ids.device))
         if student.needs_grad:
             weight = self.given.weights[:, Output.SOFT, None]
             if self.given.labels is not None:
                 weight = torch.where(self.given.labels[:, None] >= 0, weight, 0.0)
             grad = logit_map.backward(solved.gradient.stored, logits) * weight.to(logits.dtype)
-            grad = torch.where((ids >= 0) & (weight != 0), grad, 0.0)
-            student.backward_stored(grad, self.rows, ids, found)
+            grad = torch.where((here >= 0) & (weight != 0), grad, 0.0)
+            student.backward_stored(grad, self.rows, here, found)
         return solved.results

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sparse_problems import SparseProblem
 
 import kdkernels as kd
 from kdkernels.backends import eager, native, row_state
@@ -36,10 +37,12 @@ class Case:
     shard: dict[str, Any] = field(default_factory=dict)
     ranks: int = 2
     backend: str = "auto"
+    tail: str | None = None  # of a sparse target
 
     def made(self) -> Problem:
         torch.manual_seed(len(self.name))
-        problem = Problem(vocab=VOCAB, **self.problem)
+        kind = functools.partial(SparseProblem, tail=self.tail) if self.tail else Problem
+        problem = kind(vocab=VOCAB, **self.problem)
         first = [0, *self.bounds()[1:-1], self.bounds()[-1] - 1]  # labels at every boundary
         labels, most = problem.labels.view(-1), self.options.get("vocab_size", VOCAB)
         most -= VOCAB // 5 if problem.rows == "padding" else 0
@@ -92,7 +95,9 @@ def sharded(case, group):
     problem, bounds, rank = case.made(), case.bounds(), dist.get_rank(group)
     shard = kd.Shard(group, **case.shard)
     own, student = part(problem.student, bounds, rank, problem.head, shard)
-    theirs, teacher = part(problem.teacher, bounds, rank, problem.head, shard)
+    theirs, teacher = [], getattr(problem, "target", None)
+    if teacher is None:
+        theirs, teacher = part(problem.teacher, bounds, rank, problem.head, shard)
     with counted() as calls, kd.use_backend(case.backend):
         losses, stats = call(case, student, teacher, problem.labels)
         learning = [own, theirs] if case.loss == "codistillation_loss" else [own]
