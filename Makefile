@@ -11,7 +11,7 @@ TRITON ?= triton==3.7.1
 # What has to be built (this package, DeepSpeed) is built with the torch and the setuptools that are here.
 PIP = PIP_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --no-build-isolation
 
-.PHONY: setup test test-all test-newest lock lint docs bench figures demo clean
+.PHONY: setup test test-all test-newest lock lint docs bench gpu figures demo clean
 
 setup: $(VENV)/.ready
 
@@ -64,6 +64,13 @@ docs: setup
 
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks --suite cpu
+
+# On a machine with a card: STAGE=check, measure or tune, at most nine minutes each, everything into OUT.
+# No installation: whatever python there has torch. REHEARSE=--rehearse runs the same steps on a CPU.
+STAGE ?= check
+OUT ?= runs/gpu-$(STAGE)
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(STAGE) --out $(OUT) $(REHEARSE)
 
 # RESULT=runs/.../result.json makes that result the committed one; without it the figures are drawn again.
 figures: $(VENV)/.peers
