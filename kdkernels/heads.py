@@ -182,6 +182,9 @@ class ShardedLogits:
         logits: ``[..., V_rank]`` (fp64, fp32, bf16, fp16); V_rank may be 0.
         shard: where these columns lie.
 
+    Raises:
+        TypeError, ValueError: something is no Tensor or no Shard, logits are a scalar, a number is out of range.
+
     >>> import torch, kdkernels as kd
     >>> kd.ShardedLogits(torch.randn(2, 3, 50), kd.Shard()).leading_shape
     torch.Size([2, 3])
