@@ -26,7 +26,16 @@ from benchmarks.peers.axolotl import axolotl_module
 from benchmarks.peers.installed import original_module
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-PACKAGES = ("torch", "trl", "transformers", "liger-kernel", "torchtune", "axolotl", "nvidia-modelopt")
+PACKAGES = (
+    "torch",
+    "trl",
+    "transformers",
+    "liger-kernel",
+    "torchtune",
+    "axolotl",
+    "nvidia-modelopt",
+    "speculators",
+)
 VOCAB, WIDTH, SLOTS = 65536, 64, 32
 
 
@@ -140,6 +149,14 @@ def modelopt(tokens: int) -> Pair:
     return on_logits(lambda s, t, y: theirs(s, t).mean(), lambda s, t, y: ours(s, t).mean(), tokens)
 
 
+def speculators(tokens: int) -> Pair:
+    from kdkernels.integrations import speculators as dropin
+
+    original = original_module("speculators", "speculators/losses/eager.py")
+    theirs, ours = (m.lk_hybrid_loss for m in (original, dropin))
+    return on_logits(lambda s, t, y: theirs(s, t).mean(), lambda s, t, y: ours(s, t).mean(), tokens)
+
+
 def functional(tokens: int) -> Pair:
     from kdkernels.integrations.functional import kl_div
 
@@ -219,6 +236,14 @@ CASES = {
             "bf16 logits: rows in fp32",
         ),
         Case(
+            "speculators, draft models",
+            speculators,
+            512,
+            "`trainer.train()`",
+            f"`{_IMPORT} import speculators; speculators.patch()`",
+            "`nla` has no floor at an acceptance of 1e-5",
+        ),
+        Case(
             "your own `F.kl_div` on log-probabilities",
             functional,
             512,
@@ -249,7 +274,9 @@ def in_process(name: str, side: str) -> int:
 
 def table(result: dict[str, Any]) -> str:
     where = result["machine"]
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in PACKAGES)
+    versions = ", ".join(
+        f"{name} {where['versions'][name]}" for name in PACKAGES if name in where["versions"]
+    )
     lines = ["| trainer | before | after | peak of the loss, MiB | what differs |", "|---|---|---|---|---|"]
     for name, peaks in result["peak_bytes"].items():
         case, (theirs, ours) = CASES[name], (peaks[side] / 2**20 for side in SIDES)

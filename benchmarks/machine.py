@@ -24,6 +24,7 @@ PACKAGES = (
     "torchtune",
     "axolotl",
     "nvidia-modelopt",
+    "speculators",
     "cut-cross-entropy",
     "quack-kernels",
     "fla-core",

@@ -27,9 +27,7 @@ for those who kept a copy of that trainer.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import inspect
-from typing import Any, Callable, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +39,7 @@ from ..losses import js_divergence
 from ..options import Reduction
 from ..targets import SparseTarget, Tail
 from .common import IGNORED, head
+from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
 TESTED = ((1, 16), (1, 17))
@@ -267,37 +266,21 @@ def _terms(log_q: Tensor, log_p: Tensor, beta: float, labels: Tensor | None) -> 
     return terms if labels is None else terms[labels != IGNORED]
 
 
-class _Target(NamedTuple):
-    """An attribute of TRL's that is replaced: in ``module``, of the class ``owner`` if there is one."""
-
-    module: str
-    owner: str | None
-    name: str
-    ours: Callable[..., Any]
-
-    def holder(self) -> Any:
-        module = importlib.import_module(self.module)
-        return module if self.owner is None else getattr(module, self.owner)
-
-    def __str__(self) -> str:
-        return ".".join(part for part in (self.module, self.owner, self.name) if part)
-
-
 _TARGETS = (
-    _Target("trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss),
-    _Target(
+    Target("trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss),
+    Target(
         "trl.experimental.gkd.gkd_trainer",
         "GKDTrainer",
         "generalized_jsd_loss",
         staticmethod(generalized_jsd_loss),
     ),
-    _Target(
+    Target(
         "trl.experimental.gold.gold_trainer",
         "GOLDTrainer",
         "generalized_jsd_loss",
         staticmethod(gold_generalized_jsd_loss),
     ),
-    _Target(
+    Target(
         "trl.experimental.server_distillation.server_distillation_trainer",
         "ServerDistillationTrainer",
         "compute_loss",
@@ -305,22 +288,7 @@ _TARGETS = (
     ),
 )
 
-#: What stood in the place of each target, while it is patched.
-_originals: dict[_Target, Any] = {}
-
-
-class Patch:
-    """What :func:`patch` returns: leaving it as a context manager undoes what that call did."""
-
-    def __init__(self, owns: bool) -> None:
-        self._owns = owns
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._owns:
-            unpatch()
+_PATCHES = Patches("trl", TESTED, _TARGETS)
 
 
 def patch() -> Patch:
@@ -334,14 +302,7 @@ def patch() -> Patch:
             missing or takes other arguments. Nothing is replaced then.
         ImportError: TRL is not installed.
     """
-    _require_tested_version()
-    if _originals:
-        return Patch(owns=False)
-    found = {target: _original(target) for target in _TARGETS}
-    for target, original in found.items():
-        setattr(target.holder(), target.name, target.ours)
-        _originals[target] = original
-    return Patch(owns=True)
+    return _PATCHES.patch()
 
 
 def unpatch() -> None:
@@ -350,33 +311,4 @@ def unpatch() -> None:
     Raises:
         RuntimeError: somebody replaced ours in turn; undo that first. Nothing is put back then.
     """
-    for target in _originals:
-        if vars(target.holder())[target.name] is not target.ours:
-            raise RuntimeError(f"{target} was replaced again after patch(); undo that before unpatch()")
-    for target, original in _originals.items():
-        setattr(target.holder(), target.name, original)
-    _originals.clear()
-
-
-def _require_tested_version() -> None:
-    first, below = (".".join(map(str, version)) for version in TESTED)
-    version = importlib.metadata.version("trl")
-    parts = tuple(int(part) for part in version.split(".")[:2])
-    if not TESTED[0] <= parts < TESTED[1]:
-        raise RuntimeError(
-            f"kdkernels.integrations.trl is tested with trl >={first},<{below} and trl {version} is "
-            f"installed; pip install 'trl>={first},<{below}', or call its functions yourself"
-        )
-
-
-def _original(target: _Target) -> Any:
-    """What stands there now, after making sure that it can be replaced."""
-    original = vars(target.holder()).get(target.name)
-    if original is None:
-        raise RuntimeError(f"trl has no {target}, which patch() would replace")
-    theirs, ours = (
-        list(inspect.signature(getattr(f, "__func__", f)).parameters) for f in (original, target.ours)
-    )
-    if theirs != ours:
-        raise RuntimeError(f"{target} takes {theirs}, but its replacement takes {ours}")
-    return original
+    _PATCHES.unpatch()

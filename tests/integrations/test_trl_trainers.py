@@ -151,7 +151,7 @@ def test_memory_of_the_chunked_loss_falls():
 
 
 def attributes():
-    return [vars(target.holder())[target.name] for target in dropin._TARGETS]
+    return [target.get() for target in dropin._TARGETS]
 
 
 def test_unpatch_puts_the_same_objects_back():

@@ -1,0 +1,106 @@
+"""Functions of other packages replaced by ours, and put back: what the ``patch()`` of a trainer's drop-in does."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple
+
+
+class Target(NamedTuple):
+    """What is replaced: an attribute of ``module``, or of its class or dict ``owner``."""
+
+    module: str
+    owner: str | None
+    name: str
+    ours: Callable[..., Any]
+
+    def _holder(self) -> dict[str, Any] | Any:
+        module = importlib.import_module(self.module)
+        return module if self.owner is None else getattr(module, self.owner)
+
+    def get(self) -> Any:
+        """What stands there, or None."""
+        holder = self._holder()
+        return (holder if isinstance(holder, dict) else vars(holder)).get(self.name)
+
+    def set(self, function: Any) -> None:
+        holder = self._holder()
+        if isinstance(holder, dict):
+            holder[self.name] = function
+        else:
+            setattr(holder, self.name, function)
+
+    def __str__(self) -> str:
+        return ".".join(part for part in (self.module, self.owner, self.name) if part)
+
+
+class Patch:
+    """What ``patch()`` returns: leaving it as a context manager undoes what that call did."""
+
+    def __init__(self, patches: Patches, owns: bool) -> None:
+        self._patches, self._owns = patches, owns
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._owns:
+            self._patches.unpatch()
+
+
+class Patches:
+    """The targets of one package, whose versions from ``tested[0]`` to below ``tested[1]`` the suite is run with."""
+
+    def __init__(
+        self, package: str, tested: tuple[tuple[int, int], tuple[int, int]], targets: Sequence[Target]
+    ) -> None:
+        self.package, self.tested, self.targets = package, tested, targets
+        #: What stood in the place of each target, while it is patched.
+        self.originals: dict[Target, Any] = {}
+
+    def patch(self) -> Patch:
+        """RuntimeError, and nothing is replaced, where the version is another, or a function is missing or takes
+        other arguments."""
+        self._require_tested_version()
+        if self.originals:
+            return Patch(self, owns=False)
+        found = {target: self._original(target) for target in self.targets}
+        for target, original in found.items():
+            target.set(target.ours)
+            self.originals[target] = original
+        return Patch(self, owns=True)
+
+    def unpatch(self) -> None:
+        """RuntimeError, and nothing is put back, where somebody replaced ours in turn."""
+        for target in self.originals:
+            if target.get() is not target.ours:
+                raise RuntimeError(f"{target} was replaced again after patch(); undo that before unpatch()")
+        for target, original in self.originals.items():
+            target.set(original)
+        self.originals.clear()
+
+    def _require_tested_version(self) -> None:
+        first, below = (".".join(map(str, version)) for version in self.tested)
+        version = importlib.metadata.version(self.package)
+        parts = tuple(int(part) for part in version.split(".")[:2])
+        if not self.tested[0] <= parts < self.tested[1]:
+            wanted = f"{self.package} >={first},<{below}"
+            raise RuntimeError(
+                f"kdkernels.integrations.{self.package} is tested with {wanted} and {self.package} {version} is "
+                f"installed; pip install '{wanted.replace(' ', '')}', or call its functions yourself"
+            )
+
+    def _original(self, target: Target) -> Any:
+        """What stands there now, after making sure that it can be replaced."""
+        original = target.get()
+        if original is None:
+            raise RuntimeError(f"{self.package} has no {target}, which patch() would replace")
+        theirs, ours = (
+            list(inspect.signature(getattr(f, "__func__", f)).parameters) for f in (original, target.ours)
+        )
+        if theirs != ours:
+            raise RuntimeError(f"{target} takes {theirs}, but its replacement takes {ours}")
+        return original
