@@ -7,6 +7,7 @@ trainer                               what is replaced
 ``experimental.gkd.GKDTrainer``       ``generalized_jsd_loss``
 ``experimental.gold.GOLDTrainer``     ``generalized_jsd_loss``
 ``ServerDistillationTrainer``         ``compute_loss`` (in ``experimental.server_distillation``)
+``experimental.sdft``, ``.sdpo``      ``compute_topk_`` and ``compute_full_logit_self_distillation_loss``
 ====================================  =====================================================
 
 Signatures and values are TRL's. What differs, on purpose (each is a test in
@@ -14,6 +15,7 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 
 * half-precision logits: the row arithmetic is fp32 and so is the loss; TRL's is in the logits' dtype;
 * ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
+* self-distillation on the student's top k: the mass that it leaves is not clamped at 1e-7;
 * server distillation: TRL clamps the stored mass to 1 - 1e-7, where the student's gradient stops; here it
   goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
 * an lm_head that FSDP2 shards as a unit of its own gets the mean of the ranks' gradients; with TRL a rank
@@ -37,6 +39,7 @@ from ..divergences import JSD, simplified
 from ..heads import MappedLogits
 from ..losses import js_divergence
 from ..options import Reduction
+from ..producers import target_at
 from ..targets import SparseTarget, Tail
 from .common import IGNORED, head
 from .patches import Patch, Patches, Target
@@ -255,6 +258,28 @@ def _server_target(
     return SparseTarget(ids, torch.stack([top[..., 0], actual], -1), mask=both, tail=tail)
 
 
+def topk_self_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    distillation_topk: int,
+    distillation_alpha: float,
+    distillation_add_tail: bool,
+) -> Tensor:
+    """SDFT's and SDPO's loss over the student's own top k, per token ``[...]``: JSD(alpha) of the distributions over
+    these ids and their rest, or over the ids alone."""
+    ids = student_logits.detach().topk(distillation_topk, -1).indices
+    target = target_at(teacher_logits, ids, tail="bucket" if distillation_add_tail else "conditional")
+    return js_divergence(student_logits, target, beta=distillation_alpha, reduction="none")
+
+
+def full_logit_self_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
+) -> Tensor:
+    """The same over the whole vocabulary."""
+    return js_divergence(student_logits, teacher_logits, beta=distillation_alpha, reduction="none")
+
+
 def _items(num_items: Tensor | int | None, beside: Tensor) -> Any:
     return num_items.to(beside.device) if isinstance(num_items, Tensor) else num_items
 
@@ -285,6 +310,11 @@ _TARGETS = (
         "ServerDistillationTrainer",
         "compute_loss",
         server_compute_loss,
+    ),
+    *(
+        Target(f"trl.experimental.{trainer}.{trainer}_trainer", None, f"compute_{ours.__name__}", ours)
+        for trainer in ("sdft", "sdpo")
+        for ours in (topk_self_distillation_loss, full_logit_self_distillation_loss)
     ),
 )
 
