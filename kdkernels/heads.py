@@ -24,9 +24,14 @@ class Shard:
     Args:
         group: a ``torch.distributed`` process group that this rank is in; None: all ranks.
         start: the first id of this rank's part; None: the parts lie in the order of the ranks.
-        tokens: "replicated": hidden states, labels and weights of tokens are the same on all ranks.
+        tokens: "replicated": hidden states, labels and all that is given for each token are the same on all ranks.
+            "sharded": each rank has tokens of its own, as many as it likes, and its loss is that of its own tokens,
+            as if the lm_head were whole on every rank; they are gathered inside. Needs LinearHeads, and the same
+            arriving gradient on every rank where the loss is one number.
+        data_parallel: of sharded tokens: how the ranks' gradients of everything before the lm_head become one.
+            "mean" as DDP and FSDP do, "sum" as sequence parallelism does; the shard's gradient comes out so.
         reduce_hidden: the gradient for hidden states is summed over the group. False: it is this rank's part, for
-            a caller whose own mapping sums it, as Megatron's does.
+            a caller whose own mapping sums it, as Megatron's does. Replicated tokens only.
         reduce_dtype: what it is summed in; fp64 stays fp64.
 
     Raises:
@@ -39,18 +44,24 @@ class Shard:
 
     group: Any = None
     start: int | None = None
-    tokens: Literal["replicated"] = "replicated"
+    tokens: Literal["replicated", "sharded"] = "replicated"
     reduce_hidden: bool = True
     reduce_dtype: torch.dtype = torch.float32
+    data_parallel: Literal["mean", "sum"] = "mean"
     #: Filled once, by core/exchange.py: how the group shares out this vocabulary.
     known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.start is not None and integer("Shard's start", self.start) < 0:
             raise ValueError(f"Shard needs start >= 0 or None, got start={self.start}")
-        if self.tokens != "replicated":
-            raise ValueError(f"Shard needs tokens='replicated', got {shown(self.tokens)}")
-        flag("Shard's reduce_hidden", self.reduce_hidden)
+        if self.tokens not in ("replicated", "sharded"):
+            raise ValueError(f"Shard's tokens are 'replicated' or 'sharded', got {shown(self.tokens)}")
+        if self.data_parallel not in ("mean", "sum"):
+            raise ValueError(f"Shard's data_parallel is 'mean' or 'sum', got {shown(self.data_parallel)}")
+        if not flag("Shard's reduce_hidden", self.reduce_hidden) and self.tokens == "sharded":
+            raise ValueError(
+                "reduce_hidden=False leaves dH to the caller, who cannot sum it with tokens='sharded'"
+            )
         if not isinstance(self.reduce_dtype, torch.dtype) or not self.reduce_dtype.is_floating_point:
             raise TypeError(f"Shard needs a floating reduce_dtype, got {self.reduce_dtype!r}")
 
@@ -176,11 +187,15 @@ class MappedLogits:
 class ShardedLogits:
     """This rank's columns ``[..., V_rank]`` of logits whose vocabulary a group of ranks shares out.
 
-    Their gradient is that of these columns. ``logit_scale`` and ``softcap`` as in :class:`MappedLogits`.
+    Their gradient is that of these columns.
 
     Args:
         logits: ``[..., V_rank]`` (fp64, fp32, bf16, fp16); V_rank may be 0.
         shard: where these columns lie.
+        logit_scale, softcap: numbers; logits are scaled, then capped.
+
+    Raises:
+        ValueError: a number is out of range. TypeError: something is no Tensor, no Shard or no number.
 
     Raises:
         TypeError, ValueError: something is no Tensor or no Shard, logits are a scalar, a number is out of range.

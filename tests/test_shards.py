@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import shard_cases
@@ -11,6 +12,8 @@ from shard_cases import Case
 from sparse_problems import TAILS
 
 import kdkernels as kd
+from kdkernels.backends import row_state
+from kdkernels.backends.spec import Asked, Spec
 
 HEADS = dict(student="head", teacher="head")
 DIVERGENCES = [
@@ -139,6 +142,15 @@ SPARSE = [
     ),
     Case("chunks", dict(student="head", shape=(40,)), dict(chunk_bytes=3000), tail="bucket"),
 ]
+OWN = [
+    Case("mean", dict(shape=(15,), **HEADS), dict(divergence=kd.JSD(0.3), **MIX), ranks=3),
+    Case("sum", dict(shape=(15,), **HEADS), MIX, ranks=4, shard=dict(data_parallel="sum"), split="empty"),
+    Case("even, chunks", dict(shape=(15,), **HEADS), dict(chunk_bytes=8 * 61 * 4, **MIX), ranks=2),
+    Case("token losses", dict(shape=(15,), **HEADS), dict(reduction="none", **MIX), ranks=3),
+    Case("sparse", dict(shape=(15,), student="head"), dict(hard_weight=0.5), tail="bucket", ranks=3),
+    Case("stored", dict(shape=(15,), student="head"), dict(reduction="none"), tail="conditional", ranks=2),
+]
+DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels"]
 STATS = [
     Case("stats of a sparse target", {}, dict(return_stats=True, hard_weight=0.5), tail="bucket", ranks=3),
     Case(
@@ -176,6 +188,8 @@ def outcomes(tmp_path_factory):
         for case in cases
     ]
     given += [(("refused", name), 3, shard_cases.refused, name) for name in REFUSED]
+    given += [(("own tokens", case.name), case.ranks, shard_cases.own_tokens, case) for case in OWN]
+    given += [(("different", name), 3, shard_cases.other_arguments, name) for name in DIFFERENT]
     given += [(name, 3, function) for name, function in shard_cases.OTHERS.items()]
     return shard_cases.run(tmp_path_factory.mktemp("shards"), given)
 
@@ -284,6 +298,33 @@ def test_collectives_are_counted(kind, name, gathers, sums, outcomes):
         assert calls == [("all_gather", size) for size in gathers] + [("all_reduce", size) for size in sums]
 
 
+SENT = {
+    "`ForwardKL`, `ReverseKL`": [
+        Spec(kind=kd.ForwardKL.code, asked=Asked.SOFT),
+        Spec(kind=kd.ReverseKL.code, asked=Asked.SOFT),
+    ],
+    "`SkewKL`": [Spec(kind=kd.SkewKL.code, asked=Asked.SOFT)],
+    "other divergences": [
+        Spec(kind=d.kind, asked=Asked.SOFT) for d in DIVERGENCES[2:] if not isinstance(d, kd.SkewKL)
+    ],
+    "cross entropy": [Spec(asked=Asked.LABEL)],
+    "`ForwardKL` and cross entropy at a temperature": [
+        Spec(kind=kd.ForwardKL.code, asked=Asked.SOFT | Asked.LABEL, tempered=1)
+    ],
+}
+
+
+def test_the_page_says_what_is_sent():
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    table = dict(re.findall(r"^\| (.*?) \| (\d \| [\d +]+) \|$", page, re.M))
+    assert list(table) == list(SENT)
+    for loss, specs in SENT.items():
+        for spec in specs:
+            first = 8 * len(row_state.first_pass(spec, torch.ones(1)).columns)
+            second = " + 16" if spec.kind and spec.closed_form is None else ""
+            assert table[loss] == f"{2 if second else 1} | {first}{second}"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_rank_says_what_is_wrong(name, outcomes):
     for said in of(outcomes, ("refused", name)):
@@ -291,6 +332,51 @@ def test_every_rank_says_what_is_wrong(name, outcomes):
         assert kind in ("ValueError", "RuntimeError", "TypeError")
         assert re.search(pattern, message), message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_are_checked(name, outcomes):
+    for kind, message, pattern in of(outcomes, ("different", name)):
+        assert kind in ("ValueError", "_Told")
+        assert re.search(pattern, message), message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
+def test_ranks_with_tokens_of_their_own(case, outcomes):
+    """As if the lm_head were whole on every rank, and its gradient averaged or summed over the ranks."""
+    parts, problem = of(outcomes, ("own tokens", case.name)), case.made()
+    options = {name: value for name, value in case.options.items() if name != "chunk_bytes"}
+    bounds, shards = shard_cases.token_bounds(case.ranks), []
+    for rank, outcome in enumerate(parts):
+        here = slice(bounds[rank], bounds[rank + 1])
+        leaves = [t.double().requires_grad_() for t in problem.student]
+        student = problem.side([leaves[0][here], *leaves[1:]])
+        if case.tail:
+            teacher = shard_cases.own_target(problem.target, here)
+        else:
+            teacher = problem.side(
+                [problem.teacher[0][here].double(), *(t.double() for t in problem.teacher[1:])]
+            )
+        with kd.use_backend("reference"):
+            loss = kd.distillation_loss(student, teacher, problem.labels[here], **options)
+        assert torch.allclose(outcome.losses[0].double(), loss, rtol=1e-5, atol=2e-6)
+        hidden, *shard = torch.autograd.grad((loss * shard_cases.arriving(loss)).sum(), leaves)
+        mine = outcome.gradients[0][0]
+        assert mine.shape == hidden[here].shape
+        assert not mine.numel() or relative(mine, hidden[here]) < 4e-6
+        shards.append(shard)
+    divisor = 1 if case.shard.get("data_parallel") == "sum" else case.ranks
+    for at, truth in enumerate(zip(*shards), 1):
+        mine = torch.cat([outcome.gradients[0][at] for outcome in parts])
+        assert relative(mine, sum(truth) / divisor) < 4e-6
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_body_and_head_agree_under_data_parallelism(wrapper, outcomes):
+    for gradients, truth in of(outcomes, f"trained by {wrapper}"):
+        for mine, oracle in zip(gradients, truth, strict=True):
+            assert oracle.norm() > 1e-3 and relative(mine, oracle) < 1e-5
 
 
 def test_a_head_moves_to_the_students_rows(outcomes):
@@ -344,6 +430,8 @@ def test_without_processes():
     )
     assert_refused(lambda: kd.Shard(start=-1), "start >= 0")
     assert_refused(lambda: kd.Shard(tokens="halved"), "replicated")
+    assert_refused(lambda: kd.Shard(data_parallel="max"), "'mean' or 'sum'")
+    assert_refused(lambda: kd.Shard(tokens="sharded", reduce_hidden=False), "cannot sum it")
     with pytest.raises(TypeError, match="reduce_dtype"):
         kd.Shard(reduce_dtype="fp32")
     with pytest.raises(TypeError, match=r"kd\.Shard"):

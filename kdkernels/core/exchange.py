@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,8 +24,11 @@ from ..checks import require
 from ..heads import Shard
 from .sides import Side
 
-# torch 2.13 has renamed it.
+# torch 2.13 has renamed them.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
 
 
 class Place(NamedTuple):
@@ -36,6 +40,8 @@ class Place(NamedTuple):
     widest: int  # of all ranks
     reduce_hidden: bool
     reduce_dtype: str
+    own_tokens: bool  # each rank has tokens of its own
+    averaged: bool  # then gradients of the shard are a mean over the ranks, and else a sum
     #: What is wrong on this rank alone. It becomes everybody's error in the first exchange.
     problem: str = ""
 
@@ -62,21 +68,50 @@ def _group(shard: Shard) -> Any:
     return group
 
 
-def tell(group: Any, message: Any) -> list[Any]:
+class _Told(ValueError):
+    """Another rank's error: every rank has heard of it."""
+
+
+def _tell(group: Any, message: Any) -> list[Any]:
     """Every rank's message, in the order of the ranks. An exception that one of them tells is raised on all."""
     heard: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(heard, message, group=group)
+    if isinstance(message, Exception):
+        raise message
     for rank, said in enumerate(heard):
         if isinstance(said, Exception):
-            raise said if said is message else ValueError(f"rank {rank} of the shard's group: {said}")
+            raise _Told(f"rank {rank} of the shard's group: {said}")
     return heard
+
+
+def agreed(shard: Shard, make: Callable[[], Any], signature: Callable[[Any], dict[str, Any]]) -> Any:
+    """What ``make`` makes. With KDKERNELS_CHECK_RANKS=1 an error of one rank, or a ``signature`` that is not the same
+    on all, is an error of all, where they would wait for each other else."""
+    if os.environ.get("KDKERNELS_CHECK_RANKS", "0") in ("", "0"):
+        return make()
+    group = _group(shard)
+    try:
+        made = make()
+    except _Told:
+        raise
+    except Exception as error:
+        _tell(group, error)
+        raise
+    first, *others = _tell(group, signature(made))
+    for rank, other in enumerate(others, 1):
+        for name, here in first.items():
+            if other[name] != here:
+                raise ValueError(
+                    f"ranks 0 and {rank} of the shard's group differ in {name}: {here}, {other[name]}"
+                )
+    return made
 
 
 def ranges(shard: Shard, width: int) -> tuple[Range, ...]:
     """The first id of every rank's part and the one after its last. It is asked once of each Shard."""
     if "ranges" not in shard.known:
         group = _group(shard)
-        told = tell(group, (shard.start, width))
+        told = _tell(group, (shard.start, width))
         shard.known.update(width=width, ranges=_joined(told))
     return shard.known["ranges"]
 
@@ -112,9 +147,19 @@ def placed(student: Side, teacher: Side | None) -> tuple[Side, Side | None]:
         )
     if student.shard is None:
         return student, teacher
-    if teacher is not None and teacher.shard is not None and _group(teacher.shard) != _group(student.shard):
-        raise ValueError("student and teacher are sharded over two different groups")
+    sides = [student] if teacher is None else [student, teacher]
+    _check_options([side.shard for side in sides if side.shard is not None])
+    if student.shard.tokens == "sharded" and not all(side.is_head for side in sides):
+        raise ValueError("tokens='sharded' needs hidden states and a shard of the lm_head, got logits")
     return _whole(student), None if teacher is None else _whole(teacher)
+
+
+def _check_options(shards: list[Shard]) -> None:
+    if len({id(_group(shard)) for shard in shards}) > 1:
+        raise ValueError("student and teacher are sharded over two different groups")
+    for name in ("tokens", "reduce_hidden", "reduce_dtype", "data_parallel"):
+        if len({getattr(shard, name) for shard in shards}) > 1:
+            raise ValueError(f"student's and teacher's shard have two different {name}")
 
 
 def _whole(side: Side) -> Side:
@@ -147,6 +192,8 @@ def place(student: Side, teacher: Side | None, vocab: int) -> Place | None:
         max(end - begin for begin, end in cut[0]),
         student.shard.reduce_hidden,
         str(student.shard.reduce_dtype).removeprefix("torch."),
+        student.shard.tokens == "sharded",
+        student.shard.data_parallel == "mean",
         _problem("student", student) or ("" if teacher is None else _problem("teacher", teacher)),
     )
 
@@ -181,6 +228,13 @@ class Exchange:
         self.group: Any = dist.distributed_c10d._resolve_process_group(place.group)  # type: ignore[arg-type]
         self.ranks = dist.get_world_size(self.group)
         self.pending: list[Any] = []
+        self.own_tokens: OwnTokens | None = None
+
+    def gather_tokens(self, tokens: int, device: torch.device) -> OwnTokens | None:
+        """Where each rank has its own tokens, what makes them everybody's."""
+        if self.place.own_tokens:
+            self.own_tokens = OwnTokens(self, tokens, device)
+        return self.own_tokens
 
     def merge(self, here: Callable[[], None], of: Pass, state: Tensor) -> None:
         """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns."""
@@ -245,13 +299,55 @@ class Exchange:
         return given if given == torch.float64 else getattr(torch, self.place.reduce_dtype)
 
     def start_sum(self, total: Tensor) -> None:
-        """Sum ``total`` over the group, in place and beside what is computed meanwhile."""
-        self.pending.append(dist.all_reduce(total, group=self.group, async_op=True))
+        """Sum ``total`` over the group, in place and beside what is computed meanwhile. With own tokens it is only
+        taken apart at the end."""
+        if self.own_tokens is None:
+            self.pending.append(dist.all_reduce(total, group=self.group, async_op=True))
 
     def wait(self) -> None:
         for work in self.pending:
             work.wait()
         self.pending.clear()
+
+
+class OwnTokens:
+    """Ranks that have tokens of their own: theirs are gathered, and what is made of each goes back to its rank."""
+
+    def __init__(self, exchange: Exchange, tokens: int, device: torch.device) -> None:
+        self.group, self.ranks = exchange.group, exchange.ranks
+        count = torch.tensor([tokens], device=device)
+        self.counts: list[int] = self._gathered(count).tolist()
+        self.most, self.rank = max(self.counts), dist.get_rank(self.group)
+        self.averaged_over = self.ranks if exchange.place.averaged else 1
+
+    def _gathered(self, here: Tensor) -> Tensor:
+        heard = here.new_empty((self.ranks * here.shape[0], *here.shape[1:]))
+        _all_gather(heard, here.contiguous(), group=self.group)
+        return heard
+
+    def gather(self, here: Tensor) -> Tensor:
+        """``[tokens, ...]`` of this rank, as that of all ranks, in their order."""
+        missing = self.most - here.shape[0]
+        if missing:
+            here = torch.cat([here, here.new_zeros(missing, *here.shape[1:])])
+        heard = self._gathered(here)
+        if min(self.counts) == self.most:
+            return heard
+        return torch.cat([part[:count] for part, count in zip(heard.split(max(self.most, 1)), self.counts)])
+
+    def own(self, everybody: Tensor) -> Tensor:
+        return everybody.split(self.counts)[self.rank]
+
+    def sum_own(self, parts: Tensor) -> Tensor:
+        """This rank's tokens of the sum over all ranks of ``parts``."""
+        if min(self.counts) < self.most:
+            even = parts.new_zeros(self.ranks, self.most, *parts.shape[1:])
+            for part, given, count in zip(even, parts.split(self.counts), self.counts):
+                part[:count] = given
+            parts = even.flatten(0, 1)
+        total = parts.new_empty((self.most, *parts.shape[1:]))
+        _reduce_scatter(total, parts.contiguous(), group=self.group)
+        return total[: self.counts[self.rank]]
 
 
 def move_rows(rows: Tensor, source: Shard, width: int, target: Shard) -> Tensor:

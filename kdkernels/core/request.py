@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import chosen_backend, native
 from ..backends.outcomes import check_divergence
 from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail
 from ..checks import DTYPES
@@ -244,6 +245,43 @@ def make(
     chunk_bytes: int | None,
 ) -> Call:
     """The call that these arguments describe; an error where they describe none."""
+
+    def made() -> Call:
+        return _make(student, teacher, terms, tokens_given, vocab_size, chunk_bytes)
+
+    shard = getattr(student, "shard", None)
+    return made() if shard is None else exchange.agreed(shard, made, _signature)
+
+
+def _signature(call: Call) -> dict[str, Any]:
+    """What must be the same on all ranks of a shard's group, so that they walk the same chunks."""
+    request = call.request
+    same: dict[str, Any] = {
+        "loss": request.spec.text(),
+        "vocabulary": request.vocab,
+        "chunk_bytes": request.chunk_bytes,
+        "slots": request.teacher[0].shape[-1] if request.spec.tail else 0,
+        "dtypes": [str(t.dtype) for t in request.tensors],
+        "gradients": request.needs_grad,
+        "backend": (chosen_backend(), native.why_not() is None),
+    }
+    if request.place is not None and not request.place.own_tokens:
+        same["tokens"] = list(call.reduction.leading)
+        labels, weights = request.labels, request.weights
+        order = torch.arange(1, len(weights) + 1, device=weights.device)
+        same["labels"] = 0 if labels is None else int((labels * order).sum())
+        same["weights"] = (weights * order[:, None]).sum().item()
+    return same
+
+
+def _make(
+    student: Logits,
+    teacher: Teacher | None,
+    terms: Terms,
+    tokens_given: Tokens,
+    vocab_size: int | None,
+    chunk_bytes: int | None,
+) -> Call:
     terms, given = terms.checked(), tokens_given.checked()
     limits = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     terms.check_labels(given.labels)

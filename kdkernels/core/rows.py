@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .exchange import Exchange
+from .exchange import Exchange, OwnTokens
 from .head_gradient import HALF, WeightGradient, add_rows, wide
 from .layout import columns_adjoin, flat, folding_tokens
 
@@ -290,8 +290,24 @@ class HeadRows:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
         if self.exchange is not None:
             self.exchange.wait()
+            if self.exchange.own_tokens is not None:
+                return self._own_gradients(self.exchange.own_tokens)
         made = self.grad_hidden, self.grad_weight.total, self.grad_bias
         return [self._complete(t, grad) for t, grad, want in zip(self.given, made, self.wanted) if want]
+
+    def _own_gradients(self, tokens: OwnTokens) -> list[Tensor]:
+        """dH of this rank's tokens, whose weights were divided by the number of ranks where gradients are averaged;
+        dW and db of its shard."""
+        assert self.exchange is not None
+        made: list[Tensor] = []
+        if self.wanted[0]:
+            everybody = self.given[0].new_zeros(self.given[0].shape, dtype=self.summed_in)
+            if self.grad_hidden is not None:
+                at = slice(None) if self.index is None else self.index
+                everybody[at] = self.grad_hidden
+            made.append((tokens.sum_own(everybody) * tokens.averaged_over).to(self.dtype))
+        shard = zip(self.given[1:], (self.grad_weight.total, self.grad_bias), self.wanted[1:])
+        return made + [self._complete(tensor, grad) for tensor, grad, want in shard if want]
 
     def _complete(self, tensor: Tensor, grad: Tensor | None) -> Tensor:
         if grad is None or not self.tokens:

@@ -21,7 +21,7 @@ from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
 from ..backends.row_state import SECOND_PASS, Pass, finish, first_pass, new_state
 from ..backends.sparse_rows import Solved, Temperatures, gather_stored, no_logits, solve, student_tile
 from ..backends.spec import RESULTS, Asked, Output, Spec, Tail
-from .exchange import Exchange
+from .exchange import Exchange, OwnTokens
 from .layout import flat
 from .request import Request
 from .rows import HeadRows, LogitRows, Stored
@@ -59,6 +59,9 @@ def walk(request: Request, grads: Gradients) -> list[Tensor]:
     """
     place = request.place
     exchange = None if place is None else Exchange(place)
+    own = None if exchange is None else exchange.gather_tokens(len(request.weights), request.weights.device)
+    if own is not None:
+        request = _gathered(request, own)
     student, teacher = sources(request, grads, exchange)
     sides = [side for side in (student, teacher) if side is not None]
     rows, live = _per_row(request), None
@@ -67,7 +70,27 @@ def walk(request: Request, grads: Gradients) -> list[Tensor]:
     results = _Walk(request, student, teacher, rows, exchange).run()
     if live is not None:
         results = results.new_zeros(request.weights.shape[0], RESULTS).index_copy_(0, live, results)
+    if own is not None:
+        results = own.own(results).clone()
     return [results, *(g for side in sides for g in side.gradients())]
+
+
+def _gathered(request: Request, own: OwnTokens) -> Request:
+    """The same with the tokens of all ranks. What is said of a token travels together: its label (exact in fp64),
+    temperature and weights."""
+    weights = request.weights
+    label = torch.zeros_like(weights[:, 0]) if request.labels is None else request.labels.double()
+    temperature = request.temperature.expand(len(weights))
+    said = own.gather(torch.cat([torch.stack([label, temperature], 1), weights], 1))
+    sparse = bool(request.spec.tail)
+    return replace(
+        request,
+        student=[own.gather(flat(request.student[0])), *request.student[1:]],
+        teacher=[own.gather(flat(t)) if sparse or not i else t for i, t in enumerate(request.teacher)],
+        labels=None if request.labels is None else said[:, 0].long(),
+        temperature=said[:, 1].contiguous(),
+        weights=said[:, 2:] / own.averaged_over,  # dH is multiplied by it again, in a wide dtype
+    )
 
 
 def _projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:

@@ -6,6 +6,7 @@ Four processes are started once. Groups of 2, 3 and 4 of them run the cases; a g
 import contextlib
 import datetime
 import functools
+import os
 import traceback
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from sparse_problems import SparseProblem
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 import kdkernels as kd
 from kdkernels.backends import eager, native, row_state
@@ -258,6 +261,73 @@ def own_dh(group):
     return *made, kept
 
 
+TOKENS = 15
+
+
+def token_bounds(ranks):
+    """Where each rank's own tokens begin, and the end; the second has none."""
+    return [0, 4, *[4 + 5 * rank for rank in range(ranks - 2)], TOKENS]
+
+
+def own_target(target, here):
+    mask = None if target.mask is None else target.mask[here]
+    return kd.SparseTarget(target.ids[here], target.logprobs[here], mask=mask, tail=target.tail)
+
+
+def own_tokens(case, group):
+    """What this rank makes of its own tokens; what arrives differs by token where the losses do."""
+    problem, bounds, rank = case.made(), case.bounds(), dist.get_rank(group)
+    tokens = slice(*token_bounds(case.ranks)[rank : rank + 2])
+    shard = kd.Shard(group, tokens="sharded", **case.shard)
+    sides = []
+    for tensors in (problem.student, problem.teacher):
+        if isinstance(tensors[0], kd.SparseTarget):
+            sides.append(([], own_target(tensors[0], tokens)))
+        else:
+            sides.append(part([tensors[0][tokens], *tensors[1:]], bounds, rank, problem.head, shard))
+    with counted() as calls:
+        loss = kd.distillation_loss(sides[0][1], sides[1][1], problem.labels[tokens], **case.options)
+        gradients = torch.autograd.grad((loss * arriving(loss)).sum(), sides[0][0])
+    return Outcome([loss.detach()], [list(gradients)], None, calls)
+
+
+def arriving(loss):
+    return torch.arange(1, loss.numel() + 1).view(loss.shape) if loss.dim() else 3.0
+
+
+def body():
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+
+
+def trained(wrapper, group):
+    """Gradients of the body and of this rank's shard of the lm_head, of a mean over all ranks' tokens."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    inputs, labels, head = leaf(9, 6).detach(), torch.arange(9), leaf(9, 6, seed=2)
+    mine, model = slice(*[0, 5, 6, 9][rank : rank + 2]), body()
+    if wrapper == "DDP":
+        model = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+        weight = head.detach()[3 * rank : 3 * rank + 3].clone().requires_grad_()
+        rows = weight
+    else:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        model = fully_shard(model, mesh=mesh)
+        linear = torch.nn.Linear(6, 9, bias=False)
+        linear.weight = torch.nn.Parameter(head.detach().clone())
+        weight = fully_shard(linear, mesh=mesh).weight
+        rows = weight.to_local()
+    items = kd.distributed.global_tokens(labels[mine], group)
+    head_shard = kd.LinearHead(model(inputs[mine]), rows, shard=kd.Shard(group, tokens="sharded"))
+    (ranks * kd.cross_entropy(head_shard, labels[mine], num_items=items)).backward()
+    gradients = [p.grad for p in model.parameters()] + [weight.grad]
+    local = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+    last = weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad
+    whole_model = body()
+    kd.cross_entropy(kd.LinearHead(whole_model(inputs), head), labels).backward()
+    truth = [p.grad for p in whole_model.parameters()] + [head.grad[3 * rank : 3 * rank + 3]]
+    return [*local[:-1], last], truth
+
+
 BROKEN = Case(
     "broken",
     dict(student="head", teacher="head"),
@@ -296,7 +366,32 @@ def mistaken(mistake, group):
         return sharded(BROKEN, group)
 
 
+def other_arguments(name, group):
+    """What ranks say that differ in something, with KDKERNELS_CHECK_RANKS=1."""
+    rank = dist.get_rank(group)
+    tokens, options, dtype, pattern = 3, {}, torch.float32, "rank 1 of the shard's group|differ"
+    if name == "tokens" and rank == 1:
+        tokens = 4
+    elif name == "a number" and rank == 1:
+        options = dict(temperature=-1.0)
+    elif name == "an option" and rank == 1:
+        options = dict(chunk_bytes=1000)
+    elif name == "dtype" and rank == 1:
+        dtype = torch.int64
+    elif name == "labels":
+        options = dict(labels=torch.tensor([4, 7, rank]))
+    pattern = pattern if rank != 1 else "differ|temperature must be|needs fp64"
+    os.environ["KDKERNELS_CHECK_RANKS"] = "1"
+    try:
+        logits = torch.zeros(tokens, 5, dtype=dtype)
+        sides = [kd.ShardedLogits(logits, kd.Shard(group)) for _ in range(2)]
+        return told(lambda: kd.kl_div(*sides, **options), pattern)
+    finally:
+        del os.environ["KDKERNELS_CHECK_RANKS"]
+
+
 OTHERS = {
+    **{f"trained by {wrapper}": functools.partial(trained, wrapper) for wrapper in ("DDP", "FSDP2")},
     "reshard_head": resharded,
     "global_tokens": counted_tokens,
     "nan": nan,
