@@ -8,7 +8,7 @@
 namespace kd {
 
 enum DType { kFloat, kBFloat16, kHalf };
-KD_HD int bytes_of(DType dtype) { return dtype == kFloat ? 4 : 2; }
+KD_HD constexpr int bytes_of(DType dtype) { return dtype == kFloat ? 4 : 2; }
 
 // `[rows, width]`, a row's entries side by side, rows `stride` entries apart; data null if absent.
 struct Matrix {

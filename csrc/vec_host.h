@@ -68,33 +68,35 @@ KD_HD Vec load(const float* p) {
 }
 KD_HD void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// A factor of exp's argument, and the bounds of x outside of which exp(x * scale) is 0 or infinite.
+// A factor of exp's argument, and the lowest x that exp_scaled may be given: exp(low * scale) comes out as 0.
 struct Scale {
+#if defined(__AVX512F__)
+  static constexpr double kLeast = -300;
+#else
+  static constexpr double kLeast = -127;  // 2^-127 is the exponent of 0
+#endif
   float scale = 1, log2 = 1.44269504088896341f;  // log2: times log2 e
-  float least = -200, low = -87, high = 88.72f;
+  float low = bound(kLeast / 1.44269504088896341);
 
   Scale() = default;
   KD_HD explicit Scale(double s)
       : scale((float)s),
         log2((float)(s * 1.44269504088896341)),
-        least(bound(-200 / s)),
-        low(bound(-87 / s)),
-        high(bound(88.72 / s)) {}
-  KD_HD static float bound(double x) { return x < -3e38 ? -3e38f : x > 3e38 ? 3e38f : (float)x; }
+        low(bound(kLeast / (s * 1.44269504088896341))) {}
+  KD_HD static constexpr float bound(double x) { return x < -3e38 ? -3e38f : (float)x; }
 };
 
+// exp(x * scale) of an x from scale.low on, up to 88 / scale; 0 below -87 / scale. Above, the result means
+// nothing: the caller sees to it. No other checks, so that this is ten instructions.
+//
 // 2^(x scale log2 e) = 2^n * 2^f. f comes from one fused multiply-add, so its error is that of the constant:
 // 3e-8 |x scale|, less than the rounding of the logits that x is a difference of. 2^f is a minimax polynomial
 // of degree 5. Its constant term is 1, so that exp(0) is exactly 1.
 KD_HD Vec exp_scaled(Vec x, const Scale& s) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-#if defined(__AVX512F__)
-  x = vmax(x, splat(s.least));
-  const Vec n = (x * s.log2 + magic) - magic;
-#else
-  const Vec above = x < s.low ? splat(s.low) : x;
-  const Vec n = (above * s.log2 + magic) - magic;
-#endif
+  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits. 127 more make it the
+  // exponent of 2^n, once shifted.
+  const Vec magic = splat(12582912.0f + 127.0f);
+  const Vec shifted = x * s.log2 + magic, n = shifted - magic;
 #if defined(__FMA__) || defined(__aarch64__)
   const Vec f = x * s.log2 - n;
 #else  // without a fused product, subtract ln 2 in two parts first
@@ -109,14 +111,13 @@ KD_HD Vec exp_scaled(Vec x, const Scale& s) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-  const Ints bits = (Ints)(n + magic) << 23;
-  y = (Vec)((Ints)y + bits);
-  y = x < s.low ? Vec{} : y;
-  y = x > s.high ? splat(kInf) : y;
-  return x == x ? y : x;
+  return y * as_vec(as_ints(shifted) << 23);
 #endif
 }
-KD_HD Vec vexp(Vec x) { return exp_scaled(x, Scale()); }
+KD_HD Vec vexp(Vec x) {
+  const Scale one;
+  return exp_scaled(vmax(vmin(x, splat(88.9f)), splat(one.low)), one);
+}
 
 KD_HD Vec quotient(Vec a, Vec b) {
 #if defined(__AVX512F__)

@@ -8,18 +8,37 @@ namespace kd {
 namespace KD_ISA {
 
 KD_HD Vec from_bfloat16(const uint16_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   Halves h;
   std::memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, Ints) << 16);
+#endif
 }
 
-KD_HD Halves to_bfloat16(Vec v) {
-  typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-  const Words bits = (Words)v;
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, Halves);
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+
+// The upper 16 bits of each word.
+KD_HD Halves high_halves(Words v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i words = _mm256_srli_epi32((__m256i)v, 16);
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+  return __builtin_convertvector(v >> 16, Halves);
+#endif
 }
+
+// A NaN stays one: its payload is cut, and might have been rounded up to nothing.
+#if defined(__AVX512BF16__)
+KD_HD Halves to_bfloat16(Vec v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
+#else
+KD_HD Halves to_bfloat16(Vec v) {
+  const Words bits = (Words)v;
+  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+  return high_halves(v == v ? rounded : quiet);
+}
+#endif
 
 #if defined(__AVX512F__)
 KD_HD Vec from_half(const uint16_t* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -49,47 +68,55 @@ KD_HD Halves to_half(Vec v) {
 }
 #endif
 
-// The last, partial vector goes through a full one on the stack: no entry past n is touched.
-template <class Convert>
-KD_HD void load_halves(const uint16_t* p, int n, float* out, Convert convert) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, convert(p + i));
-  if (i == n) return;
-  uint16_t tail[kLanes] = {};
-  std::memcpy(tail, p + i, (n - i) * 2);
-  store(out + i, convert(tail));
+// One vector of a type of memory.
+template <DType kDType>
+KD_HD Vec read(const char* p) {
+  if constexpr (kDType == kFloat) return load((const float*)p);
+  if constexpr (kDType == kBFloat16) return from_bfloat16((const uint16_t*)p);
+  if constexpr (kDType == kHalf) return from_half((const uint16_t*)p);
 }
 
-template <class Convert>
-KD_HD void store_halves(const float* g, int n, uint16_t* out, Convert convert) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Halves h = convert(load(g + i));
-    std::memcpy(out + i, &h, sizeof h);
-  }
-  if (i == n) return;
-  const Halves h = convert(load(g + i));
-  std::memcpy(out + i, &h, (n - i) * 2);
+template <DType kDType>
+KD_HD void write(char* p, Vec v) {
+  if constexpr (kDType == kFloat) return store((float*)p, v);
+  const Halves h = kDType == kBFloat16 ? to_bfloat16(v) : to_half(v);
+  std::memcpy(p, &h, sizeof h);
 }
 
+// Calls f with a type of memory as a constant.
+template <class F>
+KD_HD void with_dtype(DType dtype, F&& f) {
+  if (dtype == kFloat) return f.template operator()<kFloat>();
+  if (dtype == kBFloat16) return f.template operator()<kBFloat16>();
+  f.template operator()<kHalf>();
+}
+
+// n entries from `start`. The last, partial vector goes through a full one on the stack: no entry past n is
+// touched.
 inline void load_floats(const char* row, DType dtype, int64_t start, int n, float* out) {
-  const uint16_t* halves = (const uint16_t*)row + start;
-  if (dtype == kFloat)
-    std::memcpy(out, (const float*)row + start, n * sizeof(float));
-  else if (dtype == kBFloat16)
-    load_halves(halves, n, out, [](const uint16_t* p) { return from_bfloat16(p); });
-  else
-    load_halves(halves, n, out, [](const uint16_t* p) { return from_half(p); });
+  with_dtype(dtype, [&]<DType kDType>() {
+    constexpr int kBytes = bytes_of(kDType);
+    const char* from = row + start * kBytes;
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, read<kDType>(from + i * kBytes));
+    if (i == n) return;
+    char tail[kLanes * kBytes] = {};
+    std::memcpy(tail, from + i * kBytes, (n - i) * kBytes);
+    store(out + i, read<kDType>(tail));
+  });
 }
 
 inline void store_floats(const float* g, int n, char* row, DType dtype, int64_t start) {
-  uint16_t* halves = (uint16_t*)row + start;
-  if (dtype == kFloat)
-    std::memcpy((float*)row + start, g, n * sizeof(float));
-  else if (dtype == kBFloat16)
-    store_halves(g, n, halves, [](Vec v) { return to_bfloat16(v); });
-  else
-    store_halves(g, n, halves, [](Vec v) { return to_half(v); });
+  with_dtype(dtype, [&]<DType kDType>() {
+    constexpr int kBytes = bytes_of(kDType);
+    char* to = row + start * kBytes;
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) write<kDType>(to + i * kBytes, load(g + i));
+    if (i == n) return;
+    char tail[kLanes * kBytes];
+    write<kDType>(tail, load(g + i));
+    std::memcpy(to + i * kBytes, tail, (n - i) * kBytes);
+  });
 }
 
 }  // namespace KD_ISA

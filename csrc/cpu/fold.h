@@ -1,4 +1,13 @@
 // First pass over a row: fold its logits into the state, and fill the scratch for the passes that follow.
+//
+// The reference is the largest logit so far, but nobody looks for it in a pass of its own. A block is folded
+// relative to the reference that it finds, and its largest logit noted on the way. If that is higher, what
+// was summed counts for nothing, overflow and all: the reference is raised to it and the block folded again.
+// Then no exponent is above 0, so a block is folded at most twice. The comparison is one of logits: no
+// overflow can hide from it, and a NaN, which it passes over, is in the sums. A row of random logits rises
+// ln(blocks) times, so it costs a few per cent; one that rises in every block is folded twice, which is the
+// worst. A reference that may be left behind by 10 before it is raised would cost nothing, but digits: exp of
+// the most likely token's distance is then no longer exactly 1.
 #pragma once
 
 #include "row.h"
@@ -6,152 +15,270 @@
 namespace kd {
 namespace KD_ISA {
 
-inline double block_max(const float* x, int end) {
-  Vec m0 = splat(-kInf), m1 = m0, m2 = m0, m3 = m0;
+template <DType kDType>
+double highest(const char* z, int end) {
+  constexpr int kStep = kLanes * bytes_of(kDType);
+  Vec m0 = splat(-kInf), m1 = m0;
+  const int vectors = end / kLanes;
   int i = 0;
-  for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-    m0 = vmax(m0, load(x + i));
-    m1 = vmax(m1, load(x + i + kLanes));
-    m2 = vmax(m2, load(x + i + 2 * kLanes));
-    m3 = vmax(m3, load(x + i + 3 * kLanes));
+  for (; i + 2 <= vectors; i += 2) {
+    m0 = vmax(m0, read<kDType>(z + i * kStep));
+    m1 = vmax(m1, read<kDType>(z + (i + 1) * kStep));
   }
-  for (; i < end; i += kLanes) m0 = vmax(m0, load(x + i));
-  return max_lane(vmax(vmax(m0, m1), vmax(m2, m3)));
+  if (i < vectors) m0 = vmax(m0, read<kDType>(z + i * kStep));
+  return max_lane(vmax(m0, m1));
+}
+
+inline double highest(Block z, int end) {
+  double most = 0;
+  with_dtype(z.dtype, [&]<DType kDType>() { most = highest<kDType>(z.at, end); });
+  return most;
 }
 
 // `best`: the maximum of the n logits from column `begin` of the vocabulary on.
-inline void note_top(SideState& side, const float* z, int n, double best, int64_t begin) {
+inline void note_top(SideState& side, Block block, int n, double best, int64_t begin) {
   if (!(best > side.top_logit)) return;
   side.top_logit = best;
-  side.top_index = (double)(begin + (std::find(z, z + n, (float)best) - z));
+  with_dtype(block.dtype, [&]<DType kDType>() {
+    float z[kLanes];
+    int i = 0, lane = kLanes;
+    for (; i < n; i += kLanes) {
+      store(z, read<kDType>(block.at + i * bytes_of(kDType)));
+      lane = (int)(std::find(z, z + kLanes, (float)best) - z);
+      if (lane < kLanes) break;
+    }
+    side.top_index = (double)(begin + i + lane);
+  });
 }
 
 // The normaliser at temperature 1, where the temperature is another. Leaves exp(z - reference) in `exps`.
-inline void fold_t1(SideState& side, const float* z, int end, float* exps) {
+inline void fold_t1(SideState& side, Block block, int end, float* exps) {
+  const Scale one;
   const float reference = (float)side.reference;
   Vec total{};
-  for (int i = 0; i < end; i += kLanes) {
-    const Vec e = vexp(load(z + i) - reference);
-    store(exps + i, e);
-    total += e;
-  }
+  with_dtype(block.dtype, [&]<DType kDType>() {
+    for (int i = 0; i < end; i += kLanes) {
+      const Vec z = read<kDType>(block.at + i * bytes_of(kDType));
+      const Vec e = exp_scaled(vmax(z - reference, splat(one.low)), one);
+      store(exps + i, e);
+      total += e;
+    }
+  });
   side.sum_exp_t1 += sum(total);
 }
 
-inline void fold_logits(SideState& side, const float* z, int n) {
+inline void fold_logits(SideState& side, Block block, int n) {
   double total = 0;
-  for (int i = 0; i < n; ++i) total += z[i];
+  with_dtype(block.dtype, [&]<DType kDType>() {
+    float z[kLanes];
+    for (int i = 0; i < n; i += kLanes) {
+      store(z, read<kDType>(block.at + i * bytes_of(kDType)));
+      for (int lane = 0; lane < std::min(kLanes, n - i); ++lane) total += z[lane];
+    }
+  });
   side.sum_logits += total;
 }
 
-// The next block, fetched while this one is computed: else memory would wait for arithmetic. A prefetch past
-// the end of the matrix is harmless.
-struct Ahead {
-  const char *student, *teacher;
+// What a side's fold adds up of the pair, with x as in row_state.h: nothing, or its exponentials times x.
+enum class Cross { kNone, kStudent, kTeacher };
+
+// What is left in the scratch: nothing, the exponentials, or these and beside them the exponentials times x.
+enum class Fill { kNothing, kExp, kExpX };
+
+// One side of a block, and the other where the pair counts.
+struct SideBlock {
+  const char* logits;
+  int end;
+  // The next block, fetched while this one is computed: else memory would wait for arithmetic. A prefetch
+  // past the end of the matrix is harmless.
+  const char* ahead;
+  float reference;
+  Scale scale;
+  float *exp, *exp_x;
+  const char* other = nullptr;
+  float other_reference = 0;
 };
 
-// Adds a block's exponentials, and what is weighed by them, to the state. kFill: leaves exp_s in the scratch,
-// and beside it exp_s x for ReverseKL, exp_t for the others.
-template <bool kFill, bool kStats, Kind kKind>
-void fold_exps(Row<kKind>& row, RowState& r, const float* s, const float* t, int64_t start, int end,
-               Ahead ahead) {
-  constexpr bool kTeacher = kKind != kNone;
-  const int step_s = kLanes * row.student.bytes(), step_t = kLanes * row.teacher.bytes();
-  const float reference_s = (float)r.student.reference, reference_t = (float)r.teacher.reference;
-  float *fill = row.scratch.student_exp() + start, *fill_second = row.scratch.second() + start;
-  const Scale scale = row.per_temperature;
-  const Vec least = splat(scale.least);  // there e is 0, and 0 * least is 0 where 0 * -inf is not
-  Vec sum_s{}, sum_t{}, shift_s{}, shift_t{}, cross_s{}, cross_t{};
-  for (int first = 0; first < end; first += kGroup) {
-    Vec group_s{}, group_t{};
-    for (int i = first; i < std::min(first + kGroup, end); i += kLanes) {
-      __builtin_prefetch(ahead.student);
-      ahead.student += step_s;
-      if constexpr (kTeacher) {
-        __builtin_prefetch(ahead.teacher);
-        ahead.teacher += step_t;
-      }
-      const Vec z_s = load(s + i) - reference_s;
-      const Vec exp_s = exp_scaled(z_s, scale);
-      group_s += exp_s;
-      if constexpr (kStats) shift_s += exp_s * vmax(z_s, least);
-      if constexpr (kFill) store(fill + i, exp_s);
-      if constexpr (kTeacher) {
-        const Vec z_t = load(t + i) - reference_t;
-        const Vec exp_t = exp_scaled(z_t, scale);
-        const Vec x = z_t - z_s;
-        group_t += exp_t;
-        if constexpr (kStats) shift_t += exp_t * vmax(z_t, least);
-        if constexpr (needs_cross_t(kKind)) cross_t = select(exp_t > 0.0f, cross_t + exp_t * x, cross_t);
-        if constexpr (kKind == kReverseKL) {
-          const Vec exp_x = select(exp_s > 0.0f, exp_s * x, Vec{});
-          cross_s += exp_x;
-          if constexpr (kFill) store(fill_second + i, exp_x);
-        } else {
-          if constexpr (kFill) store(fill_second + i, exp_t);
-        }
-      }
+// Shift and cross are of logits, before the temperature divides.
+struct SideSums {
+  double exp = 0, shift = 0, cross = 0;
+  double highest = -kInf;  // logit
+};
+
+struct FoldSums {
+  Vec exp{}, shift{}, cross{};
+};
+
+// Adds up one side's exponentials, and what is weighed by them: two dozen instructions a vector, of which the
+// processor has several vectors under way. Both sides in one loop would not find enough registers. Not
+// inlined, for the same reason.
+template <Fill kFill, bool kStats, Cross kCross, DType kDType>
+__attribute__((noinline)) SideSums fold_side(const SideBlock& block) {
+  constexpr int kBytes = bytes_of(kDType);
+  const SideBlock c = block;
+  const Vec low = splat(c.scale.low);  // e is 0 here, and 0 * low is 0 where 0 * -inf is not
+  Vec highest = splat(-kInf);
+  FoldSums total;
+  const auto fold_vector = [&](int i, FoldSums& sums) {
+    const Vec logits = read<kDType>(c.logits + i * kBytes), z = logits - c.reference;
+    highest = vmax(highest, logits);
+    const Vec above = vmax(z, low), e = exp_scaled(above, c.scale);
+    sums.exp += e;
+    if constexpr (kStats) sums.shift += e * above;
+    if constexpr (kFill != Fill::kNothing) store(c.exp + i, e);
+    if constexpr (kCross == Cross::kNone) return;
+    const Vec other = read<kDType>(c.other + i * kBytes) - c.other_reference;
+    const Vec x = select(e > 0.0f, kCross == Cross::kTeacher ? z - other : other - z, Vec{});
+    sums.cross += e * x;
+    if constexpr (kFill == Fill::kExpX) store(c.exp_x + i, e * x);
+  };
+  for (int first = 0; first < c.end; first += kGroup) {
+    FoldSums group;
+    const int end = std::min(first + kGroup, c.end);
+    int i = first;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {  // at least a cache line, of one prefetch
+      __builtin_prefetch(c.ahead + i * kBytes);
+      fold_vector(i, group);
+      fold_vector(i + kLanes, group);
     }
-    sum_s += group_s;
-    sum_t += group_t;
+    if (i < end) fold_vector(i, group);
+    total.exp += group.exp;
+    total.shift += group.shift;
+    total.cross += group.cross;
   }
-  r.student.sum_exp += sum(sum_s);
-  r.teacher.sum_exp += sum(sum_t);
-  if constexpr (kStats) {
-    r.student.sum_exp_shift += sum(shift_s) / row.temperature;
-    r.teacher.sum_exp_shift += sum(shift_t) / row.temperature;
-  }
-  if constexpr (kKind == kReverseKL) r.pair.cross_s += sum(cross_s) / row.temperature;
-  if constexpr (needs_cross_t(kKind)) r.pair.cross_t += sum(cross_t) / row.temperature;
+  SideSums out{.exp = sum(total.exp), .highest = max_lane(highest)};
+  if constexpr (kStats) out.shift = sum(total.shift);
+  if constexpr (kCross != Cross::kNone) out.cross = sum(total.cross);
+  return out;
 }
 
 // The block with -inf for the stored ids: a copy, since it may be the caller's own memory.
 template <Kind kKind>
-const float* without_stored(Row<kKind>& row, const float* s, int64_t start, int n, int64_t& next) {
+Block without_stored(Row<kKind>& row, Block s, int64_t start, int n, int64_t& next) {
   float* copy = nullptr;
   const int64_t begin = row.job.offset + start;
   row.stored->each(begin, begin + n, next, [&](int64_t, int64_t at) {
-    if (copy == nullptr) {
-      copy = row.scratch.student_block();
-      if (s != copy) std::memcpy(copy, s, padded(n) * sizeof(float));
-    }
+    if (copy == nullptr) copy = row.student.floats(start, n, row.scratch.student_block());
     copy[at] = -kInf;
   });
-  return copy == nullptr ? s : copy;
+  return copy == nullptr ? s : Block{(const char*)copy, kFloat};
 }
+
+// The first pass over a row, a block at a time.
+template <bool kFill, bool kStats, Kind kKind>
+class FoldPass {
+  static constexpr bool kTeacher = kKind != kNone;
+  static constexpr Fill kExp = kFill ? Fill::kExp : Fill::kNothing;
+
+ public:
+  FoldPass(Row<kKind>& row, RowState& state) : row_(row), r_(state) {}
+
+  void run() {
+    row_.each_block([&](int64_t start, int n, int64_t b) {
+      load(start, n);
+      if (r_.student.reference == kNoReference || (kTeacher && r_.teacher.reference == kNoReference))
+        raise_to(highest(s_, padded(n)), kTeacher ? highest(t_, padded(n)) : kNoReference);
+      fold_block(start, padded(n));
+      if (student_.highest > r_.student.reference || teacher_.highest > r_.teacher.reference) {
+        raise_to(student_.highest, teacher_.highest);
+        fold_block(start, padded(n));
+      }
+      add();
+      row_.scratch.references(b) = {r_.student.reference, r_.teacher.reference};
+      if constexpr (kStats) {
+        note_top(r_.student, s_, n, student_.highest, row_.job.offset + start);
+        if (kTeacher) note_top(r_.teacher, t_, n, teacher_.highest, row_.job.offset + start);
+      }
+      if (row_.tempered_hard) fold_t1(r_.student, s_, padded(n), row_.scratch.student_exp_t1() + start);
+    });
+    if (row_.spec.tempered) return;
+    r_.student.sum_exp_t1 = r_.student.sum_exp;
+    r_.teacher.sum_exp_t1 = r_.teacher.sum_exp;
+  }
+
+ private:
+  // Both sides of a block, and what is made of single logits.
+  void load(int64_t start, int n) {
+    Scratch& scratch = row_.scratch;
+    s_ = row_.student.block(start, n, scratch.student_block());
+    if (row_.label_in(start, n) >= 0) {
+      const int64_t label = row_.label - row_.job.offset;
+      r_.student.label_logit = row_.student.logit(label);
+      if (kTeacher) r_.teacher.label_logit = row_.teacher.logit(label);
+    }
+    if (row_.spec.asks(kSmooth)) fold_logits(r_.student, s_, n);
+    if (row_.stored != nullptr) s_ = without_stored(row_, s_, start, n, next_stored_);
+    if constexpr (kTeacher) t_ = row_.teacher.block(start, n, scratch.teacher_block());
+    if (!kTeacher || s_.dtype == t_.dtype) return;
+    // The loops read one type.
+    if (s_.dtype != kFloat) s_ = {(const char*)row_.student.floats(start, n, scratch.student_block())};
+    if (t_.dtype != kFloat) t_ = {(const char*)row_.teacher.floats(start, n, scratch.teacher_block())};
+  }
+
+  void raise_to(double student, double teacher) {
+    raise(r_, std::max(r_.student.reference, student), std::max(r_.teacher.reference, teacher),
+          row_.temperature);
+  }
+
+  void fold_block(int64_t start, int end) {
+    Scratch& scratch = row_.scratch;
+    SideBlock s{s_.at,
+                end,
+                row_.student.at(start + kBlock),
+                (float)r_.student.reference,
+                row_.per_temperature,
+                scratch.student_exp() + start,
+                scratch.second() + start};
+    if constexpr (!kTeacher) {
+      student_ = fold_side<kExp, Cross::kNone>(s);
+    } else {
+      SideBlock t{t_.at,
+                  end,
+                  row_.teacher.at(start + kBlock),
+                  (float)r_.teacher.reference,
+                  row_.per_temperature,
+                  scratch.second() + start,
+                  nullptr};
+      s.other = t.logits, s.other_reference = t.reference;
+      t.other = s.logits, t.other_reference = s.reference;
+      if constexpr (kKind == kReverseKL) {
+        teacher_ = fold_side<Fill::kNothing, Cross::kNone>(t);
+        student_ = fold_side<kFill ? Fill::kExpX : Fill::kNothing, Cross::kStudent>(s);
+      } else {
+        student_ = fold_side<kExp, Cross::kNone>(s);
+        teacher_ = fold_side<kExp, needs_cross_t(kKind) ? Cross::kTeacher : Cross::kNone>(t);
+      }
+    }
+  }
+
+  template <Fill kLeft, Cross kCross>
+  SideSums fold_side(const SideBlock& block) const {
+    SideSums sums;
+    with_dtype(s_.dtype,
+               [&]<DType kDType>() { sums = KD_ISA::fold_side<kLeft, kStats, kCross, kDType>(block); });
+    return sums;
+  }
+
+  void add() {
+    r_.student.sum_exp += student_.exp;
+    r_.teacher.sum_exp += teacher_.exp;
+    r_.student.sum_exp_shift += student_.shift / row_.temperature;
+    r_.teacher.sum_exp_shift += teacher_.shift / row_.temperature;
+    r_.pair.cross_s += student_.cross / row_.temperature;
+    r_.pair.cross_t += teacher_.cross / row_.temperature;
+  }
+
+  Row<kKind>& row_;
+  RowState& r_;
+  int64_t next_stored_ = 0;
+  // Of the block at hand.
+  Block s_, t_;
+  SideSums student_, teacher_;
+};
 
 template <bool kFill, bool kStats, Kind kKind>
 void fold(Row<kKind>& row, RowState& r) {
-  constexpr bool kTeacher = kKind != kNone;
-  const Spec& spec = row.spec;
-  int64_t next = 0;
-  row.each_block([&](int64_t start, int n, int64_t b) {
-    const float* s = row.student.block(start, n, row.scratch.student_block());
-    const float* t = kTeacher ? row.teacher.block(start, n, row.scratch.teacher_block()) : nullptr;
-    const int label = row.label_in(start, n), end = padded(n);
-    if (label >= 0) {
-      r.student.label_logit = s[label];
-      if (kTeacher) r.teacher.label_logit = t[label];
-    }
-    if (spec.asks(kSmooth)) fold_logits(r.student, s, n);
-    if (row.stored != nullptr) s = without_stored(row, s, start, n, next);
-
-    const double best_s = block_max(s, end), best_t = kTeacher ? block_max(t, end) : kNoReference;
-    raise(r, std::max(r.student.reference, best_s), std::max(r.teacher.reference, best_t), row.temperature);
-    if constexpr (kStats) {
-      note_top(r.student, s, n, best_s, row.job.offset + start);
-      if (kTeacher) note_top(r.teacher, t, n, best_t, row.job.offset + start);
-    }
-    row.scratch.student_reference(b) = r.student.reference;
-    row.scratch.teacher_reference(b) = r.teacher.reference;
-    const Ahead ahead{row.student.ahead(start + kBlock),
-                      kTeacher ? row.teacher.ahead(start + kBlock) : nullptr};
-    fold_exps<kFill, kStats>(row, r, s, t, start, end, ahead);
-    if (row.tempered_hard) fold_t1(r.student, s, end, row.scratch.student_exp_t1() + start);
-  });
-  if (spec.tempered) return;
-  r.student.sum_exp_t1 = r.student.sum_exp;
-  r.teacher.sum_exp_t1 = r.teacher.sum_exp;
+  FoldPass<kFill, kStats, kKind>(row, r).run();
 }
 
 // The same, with statistics only where they are asked for.

@@ -15,6 +15,53 @@ struct BlockCoefficients {
   float hard = 0, hard_t1 = 0, spread = 0;  // at temperature 1: exp_s * hard + exp_s_t1 * hard_t1 - spread
 };
 
+// A block of the scratch, and where its gradient goes.
+struct GradientBlock {
+  const float *exp_s, *second, *exp_s_t1;
+  int end;
+  char* to;
+};
+
+// Which coefficients are not 0, and of the soft ones, which is 1.
+enum class Soft { kNone, kWholeFirst, kWholeOther };
+enum class Hard { kNone, kAtT, kAtTAnd1 };
+
+template <Soft kSoft, Hard kHard, DType kDType>
+__attribute__((noinline)) void combine(const GradientBlock& block, const BlockCoefficients& coefficients) {
+  const GradientBlock b = block;
+  const BlockCoefficients c = coefficients;
+  const auto combine_vector = [&](int i) {
+    const Vec e = load(b.exp_s + i);
+    Vec v{};
+    if constexpr (kSoft == Soft::kWholeFirst) v = (e - load(b.second + i) * c.other) * c.scale;
+    if constexpr (kSoft == Soft::kWholeOther) v = (e * c.first - load(b.second + i)) * c.scale;
+    if constexpr (kHard != Hard::kNone) v += e * c.hard - c.spread;
+    if constexpr (kHard == Hard::kAtTAnd1) v += load(b.exp_s_t1 + i) * c.hard_t1;
+    write<kDType>(b.to + i * bytes_of(kDType), v);
+  };
+  int i = 0;
+  for (; i + 2 * kLanes <= b.end; i += 2 * kLanes) {
+    __builtin_prefetch(b.exp_s + i + kAhead);
+    if constexpr (kSoft != Soft::kNone) __builtin_prefetch(b.second + i + kAhead);
+    combine_vector(i);
+    combine_vector(i + kLanes);
+  }
+  if (i < b.end) combine_vector(i);
+}
+
+template <DType kDType>
+void combine(const GradientBlock& block, const BlockCoefficients& c) {
+  const auto with_hard = [&]<Soft kSoft>() {
+    if (c.hard_t1 != 0) return combine<kSoft, Hard::kAtTAnd1, kDType>(block, c);
+    if (c.hard != 0 || c.spread != 0) return combine<kSoft, Hard::kAtT, kDType>(block, c);
+    combine<kSoft, Hard::kNone, kDType>(block, c);
+  };
+  // Where the block has no mass left, `second` may be infinite.
+  if (c.scale == 0) return with_hard.template operator()<Soft::kNone>();
+  if (c.first == 1) return with_hard.template operator()<Soft::kWholeFirst>();
+  with_hard.template operator()<Soft::kWholeOther>();
+}
+
 template <Kind kKind>
 class GradientPass {
   static constexpr bool kTeacher = kKind != kNone;
@@ -33,34 +80,47 @@ class GradientPass {
   void write(char* to, DType dtype) {
     int64_t next = 0;
     row_.each_block([&](int64_t start, int n, int64_t b) {
-      const bool direct = dtype == kFloat && n % kLanes == 0 && !row_.student.is_mapped();
-      float* g = direct ? (float*)to + start : row_.scratch.grad_block();
-      combine(coefficients(b), start, padded(n), g);
+      const int label = weights_.label != 0 ? row_.label_in(start, n) : -1;
+      const bool whole = n % kLanes == 0 && !row_.student.is_mapped();
+      // What is still to be changed is changed in fp32.
+      const bool direct = whole && (dtype == kFloat || (label < 0 && row_.stored == nullptr));
+      float* g = row_.scratch.grad_block();
+      if (direct) g = (float*)(to + start * bytes_of(dtype));
+      refresh(b);
+      const GradientBlock block{row_.scratch.student_exp() + start, row_.scratch.second() + start,
+                                row_.scratch.student_exp_t1() + start, padded(n), (char*)g};
+      with_dtype(direct ? dtype : kFloat, [&]<DType kDType>() { combine<kDType>(block, coefficients_); });
       if (row_.stored != nullptr) write_stored(start, n, next, g);
-      const int label = row_.label_in(start, n);
-      if (weights_.label != 0 && label >= 0) g[label] -= (float)weights_.label;
+      if (label >= 0) g[label] -= (float)weights_.label;
       if (row_.student.is_mapped()) through_map(start, n, g);
       if (!direct) store_floats(g, n, to, dtype, start);
     });
   }
 
  private:
-  BlockCoefficients coefficients(int64_t b) const {
+  // Most blocks have the same references as the one before, and so the same coefficients.
+  void refresh(int64_t b) {
+    if (b > 0 && references_ == row_.scratch.references(b)) return;
+    references_ = row_.scratch.references(b);
+    coefficients_ = coefficients();
+  }
+
+  BlockCoefficients coefficients() const {
     BlockCoefficients c;
     const SideState &student = state_.student, &teacher = state_.teacher;
-    const double block = row_.scratch.student_reference(b), log_share = row_.log_share(block, student);
+    const double log_share = row_.log_share(references_.student, student);
     const double soft = weights_.soft / row_.temperature;
     if constexpr (kKind == kForwardKL) {
-      const double log_share_t = row_.log_share(row_.scratch.teacher_reference(b), teacher);
+      const double log_share_t = row_.log_share(references_.teacher, teacher);
       const double most = std::max(log_share, log_share_t);
       c.first = (float)std::exp(log_share - most);
       c.other = (float)std::exp(log_share_t - most);
       c.scale = (float)(soft * std::exp(most));
     } else if constexpr (kKind == kReverseKL) {
-      const double shift = row_.log_share(row_.scratch.teacher_reference(b), teacher) - log_share;
-      c.first = (float)-(shift + divergence_value(state_, kKind));
-      c.other = (float)(1 / row_.temperature);
-      c.scale = (float)(soft * std::exp(log_share));
+      const double shift = row_.log_share(references_.teacher, teacher) - log_share;
+      c.first = (float)(-(shift + divergence_value(state_, kKind)) * row_.temperature);
+      c.other = 1;
+      c.scale = (float)(soft / row_.temperature * std::exp(log_share));
     } else if constexpr (kTeacher) {
       c.first = (float)(state_.pair.sum_q_psi * std::exp(log_share));
       c.other = 1;
@@ -70,28 +130,12 @@ class GradientPass {
     double hard = 0;
     if (row_.stored != nullptr && weights_.soft != 0 && student.sum_exp > 0)
       hard = weights_.soft * row_.stored->rest * std::exp(log_share);
-    const double pull = pull_ == 0 ? 0 : pull_ * std::exp(block - lse_t1_);
+    const double pull = pull_ == 0 ? 0 : pull_ * std::exp(references_.student - lse_t1_);
     if (!row_.tempered_hard) hard += pull;
     c.hard = (float)hard;
     c.hard_t1 = row_.tempered_hard ? (float)pull : 0.0f;
     c.spread = (float)spread_;
     return c;
-  }
-
-  void combine(const BlockCoefficients& c, int64_t start, int end, float* g) const {
-    const float *exp_s = row_.scratch.student_exp() + start, *second = row_.scratch.second() + start;
-    const float* exp_s_t1 = row_.scratch.student_exp_t1() + start;
-    const bool hard = c.hard != 0 || c.spread != 0, hard_t1 = c.hard_t1 != 0;
-    const bool soft = c.scale != 0;  // where the block has no mass left, `second` may be infinite
-    for (int i = 0; i < end; i += kLanes) {
-      const Vec e = load(exp_s + i);
-      Vec v{};
-      if constexpr (kTeacher)
-        if (soft) v = (e * c.first - load(second + i) * c.other) * c.scale;
-      if (hard) v = v + (e * c.hard - c.spread);
-      if (hard_t1) v = v + load(exp_s_t1 + i) * c.hard_t1;
-      store(g + i, v);
-    }
   }
 
   void write_stored(int64_t start, int n, int64_t& next, float* g) const {
@@ -107,7 +151,7 @@ class GradientPass {
   // d raw: times scale * (1 - (logit / cap)^2).
   void through_map(int64_t start, int n, float* g) const {
     const Source& from = row_.student;
-    const float* z = from.block(start, n, row_.scratch.student_block());
+    const float* z = from.floats(start, n, row_.scratch.student_block());
     const float per_cap = from.cap != 0 ? 1 / from.cap : 0;
     for (int i = 0; i < padded(n); i += kLanes) {
       const Vec u = load(z + i) * per_cap;
@@ -122,6 +166,8 @@ class GradientPass {
   // At temperature 1 the gradient is pull * exp(z - lse_t1) - spread, and the label's weight less at the
   // label.
   double lse_t1_ = 0, pull_ = 0, spread_ = 0;
+  References references_;
+  BlockCoefficients coefficients_;
 };
 
 inline void write_zeros(const Matrix& grad, int64_t i, int64_t width) {

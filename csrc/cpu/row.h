@@ -32,6 +32,8 @@ namespace KD_ISA {
 // row's largest, and what is left of 1 beside a token with p = 0.999 keeps its digits.
 constexpr int kGroup = 16 * kLanes;
 
+constexpr int kAhead = 512;  // entries that passes over the scratch fetch ahead: its rows fill L2
+
 // A sparse target's ids in one row. The fold leaves them out. The soft gradient at them comes from the K +
 // 1 outcomes (docs/design.md, "Sparse targets"; sparse.h). At every other id it is `rest` times the id's
 // softmax among those others.
@@ -71,7 +73,7 @@ struct Row {
     stored = &ids;
     for (int64_t k = 0; k < ids.count; ++k) {
       const int64_t at = ids.ids[k] - job.offset;
-      ids.logits[k] = ids.ids[k] >= 0 && at >= 0 && at < job.width ? student.at(at) : -kInf;
+      ids.logits[k] = ids.ids[k] >= 0 && at >= 0 && at < job.width ? student.logit(at) : -kInf;
     }
   }
 

@@ -14,14 +14,19 @@
 namespace kd {
 namespace KD_ISA {
 
-// Columns of a block. Both sides of a block fit in L1. A lane adds 128 fp32 terms before fp64 takes over
-// where there are 16 lanes. Where there are fewer it adds 32: fewer lanes average less of their rounding
-// out, and the tests' 4 ulp need it.
-constexpr int kBlock = kLanes >= 16 ? 2048 : 32 * kLanes;
+// Columns of a block. All that is made of a block of both sides fits in L1. A lane adds 128 fp32 terms, in
+// groups (kGroup, row.h), before fp64 takes over.
+constexpr int kBlock = 128 * kLanes;
 
 inline int padded(int64_t n) { return (int)((n + kLanes - 1) / kLanes * kLanes); }
 
-// Rows of one side as fp32 logits: raw -> cap * tanh(scale * raw / cap).
+// Logits of one side, adjacent and in whole vectors: in the caller's memory, or as fp32 in a buffer.
+struct Block {
+  const char* at = nullptr;
+  DType dtype = kFloat;
+};
+
+// Rows of one side as logits: raw -> cap * tanh(scale * raw / cap).
 struct Source {
   const char* row = nullptr;
   DType dtype = kFloat;
@@ -29,20 +34,25 @@ struct Source {
 
   bool is_mapped() const { return scale != 1 || cap != 0; }
   int bytes() const { return bytes_of(dtype); }
-  const char* ahead(int64_t start) const { return row + start * bytes(); }
+  const char* at(int64_t start) const { return row + start * bytes(); }
 
   // One logit of the row.
-  double at(int64_t i) const {
+  double logit(int64_t i) const {
     float raw[kLanes];
     load_floats(row, dtype, i, 1, raw);
     const double z = (double)raw[0] * scale;
     return cap == 0 ? z : cap * std::tanh(z / cap);
   }
 
-  // n logits from `start`, in fp32, mapped, padded with -inf to whole vectors. They are made in `buffer`;
-  // where there is nothing to convert, map or pad, the row's own memory is returned.
-  const float* block(int64_t start, int n, float* buffer) const {
-    if (dtype == kFloat && !is_mapped() && n % kLanes == 0) return (const float*)row + start;
+  // n logits from `start`, mapped, padded with -inf to whole vectors. Where there is nothing to map or pad
+  // they stay in the row's own memory and type; else they are made in `buffer`.
+  Block block(int64_t start, int n, float* buffer) const {
+    if (!is_mapped() && n % kLanes == 0) return {at(start), dtype};
+    return {(const char*)floats(start, n, buffer), kFloat};
+  }
+
+  // The same in fp32, and always in the buffer.
+  float* floats(int64_t start, int n, float* buffer) const {
     load_floats(row, dtype, start, n, buffer);
     const int end = padded(n);
     for (int i = n; i < end; ++i) buffer[i] = -kInf;
@@ -60,6 +70,12 @@ inline Source source(const Matrix& m, int64_t i, double scale, double cap) {
   return {m.row(i), m.dtype, (float)scale, (float)cap};
 }
 
+// What a block's exponentials are relative to.
+struct References {
+  double student = 0, teacher = 0;
+  bool operator==(const References&) const = default;
+};
+
 // A thread's working memory: what the first pass leaves of a whole row to the passes after it, and a block of
 // each side in L1.
 class Scratch {
@@ -67,7 +83,7 @@ class Scratch {
   explicit Scratch(int64_t width)
       : row_((size_t)padded(width) + kBlock),
         floats_(allocate(3 * row_ + 3 * kBlock)),
-        references_(2 * ((width + kBlock - 1) / kBlock)) {}
+        references_((width + kBlock - 1) / kBlock) {}
 
   float* student_exp() { return floats_.get(); }       // exp((s - reference) / T)
   float* second() { return student_exp() + row_; }     // what the divergence needs beside it (fold.h)
@@ -76,9 +92,7 @@ class Scratch {
   float* teacher_block() { return student_block() + kBlock; }
   float* grad_block() { return teacher_block() + kBlock; }
 
-  // What block b's exponentials are relative to.
-  double& student_reference(int64_t b) { return references_[2 * b]; }
-  double& teacher_reference(int64_t b) { return references_[2 * b + 1]; }
+  References& references(int64_t b) { return references_[b]; }
 
  private:
   static float* allocate(size_t floats) {
@@ -91,7 +105,7 @@ class Scratch {
   };
   size_t row_;
   std::unique_ptr<float[], Free> floats_;
-  std::vector<double> references_;
+  std::vector<References> references_;
 };
 
 }  // namespace KD_ISA

@@ -66,8 +66,8 @@ inline bool agrees(const StoredIds& stored, const float* teacher, const SideStat
   const int64_t mine = std::max_element(stored.logits, stored.logits + stored.count) - stored.logits;
   if (std::max_element(teacher, teacher + stored.count) - teacher != mine) return false;
   const double best = stored.logits[mine];
-  return tail == kConditional || best > rest.reference ||
-         (best == rest.reference && stored.ids[mine] < (int64_t)rest.top_index);
+  return tail == kConditional || best > rest.top_logit ||
+         (best == rest.top_logit && stored.ids[mine] < (int64_t)rest.top_index);
 }
 
 inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {

@@ -8,8 +8,6 @@
 namespace kd {
 namespace KD_ISA {
 
-constexpr int kAhead = 512;  // entries that this pass fetches ahead: its four rows fill L2
-
 // A row's numbers that turn a pair of logits into x, log p and log q.
 struct PairNumbers {
   float reference_s, reference_t;  // subtracted first
@@ -62,14 +60,19 @@ void value(Row<kKind>& row, RowState& r) {
                             (float)log_sum_t, row.per_temperature.scale};
   const Divergence divergence(row.job.parameters, kKind == kSkewKL && disagree(r, log_sum_t - log_sum_s));
   r.pair.value += 0 * (r.student.sum_exp + r.teacher.sum_exp);  // NaN logits stay NaN, whatever the formula
+  References references;
+  float share_s = 0, share_t = 0;
   row.each_block([&](int64_t start, int n, int64_t b) {
     const float *s = nullptr, *t = nullptr;
     if constexpr (!Divergence::kFromProbabilities) {
-      s = row.student.block(start, n, scratch.student_block());
-      t = row.teacher.block(start, n, scratch.teacher_block());
+      s = row.student.floats(start, n, scratch.student_block());
+      t = row.teacher.floats(start, n, scratch.teacher_block());
     }
-    const float share_s = (float)std::exp(row.log_share(scratch.student_reference(b), r.student));
-    const float share_t = (float)std::exp(row.log_share(scratch.teacher_reference(b), r.teacher));
+    if (b == 0 || references != scratch.references(b)) {
+      references = scratch.references(b);
+      share_s = (float)std::exp(row.log_share(references.student, r.student));
+      share_t = (float)std::exp(row.log_share(references.teacher, r.teacher));
+    }
     add_block(r.pair, divergence, numbers, scratch.student_exp() + start, share_s, scratch.second() + start,
               share_t, s, t, padded(n));
   });

@@ -129,7 +129,7 @@ def _agreement(target: Outcomes, stored: Tensor, side: SideState, spec: Spec) ->
     theirs = target.teacher[:, :-1].argmax(-1)
     agree = (mine == theirs) & (target.ids[:, 0] >= 0)
     if spec.tail != Tail.CONDITIONAL:
-        best, top = best.double(), side.reference
+        best, top = best.double(), side.top_logit
         first = target.ids.gather(1, mine[:, None])[:, 0] < side.top_index
         # Equal logits are equal here too, however the backend rounded its softcap.
         tie = (best - top).abs() <= 4 * torch.finfo(stored.dtype).eps * top.abs()
