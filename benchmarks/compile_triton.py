@@ -62,7 +62,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 #: Dtypes of (student and its teacher, gradient): logits, and a head's fp32 tile.
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
 HARD = dict(asked=Asked.SOFT | Asked.LABEL, stats=1)
-EVERYTHING = dict(asked=Asked.SOFT | Asked.HARD, tempered=1, stats=1)
+EVERYTHING = dict(asked=Asked.SOFT | Asked.HARD | Asked.ENTROPY, tempered=1, stats=1)
 CAPPED = dict(student_scale=0.5, student_softcap=30.0, teacher_softcap=30.0)
 OPTIONS: list[dict] = [
     dict(asked=Asked.SOFT),
@@ -166,7 +166,7 @@ def call_sparse(
     """The two passes around a sparse target's outcomes."""
     grad, state = _logits(gradient, rows, columns), rs.new_state(rows, torch.device("cpu"))
     ids, one = torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
-    sparse = SparseGradient(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one)
+    sparse = SparseGradient(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one, one, one)
     given = _tile(_logits(tile, rows, columns), None, torch.zeros(2, dtype=torch.float64))
     spec, weights = Spec(**options), torch.ones(rows, OUTPUTS, dtype=torch.float64)
     launch.accumulate(given, spec, state, skipped=ids)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "spec.h"
+#include "row_state.h"
 
 namespace kd {
 
@@ -29,11 +29,11 @@ struct PerRow {
 
 // What a row's outputs are multiplied by; 0 for one that is not asked for.
 struct RowWeights {
-  double soft = 0, label = 0, smooth = 0, lse_squared = 0, teacher_label = 0;
+  double soft = 0, label = 0, smooth = 0, lse_squared = 0, entropy = 0, teacher_label = 0;
 
   KD_HD bool any_hard() const { return label != 0 || smooth != 0 || lse_squared != 0; }
   // Whether the student has a gradient.
-  KD_HD bool any_student() const { return soft != 0 || any_hard(); }
+  KD_HD bool any_student() const { return soft != 0 || entropy != 0 || any_hard(); }
 };
 
 // A sparse target (kdkernels/backends/outcomes.py), and what becomes of it between the passes.
@@ -43,9 +43,10 @@ struct SparseJob {
   Matrix teacher;                                      // [rows, slots + 1] log-masses, fp32
   const double *scale = nullptr, *constant = nullptr;  // [rows], the soft output is scale * D + constant
   Spec outcome_spec;                                   // of the divergence between outcomes
-  Matrix stored_grad;              // [rows, slots] fp32: the soft gradient, before weights
-  const double* rest = nullptr;    // [rows]: the same of all ids that are not stored
-  const double* lse_t1 = nullptr;  // [rows]: the whole row's normaliser at temperature 1
+  Matrix stored_grad;                // [rows, slots] fp32: the soft gradient, before weights
+  const double* rest = nullptr;      // [rows]: the same of all ids that are not stored
+  const double* lse_t1 = nullptr;    // [rows]: the whole row's normaliser at temperature 1
+  const Softmax* softmax = nullptr;  // [rows]: the whole row's at T; only where an entropy is asked for
 };
 
 struct Job {
@@ -69,8 +70,8 @@ struct Job {
     return spec.asks(output) ? weights[row * kOutputs + output] : 0.0;
   }
   KD_HD RowWeights weights_of(int64_t row) const {
-    return {weight(row, kSoft), weight(row, kLabel), weight(row, kSmooth), weight(row, kLseSquared),
-            weight(row, kTeacherLabel)};
+    return {weight(row, kSoft),       weight(row, kLabel),   weight(row, kSmooth),
+            weight(row, kLseSquared), weight(row, kEntropy), weight(row, kTeacherLabel)};
   }
 };
 

@@ -20,11 +20,18 @@ namespace kd {
 // The reference of no logits. It is finite, so that reference - reference is 0.
 constexpr double kNoReference = -3.4028234663852886e38;
 
+// A row's softmax at T: q = exp((z - reference) / T - log_sum_exp), and the mean of (z - reference) / T under
+// q. The entropy is log_sum_exp - mean_shift, and its derivative q (mean_shift - (z - reference) / T) / T:
+// the normaliser cancels out of it.
+struct Softmax {
+  double reference = 0, log_sum_exp = 0, mean_shift = 0;
+};
+
 // z: this side's logits. T: the row's temperature.
 struct SideState {
   double reference = kNoReference;  // the running maximum m
   double sum_exp = 0;               // sum e, e = exp((z - m) / T)
-  double sum_exp_shift = 0;         // sum e (z - m) / T, for the entropy; only with statistics
+  double sum_exp_shift = 0;         // sum e (z - m) / T, for the entropy; only where the spec sums_shifts()
   double sum_exp_t1 = 0;            // sum exp(z - m); a copy of sum_exp where T is always 1
   double sum_logits = 0;            // sum z, for label smoothing
   double label_logit = 0;           // z of the label
@@ -36,6 +43,7 @@ struct SideState {
   // The maximum's distance to the label first: both may be far from 0, where a sum of them has no digits left
   // for a small difference.
   KD_HD double label_loss() const { return (reference - label_logit) + log(sum_exp_t1); }
+  KD_HD Softmax softmax() const { return {reference, log(sum_exp), sum_exp_shift / sum_exp}; }
   KD_HD double entropy() const { return log(sum_exp) - sum_exp_shift / sum_exp; }
 };
 
@@ -115,6 +123,7 @@ KD_HD void finish(const RowState& r, const Spec& spec, bool teacher, int64_t voc
   if (spec.asks_hard())
     hard_results(r.student, r.student.lse_t1(), r.student.label_loss(), spec, vocab, results);
   if (spec.asks(kTeacherLabel)) results[kTeacherLabel] = r.teacher.label_loss();
+  if (spec.asks(kEntropy)) results[kEntropy] = r.student.entropy();
   if (!spec.stats) return;
   results[kStudentEntropy] = r.student.entropy();
   if (!teacher) return;

@@ -26,8 +26,8 @@ enum Kind : int64_t {
 // What becomes of the vocabulary that a sparse target does not store (kdkernels/backends/outcomes.py).
 enum Tail : int64_t { kDense, kBucket, kConditional, kRenormalize, kTruncate };
 
-// What the loss is linear in. All but the first are at temperature 1.
-enum Output { kSoft, kLabel, kSmooth, kLseSquared, kTeacherLabel, kOutputs };
+// What the loss is linear in. The divergence and the student's entropy are at T, the others at temperature 1.
+enum Output { kSoft, kLabel, kSmooth, kLseSquared, kEntropy, kTeacherLabel, kOutputs };
 // A finished row's results are its outputs, then these statistics.
 enum Result { kStudentEntropy = kOutputs, kTeacherEntropy, kAgreement, kResults };
 
@@ -40,6 +40,8 @@ struct Spec {
   double student_scale = 1, student_softcap = 0, teacher_scale = 1, teacher_softcap = 0;
 
   KD_HD bool asks(Output o) const { return asked >> o & 1; }
+  // Whether the state holds sum_exp_shift, which entropies are made of.
+  KD_HD bool sums_shifts() const { return stats || asks(kEntropy); }
   // Whether one of the student's outputs at temperature 1 is asked for.
   KD_HD bool asks_hard() const { return (asked & (1 << kLabel | 1 << kSmooth | 1 << kLseSquared)) != 0; }
 };

@@ -16,6 +16,7 @@ from .divergences import (
     TotalVariation,
 )
 from .heads import LinearHead, Shard, ShardedLogits
+from .log_probs import TokenLogProbs, token_log_probs
 from .losses import (
     CodistillationLoss,
     Stats,
@@ -64,6 +65,7 @@ __all__ = [
     "SkewReverseKL",
     "SparseTarget",
     "Stats",
+    "TokenLogProbs",
     "TotalVariation",
     "backends",
     "codistillation_loss",
@@ -78,6 +80,7 @@ __all__ = [
     "sample_target",
     "sampled_kl",
     "target_at",
+    "token_log_probs",
     "testing",
     "top_k_target",
     "top_p_target",

@@ -12,7 +12,7 @@ from . import reference
 from .backends import candidates, chosen_backend, reference_asked
 from .backends.spec import Asked, Output, Result
 from .core import autograd
-from .core.layout import overlaps_itself
+from .core.inplace import check_inplace
 from .core.option_checks import checked
 from .core.request import Call, Terms, Tokens, make
 from .core.several import check_several, checked_divergences, losses
@@ -58,24 +58,6 @@ class CodistillationLoss(NamedTuple):
 
     student: Tensor
     teacher: Tensor
-
-
-def _check_inplace(call: Call) -> None:
-    if call.request.has_head:
-        raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
-    logits = call.request.student[0]
-    if overlaps_itself(logits):
-        raise ValueError(
-            "inplace=True needs logits of their own memory, but student is expanded or unfolded: shape "
-            f"{tuple(logits.shape)}, strides {tuple(logits.stride())}; clone it, or inplace=False"
-        )
-    # A compiler cannot look behind a view; it functionalises the write, so nothing is lost there.
-    source = logits if torch.compiler.is_compiling() or logits._base is None else logits._base
-    if source.is_leaf and source.requires_grad:
-        raise ValueError(
-            "inplace=True would overwrite a leaf tensor that requires grad; pass the output of the "
-            "lm_head, or inplace=False"
-        )
 
 
 class _Solved(NamedTuple):
@@ -125,7 +107,7 @@ def _alone(call: Call, inplace: bool = False) -> _Evaluated:
     request, reduction = call.request, call.reduction
     needed = any(request.needs_grad)
     if inplace and needed:
-        _check_inplace(call)
+        check_inplace(request.student)
     if needed and reduction.per_row and request.has_head:
         rows, results, _ = autograd.deferred(*request.arguments())
         return _Evaluated(reduction.apply(rows), None, results)

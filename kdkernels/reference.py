@@ -5,8 +5,9 @@ Slow, large, and twice differentiable. Everything else in the package is compare
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -145,7 +146,8 @@ class SparseOracle:
 
 def _entropy(logits: Tensor) -> Tensor:
     log_q = logits.log_softmax(-1)
-    return -torch.where(log_q.exp() == 0, 0.0, log_q.exp() * log_q).sum(-1)  # NaN stays
+    q = log_q.exp()
+    return -(q * torch.where(q == 0, 0.0, log_q)).sum(-1)  # NaN stays
 
 
 @dataclass(frozen=True)
@@ -239,19 +241,59 @@ def run(
     return call.reduction.apply(own), call.reduction.of(call.request.teacher).apply(teachers), results
 
 
-def operator(request: Request) -> list[Tensor]:
-    """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators.
+def log_prob_values(request: Request, student: _Logits | None = None) -> list[Tensor]:
+    """Log-probabilities ``[N, K]`` at the request's ids, entropy, logsumexp and top-1 ``[N]``; of the request's own
+    tensors, unless the student is given as users hand it over."""
+    if student is None:
+        student = _side(request.student, request.spec.student_map)
+    (ids,), labels, temperature = request.teacher, request.labels, request.temperature[:, None]
+    assert labels is not None
+    live = labels >= 0
+    s = logits_of(student, request.vocab, live)
+    z = _below_top(s) / temperature
+    log_probs = torch.where(ids >= 0, z.log_softmax(-1).gather(1, ids.clamp(min=0)), 0.0)
+    lse = s.detach().amax(-1) / temperature[:, 0] + z.detach().logsumexp(-1)
+    return [
+        torch.where(live[:, None], log_probs, 0.0),
+        torch.where(live, _entropy(z), 0.0),
+        torch.where(live, lse, 0.0),
+        torch.where(live, s.argmax(-1), -1),
+    ]
 
-    An operator runs below autograd, which the oracle takes its gradients from. A thread of its own has it.
-    """
+
+def log_prob_gradients(request: Request, arriving: Tensor) -> list[Tensor]:
+    """Those for the student's tensors, of what arrives ``[N, K]``, and for the entropy in the request's weights."""
+
+    def solve() -> list[Tensor]:
+        leaves = _leaves(request)
+        log_probs, entropy = log_prob_values(replace(request, student=leaves))[:2]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return list(
+            torch.autograd.grad([log_probs, entropy], wanted, [arriving, request.weights[:, Output.ENTROPY]])
+        )
+
+    return _below_autograd(solve)
+
+
+def operator(request: Request) -> list[Tensor]:
+    """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators."""
+    return _below_autograd(lambda: _operator(request))
+
+
+def _below_autograd(solve: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """An operator runs below autograd, which the oracle takes its gradients from. A thread of its own has it."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_operator, request).result()
+        return thread.submit(solve).result()
+
+
+def _leaves(request: Request) -> list[Tensor]:
+    tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in request.tensors]
+    return [t.requires_grad_(needed) for t, needed in zip(tensors, request.needs_grad)]
 
 
 def _operator(request: Request) -> list[Tensor]:
     spec, count = request.spec, len(request.student)
-    tensors = [t.detach().clone(memory_format=torch.contiguous_format) for t in request.tensors]
-    leaves = [t.requires_grad_(needed) for t, needed in zip(tensors, request.needs_grad)]
+    leaves = _leaves(request)
     teacher: _Logits | SparseTarget | None = None
     if spec.tail:
         kind = "weights" if spec.linear else "logprobs"

@@ -74,7 +74,7 @@ def test_shared_headers_compile_for_a_gpu(tmp_path, arch):
 
 
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason="needs the extension")
-EVERYTHING = Asked.SOFT | Asked.HARD | Asked.TEACHER_LABEL
+EVERYTHING = Asked.SOFT | Asked.HARD | Asked.ENTROPY | Asked.TEACHER_LABEL
 
 
 def tile(rows=6, vocab=301, labels=True, temperature=(1.0,)):

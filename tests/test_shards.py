@@ -151,6 +151,11 @@ OWN = [
     Case("stored", dict(shape=(15,), student="head"), dict(reduction="none"), tail="conditional", ranks=2),
 ]
 DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels"]
+POLICIES = [
+    Case("of logits", {}, dict(temperature=1.7), "token_log_probs", ranks=3, split="empty"),
+    Case("of heads", dict(softcap=5.0, **HEADS), dict(chunk_bytes=3000), "token_log_probs", ranks=4),
+    Case("of bf16 heads", dict(dtype=torch.bfloat16, **HEADS), {}, "token_log_probs", ranks=2),
+]
 STATS = [
     Case("stats of a sparse target", {}, dict(return_stats=True, hard_weight=0.5), tail="bucket", ranks=3),
     Case(
@@ -181,7 +186,13 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    everything = [("exact", CASES), ("codistilled", TOGETHER), ("sparse", SPARSE), ("stats", STATS)]
+    everything = [
+        ("policies", POLICIES),
+        ("exact", CASES),
+        ("codistilled", TOGETHER),
+        ("sparse", SPARSE),
+        ("stats", STATS),
+    ]
     given = [
         ((kind, case.name), case.ranks, shard_cases.sharded, case)
         for kind, cases in everything
@@ -228,6 +239,18 @@ def test_shards_are_exact(case, outcomes):
     plain = problem.plain(**options)
     (loss,) = same_on_all_ranks(parts)
     assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
+
+
+@pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
+def test_log_probs_of_shards(case, outcomes):
+    parts, problem = of(outcomes, ("policies", case.name)), case.made()
+    options = {name: value for name, value in case.options.items() if name != "chunk_bytes"}
+    truth, gradients = problem.oracle(loss=shard_cases.policy_loss, **options)
+    (loss,) = same_on_all_ranks(parts)
+    ulp = torch.finfo(problem.dtype).eps
+    assert relative(loss, truth) < 10 * ulp
+    for mine, true in zip(whole(parts), gradients, strict=True):
+        assert true.norm() > 1e-3 and relative(mine, true) < 10 * ulp
 
 
 @pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)

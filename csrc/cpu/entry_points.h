@@ -56,6 +56,7 @@ class RowRange {
     stored.grad = (const float*)s.stored_grad.row(i);
     stored.rest = s.rest[i];
     stored.lse_t1 = s.lse_t1[i];
+    if (s.softmax != nullptr) stored.softmax = s.softmax[i];
     return stored;
   }
 

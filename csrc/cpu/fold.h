@@ -284,7 +284,7 @@ void fold(Row<kKind>& row, RowState& r) {
 // The same, with statistics only where they are asked for.
 template <bool kFill, Kind kKind>
 void fold(Row<kKind>& row, RowState& r) {
-  if (row.spec.stats)
+  if (row.spec.sums_shifts())
     fold<kFill, true>(row, r);
   else
     fold<kFill, false>(row, r);

@@ -69,6 +69,7 @@ class GradientPass {
  public:
   GradientPass(Row<kKind>& row, const RowState& state, const RowWeights& weights)
       : row_(row), state_(state), weights_(weights) {
+    softmax_ = row.stored != nullptr ? row.stored->softmax : state.student.softmax();
     if (!weights.any_hard()) return;
     lse_t1_ = row.stored != nullptr ? row.stored->lse_t1 : state.student.lse_t1();
     pull_ = weights.label + weights.smooth;
@@ -82,14 +83,17 @@ class GradientPass {
     row_.each_block([&](int64_t start, int n, int64_t b) {
       const int label = weights_.label != 0 ? row_.label_in(start, n) : -1;
       const bool whole = n % kLanes == 0 && !row_.student.is_mapped();
-      // What is still to be changed is changed in fp32.
-      const bool direct = whole && (dtype == kFloat || (label < 0 && row_.stored == nullptr));
+      // What is still to be changed is changed in fp32, and logits that may lie there are read before they
+      // are overwritten.
+      const bool direct =
+          whole && weights_.entropy == 0 && (dtype == kFloat || (label < 0 && row_.stored == nullptr));
       float* g = row_.scratch.grad_block();
       if (direct) g = (float*)(to + start * bytes_of(dtype));
       refresh(b);
       const GradientBlock block{row_.scratch.student_exp() + start, row_.scratch.second() + start,
                                 row_.scratch.student_exp_t1() + start, padded(n), (char*)g};
       with_dtype(direct ? dtype : kFloat, [&]<DType kDType>() { combine<kDType>(block, coefficients_); });
+      if (weights_.entropy != 0) add_entropy(start, n, g);
       if (row_.stored != nullptr) write_stored(start, n, next, g);
       if (label >= 0) g[label] -= (float)weights_.label;
       if (row_.student.is_mapped()) through_map(start, n, g);
@@ -138,13 +142,38 @@ class GradientPass {
     return c;
   }
 
+  // weight * q (mean_shift - (z - reference) / T) / T, of the block's exponentials, which are relative to its
+  // own reference.
+  void add_entropy(int64_t start, int n, float* g) const {
+    const float *z = row_.student.floats(start, n, row_.scratch.student_block()),
+                *exp_s = row_.scratch.student_exp() + start;
+    const double moved = (references_.student - softmax_.reference) / row_.temperature;
+    const double share = weights_.entropy / row_.temperature * std::exp(moved - softmax_.log_sum_exp);
+    const float mean = (float)(share * (softmax_.mean_shift - moved)),
+                slope = (float)(share / row_.temperature);
+    const float reference = (float)references_.student;
+    const Vec low = splat(row_.per_temperature.low);  // e is 0 here, and 0 * low is 0 where 0 * -inf is not
+    for (int i = 0; i < padded(n); i += kLanes) {
+      const Vec shift = vmax(load(z + i) - reference, low);
+      store(g + i, load(g + i) + load(exp_s + i) * (mean - shift * slope));
+    }
+  }
+
+  // The same of one logit.
+  double entropy_at(double z) const {
+    if (weights_.entropy == 0) return 0;
+    const double shift = (z - softmax_.reference) / row_.temperature;
+    return weights_.entropy / row_.temperature *
+           moment(std::exp(shift - softmax_.log_sum_exp), softmax_.mean_shift - shift);
+  }
+
   void write_stored(int64_t start, int n, int64_t& next, float* g) const {
     const StoredIds& stored = *row_.stored;
     const int64_t begin = row_.job.offset + start;
     stored.each(begin, begin + n, next, [&](int64_t k, int64_t at) {
       const double soft = weights_.soft == 0 ? 0 : weights_.soft * stored.grad[k];
       const double hard = pull_ == 0 ? 0 : pull_ * std::exp(stored.logits[k] - lse_t1_);
-      g[at] = (float)(soft + (hard - spread_));
+      g[at] = (float)(soft + (hard - spread_) + entropy_at(stored.logits[k]));
     });
   }
 
@@ -168,6 +197,7 @@ class GradientPass {
   double lse_t1_ = 0, pull_ = 0, spread_ = 0;
   References references_;
   BlockCoefficients coefficients_;
+  Softmax softmax_;  // of the row, stored ids included
 };
 
 inline void write_zeros(const Matrix& grad, int64_t i, int64_t width) {

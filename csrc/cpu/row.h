@@ -43,6 +43,7 @@ struct StoredIds {
   double* logits = nullptr;     // of the ids in this chunk, mapped; see leave_out()
   const float* grad = nullptr;  // of the soft output
   double rest = 0, lse_t1 = 0;  // the same for the rest as a whole; the row's normaliser at temperature 1
+  Softmax softmax;              // the row's at T, stored ids included; where an entropy is asked for
 
   // Calls f(k, column) for each id in columns [begin, end) of the vocabulary; `next` walks along the row.
   template <class F>

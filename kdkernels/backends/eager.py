@@ -106,8 +106,9 @@ def _fold_side(side: SideState, z: Tensor, tile: Tile, spec: Spec, hard: bool) -
     elif hard:
         side.sum_exp_t1.copy_(side.sum_exp)
     folded = _Folded(shift, exp, old_sum, risen, decay)
-    if spec.stats:
+    if spec.sums_shifts:
         _fold_moment(side.sum_exp_shift, folded, moved=-risen, values=shift)
+    if spec.stats:
         _fold_top(side, z, tile.offset)
     return folded
 
@@ -243,6 +244,17 @@ def _hard_gradient(z: Tensor, tile: Tile, hard: _Hard) -> Tensor:
     return grad.scatter_add(1, column[:, None], -_column(torch.where(inside, hard.label, 0.0), z))
 
 
+def _entropy_gradient(z: Tensor, tile: Tile, side: SideState, sparse: SparseGradient | None) -> Tensor:
+    """q (mean shift - shift) / T: that is -q (log q + H) / T without the normaliser, which cancels."""
+    whole = (side.reference, side.log_sum_exp, side.mean_shift)
+    if sparse is not None:
+        whole = (sparse.reference, sparse.log_sum_exp, sparse.mean_shift)
+    reference, log_sum_exp, mean = (_column(number, z) for number in whole)
+    shift = (z - reference) / _column(tile.temperature, z)
+    q = (shift - log_sum_exp).exp()
+    return torch.where(q == 0, 0.0, q * (mean - shift)) / _column(tile.temperature, z)
+
+
 def _live_weights(tile: Tile, weights: Tensor) -> Tensor:
     return weights if tile.labels is None else torch.where((tile.labels >= 0)[:, None], weights, 0.0)
 
@@ -264,10 +276,13 @@ def _student_gradient(
             weights[:, Output.SMOOTH],
             weights[:, Output.LSE_SQUARED],
             row.student.reference if sparse is None else sparse.reference,
-            row.student.sum_exp_t1.log() if sparse is None else sparse.log_sum_exp,
+            row.student.sum_exp_t1.log() if sparse is None else sparse.log_sum_exp_t1,
         )
         weighed = (hard.label != 0) | (hard.smooth != 0) | (hard.lse_squared != 0)
         total = total + _times(_column(weighed, z), _hard_gradient(z, tile, hard))
+    if spec.asked & Asked.ENTROPY:
+        entropy = _entropy_gradient(z, tile, row.student, sparse)
+        total = total + _times(_column(weights[:, Output.ENTROPY], z), entropy)
     return spec.student_map.backward(total, z)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .outcomes import Outcomes
 from .protocol import Gradients, SparseGradient, Tile
 from .sparse_rows import in_two_passes
-from .spec import RESULTS, Spec, packed
+from .spec import RESULTS, Asked, Spec, packed
 
 name = "native"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +67,8 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
         return f"it serves cpu and cuda tensors, not {device.type}"
     if device.type == "cuda" and (problem := _cuda_problem(device)):
         return problem
+    if device.type == "cuda" and spec.asked & Asked.ENTROPY:
+        return "its CUDA kernels have no gradient of an entropy yet"
     odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
     return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
 
@@ -151,7 +153,9 @@ def gradient(
     gradients: Gradients,
     sparse: SparseGradient | None = None,
 ) -> None:
-    solved = (None,) * 4 if sparse is None else (sparse.ids, sparse.rest, sparse.stored, sparse.lse_t1)
+    solved = (None,) * 5 if sparse is None else (sparse.ids, sparse.rest, sparse.stored, sparse.lse_t1, None)
+    if sparse is not None and spec.asked & Asked.ENTROPY:
+        solved = (*solved[:-1], sparse.softmax)
     _ops.gradient(
         _adjacent(tile.student),
         _adjacent(tile.teacher),
@@ -169,7 +173,7 @@ def gradient(
 
 
 def fused_sparse(tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
-    if tile.student.is_cuda and target.ids.shape[1] > _MOST_SLOTS:
+    if spec.asked & Asked.ENTROPY or (tile.student.is_cuda and target.ids.shape[1] > _MOST_SLOTS):
         return in_two_passes(sys.modules[__name__], tile, target, weights, spec, gradients)
     results = _new_results(tile)
     _ops.fused_sparse(

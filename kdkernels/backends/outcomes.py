@@ -76,7 +76,10 @@ def student_spec(spec: Spec) -> Spec:
     """What the pass over the student's logits is told: the hard term, and where log-masses are taken."""
     tempered = int(spec.tempered and Tail(spec.tail).tempers_student)
     return spec._replace(
-        kind=NoDivergence.code, tail=Tail.DENSE, asked=spec.asked & Asked.HARD, tempered=tempered
+        kind=NoDivergence.code,
+        tail=Tail.DENSE,
+        asked=spec.asked & (Asked.HARD | Asked.ENTROPY),
+        tempered=tempered,
     )
 
 
@@ -118,19 +121,32 @@ def _log_weights(ids: Tensor, values: Tensor, linear: bool) -> Tensor:
     return torch.where(ids >= 0, values.log() if linear else values, -torch.inf)
 
 
-def _distinct(ids: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Each id once, ascending; what is stored under it several times is added up."""
+def _ascending(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(the ids in ascending order, -1 last; the order; whether an id is the first of its kind)."""
     last = torch.iinfo(torch.int64).max
-    ids, order = torch.where((ids >= 0) & (log_t > -torch.inf), ids, last).sort(-1)
-    log_t = log_t.gather(1, order)
+    ids, order = torch.where(ids >= 0, ids, last).sort(-1)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return torch.where(ids < last, ids, -1), order, new
+
+
+def distinct_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(each id of a row ``[n, K]`` once, ascending, with -1 in between; where each given slot's id is there)."""
+    found, order, new = _ascending(ids)
+    first = torch.where(new, torch.arange(ids.shape[1], device=ids.device), 0).cummax(-1).values
+    return torch.where(new, found, -1), torch.zeros_like(order).scatter_(1, order, first)
+
+
+def _distinct(ids: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id once, ascending; what is stored under it several times is added up."""
+    ids, order, new = _ascending(torch.where(log_t > -torch.inf, ids, -1))
+    log_t = log_t.gather(1, order)
     group = new.cumsum(-1) - 1
     peak = torch.full_like(log_t, -torch.inf).scatter_reduce_(1, group, log_t, "amax").gather(1, group)
     each = torch.where(log_t > -torch.inf, (log_t - peak).exp(), 0.0)
     total = torch.zeros_like(log_t).scatter_add_(1, group, each).gather(1, group)
     # log(1) is exactly 0: what is stored once comes out as it went in.
-    ids = torch.where(new & (ids < last), ids, -1)
+    ids = torch.where(new, ids, -1)
     return ids, torch.where(ids >= 0, peak + total.log(), -torch.inf)
 
 

@@ -41,19 +41,28 @@ class Gradients(NamedTuple):
 class SparseGradient(NamedTuple):
     """The soft gradient of finished rows with a sparse target, before the row's weight.
 
-    ``stored`` at the ids that the target stores, ``rest`` times the softmax of all others. The hard term's
-    normaliser at temperature 1, stored ids included, is ``reference`` + ``log_sum_exp``.
+    ``stored`` at the ids that the target stores, ``rest`` times the softmax of all others. What follows is of
+    the whole row, stored ids included: the hard term's normaliser at temperature 1 is ``reference`` +
+    ``log_sum_exp_t1``. The entropy's at T is ``reference`` / T + ``log_sum_exp``, and ``mean_shift`` the mean of
+    (z - ``reference``) / T under that softmax.
     """
 
     ids: Tensor  # int64 [n, K], ascending; -1: none
     rest: Tensor  # fp64 [n]
     stored: Tensor  # [n, K]
     reference: Tensor  # fp64 [n]
+    log_sum_exp_t1: Tensor  # fp64 [n]
     log_sum_exp: Tensor  # fp64 [n]
+    mean_shift: Tensor  # fp64 [n]
+
+    @property
+    def softmax(self) -> Tensor:
+        """``[n, 3]``: ``struct Softmax`` of csrc."""
+        return torch.stack([self.reference, self.log_sum_exp, self.mean_shift], 1)
 
     @property
     def lse_t1(self) -> Tensor:
-        return self.reference + self.log_sum_exp
+        return self.reference + self.log_sum_exp_t1
 
 
 class Backend(Protocol):

@@ -52,8 +52,13 @@ class SideState(NamedTuple):
         return (self.reference - self.label_logit) + self.sum_exp_t1.log()
 
     @property
+    def mean_shift(self) -> Tensor:
+        """The mean of (z - m) / T under the softmax at T."""
+        return self.sum_exp_shift / self.sum_exp
+
+    @property
     def entropy(self) -> Tensor:
-        return self.log_sum_exp - self.sum_exp_shift / self.sum_exp
+        return self.log_sum_exp - self.mean_shift
 
 
 class PairState(NamedTuple):
@@ -149,6 +154,7 @@ def _first_columns(spec: Spec) -> list[int]:
     student |= {"sum_exp_t1"} if spec.tempered and spec.asked & Asked.HARD else set()
     student |= {"label_logit"} if spec.asked & Asked.LABEL else set()
     student |= {"sum_logits"} if spec.asked & Asked.SMOOTH else set()
+    student |= {"sum_exp_shift"} if spec.asked & Asked.ENTROPY else set()
     if spec.asked & Asked.TEACHER_LABEL:
         teacher |= {"label_logit"} | ({"sum_exp_t1"} if spec.tempered else set())
     if spec.stats:
@@ -228,6 +234,8 @@ def finish(state: Tensor, spec: Spec, labels: Tensor | None, vocab: int) -> Tens
     row, results = RowState.of(state), state.new_zeros(state.shape[0], RESULTS)
     if spec.asked & Asked.SOFT:
         results[:, Output.SOFT] = row.divergence(spec)
+    if spec.asked & Asked.ENTROPY:
+        results[:, Output.ENTROPY] = row.student.entropy
     if spec.stats:
         results[:, Result.STUDENT_ENTROPY] = row.student.entropy
         if spec.kind:

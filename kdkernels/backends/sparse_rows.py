@@ -52,6 +52,39 @@ def no_logits(target: Outcomes) -> Tensor:
     return torch.full_like(target.teacher[:, :-1], -torch.inf)
 
 
+class WholeRow(NamedTuple):
+    """The student's softmax at T over a row's stored ids and the rest together. Logits are relative to
+    ``reference``, which is subtracted before the temperature divides, as in the state."""
+
+    reference: Tensor  # fp64 [rows]: near the highest logit
+    log_sum_exp: Tensor  # fp64 [rows]
+    mean_shift: Tensor  # fp64 [rows]: see SideState; of a state that holds sum_exp_shift
+    log_q: Tensor  # fp64 [rows, K]
+    q_rest: Tensor  # fp64 [rows]
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.log_sum_exp - self.mean_shift
+
+
+def whole_row(side: SideState, stored: Tensor, temperature: Tensor) -> WholeRow:
+    """Of a ``side`` that was folded at the ``temperature`` without the ids whose logits are ``stored`` ``[rows, K]``
+    (mapped, untempered, -inf where there is none)."""
+    stored = stored.double()
+    top, at = stored.max(-1, keepdim=True)
+    reference = torch.maximum(top[:, 0], side.reference)
+    below = (stored - reference[:, None]) / temperature[:, None]
+    exp, moved = below.exp(), (side.reference - reference) / temperature
+    rest = side.sum_exp * moved.exp()
+    # Where a stored token has nearly all the mass, its 1 in the sum would leave no digits of the others.
+    others = exp.scatter(1, at, 0.0).sum(-1) + rest
+    log_sum_exp = torch.where(exp.gather(1, at)[:, 0] == 1, others.log1p(), (exp.sum(-1) + rest).log())
+    moment = torch.where(exp == 0, 0.0, exp * below).sum(-1)
+    moment += torch.where(rest == 0, 0.0, moved.exp() * (side.sum_exp_shift + side.sum_exp * moved))
+    log_q = below - log_sum_exp[:, None]
+    return WholeRow(reference, log_sum_exp, moment / (exp.sum(-1) + rest), log_q, rest * (-log_sum_exp).exp())
+
+
 class Solved(NamedTuple):
     results: Tensor  # [rows, RESULTS]
     gradient: SparseGradient
@@ -79,16 +112,19 @@ def solve(
     results, grad = _solve_outcomes(backend, tile, student, target, spec, temperatures, needs_grad)
     if spec.stats:
         results[:, Result.AGREEMENT] = _agreement(target, stored, side, spec)
-    log_sum_exp = torch.zeros_like(highest)
+    log_sum_exp_t1 = nothing = torch.zeros_like(highest)
     if spec.asked & Asked.HARD:
         at_1 = side.sum_exp_t1 * (side.reference - highest).exp()
-        log_sum_exp = (at_1 + below.exp().sum(-1)).log()
-        lse, label_loss = highest + log_sum_exp, (highest - side.label_logit) + log_sum_exp
+        log_sum_exp_t1 = (at_1 + below.exp().sum(-1)).log()
+        lse, label_loss = highest + log_sum_exp_t1, (highest - side.label_logit) + log_sum_exp_t1
         hard_results(results, side, lse, label_loss, spec.asked, tile.vocab)
     if tile.labels is not None:
         results = torch.where((tile.labels >= 0)[:, None], results, 0.0)
     return Solved(
-        results, SparseGradient(target.ids, grad[:, -1].double(), grad[:, :-1], highest, log_sum_exp)
+        results,
+        SparseGradient(
+            target.ids, grad[:, -1].double(), grad[:, :-1], highest, log_sum_exp_t1, nothing, nothing
+        ),
     )
 
 
@@ -129,12 +165,18 @@ def _agreement(target: Outcomes, stored: Tensor, side: SideState, spec: Spec) ->
     theirs = target.teacher[:, :-1].argmax(-1)
     agree = (mine == theirs) & (target.ids[:, 0] >= 0)
     if spec.tail != Tail.CONDITIONAL:
-        best, top = best.double(), side.top_logit
-        first = target.ids.gather(1, mine[:, None])[:, 0] < side.top_index
-        # Equal logits are equal here too, however the backend rounded its softcap.
-        tie = (best - top).abs() <= 4 * torch.finfo(stored.dtype).eps * top.abs()
-        agree &= torch.where(tie, first, best > top)
+        agree &= top_token(target.ids, stored, side) == target.ids.gather(1, mine[:, None])[:, 0]
     return agree.double()
+
+
+def top_token(ids: Tensor, stored: Tensor, side: SideState) -> Tensor:
+    """The student's top-1 token ``[rows]``, stored or not, the first of equal ones."""
+    best, at = stored.max(-1)
+    id, best, top = ids.gather(1, at[:, None])[:, 0], best.double(), side.top_logit
+    # Equal logits are equal here too, however the backend rounded its softcap.
+    tie = (best - top).abs() <= 4 * torch.finfo(stored.dtype).eps * top.abs()
+    mine = torch.where(tie, id < side.top_index, best > top)
+    return torch.where(mine, id, side.top_index.long())
 
 
 def in_two_passes(

@@ -22,25 +22,26 @@ class Output:
     """The outputs of a row, of which the loss is a weighted sum (docs/design.md); columns of weights and results."""
 
     SOFT = 0  # the divergence, at the temperature
-    LABEL = 1  # lse - label's logit: this and what follows at temperature 1
+    LABEL = 1  # lse - label's logit: this and the next two at temperature 1
     SMOOTH = 2  # lse - mean logit
     LSE_SQUARED = 3
-    TEACHER_LABEL = 4  # the teacher's own lse - label's logit, whose gradient is the teacher's
+    ENTROPY = 4  # the student's, over the whole vocabulary, at the temperature
+    TEACHER_LABEL = 5  # the teacher's own lse - label's logit at 1, whose gradient is the teacher's
 
 
-OUTPUTS = 5
+OUTPUTS = 6
 
 
 class Result:
     """The statistics of a finished row: the columns of its results, ``[rows, RESULTS]`` fp64, that come
     after those of the outputs."""
 
-    STUDENT_ENTROPY = 5
-    TEACHER_ENTROPY = 6
-    AGREEMENT = 7
+    STUDENT_ENTROPY = 6
+    TEACHER_ENTROPY = 7
+    AGREEMENT = 8
 
 
-RESULTS = 8
+RESULTS = 9
 
 
 class Asked:
@@ -50,6 +51,7 @@ class Asked:
     LABEL = 1 << Output.LABEL
     SMOOTH = 1 << Output.SMOOTH
     LSE_SQUARED = 1 << Output.LSE_SQUARED
+    ENTROPY = 1 << Output.ENTROPY
     TEACHER_LABEL = 1 << Output.TEACHER_LABEL
     HARD = LABEL | SMOOTH | LSE_SQUARED
 
@@ -126,6 +128,11 @@ class Spec(NamedTuple):
     @property
     def teacher_map(self) -> LogitMap:
         return LogitMap(self.teacher_scale, self.teacher_softcap)
+
+    @property
+    def sums_shifts(self) -> bool:
+        """Whether the state holds ``sum_exp_shift``, which entropies are made of."""
+        return bool(self.stats or self.asked & Asked.ENTROPY)
 
     @property
     def closed_form(self) -> str | None:

@@ -49,6 +49,32 @@ def _(labels, mask, vocab, ignore_index):
     return given.new_empty(given.numel(), dtype=torch.int64)
 
 
+@torch.library.custom_op("kdkernels::checked_ids", mutates_args=())
+def checked_ids(ids: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(ids ``[N, K]`` with -1 for none, labels ``[N]``: -1 for a token that ``ignore_index`` masks, else 0)."""
+    ignored = ids == ignore_index
+    masked = ignored.all(-1)
+    require(
+        ~ignored & (ids != -1) & ((ids < 0) | (ids >= vocab)),
+        ids,
+        f"ids must be in [0, {vocab}), -1 for none or ignore_index={ignore_index} for a masked token, found {{}} at "
+        "token {}",
+    )
+    if ignore_index != -1:
+        require(
+            ignored.any(-1) & ~masked,
+            ignored.sum(-1),
+            f"{{}} of the ids of token {{}} are ignore_index={ignore_index}, which masks a token where all of them "
+            "are; -1 is no id",
+        )
+    return torch.where(ignored, -1, ids), torch.where(masked, -1, 0)
+
+
+@checked_ids.register_fake
+def _(ids, vocab, ignore_index):
+    return torch.empty_like(ids), ids.new_empty(ids.shape[0])
+
+
 @torch.library.custom_op("kdkernels::checked_numbers", mutates_args=())
 def checked_numbers(values: Tensor, labels: Tensor | None, name: str) -> Tensor:
     """``values`` ``[N]`` in fp64: finite, and > 0 where they are temperatures. Where a label is -1 they may be

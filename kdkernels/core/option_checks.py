@@ -69,6 +69,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "beta": lambda name, given: JSD(given),
     "temperature": _temperature,
     "temperature_squared": flag,
+    "entropy": flag,
     "soft_weight": _number_or_tensor,
     "hard_weight": _number_or_tensor,
     "label_smoothing": _label_smoothing,

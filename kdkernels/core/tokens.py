@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_constant, check_tensor
-from .checked import checked_labels, checked_numbers
+from .checked import checked_ids, checked_labels, checked_numbers
 from .option_checks import Number
 from .sides import Side
 
@@ -54,6 +54,22 @@ def live_labels(labels: Any, mask: Any, student: Side, vocab: int, ignore_index:
     if labels is None and mask is None:
         return None
     return checked_labels(labels, mask, vocab, ignore_index)
+
+
+def live_ids(ids: Any, student: Side, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(int64 ``[N, K]``, -1: none; labels ``[N]`` that are -1 where a token is masked) of ids ``[...]`` or ``[..., K]``."""
+    check_tensor("ids", ids)
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64, got {ids.dtype}")
+    leading = tuple(student.leading)
+    slots = (1,) if tuple(ids.shape) == leading else tuple(ids.shape[len(leading) :])
+    if tuple(ids.shape[: len(leading)]) != leading or len(slots) != 1 or slots[0] == 0:
+        raise ValueError(
+            f"ids must be {leading} or {(*leading, 'K')} with K >= 1, as the student's tokens, got {tuple(ids.shape)}"
+        )
+    if ids.device != student.device:
+        raise ValueError(f"ids are on {ids.device}, student on {student.device}")
+    return checked_ids(ids.reshape(-1, slots[0]).contiguous(), vocab, ignore_index)
 
 
 def token_weights(given: Any, student: Side, labels: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ from .schedule import Plan, plan
 
 Rows = LogitRows | HeadRows
 #: Temporaries per slot of a sparse target: distinct ids, log-masses in fp64, and the outcome problem.
-_SLOT_BYTES = 256
+SLOT_BYTES = 256
 
 
 class PerRow(NamedTuple):
@@ -95,7 +95,7 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
 
 def _projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
     """Only the tokens that take part are projected: (what is said of them, which they are; None: all)."""
-    split = _live(rows.labels)
+    split = live_tokens(rows.labels)
     for side in sides:
         if split is None:
             side.gather()
@@ -138,7 +138,7 @@ def _per_row(request: Request) -> PerRow:
     return PerRow(request.labels, request.temperature, request.weights, ids, values)
 
 
-def _live(labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def live_tokens(labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """(the tokens that take part, the others), or None where all do: an lm_head projects no others."""
     if labels is None:
         return None
@@ -179,7 +179,7 @@ class _Walk:
         per_row = 0
         if self.rows.ids is not None:
             slots = self.rows.ids.shape[1]
-            per_row = slots * _SLOT_BYTES
+            per_row = slots * SLOT_BYTES
             if self.stored_only:
                 each, per_row = 0, per_row + slots * self.student.bytes_per_stored
         place, here = self.request.place, self.request.columns_here

@@ -27,6 +27,7 @@ from .rows import (
     Matrix,
     Row,
     Side,
+    Softmax,
     Span,
     Stored,
     Weights,
@@ -43,6 +44,7 @@ SOFT = tl.constexpr(spec.Output.SOFT)
 LABEL = tl.constexpr(spec.Output.LABEL)
 SMOOTH = tl.constexpr(spec.Output.SMOOTH)
 LSE_SQUARED = tl.constexpr(spec.Output.LSE_SQUARED)
+ENTROPY = tl.constexpr(spec.Output.ENTROPY)
 TEACHER_LABEL = tl.constexpr(spec.Output.TEACHER_LABEL)
 STUDENT_ENTROPY = tl.constexpr(spec.Result.STUDENT_ENTROPY)
 TEACHER_ENTROPY = tl.constexpr(spec.Result.TEACHER_ENTROPY)
@@ -73,7 +75,7 @@ def _results(F: tl.constexpr, r, vocab):
     """In the order of Output and Result; 0 where nobody asked."""
     s, t = r.student, r.teacher
     zero = s.reference * 0.0
-    soft, label, smooth, lse_squared, teacher_label = zero, zero, zero, zero, zero
+    soft, label, smooth, lse_squared, entropy, teacher_label = zero, zero, zero, zero, zero, zero
     student_entropy, teacher_entropy, agreement = zero, zero, zero
     if F.kind:
         soft = divergence(F, r)
@@ -85,6 +87,8 @@ def _results(F: tl.constexpr, r, vocab):
             smooth = lse - s.sum_logits / vocab
         if F.lse_squared:
             lse_squared = lse * lse
+    if F.entropy:
+        entropy = _entropy(s)
     if F.teacher_label:
         teacher_label = _label_loss(t)
     if F.stats:
@@ -92,7 +96,17 @@ def _results(F: tl.constexpr, r, vocab):
         if F.teacher:
             teacher_entropy = _entropy(t)
             agreement = tl.where(s.top_index == t.top_index, 1.0, zero)
-    return (soft, label, smooth, lse_squared, teacher_label, student_entropy, teacher_entropy, agreement)
+    return (
+        soft,
+        label,
+        smooth,
+        lse_squared,
+        entropy,
+        teacher_label,
+        student_entropy,
+        teacher_entropy,
+        agreement,
+    )
 
 
 @triton.jit
@@ -121,6 +135,7 @@ def _weights(F: tl.constexpr, pointer, row, live):
         label=_weight(pointer + LABEL, live, F.label),
         smooth=_weight(pointer + SMOOTH, live, F.smooth),
         lse_squared=_weight(pointer + LSE_SQUARED, live, F.lse_squared),
+        entropy=_weight(pointer + ENTROPY, live, F.entropy),
         teacher_label=_weight(pointer + TEACHER_LABEL, live, F.teacher_label),
     )
 
@@ -129,7 +144,7 @@ def _weights(F: tl.constexpr, pointer, row, live):
 def _any(w):
     """Whether a weight is not 0: NaN is not."""
     some = (w.soft != 0.0) | (w.label != 0.0) | (w.smooth != 0.0)
-    return some | (w.lse_squared != 0.0) | (w.teacher_label != 0.0)
+    return some | (w.lse_squared != 0.0) | (w.entropy != 0.0) | (w.teacher_label != 0.0)
 
 
 @triton.jit
@@ -214,7 +229,8 @@ def fused(
         row = _row(F, s_rows, t_rows, maps, i, label, t, parameters)
         g_rows, h_rows = Matrix(grad, grad_stride), Matrix(teacher_grad, teacher_grad_stride)
         grads = _gradient_rows(F, g_rows, h_rows, i, row.student)
-        span, stored = Span(0, columns, 0, columns), Stored(row.student.row, 0, row.student.row, 0.0, 0.0)
+        span, nothing = Span(0, columns, 0, columns), Softmax(0.0, 0.0, 0.0)
+        stored = Stored(row.student.row, 0, row.student.row, 0.0, 0.0, nothing)
         results_row = results + i * RESULTS
         if live:
             r = fold_row(F, row, stored, span, LANES, K)
@@ -248,7 +264,7 @@ def _stored_ids(F: tl.constexpr, ids, slots, row, student):
     at = student.row
     if F.sparse:
         at = ids + slots.to(tl.int64) * row
-    return Stored(at, slots, at, 0.0, 0.0)
+    return Stored(at, slots, at, 0.0, 0.0, Softmax(0.0, 0.0, 0.0))
 
 
 @_kernel
@@ -398,6 +414,7 @@ def gradient(
     stored_stride,
     rest,
     lse1,
+    softmax,
     state,
     columns,
     part,
@@ -427,7 +444,9 @@ def gradient(
         at = _stored_ids(F, ids, slots, i, row.student)
         if F.sparse:
             solved = stored + stored_stride.to(tl.int64) * i
-            at = Stored(at.ids, slots, solved, tl.load(rest + i), tl.load(lse1 + i))
+            of_row = softmax + 3 * i.to(tl.int64)
+            whole = Softmax(tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 2))
+            at = Stored(at.ids, slots, solved, tl.load(rest + i), tl.load(lse1 + i), whole)
         write_gradient(F, r, row, w, at, span, grads, LANES, K)
     else:
         write_zeros(F, span, grads, LANES, K)

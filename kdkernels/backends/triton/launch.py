@@ -201,6 +201,8 @@ def _flags(tiles: _Tiles, spec: Spec, sparse: bool, aligned: bool) -> Flags:
         lse_squared=bool(asked & Asked.LSE_SQUARED),
         teacher_label=bool(asked & Asked.TEACHER_LABEL),
         hard=bool(asked & Asked.HARD),
+        entropy=bool(spec.asked & Asked.ENTROPY),
+        shifts=spec.sums_shifts,
         stats=bool(spec.stats),
         teacher=tiles.teacher is not None,
         labels=tiles.labels is not None,
@@ -290,7 +292,7 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
 def _solved(sparse: SparseGradient | None) -> dict:
     """The solved outcomes of a sparse target."""
     if sparse is None:
-        return dict(ids=None, slots=0, stored=None, stored_stride=0, rest=None, lse1=None)
+        return dict(ids=None, slots=0, stored=None, stored_stride=0, rest=None, lse1=None, softmax=None)
     stored = _adjacent(sparse.stored)
     return dict(
         ids=sparse.ids.contiguous(),
@@ -299,6 +301,7 @@ def _solved(sparse: SparseGradient | None) -> dict:
         stored_stride=stored.stride(0),
         rest=sparse.rest.contiguous(),
         lse1=sparse.lse_t1.contiguous(),
+        softmax=sparse.softmax,
     )
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .divergences import FORWARD_KL, REVERSE_KL, SKEW_KL, terms
 from .state import (
+    LEAST,
     LN2,
     LOG2E,
     NO_COLUMN,
@@ -39,6 +40,8 @@ class Flags(NamedTuple):
     lse_squared: bool
     teacher_label: bool
     hard: bool  # one of the student's outputs at temperature 1
+    entropy: bool  # the output is asked for
+    shifts: bool  # the state holds sum_exp_shift
     stats: bool  # entropies and agreement
     teacher: bool  # there is one
     labels: bool  # rows with the label -1 take no part
@@ -106,6 +109,15 @@ class Stored(NamedTuple):
     gradient: tl.tensor  # this and what follows for the last pass only
     rest: tl.tensor
     lse1: tl.tensor
+    softmax: "Softmax"
+
+
+class Softmax(NamedTuple):
+    """A row's at T, fp64: q = exp((z - reference) / T - log_sum_exp), and the mean of (z - reference) / T under q."""
+
+    reference: tl.tensor
+    log_sum_exp: tl.tensor
+    mean_shift: tl.tensor
 
 
 class GradRows(NamedTuple):
@@ -122,6 +134,7 @@ class Weights(NamedTuple):
     label: tl.tensor
     smooth: tl.tensor
     lse_squared: tl.tensor
+    entropy: tl.tensor
     teacher_label: tl.tensor
 
 
@@ -486,6 +499,33 @@ def _hard_gradient(h, z, columns, label, here, SMOOTH: tl.constexpr):
     return g
 
 
+class Entropy(NamedTuple):
+    """What the entropy's gradient gives a column: exp(z - reference) at T times (mean - shift * slope)."""
+
+    reference: tl.tensor
+    mean: tl.tensor
+    slope: tl.tensor
+
+
+@triton.jit
+def _entropy(F: tl.constexpr, r, weight, temperature, softmax):
+    if not F.sparse:  # whose state is the rest's
+        s = r.student
+        softmax = Softmax(s.reference, tl.log(s.sum_exp), s.sum_exp_shift / s.sum_exp)
+    weight = times(weight, tl.exp(-softmax.log_sum_exp) / temperature)
+    return Entropy(
+        reference=softmax.reference.to(tl.float32),
+        mean=times(weight, softmax.mean_shift).to(tl.float32),
+        slope=(weight * LN2).to(tl.float32),  # shifts are in base 2
+    )
+
+
+@triton.jit
+def _entropy_gradient(e, z, factor):
+    shift = exponent(z, e.reference, factor)
+    return tl.exp2(shift) * (e.mean - tl.maximum(shift, LEAST) * e.slope)
+
+
 @triton.jit
 def write_gradient(
     F: tl.constexpr, r, row, weights, stored, span, grads, LANES: tl.constexpr, K: tl.constexpr
@@ -501,6 +541,9 @@ def write_gradient(
         student = _student_hard(F, r, weights, span.vocab, row.factor, stored.lse1)
     if F.teacher_grad:
         teacher = _teacher_hard(F, r, weights, row.factor)
+    entropy = Entropy(0.0, 0.0, 0.0)
+    if F.entropy:
+        entropy = _entropy(F, r, weights.entropy, row.temperature, stored.softmax)
     slot = stored.slots - 1
     tiles = tl.cdiv(span.end - span.begin, LANES * K)
     for i in range(0, tiles):
@@ -526,6 +569,8 @@ def write_gradient(
                 g, slot = _with_stored(g, at, stored, slot, begin, soft.weight)
             if F.hard:
                 g += _hard_gradient(student, s, columns, row.label, here, F.smooth)
+            if F.entropy:
+                g += _entropy_gradient(entropy, s, row.factor)
             g = _through_map(g, s, row.student.map, F.student_map)
             tl.store(grads.student + columns, g.to(grads.student.dtype.element_ty), mask=inside)
         if F.teacher_grad:

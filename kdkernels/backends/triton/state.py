@@ -117,7 +117,7 @@ def row_rise(old, new, temperature):
 @triton.jit
 def raise_side(F: tl.constexpr, side, reference, rise):
     sum_exp_shift, sum_exp_t1 = side.sum_exp_shift, side.sum_exp_t1
-    if F.stats:
+    if F.shifts:
         sum_exp_shift = faded(sum_exp_shift - times(side.sum_exp, rise.up), rise.decay)
     if F.hard or F.teacher_label:
         sum_exp_t1 = sum_exp_t1 * rise.decay_t1
@@ -170,8 +170,9 @@ def fold_side(F: tl.constexpr, side, z, group, factor, NEEDS_T1: tl.constexpr):
     shift = exponent(z, reference[:, None], factor)
     exp = tl.exp2(shift)
     sum_exp_shift, sum_exp_t1, top_index = a.sum_exp_shift, a.sum_exp_t1, a.top_index
-    if F.stats:
+    if F.shifts:
         sum_exp_shift += tl.sum(exp * tl.maximum(shift, LEAST), 1)
+    if F.stats:
         top_index = tl.where(reference > side.reference, group, top_index)
     if NEEDS_T1 and F.tempered:
         sum_exp_t1 += tl.sum(tl.exp2(exponent(z, reference[:, None], LOG2E)), 1)

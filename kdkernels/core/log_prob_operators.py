@@ -1,0 +1,199 @@
+"""The operators of token log-probabilities, and their autograd: values in the forward, gradients in the backward.
+
+``kdkernels::log_probs`` gives values and what the backward needs; ``kdkernels::log_probs_gradient`` the gradients, and
+``log_probs_gradient_`` that of given logits over the logits themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import CHOICES, chosen_backend
+from ..backends.spec import OUTPUTS, Output, Spec
+from . import log_probs as rows
+from .autograd import (
+    new_gradient,
+    refuse_batched,
+    refuse_double_backward,
+    save_tensors,
+    saved_tensors,
+)
+from .log_probs import Finished, Values
+from .request import Request
+from .scaling import tracing
+
+
+def request_of(
+    student: list[Tensor],
+    ids: Tensor,
+    entropy_weights: Tensor | None,
+    labels: Tensor | None,
+    temperature: Tensor,
+    spec: str,
+    vocab: int,
+    shard: str,
+    chunk_bytes: int,
+    needs_grad: list[bool],
+    backend: str,
+) -> Request:
+    """``entropy_weights`` ``[N]``: what arrives for the entropy, in the backward."""
+    weights = temperature.new_zeros(ids.shape[0], OUTPUTS)
+    if entropy_weights is not None:
+        weights[:, Output.ENTROPY] = entropy_weights
+    parameters = temperature.new_zeros(2)
+    static = Spec.from_text(spec)
+    given = student, [ids], labels, temperature, parameters, weights
+    return Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend)
+
+
+@torch.library.custom_op("kdkernels::log_probs", mutates_args=())
+def log_probs(
+    student: list[Tensor],
+    ids: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor,
+    spec: str,
+    vocab: int,
+    shard: str,
+    chunk_bytes: int,
+    needs_grad: list[bool],
+    inplace: bool,
+) -> list[Tensor]:
+    """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.deferred`.
+
+    ``inplace``: the backward overwrites given logits with their gradient.
+    """
+    backend = chosen_backend()
+    request = request_of(
+        student, ids, None, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, backend
+    )
+    if backend == "reference":
+        values, finished = Values(*reference.log_prob_values(request)), rows.empty(request)[1]
+    else:
+        values, finished = rows.values(request)
+    choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
+    return [*values, *finished, choice]
+
+
+@log_probs.register_fake
+def _(student, ids, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, inplace):
+    request = request_of(
+        student, ids, None, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, "auto"
+    )
+    values, finished = rows.empty(request)
+    return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
+
+
+@torch.library.custom_op("kdkernels::log_probs_gradient", mutates_args=())
+def log_probs_gradient(
+    student: list[Tensor],
+    ids: Tensor,
+    arriving: Tensor,
+    entropy_weights: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor,
+    finished: list[Tensor],
+    spec: str,
+    vocab: int,
+    shard: str,
+    chunk_bytes: int,
+    needs_grad: list[bool],
+    choice: Tensor,
+) -> list[Tensor]:
+    """The gradients that are needed, for what arrives ``[N, K]`` for the log-probabilities and ``[N]`` for the
+    entropy."""
+    backend = CHOICES[int(choice)]
+    request = request_of(
+        student,
+        ids,
+        entropy_weights,
+        labels,
+        temperature,
+        spec,
+        vocab,
+        shard,
+        chunk_bytes,
+        needs_grad,
+        backend,
+    )
+    if backend == "reference":
+        return reference.log_prob_gradients(request, arriving)
+    buffer = None if request.has_head else new_gradient(student[0], vocab)
+    made = rows.gradients(request, arriving, Finished(*finished), buffer)
+    return [g.view(t.shape) for g, t in zip(made, request.wanted())]
+
+
+@log_probs_gradient.register_fake
+def _(
+    student,
+    ids,
+    arriving,
+    entropy_weights,
+    labels,
+    temperature,
+    finished,
+    spec,
+    vocab,
+    shard,
+    chunk_bytes,
+    needs_grad,
+    choice,
+):
+    wanted = [t for t, needed in zip(student, needs_grad) if needed]
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
+
+
+@torch.library.custom_op("kdkernels::log_probs_gradient_", mutates_args=("student",))
+def log_probs_gradient_(
+    student: Tensor,
+    ids: Tensor,
+    arriving: Tensor,
+    entropy_weights: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor,
+    finished: list[Tensor],
+    spec: str,
+    vocab: int,
+    shard: str,
+    chunk_bytes: int,
+    choice: Tensor,
+) -> None:
+    """The same over given logits."""
+    backend = CHOICES[int(choice)]
+    request = request_of(
+        [student], ids, entropy_weights, labels, temperature, spec, vocab, shard, chunk_bytes, [True], backend
+    )
+    if backend == "reference":
+        student.copy_(reference.log_prob_gradients(request, arriving)[0])
+        return
+    rows.gradients(request, arriving, Finished(*finished), student)
+    student[..., vocab:].zero_()
+
+
+def _setup(ctx, inputs, output) -> None:
+    student, ids, labels, temperature, *ctx.rest = inputs
+    ctx.count = len(student)
+    ctx.mark_non_differentiable(*output[2:])
+    save_tensors(ctx, [*student, ids, labels, temperature, *output[len(Values._fields) :]])
+
+
+def _backward(ctx, arriving):
+    arriving, entropy_weights = arriving[:2]
+    refuse_double_backward(tracing(arriving))
+    refuse_batched(arriving)
+    tensors, count = saved_tensors(ctx), ctx.count
+    student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
+    spec, vocab, shard, chunk_bytes, needs_grad, inplace = ctx.rest
+    given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
+    if inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
+        log_probs_gradient_(student[0], *given, choice)
+        grads = [student[0].detach()]
+    else:
+        made = iter(log_probs_gradient(student, *given, needs_grad, choice))
+        grads = [next(made) if needed else None for needed in needs_grad]
+    return (grads, *[None] * 9)
+
+
+log_probs.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,132 @@
+"""Log-probabilities of given tokens, and entropies: what policies and on-policy distillation are made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import reference_asked
+from .backends.spec import Asked, Spec, Tail
+from .core import exchange
+from .core import log_prob_operators as operators
+from .core.inplace import check_inplace
+from .core.log_probs import Values
+from .core.option_checks import checked
+from .core.request import loss_dtype
+from .core.schedule import DEFAULT_CHUNK_BYTES
+from .core.sides import Logits, common_vocab, refuse_transforms, side
+from .core.tokens import live_ids, per_row
+from .heads import ShardedLogits
+
+
+class TokenLogProbs(NamedTuple):
+    """What :func:`token_log_probs` returns. ``log_probs`` has the shape of the ids, all else one number per token."""
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    top1: Tensor | None = None
+
+
+def token_log_probs(
+    student: Logits,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    return_stats: bool = False,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    chunk_bytes: int | None = None,
+) -> TokenLogProbs:
+    """log softmax(student / temperature) at ``ids``, and the entropy of that softmax, both differentiable.
+
+    ``log_probs`` is ``(student / temperature).log_softmax(-1)`` gathered at the ids, with all its digits where a token
+    has nearly all the mass, and ``entropy`` is -sum q log q over the whole vocabulary, exactly 0 where one token has
+    all of it. Their gradients, w (onehot - q) / T and -w q (log q + H) / T, are those for whatever arrives from
+    autograd: one pass over the logits in the forward, and one in the backward. The full ``[tokens, vocab]`` logits of
+    a LinearHead are never held. Its backward projects again, unless its hidden states alone need a gradient.
+
+    Args:
+        student: logits ``[..., V]`` (fp64, fp32, bf16, fp16) or a :class:`LinearHead`.
+        ids: int64 ``[...]``, or ``[..., K]`` for several per token, which share the pass. -1 is no id: log-probability
+            0, no gradient. Not shifted here.
+        temperature: a number, or a tensor: 0-dim or one for each token ``[...]``, a constant.
+        entropy: also return the entropy.
+        return_stats: also return ``logsumexp`` (of the logits / temperature) and ``top1``, the most probable id (the
+            first of equal ones), both detached.
+        ignore_index: masks a token, as a label does: all it gets is 0 without a gradient, but a ``top1`` of -1. Of
+            K ids all or none must be ``ignore_index``.
+        vocab_size: use only the first entries of the vocabulary (padding cut off).
+        inplace: the backward overwrites the student's logits with their gradient; compiled code does not. Until then
+            nobody else may write to them, and a second backward is an error.
+        chunk_bytes: budget of the logit tiles, default 512 MiB.
+
+    Returns:
+        :class:`TokenLogProbs` in fp32 (fp64 for fp64 students), with None for what was not asked for.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, ids or numbers that do not fit; the message names them (on an accelerator,
+            ids out of range are a device-side assertion). RuntimeError for ``create_graph=True``.
+
+    >>> import torch, kdkernels as kd
+    >>> head = kd.LinearHead(torch.randn(4, 8, requires_grad=True), torch.randn(100, 8))
+    >>> of = kd.token_log_probs(head, torch.tensor([3, 99, -100, 7]), entropy=True)
+    >>> (-of.log_probs - 0.01 * of.entropy).sum().backward()
+    >>> kd.token_log_probs(torch.tensor([[0.0, 3.0]]).log(), torch.tensor([[0, 1]])).log_probs.exp()
+    tensor([[0., 1.]])
+    """
+    options = checked(
+        temperature=temperature,
+        entropy=entropy,
+        return_stats=return_stats,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        inplace=inplace,
+        chunk_bytes=chunk_bytes,
+    )
+    own = side("student", student)
+    refuse_transforms(own.tensors)
+    own, _ = exchange.placed(own, None)
+    vocab = common_vocab(own, None, options["vocab_size"])
+    place = exchange.place(own, None, vocab)
+    if place is not None and place.own_tokens:
+        raise ValueError(
+            "token_log_probs needs the same tokens on all ranks, got a Shard of tokens='sharded'"
+        )
+    needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in own.tensors]
+    if inplace and any(needs_grad):
+        check_inplace(own.tensors)
+    given, labels = live_ids(ids, own, vocab, options["ignore_index"])
+    temperature = options["temperature"]
+    spec = Spec(
+        tail=Tail.TRUNCATE,
+        asked=Asked.ENTROPY if entropy else 0,
+        tempered=int(isinstance(temperature, Tensor) or temperature != 1.0),
+        stats=int(return_stats),
+        student_scale=own.logit_map.scale,
+        student_softcap=own.logit_map.softcap,
+    )
+    at, budget = (
+        per_row("temperature", temperature, own, labels),
+        options["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
+    )
+    static = labels, at, spec.text(), vocab, "" if place is None else place.text(), budget, needs_grad
+    if reference_asked():
+        if place is not None or isinstance(student, ShardedLogits):
+            raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
+        request = operators.request_of(own.tensors, given, None, *static, "reference")
+        made = Values(*reference.log_prob_values(request, student))
+    else:
+        made = Values(*operators.log_probs(own.tensors, given, *static, inplace)[: len(Values._fields)])
+    leading, dtype = own.leading, loss_dtype(own.tensors)
+    return TokenLogProbs(
+        made.log_probs.reshape(ids.shape).to(dtype),
+        made.entropy.reshape(leading).to(dtype) if entropy else None,
+        made.logsumexp.detach().reshape(leading).to(dtype) if return_stats else None,
+        made.top1.reshape(leading) if return_stats else None,
+    )
