@@ -1,6 +1,7 @@
 """``python -m benchmarks``: measures a suite and writes JSON, tables and plots into one folder.
 
 python -m benchmarks [--suite small|cpu|gpu] [--out FOLDER]   measure
+python -m benchmarks --suite shards                            the vocabulary on two processes (shards.py)
 python -m benchmarks --case "logits 2048 151936 bfloat16"     measure a shape of your own
 python -m benchmarks report RESULT.json [--out FOLDER]        tables and plots from a result
 python -m benchmarks publish [RESULT.json]                    commit-ready: README, docs, results/
@@ -52,7 +53,7 @@ def measure(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=MINUTES, default="small")
+    parser.add_argument("--suite", choices=[*MINUTES, "shards"], default="small")
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/SUITE-TIME)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for the gpu suite")
     parser.add_argument("--rounds", type=int, help="rounds per variant (default 7)")
@@ -67,12 +68,16 @@ def measure(arguments: list[str]) -> int:
     device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --device cpu runs the same cases on the CPU")
-    limit = (options.minutes or MINUTES[options.suite]) * 60
+    limit = (options.minutes or MINUTES.get(options.suite, 0.0)) * 60
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = options.out or ROOT / "runs" / f"{options.suite}-{stamp}"
     if (folder / "result.json").exists():
         parser.error(f"{folder} already holds a result; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    if options.suite == "shards":
+        from benchmarks import shards
+
+        return shards.measure(folder, options.rounds or 7)
     verified = conformance(folder, device, limit) if options.suite == "gpu" else 0
 
     # Imported here and not earlier: importing kdkernels loads the extension, which may just have been built.

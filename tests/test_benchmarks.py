@@ -24,6 +24,7 @@ from benchmarks import (
     peers,
     report,
     run,
+    shards,
     variants,
 )
 from benchmarks.machine import last_level_cache_bytes
@@ -332,3 +333,14 @@ def test_a_step_on_a_card_that_fails_stops_no_other(tmp_path):
     ends = [gpu.run(step, tmp_path, 100, False) for step in (bad, slow, tool)]
     assert ends == ["exit code 3", "stopped after 6 s", "not run: no no-such-tool here"]
     assert gpu.run(bad, tmp_path, 1, False) == "not run: the time was up"
+
+
+def test_the_suite_of_shards_runs(tmp_path):
+    """Every variant's gradient is compared inside with that of the whole vocabulary."""
+    sizes = [shards.Size(8, 100), shards.Size(8, 100, 16)]
+    assert shards.measure(tmp_path, rounds=1, sizes=sizes) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    counts = {(row["loss"], row["variant"]): row["collectives"] for row in rows}
+    assert counts["kl", "kdkernels"] == counts["ce", "kdkernels"] == 1
+    assert counts["kl of hidden states", "kdkernels"] == 2
+    assert counts["kl", "NeMo-RL, Fast-LLM"] == 5 and counts["ce", "Megatron"] == 3

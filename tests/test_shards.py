@@ -201,6 +201,7 @@ def outcomes(tmp_path_factory):
     given += [(("refused", name), 3, shard_cases.refused, name) for name in REFUSED]
     given += [(("own tokens", case.name), case.ranks, shard_cases.own_tokens, case) for case in OWN]
     given += [(("different", name), 3, shard_cases.other_arguments, name) for name in DIFFERENT]
+    given += [("two dimensions", 4, shard_cases.two_dimensions)]
     given += [(name, 3, function) for name, function in shard_cases.OTHERS.items()]
     return shard_cases.run(tmp_path_factory.mktemp("shards"), given)
 
@@ -400,6 +401,30 @@ def test_body_and_head_agree_under_data_parallelism(wrapper, outcomes):
     for gradients, truth in of(outcomes, f"trained by {wrapper}"):
         for mine, oracle in zip(gradients, truth, strict=True):
             assert oracle.norm() > 1e-3 and relative(mine, oracle) < 1e-5
+
+
+def test_dtensors_go_in_and_come_out(outcomes):
+    for made in of(outcomes, "dtensors"):
+        for loss, truth, gradients, true_gradients in made:
+            assert torch.allclose(loss, truth, rtol=1e-6)
+            for mine, true in zip(gradients, true_gradients, strict=True):
+                assert true.norm() > 1e-3 and relative(mine, true) < 1e-6
+
+
+def test_a_mesh_of_two_dimensions(outcomes):
+    for loss, truth in of(outcomes, "two dimensions"):
+        assert torch.allclose(loss, truth, rtol=1e-6)
+
+
+def test_dtensors_that_are_no_shards(outcomes):
+    for made in of(outcomes, "refused dtensors"):
+        for kind, message, pattern in made:
+            assert kind == "ValueError" and re.search(pattern, message) and "\n" not in message, message
+
+
+def test_a_compiled_loss_on_shards(outcomes):
+    for plain, compiled in of(outcomes, "compiled"):
+        assert all(map(torch.equal, plain, compiled))
 
 
 def test_a_head_moves_to_the_students_rows(outcomes):

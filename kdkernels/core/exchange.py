@@ -8,7 +8,6 @@ group runs beside the product for dW. Every rank walks the same chunks, so that 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable
@@ -46,12 +45,26 @@ class Place(NamedTuple):
     problem: str = ""
 
     def text(self) -> str:
-        return json.dumps(self)
+        """A line for each field. A compiler follows it."""
+        return "\n".join([str(field) for field in self])
 
     @staticmethod
     @functools.cache
     def from_text(text: str) -> Place | None:
-        return Place(*json.loads(text)) if text else None
+        if not text:
+            return None
+        group, start, width, widest, reduced, dtype, own_tokens, averaged, problem = text.split("\n")
+        return Place(
+            group,
+            int(start),
+            int(width),
+            int(widest),
+            reduced == "True",
+            dtype,
+            own_tokens == "True",
+            averaged == "True",
+            problem,
+        )
 
 
 Range = tuple[int, int]

@@ -17,6 +17,7 @@ from ..divergences import Divergence, NoDivergence, simplified
 from ..targets import SparseTarget
 from . import exchange, tokens
 from .checked import checked_items, checked_target
+from .dtensors import unwrapped
 from .option_checks import Number, checked
 from .schedule import DEFAULT_CHUNK_BYTES
 from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_transforms, side
@@ -245,6 +246,7 @@ def make(
     chunk_bytes: int | None,
 ) -> Call:
     """The call that these arguments describe; an error where they describe none."""
+    student, teacher = unwrapped("student", student), unwrapped("teacher", teacher)
 
     def made() -> Call:
         return _make(student, teacher, terms, tokens_given, vocab_size, chunk_bytes)

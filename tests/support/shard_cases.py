@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from sparse_problems import SparseProblem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import kdkernels as kd
 from kdkernels.backends import eager, native, row_state
@@ -399,7 +400,76 @@ def other_arguments(name, group):
         del os.environ["KDKERNELS_CHECK_RANKS"]
 
 
+def dtensors(group):
+    """(loss, gradients and placements, those of one process) of logits and of heads, on a mesh of one dimension."""
+    mesh, made = DeviceMesh.from_group(group, "cpu"), []
+    labels = torch.tensor([0, 3, 4, 9, -100])
+    whole = [[leaf(5, 10)], [leaf(5, 6, seed=1), leaf(10, 6, seed=2), leaf(10, seed=3)]]
+    places = [[Shard(-1)]], [[Replicate()], [Shard(0)], [Shard(0)]]
+    for tensors, placements in zip(whole, places):
+        parts = [distribute_tensor(t.detach(), mesh, p).requires_grad_() for t, p in zip(tensors, placements)]
+        both = [x[0] if len(x) == 1 else kd.LinearHead(*x) for x in (parts, tensors)]
+        losses = [kd.cross_entropy(student, labels, label_smoothing=0.1) for student in both]
+        losses += [kd.js_divergence(student, teacher) for student, teacher in zip(both, [both[0], both[1]])]
+        mine = torch.autograd.grad(losses[0], parts)
+        assert [list(g.placements) for g in mine] == [list(t.placements) for t in parts]
+        made.append(
+            (
+                losses[0].detach(),
+                losses[1].detach(),
+                [g.full_tensor() for g in mine],
+                torch.autograd.grad(losses[1], tensors),
+            )
+        )
+        assert losses[2].item() == losses[3].item() == 0
+    return made
+
+
+def two_dimensions(group):
+    """The local tokens' loss of logits on a mesh of data and tensor parallel ranks, and of one process."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+    logits, labels = leaf(4, 9), torch.tensor([0, 4, 5, 8])
+    parts = distribute_tensor(logits.detach(), mesh, [Shard(0), Shard(-1)])
+    here = slice(2 * mesh.get_local_rank(0), 2 * mesh.get_local_rank(0) + 2)
+    return kd.cross_entropy(parts, labels[here]), kd.cross_entropy(logits.detach()[here], labels[here])
+
+
+def refused_dtensors(group):
+    mesh, made = DeviceMesh.from_group(group, "cpu"), []
+
+    def d(*shape, at):
+        return distribute_tensor(torch.randn(shape), mesh, [at])
+
+    labels, group_shard = torch.tensor([0, 3]), kd.Shard(group)
+    for student, pattern in [
+        (lambda: kd.LinearHead(torch.randn(2, 6), d(9, 6, at=Shard(0))), "hidden is a plain Tensor"),
+        (lambda: kd.LinearHead(d(2, 6, at=Shard(0)), d(9, 6, at=Shard(0))), "tokens='sharded'"),
+        (lambda: kd.LinearHead(d(2, 6, at=Replicate()), d(9, 6, at=Shard(1))), r"needs Shard\(0\)"),
+        (lambda: kd.ShardedLogits(d(2, 9, at=Shard(-1)), group_shard), "say themselves"),
+        (lambda: DTensor.from_local(torch.randn(2, 9), mesh, [Partial()]), "is not a shard"),
+    ]:
+        made.append(told(lambda student=student: kd.cross_entropy(student(), labels), pattern))
+    return made
+
+
+def compiled(group):
+    """(loss and gradients of a function as it is, and compiled whole)."""
+    shard, labels, made = kd.Shard(group), torch.tensor([0, 4, 9, 14]), []
+
+    def loss(hidden, weight):
+        return kd.cross_entropy(kd.LinearHead(hidden, weight, shard=shard), labels, label_smoothing=0.1)
+
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [leaf(4, 6), leaf(5, 6, seed=1 + dist.get_rank(group))]
+        value = function(*leaves)
+        made.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    return made
+
+
 OTHERS = {
+    "dtensors": dtensors,
+    "refused dtensors": refused_dtensors,
+    "compiled": compiled,
     **{f"trained by {wrapper}": functools.partial(trained, wrapper) for wrapper in ("DDP", "FSDP2")},
     "reshard_head": resharded,
     "global_tokens": counted_tokens,

@@ -1,0 +1,109 @@
+"""DTensors at the boundary: which of them are vocabulary shards. Their gradients come back as DTensors."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from ..heads import LinearHead, MappedLogits, Shard, ShardedLogits
+
+_WAYS_OUT = "give DTensors for all of them, or local parts with kd.Shard(group)"
+
+
+def unwrapped(role: str, given: Any) -> Any:
+    """The same with local parts, and with a :class:`Shard` where DTensors shard the vocabulary.
+
+    Logits are ``Shard(-1)`` on one mesh dimension; an lm_head is ``Shard(0)`` on one, with hidden states that are
+    ``Replicate`` on it. On other mesh dimensions tokens may be sharded: then the loss is that of the local ones.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:  # nobody has made one
+        return given
+    names = ("hidden", "weight", "bias") if isinstance(given, LinearHead) else ("logits",)
+    tensors = (
+        {"logits": given}
+        if isinstance(given, Tensor)
+        else {name: getattr(given, name, None) for name in names}
+    )
+    if not any(isinstance(t, module.DTensor) for t in tensors.values()):
+        return given
+    if getattr(given, "shard", None) is not None:
+        raise ValueError(f"{role} has DTensors and a kd.Shard; DTensors say themselves how they are sharded")
+    plain = [name for name, t in tensors.items() if t is not None and not isinstance(t, module.DTensor)]
+    if plain:
+        raise ValueError(f"{role} has DTensors, but {plain[0]} is a plain Tensor; {_WAYS_OUT}")
+    if isinstance(given, LinearHead):
+        return _head(role, given)
+    logits: Any = given if isinstance(given, Tensor) else given.logits
+    shard = _vocabulary(role, "logits", logits, logits.dim() - 1)
+    scale, softcap = (given.logit_scale, given.softcap) if isinstance(given, MappedLogits) else (1.0, None)
+    if shard is None:
+        return MappedLogits(logits.to_local(), scale, softcap)
+    return ShardedLogits(logits.to_local(), shard, scale, softcap)
+
+
+def _head(role: str, given: LinearHead) -> LinearHead:
+    hidden: Any = given.hidden
+    weight: Any = given.weight
+    bias: Any = given.bias
+    shard = _vocabulary(role, "weight", weight, 0)
+    if shard is None or any(not p.is_replicate() for p in weight.placements if not p.is_shard()):
+        raise ValueError(
+            f"{role}'s weight is a DTensor {_shown(weight)}; it needs Shard(0) on one mesh dimension, or {_WAYS_OUT}"
+        )
+    dim = next(at for at, p in enumerate(weight.placements) if p.is_shard())
+    if hidden.device_mesh != weight.device_mesh or (
+        bias is not None and bias.placements != weight.placements
+    ):
+        raise ValueError(f"{role}'s hidden, weight and bias are DTensors of different meshes or placements")
+    if not hidden.placements[dim].is_replicate():
+        raise ValueError(
+            f"{role}'s hidden is a DTensor {_shown(hidden)} where the lm_head is sharded over the vocabulary; it "
+            "needs Replicate there, or local parts with kd.Shard(group, tokens='sharded')"
+        )
+    own_bias = None if bias is None else bias.to_local()
+    return LinearHead(
+        hidden.to_local(), weight.to_local(), own_bias, given.logit_scale, given.softcap, shard=shard
+    )
+
+
+def _vocabulary(role: str, name: str, tensor: Any, vocabulary: int) -> Shard | None:
+    """How the mesh shares out the dimension ``vocabulary``; None where it does not."""
+    dims = []
+    for at, placement in enumerate(tensor.placements):
+        over_tokens = placement.is_shard() and placement.dim % tensor.dim() != vocabulary
+        if type(placement).__name__ not in ("Shard", "Replicate"):
+            raise ValueError(
+                f"{role}'s {name} is a DTensor {_shown(tensor)}, which is not a shard; redistribute it first"
+            )
+        if placement.is_shard() and not over_tokens:
+            dims.append(at)
+    if not dims:
+        return None
+    if len(dims) > 1:
+        raise ValueError(
+            f"{role}'s {name} is a DTensor {_shown(tensor)}, sharded over the vocabulary on more than one mesh "
+            "dimension; gather one of them first"
+        )
+    return _even(tensor.device_mesh.get_group(dims[0]), tensor.shape[vocabulary])
+
+
+def _shown(tensor: Any) -> str:
+    return "(" + ", ".join(map(str, tensor.placements)) + ")"
+
+
+@functools.cache
+def _even(group: Any, vocab: int) -> Shard:
+    """The parts of torch.chunk, which all ranks know without asking."""
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size(group)
+    each = -(-vocab // ranks)
+    ranges = tuple((min(rank * each, vocab), min(rank * each + each, vocab)) for rank in range(ranks))
+    start, stop = ranges[dist.get_rank(group)]
+    shard = Shard(group)
+    shard.known.update(width=stop - start, ranges=ranges)
+    return shard
