@@ -72,7 +72,7 @@ def _solve(call: Call, inplace: bool) -> _Solved:
     request = call.request.detached()
     if inplace and any(request.needs_grad):
         student, *others = request.arguments()
-        results = autograd.rows_(student[0], *others[:-1])
+        results = autograd.rows_(student[0], *others[:-2])
         return _Solved(results, request.student)
     results, *gradients = autograd.rows(*request.arguments())
     return _Solved(results, gradients)
@@ -252,6 +252,7 @@ def distillation_loss(
     inplace: bool = False,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, Stats] | tuple[Tensor, ...]:
     """soft_weight * D(teacher, student) + hard_weight * CE(labels, student), and its gradient.
 
@@ -289,6 +290,10 @@ def distillation_loss(
             one tensor that have no memory in common, as the halves of a batch are.
         return_stats: also return :class:`Stats`, which are computed only then.
         chunk_bytes: budget of the logit tiles, default 512 MiB.
+        gradient_tolerance: of a :class:`LinearHead`, in [0, 1). In each chunk of tokens the gradient for the
+            logits may be off by this much of its norm, so that fewer columns go into the products dH and dW
+            (docs/tolerance.md). 0 is exact; 2**-8 is about bf16's rounding. The value and ``bias`` are exact with any,
+            and so are gradients of logits that are given.
 
     Returns:
         The loss in fp32 (fp64 for fp64 students), or (loss, stats).
@@ -319,7 +324,15 @@ def distillation_loss(
     checked(inplace=inplace)
     if several:
         check_several(terms, tokens, teacher, inplace)
-    call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    call = make(
+        student,
+        teacher,
+        terms,
+        tokens,
+        vocab_size=vocab_size,
+        chunk_bytes=chunk_bytes,
+        gradient_tolerance=gradient_tolerance,
+    )
     if several:
         return _each(student, teacher, call, divergences)
     made = _evaluate(student, teacher, call, inplace)
@@ -382,6 +395,7 @@ def codistillation_loss(
     vocab_size: int | None = None,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> CodistillationLoss | tuple[CodistillationLoss, Stats]:
     """Both models' losses from one pass over each model's logits.
 
@@ -414,7 +428,15 @@ def codistillation_loss(
         teacher_learns=True,
     )
     tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
-    call = make(student, teacher, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    call = make(
+        student,
+        teacher,
+        terms,
+        tokens,
+        vocab_size=vocab_size,
+        chunk_bytes=chunk_bytes,
+        gradient_tolerance=gradient_tolerance,
+    )
     made = _evaluate(student, teacher, call)
     assert made.teacher is not None
     losses = CodistillationLoss(made.student, made.teacher)
@@ -436,6 +458,7 @@ def cross_entropy(
     vocab_size: int | None = None,
     inplace: bool = False,
     chunk_bytes: int | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor:
     """``F.cross_entropy`` from logits or a :class:`LinearHead`, with ``z_loss * logsumexp^2`` (PaLM).
 
@@ -457,7 +480,15 @@ def cross_entropy(
     terms = Terms(NoDivergence(), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
     tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
     checked(inplace=inplace)
-    call = make(student, None, terms, tokens, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    call = make(
+        student,
+        None,
+        terms,
+        tokens,
+        vocab_size=vocab_size,
+        chunk_bytes=chunk_bytes,
+        gradient_tolerance=gradient_tolerance,
+    )
     return _evaluate(student, None, call, inplace).student
 
 

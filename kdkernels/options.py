@@ -24,6 +24,7 @@ class _SharedOptions(TypedDict, total=False):
     ignore_index: int
     vocab_size: int | None
     chunk_bytes: int | None
+    gradient_tolerance: float
 
 
 class CrossEntropyOptions(_SharedOptions, total=False):

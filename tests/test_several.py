@@ -177,6 +177,7 @@ def test_compiled_and_checked():
         60,
         2**20,
         [True, True, True, False],
+        0.0,
     )
     torch.library.opcheck(torch.ops.kdkernels.several_deferred.default, arguments)
 

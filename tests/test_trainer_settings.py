@@ -12,6 +12,7 @@ import yaml  # noqa: E402
 from trainer_runs import PACKAGE, options  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
+from kdkernels.trainer import train  # noqa: E402
 from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
 from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
 
@@ -65,6 +66,7 @@ from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
         ("soft", {"max_length": 1}, "needs 2 tokens or more"),
         ("soft", {"tokenizer_size": 10}, "256 bytes and the end of text"),
         ("soft", {"validation_share": 1.0}, "is no share from 0 to below 1"),
+        ("co", {"gradient_tolerance": 1.0}, "is no share from 0 to below 1"),
         ("co", {"soft_warmup": 0.6}, "is no share from 0 to 0.5"),
         ("soft", {"save_total_limit": -1}, "save_total_limit=-1 must be 0 or more"),
         ("soft", {"lora_rank": -1}, "lora_rank=-1 must be 0 or more"),
@@ -196,6 +198,13 @@ def test_help_is_short_and_names_the_options(capsys):
     assert caught.value.code == 0 and len(text.splitlines()) < 130
     assert "--divergence" in text and "--learning_rate" in text and "--push_to_hub" not in text
     assert "--soft_warmup" not in text and "--prompts" not in text  # of other modes
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard", "co"])
+def test_the_tolerance_reaches_the_loss(mode, tmp_path):
+    settings = resolve(mode, options(tmp_path, gradient_tolerance=0.25))
+    given = train.Ingredients(settings, "a tokenizer", [], [], [])
+    assert given.loss_options()["gradient_tolerance"] == given.cut()["gradient_tolerance"] == 0.25
 
 
 def test_yaml_then_command_line(tmp_path):

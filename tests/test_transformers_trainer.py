@@ -180,6 +180,21 @@ def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_tolerance_leaves_the_loss_alone(tmp_path):
+    student, teacher, inputs = llama(), llama(seed=7, width=32), batch()
+
+    def run(tolerance):
+        trainer = DistillationTrainer(
+            student, arguments(tmp_path), teacher=teacher, hard_weight=1.0, gradient_tolerance=tolerance
+        )
+        loss = trainer.compute_loss(student, inputs)
+        return loss.detach(), gradients(loss, student)["lm_head.weight"]
+
+    (loss, exact), (same, near) = run(0.0), run(0.3)
+    assert torch.equal(loss, same) and not torch.equal(exact, near)
+    assert (near - exact).norm() < exact.norm()
+
+
 def test_the_teachers_weights_may_go_when_its_forward_is_done(tmp_path):
     """As ZeRO-3 lets them go: the parameter is there, and empty."""
     teacher, inputs = llama(seed=7, width=32), batch()

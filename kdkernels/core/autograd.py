@@ -65,12 +65,15 @@ def rows(
     shard: str,
     chunk_bytes: int,
     needs_grad: list[bool],
+    gradient_tolerance: float,
     choice: Tensor | None = None,
 ) -> list[Tensor]:
     """``choice``: what :func:`deferred` gave of it; None is what is chosen in this thread now."""
     backend = chosen_backend() if choice is None else CHOICES[int(choice)]
     given = student, teacher, labels, temperature, parameters, weights
-    return compute(Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad, backend))
+    static = Spec.from_text(spec)
+    request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, backend)
+    return compute(request)
 
 
 @rows.register_fake
@@ -86,6 +89,7 @@ def _(
     shard,
     chunk_bytes,
     needs_grad,
+    gradient_tolerance,
     choice=None,
 ):
     results = weights.new_empty(weights.shape[0], RESULTS)
@@ -109,7 +113,8 @@ def rows_(
     _refuse_overlap(student, teacher)
     given = [student], teacher, labels, temperature, parameters, weights
     needs_grad = [True] + [False] * len(teacher)
-    request = Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad, chosen_backend())
+    static, backend = Spec.from_text(spec), chosen_backend()
+    request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend=backend)
     if request.backend == "reference":
         results, gradient = reference.operator(request)
         student.copy_(gradient)
@@ -194,6 +199,7 @@ def deferred(
     shard: str,
     chunk_bytes: int,
     needs_grad: list[bool],
+    gradient_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the student's losses ``[N]`` fp64, results, choice): the student's gradient is made in the backward.
 
@@ -202,7 +208,8 @@ def deferred(
     """
     given = student, teacher, labels, temperature, parameters, weights
     backend = chosen_backend()
-    request = Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad, backend)
+    static = Spec.from_text(spec)
+    request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend=backend)
     results = compute(replace(request, needs_grad=[False] * len(needs_grad)))[0]
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
     return row_losses(results, weights), results, choice
@@ -210,7 +217,18 @@ def deferred(
 
 @deferred.register_fake
 def _(
-    student, teacher, labels, temperature, parameters, weights, spec, vocab, shard, chunk_bytes, needs_grad
+    student,
+    teacher,
+    labels,
+    temperature,
+    parameters,
+    weights,
+    spec,
+    vocab,
+    shard,
+    chunk_bytes,
+    needs_grad,
+    gradient_tolerance,
 ):
     results = weights.new_empty(weights.shape[0], RESULTS)
     return torch.empty_like(weights[:, 0]), results, torch.empty((), dtype=torch.uint8, device="cpu")
@@ -255,11 +273,12 @@ def _deferred_backward(ctx, arriving, *_):
     refuse_batched(arriving)
     choice, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
     n, m = ctx.sizes
-    spec, vocab, shard, chunk_bytes, needs_grad = ctx.rest
+    spec, *rest = ctx.rest
+    needs_grad = rest[-2]
     given = tensors[:n], tensors[n:], labels, temperature, parameters, weights * arriving[:, None]
-    made = iter(rows(*given, _without_stats(spec), vocab, shard, chunk_bytes, needs_grad, choice)[1:])
+    made = iter(rows(*given, _without_stats(spec), *rest, choice)[1:])
     grads = [next(made) if needed else None for needed in needs_grad]
-    return (grads[:n], [None] * m) + (None,) * 9
+    return (grads[:n], [None] * m) + (None,) * 10
 
 
 def _without_stats(spec: str) -> str:

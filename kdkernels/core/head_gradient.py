@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
+from .dtypes import wide
+from .tolerance import Kept
+
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
 _SLAB_BYTES = 2**22
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What products in ``dtype`` are added up in: fp32 for half precision."""
-    return torch.float32 if dtype in HALF else dtype
 
 
 class WeightGradient:
@@ -25,18 +22,33 @@ class WeightGradient:
 
     def add(self, gradient: Tensor, hidden: Tensor, columns: slice, *, first: bool, all_tokens: bool) -> None:
         """``gradient.T @ hidden`` to the rows ``columns``; ``first`` of their chunks of tokens."""
-        if self.total is None:
-            # The first product writes every row below vocab; only the rows cut off need zeros.
-            dtype = self.weight.dtype if all_tokens else wide(self.weight.dtype)
-            self.total = self.weight.new_empty(self.weight.shape, dtype=dtype)
-            self.total[self.vocab :].zero_()
-        target = self.total[columns]
+        target = self._target(columns, all_tokens)
         if all_tokens:
             torch.mm(gradient.t(), hidden, out=target)
         elif target.dtype == hidden.dtype:
             target.addmm_(gradient.t(), hidden, beta=0 if first else 1)
         else:
             self._add_in_slabs(target, gradient, hidden, first=first)
+
+    def add_kept(self, kept: Kept, hidden: Tensor, columns: slice, *, first: bool, all_tokens: bool) -> None:
+        """``add`` of the columns that are kept; the rows of the others get their mean."""
+        target = self._target(columns, all_tokens)
+        mean = (hidden.to(kept.rest.dtype).t() @ kept.rest / kept.dropped).to(target.dtype)
+        target.copy_(mean) if first else target.add_(mean)
+        for ids, gradient in kept.parts(hidden.shape[1] * hidden.element_size()):
+            product = (gradient.t() @ hidden).to(target.dtype)
+            if first:
+                target.index_copy_(0, ids, product)
+            else:  # no row is named twice, so no GPU adds in an order of its own
+                target.index_add_(0, ids, product - mean)
+
+    def _target(self, columns: slice, all_tokens: bool) -> Tensor:
+        if self.total is None:
+            # The first product writes every row below vocab; only the rows cut off need zeros.
+            dtype = self.weight.dtype if all_tokens else wide(self.weight.dtype)
+            self.total = self.weight.new_empty(self.weight.shape, dtype=dtype)
+            self.total[self.vocab :].zero_()
+        return self.total[columns]
 
     @staticmethod
     def _add_in_slabs(target: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:

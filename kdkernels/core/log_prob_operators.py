@@ -45,7 +45,7 @@ def request_of(
     parameters = temperature.new_zeros(2)
     static = Spec.from_text(spec)
     given = student, [ids], labels, temperature, parameters, weights
-    return Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend)
+    return Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend=backend)
 
 
 @torch.library.custom_op("kdkernels::log_probs", mutates_args=())

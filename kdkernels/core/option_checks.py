@@ -45,6 +45,13 @@ def _label_smoothing(name: str, given: Any) -> float:
     return given
 
 
+def _gradient_tolerance(name: str, given: Any) -> float:
+    given = number(name, given)
+    if not 0.0 <= given < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {given}; 0 is exact")
+    return given
+
+
 def _reduction(name: str, given: Any) -> str:
     if given not in REDUCTIONS:
         raise ValueError(f"unknown {name} {shown(given)}; there are {', '.join(REDUCTIONS)}")
@@ -81,6 +88,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "inplace": flag,
     "return_stats": flag,
     "chunk_bytes": _optional(positive_integer),
+    "gradient_tolerance": _gradient_tolerance,
 }
 
 

@@ -147,6 +147,7 @@ class Request:
     shard: str  # :class:`exchange.Place` as text; "": the whole vocabulary is here
     chunk_bytes: int
     needs_grad: list[bool]  # of the student's tensors, then the teacher's
+    gradient_tolerance: float = 0.0  # of an lm_head's products; see core/tolerance.py
     backend: str = "auto"
 
     def arguments(self) -> tuple[Any, ...]:
@@ -163,6 +164,7 @@ class Request:
             self.shard,
             self.chunk_bytes,
             self.needs_grad,
+            self.gradient_tolerance,
         )
 
     def detached(self) -> Request:
@@ -244,12 +246,13 @@ def make(
     *,
     vocab_size: int | None,
     chunk_bytes: int | None,
+    gradient_tolerance: float = 0.0,
 ) -> Call:
     """The call that these arguments describe; an error where they describe none."""
     student, teacher = unwrapped("student", student), unwrapped("teacher", teacher)
 
     def made() -> Call:
-        return _make(student, teacher, terms, tokens_given, vocab_size, chunk_bytes)
+        return _make(student, teacher, terms, tokens_given, vocab_size, chunk_bytes, gradient_tolerance)
 
     shard = getattr(student, "shard", None)
     return made() if shard is None else exchange.agreed(shard, made, _signature)
@@ -262,6 +265,7 @@ def _signature(call: Call) -> dict[str, Any]:
         "loss": request.spec.text(),
         "vocabulary": request.vocab,
         "chunk_bytes": request.chunk_bytes,
+        "gradient_tolerance": request.gradient_tolerance,
         "slots": request.teacher[0].shape[-1] if request.spec.tail else 0,
         "dtypes": [str(t.dtype) for t in request.tensors],
         "gradients": request.needs_grad,
@@ -283,9 +287,10 @@ def _make(
     tokens_given: Tokens,
     vocab_size: int | None,
     chunk_bytes: int | None,
+    gradient_tolerance: float,
 ) -> Call:
     terms, given = terms.checked(), tokens_given.checked()
-    limits = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    limits = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes, gradient_tolerance=gradient_tolerance)
     terms.check_labels(given.labels)
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
@@ -320,6 +325,7 @@ def _make(
         shard="" if place is None else place.text(),
         chunk_bytes=limits["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
         needs_grad=_needs_grad(s, t, terms),
+        gradient_tolerance=limits["gradient_tolerance"],
     )
     return Call(request, reduction, terms)
 

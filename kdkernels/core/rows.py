@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dtypes import HALF, wide
 from .exchange import Exchange, OwnTokens
-from .head_gradient import HALF, WeightGradient, add_rows, wide
+from .head_gradient import WeightGradient, add_rows
 from .layout import columns_adjoin, flat, folding_tokens
+from .tolerance import Kept, keep
 
 
 class Stored(NamedTuple):
@@ -133,15 +135,20 @@ class HeadRows:
 
     ``wanted`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
     Products are added up in fp32 (fp64 stays), where there is more than one. With an ``exchange`` the lm_head is one
-    rank's shard, and dH is summed over the group.
+    rank's shard, and dH is summed over the group. ``tolerance`` lets products leave out columns (:mod:`.tolerance`).
     """
 
     is_head = True
 
     def __init__(
-        self, tensors: list[Tensor], vocab: int, wanted: list[bool], exchange: Exchange | None = None
+        self,
+        tensors: list[Tensor],
+        vocab: int,
+        wanted: list[bool],
+        exchange: Exchange | None = None,
+        tolerance: float = 0.0,
     ) -> None:
-        self.exchange = exchange
+        self.exchange, self.tolerance = exchange, tolerance
         self.hidden, self.weight = tensors[0], tensors[1][:vocab]
         self.bias = tensors[2][:vocab] if len(tensors) > 2 else None
         self.given, self.vocab, self.wanted = tensors, vocab, wanted + [False] * (3 - len(wanted))
@@ -220,33 +227,58 @@ class HeadRows:
         return tile if tile.dtype == self.dtype else torch.empty_like(tile, dtype=self.dtype)
 
     def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        if self.wanted[0]:
-            self._backward_hidden(gradient, rows, columns)
-        if self.wanted[1]:
-            everything = rows == slice(0, self.tokens)
-            hidden = self._weighed(rows)
-            self.grad_weight.add(gradient, hidden, columns, first=rows.start == 0, all_tokens=everything)
+        """``gradient`` is overwritten where a tolerance moves its columns."""
         if self.wanted[2]:
             if self.grad_bias is None:
                 self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
             self.grad_bias[columns] += gradient.sum(0, dtype=self.grad_bias.dtype)
+        kept = keep(gradient, self.tolerance) if any(self.wanted[:2]) else None
+        if self.wanted[0]:
+            if kept is None:
+                self._backward_hidden(gradient, rows, columns)
+            else:
+                self._backward_hidden_kept(kept, rows, columns)
+            if columns.stop == self.vocab:
+                self._sum(self._grad_of_hidden(rows, columns))
+        if self.wanted[1]:
+            hidden = self._weighed(rows)
+            which = {"first": rows.start == 0, "all_tokens": rows == slice(0, self.tokens)}
+            if kept is None:
+                self.grad_weight.add(gradient, hidden, columns, **which)
+            else:
+                self.grad_weight.add_kept(kept, hidden, columns, **which)
 
     def _backward_hidden(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        whole = columns == slice(0, self.vocab)
-        if self.grad_hidden is None:
-            dtype = self.summed_in or (self.dtype if whole else self.wide)
-            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype)
-        target, weight = self.grad_hidden[rows], self.weight[columns]
-        if whole and target.dtype == self.dtype:
+        target, weight = self._grad_of_hidden(rows, columns), self.weight[columns]
+        if columns == slice(0, self.vocab) and target.dtype == self.dtype:
             torch.mm(gradient, weight, out=target)
-        elif target.dtype == self.dtype:
+        else:
+            self._add_product(target, gradient, weight)
+
+    def _backward_hidden_kept(self, kept: Kept, rows: slice, columns: slice) -> None:
+        """The columns that are kept, and each row's rest by the mean of the others."""
+        target, weight = self._grad_of_hidden(rows, columns), self.weight[columns]
+        others = weight.sum(0, dtype=self.wide)
+        for ids, gradient in kept.parts(weight.shape[1] * weight.element_size()):
+            lm_head_rows = weight.index_select(0, ids)
+            self._add_product(target, gradient, lm_head_rows)
+            others -= lm_head_rows.sum(0, dtype=self.wide)
+        target.addr_(kept.rest.to(target.dtype), (others / kept.dropped).to(target.dtype))
+
+    def _grad_of_hidden(self, rows: slice, columns: slice) -> Tensor:
+        if self.grad_hidden is None:
+            once = columns == slice(0, self.vocab) and not self.tolerance
+            dtype = self.summed_in or (self.dtype if once else self.wide)
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype)
+        return self.grad_hidden[rows]
+
+    def _add_product(self, target: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        if target.dtype == self.dtype:
             target.addmm_(gradient, weight)
         elif gradient.is_cuda and target.dtype == torch.float32:
             target += torch.mm(gradient, weight, out_dtype=torch.float32)
         else:
             target += gradient @ weight
-        if columns.stop == self.vocab:
-            self._sum(target)
 
     def _sum(self, grad_hidden: Tensor) -> None:
         """Of rows whose dH has this rank's whole part: add up the group's."""

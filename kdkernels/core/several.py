@@ -173,6 +173,7 @@ def _several(
     vocab: int,
     chunk_bytes: int,
     needs_grad: list[bool],
+    gradient_tolerance: float,
     choice: Tensor | None = None,
 ) -> list[Tensor]:
     """[values ``[N, D]``, *gradients]; ``choice`` as in ``kdkernels::rows``."""
@@ -180,7 +181,8 @@ def _several(
     request = _request(
         student, teacher, labels, temperature, parameters, weights, specs, vocab, chunk_bytes, needs_grad
     )
-    return _compute(replace(request, backend=backend), specs, parameters)
+    request = replace(request, backend=backend, gradient_tolerance=gradient_tolerance)
+    return _compute(request, specs, parameters)
 
 
 @_several.register_fake
@@ -195,6 +197,7 @@ def _(
     vocab,
     chunk_bytes,
     needs_grad,
+    gradient_tolerance,
     choice=None,
 ):
     wanted = [t for t, needed in zip(student + teacher, needs_grad) if needed]
@@ -234,6 +237,7 @@ def _several_deferred(
     vocab: int,
     chunk_bytes: int,
     needs_grad: list[bool],
+    gradient_tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """(weights times divergences ``[N, D]`` fp64, the backend that served, as ``kdkernels::deferred`` tells it)."""
     backend = chosen_backend()
@@ -247,7 +251,19 @@ def _several_deferred(
 
 
 @_several_deferred.register_fake
-def _(student, teacher, labels, temperature, parameters, weights, specs, vocab, chunk_bytes, needs_grad):
+def _(
+    student,
+    teacher,
+    labels,
+    temperature,
+    parameters,
+    weights,
+    specs,
+    vocab,
+    chunk_bytes,
+    needs_grad,
+    gradient_tolerance,
+):
     return torch.empty_like(weights), torch.empty((), dtype=torch.uint8, device="cpu")
 
 
@@ -264,12 +280,12 @@ def _backward(ctx, arriving, _):
     choice, labels, temperature, weights, *tensors = saved_tensors(ctx)
     n, m, d = ctx.sizes
     student, teacher, parameters = tensors[:n], tensors[n : n + m], tensors[n + m :]
-    specs, vocab, chunk_bytes, needs_grad = ctx.rest
+    rest, needs_grad = ctx.rest, ctx.rest[-2]
     weights = torch.where(weights != 0, weights * arriving, 0.0)
     given = student, teacher, labels, temperature, parameters, weights
-    made = iter(_several(*given, specs, vocab, chunk_bytes, needs_grad, choice)[1:])
+    made = iter(_several(*given, *rest, choice)[1:])
     grads = [next(made) if needed else None for needed in needs_grad]
-    return (grads[:n], [None] * m, None, None, [None] * d) + (None,) * 5
+    return (grads[:n], [None] * m, None, None, [None] * d) + (None,) * 6
 
 
 _several_deferred.register_autograd(_backward, setup_context=_setup)
@@ -321,5 +337,6 @@ def losses(call: Call, divergences: tuple[Divergence, ...]) -> tuple[Tensor, ...
         request.vocab,
         request.chunk_bytes,
         request.needs_grad,
+        request.gradient_tolerance,
     )
     return tuple(reduction.apply(values) for values in made.unbind(1))

@@ -114,11 +114,11 @@ def sources(request: Request, grads: Gradients, exchange: Exchange | None) -> tu
     """Where both models' tiles come from; None for a teacher that is none, or a sparse target."""
     needs = request.needs_grad
     count = len(request.student)
-    columns = request.columns_here
-    student = rows_of(request.student, columns, needs[:count], grads.student, exchange)
+    columns, tolerance = request.columns_here, request.gradient_tolerance
+    student = rows_of(request.student, columns, needs[:count], grads.student, exchange, tolerance)
     if not request.teacher or request.spec.tail:
         return student, None
-    return student, rows_of(request.teacher, columns, needs[count:], grads.teacher, exchange)
+    return student, rows_of(request.teacher, columns, needs[count:], grads.teacher, exchange, tolerance)
 
 
 def rows_of(
@@ -127,9 +127,10 @@ def rows_of(
     wanted: list[bool],
     grad: Tensor | None,
     exchange: Exchange | None = None,
+    tolerance: float = 0.0,
 ) -> Rows:
     if len(tensors) > 1:
-        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted, exchange)
+        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted, exchange, tolerance)
     return LogitRows(tensors[0], vocab, grad)
 
 

@@ -53,7 +53,8 @@ class DistillationTrainer(Trainer):
         teacher: a causal LM with the student's vocabulary. Frozen and set to eval mode. None means no
             teacher: the hard term alone, as fused linear cross entropy.
         divergence: as of :func:`kdkernels.distillation_loss`, which gives the defaults, as are temperature,
-            temperature_squared, soft_weight, hard_weight, label_smoothing, z_loss, vocab_size and chunk_bytes.
+            temperature_squared, soft_weight, hard_weight, label_smoothing, z_loss, vocab_size, chunk_bytes and
+            gradient_tolerance.
         tail: of the sparse targets in a batch, as of :class:`kdkernels.SparseTarget`.
 
     Raises:
@@ -88,6 +89,7 @@ class DistillationTrainer(Trainer):
         z_loss: float = 0.0,
         vocab_size: int | None = None,
         chunk_bytes: int | None = None,
+        gradient_tolerance: float = 0.0,
         tail: Tail = "bucket",
         **trainer: Any,
     ) -> None:
@@ -111,7 +113,11 @@ class DistillationTrainer(Trainer):
         }
         self.soft_weight, self.hard_weight = soft_weight, hard_weight
         self.hard_options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        self.cut: dict[str, Any] = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
+        self.cut: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "chunk_bytes": chunk_bytes,
+            "gradient_tolerance": gradient_tolerance,
+        }
         self.tail = tail
         self.teacher = None if teacher is None else self._placed(teacher)
         for each in (self.model, self.teacher):

@@ -53,7 +53,10 @@ _RANGES: dict[str, _Range] = {
         "is too small: 256 bytes and the end of text are 257 tokens",
         lambda value: value >= 257,
     ),
-    "validation_share": ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
+    **dict.fromkeys(
+        ("validation_share", "gradient_tolerance"),
+        ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
+    ),
     "soft_warmup": (
         "is no share from 0 to 0.5 (it rises in one and falls in another)",
         lambda value: 0 <= value <= 0.5,

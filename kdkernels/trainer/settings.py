@@ -103,6 +103,9 @@ class LossSettings:
     temperature_squared: bool = option(False, "multiply the soft term by temperature^2")
     soft_weight: float = option(1.0, "of the divergence; in co the value that --soft_schedule comes to")
     hard_weight: float | None = option(None, "of the student's cross entropy; default 0 in soft, 1 in co")
+    gradient_tolerance: float = option(
+        0.0, "share of the lm_head's gradient that may be left out for speed; 0 is exact"
+    )
     soft_schedule: str = option("linear", "constant, linear, cosine, warmup_stable_decay or teacher_loss")
     soft_weight_start: float = option(0.0, "where linear, cosine and warmup_stable_decay begin")
     soft_warmup: float = option(0.1, "share of the steps that warmup_stable_decay rises (and falls) in")

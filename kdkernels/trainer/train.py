@@ -58,9 +58,11 @@ class Ingredients:
             **self.cut(),
         }
 
-    def cut(self) -> dict[str, int]:
-        """Options that cut padding: models' vocabularies are often larger than the tokenizer's."""
-        return {"vocab_size": len(self.tokenizer)}
+    def cut(self) -> dict[str, Any]:
+        """What every loss leaves out: padding, since models' vocabularies are often larger than the tokenizer's, and
+        what the tolerance allows."""
+        tolerance = self.settings.loss.gradient_tolerance
+        return {"vocab_size": len(self.tokenizer), "gradient_tolerance": tolerance}
 
     def trainer_options(self) -> dict[str, Any]:
         return {

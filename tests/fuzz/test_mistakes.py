@@ -18,6 +18,7 @@ NUMBERS = {
     "label_smoothing": [-0.1, 1.5, math.nan],
     "z_loss": [math.nan, math.inf],
     "chunk_bytes": [0, -5, 1.5, math.nan],
+    "gradient_tolerance": [-0.1, 1.0, math.nan],
     "vocab_size": [0, -1, V + 1, 2.5, 2**70],
     "ignore_index": [1.5, 2**70],
     "num_items": [0, -3, math.nan, torch.tensor(1.0, requires_grad=True)],
