@@ -108,7 +108,7 @@ def _alone(call: Call, inplace: bool = False) -> _Evaluated:
     needed = any(request.needs_grad)
     if inplace and needed:
         check_inplace(request.student)
-    if needed and reduction.per_row and request.has_head:
+    if needed and reduction.per_row and request.has_head and not request.only_hidden_learns:
         rows, results, _ = autograd.deferred(*request.arguments())
         return _Evaluated(reduction.apply(rows), None, results)
     solved = _solve(call, inplace)

@@ -5,7 +5,7 @@ import torch
 from problems import Problem, arguments, relative
 
 import kdkernels as kd
-from kdkernels.core import autograd, checked
+from kdkernels.core import autograd, checked, rows
 
 
 def test_retained_graph_gives_the_same_gradient_twice(backend):
@@ -123,6 +123,35 @@ def test_compile_a_divergence_that_changes(divergence):
         assert torch.allclose(compiled(number), loss(number))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_token_losses_of_a_frozen_head_are_projected_once(backend, monkeypatch, dtype):
+    problem = Problem(student="head", dtype=dtype, softcap=5.0)
+    tiles, tile = [], rows.HeadRows.tile
+    monkeypatch.setattr(rows.HeadRows, "tile", lambda *given: tiles.append(1) or tile(*given))
+    options = dict(temperature=1.7, hard_weight=0.5, reduction="none", divergence=kd.JSD(0.3))
+
+    def losses(student, teacher, labels):
+        frozen = kd.LinearHead(
+            student.hidden, *(t.detach() for t in student.tensors()[1:]), softcap=student.softcap
+        )
+        return kd.distillation_loss(frozen, teacher, labels, **options)
+
+    def of(name, double=False):
+        leaves = [t.double() if double else t.clone() for t in (*problem.student, *problem.teacher)]
+        hidden = leaves[0].requires_grad_()
+        with kd.use_backend(name):
+            value = losses(problem.side(leaves[:-1]), leaves[-1], problem.labels)
+        arriving = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view_as(value)
+        return value.detach(), torch.autograd.grad(value, hidden, arriving)[0]
+
+    value, grad = of(backend)
+    assert len(tiles) == 1
+    truth, true_grad = of("reference", double=True)
+    ulp = torch.finfo(dtype).eps
+    assert torch.allclose(value.double(), truth, rtol=4 * ulp, atol=4 * ulp)
+    assert true_grad.norm() > 1e-3 and relative(grad, true_grad) < 4 * ulp
+
+
 @pytest.mark.parametrize("form", ["logits", "head"])
 def test_opcheck(form):
     def tensors(grad):
@@ -210,7 +239,7 @@ def test_what_cannot_be_recorded_names_us(backend):
     with pytest.raises(RuntimeError, match="jit.trace cannot record kdkernels.*torch.export"):
         torch.jit.trace(lambda x: kd.kl_div(x, t), s)
     hidden = torch.randn(4, 6, requires_grad=True)
-    losses = kd.kl_div(kd.LinearHead(hidden, HEAD.weight), t, reduction="none")
+    losses = kd.kl_div(kd.LinearHead(hidden, HEAD.weight.clone().requires_grad_()), t, reduction="none")
     with pytest.raises(RuntimeError, match="kdkernels.*made in the backward.*without is_grads_batched"):
         torch.autograd.grad(losses, hidden, torch.eye(4), is_grads_batched=True)
 

@@ -6,7 +6,8 @@ results with the gradients that are needed. Two operators connect these to autog
 * ``attach``: the gradients were made in the forward. The backward multiplies them by what arrives, in place
   when nobody can ask for them again.
 * ``deferred``: only the values were made; the backward walks the tiles with the arriving weights. It serves an
-  lm_head whose tokens' losses meet autograd one by one (``reduction="none"``, fp16): dW depends on every weight.
+  lm_head that learns from tokens' losses that meet autograd one by one (``reduction="none"``, fp16): dW depends on
+  every weight. The gradient for the hidden states of a frozen one does not, and is attached.
 """
 
 from __future__ import annotations

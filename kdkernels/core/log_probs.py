@@ -50,17 +50,9 @@ class Finished(NamedTuple):
     state: Tensor  # fp64 [N, COLUMNS], without the ids
     stored: Tensor  # [N, K] logits at the distinct ids, mapped
     others_rows: (
-        Tensor  # [N, H]: the lm_head times the softmax of the ids' others, over T; [0] where not `saves_rows`
+        Tensor  # [N, H]: the lm_head times the softmax of the ids' others, over T; [0] where more learns
     )
     entropy_rows: Tensor  # [N, H]: the lm_head times the entropy's gradient; [0] if not asked either
-
-
-def saves_rows(request: Request) -> bool:
-    """Whether no tile is made again: hidden states alone need a gradient. Not in fp16, whose softmax would underflow
-    without what arrives in the backward, and not where the lm_head's rows at the ids are other ranks'."""
-    needs_grad, hidden = request.needs_grad, request.student[0]
-    alone = request.has_head and needs_grad[0] and not any(needs_grad[1:])
-    return alone and hidden.dtype != torch.float16 and not request.shard
 
 
 def empty(request: Request) -> tuple[Values, Finished]:
@@ -68,7 +60,7 @@ def empty(request: Request) -> tuple[Values, Finished]:
     tokens, slots = request.teacher[0].shape
     hidden, numbers = request.student[0], request.weights
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    saved = [tokens, hidden.shape[-1]] if saves_rows(request) else [0]
+    saved = [tokens, hidden.shape[-1]] if request.only_hidden_learns else [0]
     entropy = saved if request.spec.asked & Asked.ENTROPY else [0]
     return (
         Values(
@@ -140,7 +132,7 @@ class _Walk:
     """A request's chunks of tokens, one after the other."""
 
     def __init__(self, request: Request, grad: Tensor | None = None) -> None:
-        self.request, self.spec, self.saves_rows = request, student_spec(request.spec), saves_rows(request)
+        self.request, self.spec = request, student_spec(request.spec)
         self.given = request.teacher[0]
         self.ids, self.place = distinct_ids(self.given)
         place, here = request.place, request.columns_here
@@ -149,7 +141,7 @@ class _Walk:
         dtypes = self.student.dtypes
         self.backend: Backend = serving(request.backend, request.weights.device, dtypes, self.spec)
         each = self.student.bytes_per_logit + self.backend.bytes_per_logit(dtypes)
-        if self.saves_rows and self.spec.asked & Asked.ENTROPY:
+        if request.only_hidden_learns and self.spec.asked & Asked.ENTROPY:
             each += request.student[0].itemsize  # two gradients of a tile
         tiles = plan(
             tokens=self.student.tokens,
@@ -205,7 +197,7 @@ class _Walk:
         nothing = empty(self.request)[1]
         state = new_state(len(self.ids), self.ids.device)
         stored = torch.full_like(nothing.stored, -torch.inf)
-        products = _Products(self) if self.saves_rows else None
+        products = _Products(self) if self.request.only_hidden_learns else None
         for rows in self.tiles.row_chunks():
             tile = self.fold(rows, state[rows], stored[rows])
             if products is not None:
@@ -233,7 +225,7 @@ class _Walk:
 
     def gradients(self, arriving: Tensor, finished: Finished) -> list[Tensor]:
         weights = self._weights(arriving)
-        if self.saves_rows:
+        if self.request.only_hidden_learns:
             return [self._hidden_gradient(weights, finished)]
         if isinstance(self.student, HeadRows):
             self.student.leave_out((weights.rows == 0).all(-1))

@@ -187,6 +187,14 @@ class Request:
         return len(self.student) > 1
 
     @property
+    def only_hidden_learns(self) -> bool:
+        """Whether dH is all that is wanted of a student's lm_head. A token's dH is linear in what arrives for it, so
+        it can be made in the forward. Not in fp16, where a softmax would underflow without what arrives, and not of
+        shards, whose ranks sum it."""
+        learns, half = self.needs_grad[: len(self.student)], self.student[0].dtype == torch.float16
+        return self.has_head and learns[0] and not any(learns[1:]) and not half and not self.shard
+
+    @property
     def tensors(self) -> list[Tensor]:
         return self.student + self.teacher
 
