@@ -27,7 +27,7 @@ from .request import Call, Request, Terms, Tokens
 from .scaling import tracing
 from .schedule import plan
 from .sides import Teacher
-from .walk import PerRow, _projected, sources
+from .walk import PerRow, projected, sources
 
 
 class _One(NamedTuple):
@@ -51,7 +51,7 @@ class _Walk:
         self.live: Tensor | None = None
         sides = [student, teacher]
         if any(side.is_head for side in sides):
-            self.rows, self.live = _projected(sides, self.rows)
+            self.rows, self.live = projected(sides, self.rows)
         dtypes = [dtype for side in sides for dtype in side.dtypes]
         device = request.weights.device
         self.each = [

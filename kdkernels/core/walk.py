@@ -66,7 +66,7 @@ def walk(request: Request, grads: Gradients) -> list[Tensor]:
     sides = [side for side in (student, teacher) if side is not None]
     rows, live = _per_row(request), None
     if any(side.is_head for side in sides):
-        rows, live = _projected(sides, rows)
+        rows, live = projected(sides, rows)
     results = _Walk(request, student, teacher, rows, exchange).run()
     if live is not None:
         results = results.new_zeros(request.weights.shape[0], RESULTS).index_copy_(0, live, results)
@@ -93,7 +93,7 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
     )
 
 
-def _projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
+def projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
     """Only the tokens that take part are projected: (what is said of them, which they are; None: all)."""
     split = live_tokens(rows.labels)
     for side in sides:
