@@ -35,6 +35,7 @@ PACKAGES = (
     "axolotl",
     "nvidia-modelopt",
     "speculators",
+    "verl",
 )
 VOCAB, WIDTH, SLOTS = 65536, 64, 32
 
@@ -157,6 +158,25 @@ def speculators(tokens: int) -> Pair:
     return on_logits(lambda s, t, y: theirs(s, t).mean(), lambda s, t, y: ours(s, t).mean(), tokens)
 
 
+def trl_log_probs(tokens: int) -> Pair:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    from kdkernels.integrations.trl import selective_log_softmax_and_entropy as dropin
+
+    both = lambda function: lambda s, t, y: sum(x.sum() for x in function(s, y.clamp(min=0)))  # noqa: E731
+    return on_logits(both(selective_log_softmax_and_entropy), both(dropin), tokens)
+
+
+def verl(tokens: int) -> Pair:
+    from kdkernels.integrations import verl as dropin
+
+    original = original_module("verl", "verl/utils/experimental/torch_functional.py")
+    (h, w), _ = hidden(tokens)
+    given = h, w, torch.randint(0, VOCAB, (1, tokens))
+    theirs, ours = (m.FusedLinearForPPO() for m in (original, dropin))
+    return Pair(lambda: sum(x.sum() for x in theirs(*given)), lambda: sum(x.sum() for x in ours(*given)))
+
+
 def functional(tokens: int) -> Pair:
     from kdkernels.integrations.functional import kl_div
 
@@ -242,6 +262,22 @@ CASES = {
             "`trainer.train()`",
             f"`{_IMPORT} import speculators; speculators.patch()`",
             "`nla` has no floor at an acceptance of 1e-5",
+        ),
+        Case(
+            "TRL's log-probabilities and entropies",
+            trl_log_probs,
+            512,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            "bf16 logits: fp32; at -inf the entropy is finite",
+        ),
+        Case(
+            "verl `FusedLinearForPPO`",
+            verl,
+            2048,
+            "`trainer.train()`",
+            f"`{_IMPORT} import verl; verl.patch()` in every worker",
+            "the entropy is fp32",
         ),
         Case(
             "your own `F.kl_div` on log-probabilities",

@@ -25,6 +25,7 @@ PACKAGES = (
     "axolotl",
     "nvidia-modelopt",
     "speculators",
+    "verl",
     "cut-cross-entropy",
     "quack-kernels",
     "fla-core",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
 
 class Target(NamedTuple):
-    """What is replaced: an attribute of ``module``, or of its class or dict ``owner``."""
+    """What is replaced: an attribute of ``module``, or of its class or dict ``owner``. A module's own attribute is
+    replaced wherever the package has imported it as well: what is imported later finds ours."""
 
     module: str
     owner: str | None
@@ -27,11 +29,15 @@ class Target(NamedTuple):
         return (holder if isinstance(holder, dict) else vars(holder)).get(self.name)
 
     def set(self, function: Any) -> None:
-        holder = self._holder()
+        before, holder = self.get(), self._holder()
         if isinstance(holder, dict):
             holder[self.name] = function
-        else:
-            setattr(holder, self.name, function)
+            return
+        setattr(holder, self.name, function)
+        package = self.module.partition(".")[0] + "."
+        for name, module in list(sys.modules.items()) if self.owner is None else ():
+            if name.startswith(package) and vars(module).get(self.name) is before:
+                setattr(module, self.name, function)
 
     def __str__(self) -> str:
         return ".".join(part for part in (self.module, self.owner, self.name) if part)
@@ -98,9 +104,13 @@ class Patches:
         original = target.get()
         if original is None:
             raise RuntimeError(f"{self.package} has no {target}, which patch() would replace")
-        theirs, ours = (
-            list(inspect.signature(getattr(f, "__func__", f)).parameters) for f in (original, target.ours)
-        )
+        theirs, ours = _parameters(original), _parameters(target.ours)
         if theirs != ours:
             raise RuntimeError(f"{target} takes {theirs}, but its replacement takes {ours}")
         return original
+
+
+def _parameters(function: Any) -> list[str]:
+    """The names of a function's, or of a class's ``forward``: a module or an autograd.Function is called by it."""
+    function = getattr(function, "forward", function)
+    return list(inspect.signature(getattr(function, "__func__", function)).parameters)

@@ -8,6 +8,8 @@ trainer                               what is replaced
 ``experimental.gold.GOLDTrainer``     ``generalized_jsd_loss``
 ``ServerDistillationTrainer``         ``compute_loss`` (in ``experimental.server_distillation``)
 ``experimental.sdft``, ``.sdpo``      ``compute_topk_`` and ``compute_full_logit_self_distillation_loss``
+all with log-probabilities or         ``selective_log_softmax``, ``entropy_from_logits``,
+entropies                             ``selective_log_softmax_and_entropy``, ``_ChunkedLogProbFunction``
 ====================================  =====================================================
 
 Signatures and values are TRL's. What differs, on purpose (each is a test in
@@ -15,6 +17,10 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 
 * half-precision logits: the row arithmetic is fp32 and so is the loss; TRL's is in the logits' dtype;
 * ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
+* log-probabilities and entropies of half-precision logits are fp32; TRL's are in the logits' dtype without Triton. At
+  logits of -inf the entropy is that of the others, with a finite gradient; TRL's is NaN there;
+* the fused lm_head's: with ``log_sum_sq_probs`` or ``mean_logits`` among its outputs, and under ZeRO-3, whose
+  parameters are gone when the backward comes, it is TRL's own;
 * self-distillation on the student's top k: the mass that it leaves is not clamped at 1e-7;
 * server distillation: TRL clamps the stored mass to 1 - 1e-7, where the student's gradient stops; here it
   goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
@@ -37,6 +43,7 @@ from torch import Tensor
 
 from ..divergences import JSD, simplified
 from ..heads import MappedLogits
+from ..log_probs import token_log_probs
 from ..losses import js_divergence
 from ..options import Reduction
 from ..producers import target_at
@@ -280,6 +287,93 @@ def full_logit_self_distillation_loss(
     return js_divergence(student_logits, teacher_logits, beta=distillation_alpha, reduction="none")
 
 
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """log softmax(logits / temperature) at ``index``, ``[...]`` or ``[..., K]``; 0 where ``row_mask``, of the same
+    shape, is 0."""
+    return token_log_probs(logits, _unmasked(index, row_mask), temperature=temperature).log_probs
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """The entropy of every row, ``[...]``; rows are read once, in pieces that no ``chunk_size`` has to say."""
+    return _entropy(logits)
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both from one pass; of a masked row both are 0."""
+    ids = torch.where(row_mask == 0, IGNORED, index) if row_mask is not None else index
+    of = token_log_probs(logits, ids, temperature=temperature, entropy=True)
+    assert of.entropy is not None
+    return of.log_probs, of.entropy if entropy_requires_grad else of.entropy.detach()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    no_ids = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
+    entropy = token_log_probs(logits, no_ids, entropy=True).entropy
+    assert entropy is not None
+    return entropy
+
+
+def _unmasked(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    return index if row_mask is None else torch.where(row_mask == 0, -1, index)
+
+
+class ChunkedLogProbFunction:
+    """In the place of the autograd function that TRL's fused lm_head calls: (log-probabilities, entropy, None, None,
+    whether the target is the most probable token), with None for what ``outputs`` does not name."""
+
+    @staticmethod
+    def forward(
+        ctx: None,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        if {"log_sum_sq_probs", "mean_logits"} & set(outputs) or hasattr(weight, "ds_id"):
+            theirs: Any = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+            return theirs.apply(
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+            )
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        student = head(hidden, weight, bias, logit_scale=logit_scale, softcap=final_logit_softcapping)
+        of = token_log_probs(
+            student,
+            targets,
+            temperature=temperature,
+            entropy="entropy" in outputs,
+            return_stats="is_top1" in outputs,
+        )
+        is_top1 = None if of.top1 is None else of.top1.eq(targets)
+        return of.log_probs, of.entropy, None, None, is_top1
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return cls.forward(None, *arguments)
+
+
 def _items(num_items: Tensor | int | None, beside: Tensor) -> Any:
     return num_items.to(beside.device) if isinstance(num_items, Tensor) else num_items
 
@@ -311,6 +405,11 @@ _TARGETS = (
         "compute_loss",
         server_compute_loss,
     ),
+    *(
+        Target("trl.trainer.utils", None, ours.__name__, ours)
+        for ours in (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+    ),
+    Target("trl.trainer.utils", None, "_ChunkedLogProbFunction", ChunkedLogProbFunction),
     *(
         Target(f"trl.experimental.{trainer}.{trainer}_trainer", None, f"compute_{ours.__name__}", ours)
         for trainer in ("sdft", "sdpo")

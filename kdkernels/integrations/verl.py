@@ -1,0 +1,96 @@
+"""verl's log-probabilities and entropies, for its actors: one line in every worker before verl builds them::
+
+    from kdkernels.integrations import verl; verl.patch()
+
+What is replaced are ``logprobs_from_logits``, ``entropy_from_logits`` and ``entropy_from_logits_with_chunking`` of
+``verl.utils.torch_functional``, wherever verl has imported them, and ``FusedLinearForPPO``. What differs from verl 0.9
+(tests in ``tests/integrations/test_verl.py``):
+
+* Results are fp32 (fp64 for fp64 logits). verl's entropies, and without flash-attn its log-probabilities, are in the
+  dtype of the logits or hidden states.
+* At logits of -inf (a vocabulary that is padded, or top-p) the entropy is that of the others, and its gradient is
+  finite; verl's is NaN.
+* ``inplace_backward`` overwrites logits with their gradient where verl would with flash-attn, on any device; never
+  logits that are a leaf, or parts of one another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..core.layout import overlaps_itself
+from ..log_probs import token_log_probs
+from .common import head
+from .patches import Patch, Patches, Target
+
+#: The versions that the test suite is run with: from the first, below the second.
+TESTED = ((0, 9), (0, 10))
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """log softmax(logits ``[..., V]``) at ``labels`` ``[...]``."""
+    inplace = inplace_backward and logits.grad_fn is not None and not overlaps_itself(logits)
+    return token_log_probs(logits, labels, inplace=inplace).log_probs
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """The entropy of every row, ``[...]``."""
+    no_ids = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
+    entropy = token_log_probs(logits, no_ids, entropy=True).entropy
+    assert entropy is not None
+    return entropy
+
+
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """The same: no ``chunk_size`` has to say in which pieces the rows are read."""
+    return entropy_from_logits(logits)
+
+
+class FusedLinearForPPO(nn.Module):
+    """(log-probabilities, entropies) ``[...]`` of tokens from hidden states and an lm_head, both differentiable.
+
+    ``chunk_size`` and ``impl_backend`` say how verl would do it.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        student = head(hidden_states, vocab_weights)
+        of = token_log_probs(student, input_ids.to(torch.int64), temperature=temperature, entropy=True)
+        assert of.entropy is not None
+        return of.log_probs, of.entropy
+
+
+_PATCHES = Patches(
+    "verl",
+    TESTED,
+    [
+        *(
+            Target("verl.utils.torch_functional", None, ours.__name__, ours)
+            for ours in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking)
+        ),
+        Target("verl.utils.experimental.torch_functional", None, "FusedLinearForPPO", FusedLinearForPPO),
+    ],
+)
+
+
+def patch() -> Patch:
+    """Put these in the place of verl's, at once.
+
+    ``patch()`` alone holds until :func:`unpatch`; ``with patch():`` until the block ends.
+
+    Raises:
+        RuntimeError: verl's version is outside ``TESTED``, or a function is missing or takes other arguments.
+            Nothing is replaced then.
+        ImportError: verl is not installed.
+    """
+    return _PATCHES.patch()
+
+
+def unpatch() -> None:
+    """Put verl's own back; without a patch it does nothing."""
+    _PATCHES.unpatch()
