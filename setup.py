@@ -154,7 +154,7 @@ def extensions():
 
     sources = ["csrc/bindings.cpp", "csrc/cpu/rows_baseline.cpp"]
     if platform.machine().lower() in ("x86_64", "amd64"):
-        sources += ["csrc/cpu/rows_avx2.cpp", "csrc/cpu/rows_avx512.cpp"]
+        sources += [f"csrc/cpu/rows_{isa}.cpp" for isa in ("avx2", "avx512", "avx512bf16")]
     common = dict(
         depends=[str(path) for path in Path("csrc").rglob("*.*")],
         include_dirs=["csrc"],
@@ -189,19 +189,13 @@ def extensions():
     return modules, {"build_ext": commands}
 
 
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16"]}
+
+
 def isa_flags(source: str) -> list:
-    if source.endswith("rows_avx512.cpp"):
-        return [
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512dq",
-            "-mavx512vl",
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            "-mprefer-vector-width=512",
-        ]
-    return ["-mavx2", "-mfma", "-mf16c"] if source.endswith("rows_avx2.cpp") else []
+    return ISA_FLAGS.get(Path(source).stem.removeprefix("rows_"), [])
 
 
 MISSING = what_is_missing()

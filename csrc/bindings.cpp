@@ -19,12 +19,13 @@ const RowLoops& row_loops_baseline();
 #if defined(__x86_64__) || defined(_M_X64)
 const RowLoops& row_loops_avx2();
 const RowLoops& row_loops_avx512();
+const RowLoops& row_loops_avx512bf16();
 #endif
 
 namespace {
 
-// 0 baseline, 1 AVX2, 2 AVX-512: the best that this processor has, or a lower one that KDKERNELS_ISA asks
-// for.
+// 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with an instruction that rounds to bf16: the best that this
+// processor has, or a lower one that KDKERNELS_ISA asks for.
 int64_t best_instruction_set() {
   int best = 0;
 #if defined(__x86_64__) || defined(_M_X64)
@@ -33,10 +34,11 @@ int64_t best_instruction_set() {
   if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = 2;
+  if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
   const char* asked = std::getenv("KDKERNELS_ISA");
   if (asked != nullptr) {
-    const char* names[] = {"baseline", "avx2", "avx512"};
+    const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
     for (int i = 0; i < best; ++i)
       if (std::strcmp(asked, names[i]) == 0) return i;
   }
@@ -50,6 +52,7 @@ int64_t instruction_set(const Tensor&) {
 
 const RowLoops& loops(const Tensor& any) {
 #if defined(__x86_64__) || defined(_M_X64)
+  if (instruction_set(any) == 3) return row_loops_avx512bf16();
   if (instruction_set(any) == 2) return row_loops_avx512();
   if (instruction_set(any) == 1) return row_loops_avx2();
 #endif

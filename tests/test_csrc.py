@@ -7,14 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import row_loops
 import torch
+from problems import Problem, assert_exact
 
 import kdkernels as kd
 from kdkernels.backends import native
 from kdkernels.backends.protocol import Gradients, Tile
 from kdkernels.backends.spec import OUTPUTS, Asked, Output, Spec
+from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.divergences import simplified
 
 ROOT = Path(__file__).parent.parent
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 DEVICE_SOURCE = """
 #include "divergence.h"
 #include "row_state.h"
@@ -43,10 +48,10 @@ __global__ void kernel(Spec spec, const double* parameters, const float* in, flo
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_other_instruction_sets(isa):
     """The conformance suite once more, on what this machine would not choose itself."""
-    if kd.backends()["native"] is not None or kd.instruction_set() in (isa, "baseline"):
+    if kd.backends()["native"] is not None or ISAS.index(isa) >= ISAS.index(kd.instruction_set()):
         pytest.skip("this machine has no better instruction set to turn off")
     environment = {**os.environ, "KDKERNELS_ISA": isa}
     check = f"import kdkernels as kd; assert kd.instruction_set() == {isa!r}"
@@ -62,6 +67,65 @@ def test_other_instruction_sets(isa):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def rounded_by_the_instruction(x):
+    """The bits that vcvtneps2bf16 makes of normal numbers, infinities and NaNs, as Intel's manual defines it."""
+    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return torch.where(x.isnan(), bits >> 16 | 0x40, nearest)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_conversions(tmp_path, isa):
+    """Every upper half of a float with the lower ones that rounding looks at, against torch; and bf16 against the
+    instruction that AVX512_BF16 has for it, which runs on no machine of ours."""
+    if isa == "avx2" and kd.instruction_set() in (None, "baseline"):
+        pytest.skip("this machine has no AVX2")
+    high = torch.arange(1 << 16)
+    high = high[(high >> 7 & 0xFF) > 0]  # without subnormals: the processor flushes them meanwhile (RowRange)
+    # The lowest bits that bf16 and fp16 drop: ties, and one beside a tie.
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x0FFF, 0x1000, 0x1001, 0x3000])
+    x = (high[:, None] << 16 | low).flatten().to(torch.int32).view(torch.float32)
+    x = torch.cat([x, x.new_zeros(-len(x) % 4096)])
+    flags = ["-mavx2", "-mfma", "-mf16c"] if isa == "avx2" else []
+    program = row_loops.compile("c++", tmp_path, row_loops.HERE / "conversions.cpp", flags=flags)
+    out = bytearray(
+        subprocess.run([program], input=row_loops.as_bytes(x), capture_output=True, check=True).stdout
+    )
+    n = len(x)
+    for start, dtype in ((0, torch.bfloat16), (6 * n, torch.float16)):
+        mine = torch.frombuffer(out, dtype=dtype, count=n, offset=start)
+        back = torch.frombuffer(out, dtype=torch.float32, count=n, offset=start + 2 * n)
+        assert torch.equal(mine.isnan(), x.isnan()) and torch.equal(back.isnan(), x.isnan())
+        assert torch.equal(mine[~x.isnan()], x[~x.isnan()].to(dtype))
+        assert torch.equal(back[~x.isnan()], mine[~x.isnan()].float())
+        if dtype == torch.bfloat16:
+            assert torch.equal(mine.view(torch.int16).long() & 0xFFFF, rounded_by_the_instruction(x))
+
+
+@pytest.fixture(scope="module")
+def on_aarch64(tmp_path_factory):
+    """The command that runs the row loops as an ARM processor would."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip(
+            "needs aarch64-linux-gnu-g++ and qemu-aarch64: apt install g++-aarch64-linux-gnu qemu-user"
+        )
+    return [emulator, row_loops.build(compiler, tmp_path_factory.mktemp("aarch64"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [2500, 900])
+def test_on_aarch64(on_aarch64, divergence, dtype, chunk):
+    problem = Problem(shape=(6,), vocab=2500, dtype=dtype)
+    options = dict(divergence=simplified(divergence), temperature=1.5, hard_weight=0.5)
+    ours = row_loops.solve(on_aarch64, problem, chunk=chunk, **options)
+    oracle, plain = (run(reduction="sum", **options) for run in (problem.oracle, problem.plain))
+    assert_exact(ours, oracle, plain, dtype=dtype)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -47,24 +47,26 @@ KD_HD Halves to_half(Vec v) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROU
 KD_HD Vec from_half(const uint16_t* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 KD_HD Halves to_half(Vec v) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
+// By integers, since not every compiler has a type for it. A subnormal's bits are the last ones of a number
+// that is just large enough; no fp32 subnormal occurs, which the processor would flush.
 KD_HD Vec from_half(const uint16_t* p) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) {
-    _Float16 h;
-    std::memcpy(&h, p + i, 2);
-    v[i] = (float)h;
-  }
-  return v;
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  const Ints all = __builtin_convertvector(h, Ints), magnitude = (all & 0x7fff) << 13, one = Ints{} + 1;
+  const Ints rebias = one * (112 << 23), least = one * (113 << 23);  // 113: 2^-14, the least normal
+  const Ints normal = magnitude + rebias, infinite = normal + rebias;
+  const Ints subnormal = as_ints(as_vec(magnitude + least) - as_vec(least));
+  const Ints finite = magnitude < 0x400 << 13 ? subnormal : normal;
+  return as_vec((magnitude < 0x7c00 << 13 ? finite : infinite) | (all & 0x8000) << 16);
 }
 KD_HD Halves to_half(Vec v) {
-  Halves out;
-  for (int i = 0; i < kLanes; ++i) {
-    const _Float16 h = (_Float16)v[i];
-    uint16_t bits;
-    std::memcpy(&bits, &h, 2);
-    out[i] = bits;
-  }
-  return out;
+  const Ints bits = as_ints(v), magnitude = bits & 0x7fffffff, one = Ints{} + 1;
+  const Ints normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Ints subnormal = as_ints(as_vec(magnitude) + 0.5f) - as_ints(splat(0.5f));
+  const Ints finite = magnitude < 113 << 23 ? subnormal : normal;
+  const Ints infinite = magnitude > 0x7f800000 ? one * 0x7e00 : one * 0x7c00;
+  return __builtin_convertvector((magnitude < 143 << 23 ? finite : infinite) | ((bits >> 16) & 0x8000),
+                                 Halves);
 }
 #endif
 

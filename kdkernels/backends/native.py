@@ -78,7 +78,7 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
 
 
 def instruction_set() -> str | None:
-    """ "avx512", "avx2" or "baseline": what the CPU's row loops were dispatched to. None without a native backend.
+    """ "avx512bf16", "avx512", "avx2" or "baseline": what the CPU's row loops were dispatched to. None without a native backend.
 
     >>> import kdkernels as kd
     >>> kd.instruction_set() in ("avx512", "avx2", "baseline", None)
@@ -87,7 +87,7 @@ def instruction_set() -> str | None:
     if _problem:
         return None
     code = torch.ops.kdkernels_native.instruction_set(torch.empty(0, device="cpu"))
-    return ("baseline", "avx2", "avx512")[code]
+    return ("baseline", "avx2", "avx512", "avx512bf16")[code]
 
 
 def advise_huge_pages(fresh: Tensor) -> None:
