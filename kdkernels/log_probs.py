@@ -12,6 +12,7 @@ from .backends import reference_asked
 from .backends.spec import Asked, Spec, Tail
 from .core import exchange
 from .core import log_prob_operators as operators
+from .core.dtensors import unwrapped
 from .core.inplace import check_inplace
 from .core.log_probs import Values
 from .core.option_checks import checked
@@ -89,6 +90,7 @@ def token_log_probs(
         inplace=inplace,
         chunk_bytes=chunk_bytes,
     )
+    student = unwrapped("student", student)
     own = side("student", student)
     refuse_transforms(own.tensors)
     own, _ = exchange.placed(own, None)

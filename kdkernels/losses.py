@@ -109,7 +109,7 @@ def _alone(call: Call, inplace: bool = False) -> _Evaluated:
     if inplace and needed:
         check_inplace(request.student)
     if needed and reduction.per_row and request.has_head and not request.only_hidden_learns:
-        rows, results, _ = autograd.deferred(*request.arguments())
+        rows, results, *_ = autograd.deferred(*request.arguments())
         return _Evaluated(reduction.apply(rows), None, results)
     solved = _solve(call, inplace)
     value = autograd.row_losses(solved.results, request.weights)

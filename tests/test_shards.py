@@ -142,6 +142,9 @@ SPARSE = [
     ),
     Case("chunks", dict(student="head", shape=(40,)), dict(chunk_bytes=3000), tail="bucket"),
 ]
+LOOSE = Case(
+    "tolerance", dict(scale=8.0, **HEADS), dict(gradient_tolerance=0.05, divergence=kd.ReverseKL()), ranks=3
+)
 OWN = [
     Case("mean", dict(shape=(15,), **HEADS), dict(divergence=kd.JSD(0.3), **MIX), ranks=3),
     Case("sum", dict(shape=(15,), **HEADS), MIX, ranks=4, shard=dict(data_parallel="sum"), split="empty"),
@@ -188,6 +191,7 @@ REFUSED = [
 def outcomes(tmp_path_factory):
     everything = [
         ("policies", POLICIES),
+        ("loose", [LOOSE]),
         ("exact", CASES),
         ("codistilled", TOGETHER),
         ("sparse", SPARSE),
@@ -312,6 +316,8 @@ ROWS, LIVE, SLOTS = 15, 13, 10
         ("exact", "ForwardKL() of heads", [7 * 8 * (LIVE + 1)], [LIVE * 16 * 4]),
         # the normaliser of the rest and the label's logit; the stored ids' logits
         ("sparse", "bucket, logits", [3 * 8 * (ROWS + 1)], [SLOTS * 4 * (ROWS + 1)]),
+        # token losses: the backward exchanges nothing but dH
+        ("exact", "token losses of heads", [6 * 8 * (LIVE + 1), 2 * 8 * (LIVE + 1)], [LIVE * 16 * 4]),
         ("sparse", "soft logits", [], [SLOTS * 4 * (ROWS + 1)]),
     ],
 )
@@ -425,6 +431,24 @@ def test_dtensors_that_are_no_shards(outcomes):
 def test_a_compiled_loss_on_shards(outcomes):
     for plain, compiled in of(outcomes, "compiled"):
         assert all(map(torch.equal, plain, compiled))
+
+
+def test_gradients_with_a_tolerance(outcomes):
+    """Products leave out columns on every rank, and no gradient is further off than that."""
+    parts, options = of(outcomes, ("loose", LOOSE.name)), dict(LOOSE.options)
+    tolerance = options.pop("gradient_tolerance")
+    truth, gradients = LOOSE.made().oracle(**options)
+    (loss,) = same_on_all_ranks(parts)
+    assert torch.allclose(loss.double(), truth, rtol=1e-5)
+    errors = [relative(mine, true) for mine, true in zip(whole(parts), gradients, strict=True)]
+    assert 1e-4 < max(errors) < 2 * tolerance, errors
+
+
+def test_modelopts_losses_on_many_ranks(outcomes):
+    for made in of(outcomes, "ModelOpt"):
+        for loss, flags, gradient, truth, true_gradient in made:
+            assert torch.allclose(loss, truth, rtol=1e-5, atol=1e-6) and flags == [False, False]
+            assert true_gradient.norm() > 1e-3 and relative(gradient, true_gradient) < 1e-5
 
 
 def test_a_head_moves_to_the_students_rows(outcomes):

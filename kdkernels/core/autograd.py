@@ -12,8 +12,6 @@ results with the gradients that are needed. Two operators connect these to autog
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -21,10 +19,11 @@ from .. import reference
 from ..backends import CHOICES, chosen_backend, native
 from ..backends.protocol import Gradients
 from ..backends.spec import RESULTS, Output, Spec
+from .exchange import Kept
 from .layout import overlap
 from .request import Request
 from .scaling import batched, scaled, tracing
-from .walk import walk
+from .walk import kept_for, walk
 
 
 def new_gradient(logits: Tensor, vocab: int) -> Tensor:
@@ -45,11 +44,11 @@ def _buffers(request: Request) -> Gradients:
     )
 
 
-def compute(request: Request) -> list[Tensor]:
+def compute(request: Request, kept: Kept | None = None) -> list[Tensor]:
     """[results, *gradients that are needed]."""
     if request.backend == "reference":
         return reference.operator(request)
-    results, *gradients = walk(request, _buffers(request))
+    results, *gradients = walk(request, _buffers(request), kept)
     return [results, *(g.view(t.shape) for g, t in zip(gradients, request.wanted()))]
 
 
@@ -68,13 +67,17 @@ def rows(
     needs_grad: list[bool],
     gradient_tolerance: float,
     choice: Tensor | None = None,
+    state: Tensor | None = None,
+    stored: Tensor | None = None,
 ) -> list[Tensor]:
-    """``choice``: what :func:`deferred` gave of it; None is what is chosen in this thread now."""
+    """``choice``, and ``state`` and ``stored`` of shards: what :func:`deferred` gave of them; None is what is chosen
+    in this thread now."""
     backend = chosen_backend() if choice is None else CHOICES[int(choice)]
     given = student, teacher, labels, temperature, parameters, weights
     static = Spec.from_text(spec)
     request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, backend)
-    return compute(request)
+    keeps = state is not None and stored is not None and len(state)
+    return compute(request, Kept(state, stored, ready=True) if keeps else None)  # type: ignore[arg-type]
 
 
 @rows.register_fake
@@ -92,6 +95,8 @@ def _(
     needs_grad,
     gradient_tolerance,
     choice=None,
+    state=None,
+    stored=None,
 ):
     results = weights.new_empty(weights.shape[0], RESULTS)
     wanted = [t for t, needed in zip(student + teacher, needs_grad) if needed]
@@ -201,8 +206,9 @@ def deferred(
     chunk_bytes: int,
     needs_grad: list[bool],
     gradient_tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(the student's losses ``[N]`` fp64, results, choice): the student's gradient is made in the backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(the student's losses ``[N]`` fp64, results, choice, state, stored): the student's gradient is made in the
+    backward. State and stored are :class:`Kept`'s.
 
     ``choice`` is the backend that served, as its place in CHOICES: a thread of autograd's has not chosen one.
     A tensor, since compiled code hands nothing else from its forward to its backward.
@@ -210,10 +216,11 @@ def deferred(
     given = student, teacher, labels, temperature, parameters, weights
     backend = chosen_backend()
     static = Spec.from_text(spec)
-    request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend=backend)
-    results = compute(replace(request, needs_grad=[False] * len(needs_grad)))[0]
+    request = Request(*given, static, vocab, shard, chunk_bytes, [False] * len(needs_grad), backend=backend)
+    kept = kept_for(request)
+    results = compute(request, kept if len(kept.state) else None)[0]
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
-    return row_losses(results, weights), results, choice
+    return row_losses(results, weights), results, choice, kept.state, kept.stored
 
 
 @deferred.register_fake
@@ -232,7 +239,10 @@ def _(
     gradient_tolerance,
 ):
     results = weights.new_empty(weights.shape[0], RESULTS)
-    return torch.empty_like(weights[:, 0]), results, torch.empty((), dtype=torch.uint8, device="cpu")
+    choice = torch.empty((), dtype=torch.uint8, device="cpu")
+    given = student, teacher, labels, temperature, parameters, weights
+    kept = kept_for(Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad))
+    return torch.empty_like(weights[:, 0]), results, choice, kept.state, kept.stored
 
 
 def row_losses(results: Tensor, weights: Tensor) -> Tensor:
@@ -245,9 +255,9 @@ def row_losses(results: Tensor, weights: Tensor) -> Tensor:
 def _deferred_setup(ctx, inputs, output) -> None:
     student, teacher, labels, temperature, parameters, weights, *ctx.rest = inputs
     ctx.sizes = len(student), len(teacher)
-    _, results, choice = output
-    ctx.mark_non_differentiable(results, choice)
-    save_tensors(ctx, [choice, labels, temperature, parameters, weights, *student, *teacher])
+    _, results, choice, state, stored = output
+    ctx.mark_non_differentiable(results, choice, state, stored)
+    save_tensors(ctx, [choice, state, stored, labels, temperature, parameters, weights, *student, *teacher])
 
 
 def save_tensors(ctx, tensors: list[Tensor | None]) -> None:
@@ -272,12 +282,12 @@ def refuse_batched(arriving: Tensor) -> None:
 def _deferred_backward(ctx, arriving, *_):
     refuse_double_backward(tracing(arriving))
     refuse_batched(arriving)
-    choice, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
+    choice, state, stored, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
     n, m = ctx.sizes
     spec, *rest = ctx.rest
     needs_grad = rest[-2]
     given = tensors[:n], tensors[n:], labels, temperature, parameters, weights * arriving[:, None]
-    made = iter(rows(*given, _without_stats(spec), *rest, choice)[1:])
+    made = iter(rows(*given, _without_stats(spec), *rest, choice, state, stored)[1:])
     grads = [next(made) if needed else None for needed in needs_grad]
     return (grads[:n], [None] * m) + (None,) * 10
 

@@ -233,6 +233,15 @@ def _problem(role: str, side: Side) -> str:
     )
 
 
+class Kept(NamedTuple):
+    """What a forward leaves to its backward, which then exchanges nothing but dH: for the tokens that take part, from
+    the first row on, the merged states and a sparse target's gathered logits."""
+
+    state: Tensor  # [N, COLUMNS]
+    stored: Tensor  # [N, K]
+    ready: bool = False
+
+
 class Exchange:
     """The exchanges of one walk."""
 
@@ -242,6 +251,7 @@ class Exchange:
         self.ranks = dist.get_world_size(self.group)
         self.pending: list[Any] = []
         self.own_tokens: OwnTokens | None = None
+        self.kept: Kept | None = None
 
     def gather_tokens(self, tokens: int, device: torch.device) -> OwnTokens | None:
         """Where each rank has its own tokens, what makes them everybody's."""
@@ -249,32 +259,46 @@ class Exchange:
             self.own_tokens = OwnTokens(self, tokens, device)
         return self.own_tokens
 
-    def merge(self, here: Callable[[], None], of: Pass, state: Tensor) -> None:
-        """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns."""
+    def merge(self, here: Callable[[], None], of: Pass, state: Tensor, rows: slice | None = None) -> None:
+        """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns. ``rows``
+        are those of what is kept."""
+        if self.kept is not None and self.kept.ready:
+            state.copy_(self.kept.state[rows])
+            return
         of.merge(self._gathered(here, state, of.columns), state)
+        if self.kept is not None:
+            self.kept.state[rows] = state
 
     def local(self, ids: Tensor) -> Tensor:
         """Which of this rank's columns the ids are; -1 for those of other ranks and for no id."""
         at = ids - self.place.start
         return torch.where((ids >= 0) & (at >= 0) & (at < self.place.width), at, -1)
 
-    def stored(self, here: Callable[[], Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The logits at the ids ``[rows, K]``, of which ``here`` gives this rank's; -inf where there is no id. The
+    def stored(
+        self, here: Callable[[], Tensor], ids: Tensor, dtype: torch.dtype, rows: slice | None = None
+    ) -> Tensor:
+        """The logits at the ids ``[n, K]``, of which ``here`` gives this rank's; -inf where there is no id. The
         others' enter the sum as zeros, so it is exact in any order, and NaN stays."""
-        rows, slots = ids.shape
-        told = torch.zeros(rows + 1, max(slots, 1), dtype=dtype, device=ids.device)
+        if self.kept is not None and self.kept.ready:
+            here()
+            return self.kept.stored[rows]
+        tokens, slots = ids.shape
+        told = torch.zeros(tokens + 1, max(slots, 1), dtype=dtype, device=ids.device)
 
         def give() -> None:
-            told[:rows, :slots] = torch.where(self.local(ids) >= 0, here(), 0.0)
+            told[:tokens, :slots] = torch.where(self.local(ids) >= 0, here(), 0.0)
 
         failure = self._failure(give)
         if failure is not None:
-            told[rows] = 1
+            told[tokens] = 1
         dist.all_reduce(told, group=self.group)
         if failure is not None:
             raise failure
-        require(told[rows] != 0, told[rows], "a rank of the shard's group failed; its own error says why")
-        return torch.where(ids >= 0, told[:rows, :slots], -torch.inf)
+        require(told[tokens] != 0, told[tokens], "a rank of the shard's group failed; its own error says why")
+        whole = torch.where(ids >= 0, told[:tokens, :slots], -torch.inf)
+        if self.kept is not None:
+            self.kept.stored[rows] = whole
+        return whole
 
     def _failure(self, here: Callable[[], None]) -> Exception | None:
         try:
@@ -361,6 +385,31 @@ class OwnTokens:
         total = parts.new_empty((self.most, *parts.shape[1:]))
         _reduce_scatter(total, parts.contiguous(), group=self.group)
         return total[: self.counts[self.rank]]
+
+
+def top_k_of_shards(logits: Tensor, shard: Shard, k: int) -> tuple[Tensor, Tensor]:
+    """(ids, values) ``[..., k]`` of the largest logits of the whole vocabulary, of which ``logits`` is a shard: the
+    same on all ranks. Each rank gives its own largest."""
+    parts, group = ranges(shard, logits.shape[-1]), _group(shard)
+    vocab, widest = max(stop for _, stop in parts), max(stop - start for start, stop in parts)
+    if k > vocab:
+        raise ValueError(f"top_k={k} is larger than the vocabulary, {vocab}")
+    most = min(k, widest)
+    values, ids = logits.topk(min(most, logits.shape[-1]), -1)
+    missing = (0, most - values.shape[-1])
+    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
+    ids = torch.nn.functional.pad(ids + parts[dist.get_rank(group)][0], missing, value=-1)
+    every_value, every_id = (_side_by_side(t, group) for t in (values, ids))
+    values, at = every_value.topk(k, -1)
+    return every_id.gather(-1, at), values
+
+
+def _side_by_side(here: Tensor, group: Any) -> Tensor:
+    """``[..., n]`` of each rank as ``[..., ranks * n]``."""
+    heard = here.new_empty((dist.get_world_size(group) * math.prod(here.shape[:-1]), here.shape[-1]))
+    _all_gather(heard, here.reshape(-1, here.shape[-1]).contiguous(), group=group)
+    parts = heard.view(-1, *here.shape)
+    return torch.cat(list(parts), -1)
 
 
 def move_rows(rows: Tensor, source: Shard, width: int, target: Shard) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 from ..backends import serving
 from ..backends.outcomes import Outcomes, outcomes, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
-from ..backends.row_state import SECOND_PASS, Pass, finish, first_pass, new_state
+from ..backends.row_state import COLUMNS, SECOND_PASS, Pass, finish, first_pass, new_state
 from ..backends.sparse_rows import Solved, Temperatures, gather_stored, no_logits, solve, student_tile
 from ..backends.spec import RESULTS, Asked, Output, Spec, Tail
-from .exchange import Exchange, OwnTokens
+from .exchange import Exchange, Kept, OwnTokens
 from .layout import flat
-from .request import Request
+from .request import Request, loss_dtype
 from .rows import HeadRows, LogitRows, Stored
 from .schedule import Plan, plan
 
@@ -52,7 +52,18 @@ class PerRow(NamedTuple):
         )
 
 
-def walk(request: Request, grads: Gradients) -> list[Tensor]:
+def kept_for(request: Request) -> Kept:
+    """Room for what the walk of a shard leaves to its backward; none where nothing is exchanged, or tokens are."""
+    place, tokens = request.place, len(request.weights)
+    keeps = tokens if place is not None and not place.own_tokens else 0
+    slots = request.teacher[0].shape[-1] if request.spec.tail else 0
+    return Kept(
+        request.weights.new_empty(keeps, COLUMNS),
+        request.weights.new_empty(keeps, slots, dtype=loss_dtype(request.student)),
+    )
+
+
+def walk(request: Request, grads: Gradients, kept: Kept | None = None) -> list[Tensor]:
     """[results, *gradients that are needed], in the order of the request's tensors.
 
     ``grads``: buffers ``[..., V]`` for the gradients of given logits; an lm_head's are made here.
@@ -62,6 +73,8 @@ def walk(request: Request, grads: Gradients) -> list[Tensor]:
     own = None if exchange is None else exchange.gather_tokens(len(request.weights), request.weights.device)
     if own is not None:
         request = _gathered(request, own)
+    elif exchange is not None:
+        exchange.kept = kept
     student, teacher = sources(request, grads, exchange)
     sides = [side for side in (student, teacher) if side is not None]
     rows, live = _per_row(request), None
@@ -311,7 +324,7 @@ class _Chunk:
         if self.exchange is None:
             here()
         else:
-            self.exchange.merge(here, merger, state)
+            self.exchange.merge(here, merger, state, self.rows)
 
     def _tiles(self) -> Iterator[Tile]:
         """Those with any columns."""
@@ -332,7 +345,8 @@ class _Chunk:
         self._everywhere(first, first_pass(inner, own), state)
         if self.exchange is None:
             return self._solve(target, stored, state)
-        return self._solve(target, self.exchange.stored(lambda: stored, target.ids, stored.dtype), state)
+        whole = self.exchange.stored(lambda: stored, target.ids, stored.dtype, self.rows)
+        return self._solve(target, whole, state)
 
     def _solve(self, target: Outcomes, stored: Tensor, state: Tensor) -> Solved:
         given, parameters = self.given, self.walk.request.parameters
@@ -363,7 +377,7 @@ class _Chunk:
         if self.exchange is None:
             logits = torch.where(ids >= 0, look(), -torch.inf)
         else:
-            logits = self.exchange.stored(look, ids, wide)
+            logits = self.exchange.stored(look, ids, wide, self.rows)
         solved = self._solve(self.target, logits, new_state(ids.shape[0], ids.device))
         if student.needs_grad:
             weight = self.given.weights[:, Output.SOFT, None]

@@ -1,9 +1,9 @@
 """The logit losses of NVIDIA ModelOpt (``modelopt.torch.distill``) by their names and signatures.
 
 ``LogitsDistillationLoss`` is what its Hugging Face trainer uses; ``LogitsKLLoss`` and
-``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank. Values and gradients
-are ModelOpt's; only the rows of half-precision logits are computed in fp32 here. Each is a torch ``_Loss``,
-which ``mtd.convert`` asks of a criterion.
+``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank or on many. Values and gradients
+are ModelOpt's; only the rows of half-precision logits are computed in fp32 here, and on many ranks the loss comes
+back whole on each. Each is a torch ``_Loss``, which ``mtd.convert`` asks of a criterion.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from ..core.exchange import top_k_of_shards
 from ..divergences import ForwardKL, ReverseKL
+from ..heads import Shard, ShardedLogits
 from ..losses import distillation_loss, kl_div
 from ..options import Reduction
 from ..targets import SparseTarget
@@ -51,38 +53,46 @@ class LogitsKLLoss(_Loss):
     """KL(teacher || student) at a temperature, without T^2; the student's KL to the teacher if ``reverse``.
 
     Takes ``[s, b, V]`` logits, or the tuples that ColumnParallelLinear returns, and gives what
-    ModelOpt's gives to its balancer: (loss ``[b, s]``, tp_reduce, is_sequence_parallel).
+    ModelOpt's gives to its balancer: (loss ``[b, s]``, tp_reduce, is_sequence_parallel). Where the config says that
+    the vocabulary is split over tensor-parallel ranks, V is this rank's part, and tp_reduce is False: the
+    loss is the whole sum on every rank already.
 
     Raises:
-        ValueError: the config says that the vocabulary is split over tensor-parallel ranks.
+        ModuleNotFoundError: the vocabulary is split, and Megatron, which knows the ranks, is not installed.
     """
 
     _tp_reduce = True
+    _shards: tuple[Shard, Shard] | None = None
 
     def __init__(self, model_config: Any = None, temperature: float = 1.0, reverse: bool = False) -> None:
         super().__init__()
-        ranks = getattr(model_config, "tensor_model_parallel_size", 1)
-        if ranks > 1:
-            raise ValueError(
-                f"{type(self).__name__} needs whole vocabularies, but tensor_model_parallel_size={ranks}"
-            )
+        self._is_split = getattr(model_config, "tensor_model_parallel_size", 1) > 1
         self._temperature = temperature
         self._divergence = ReverseKL() if reverse else ForwardKL()
 
     def forward(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, bool, bool]:
         if isinstance(predictions, tuple):
             predictions, targets = predictions[0], targets[0]
+        if self._is_split and self._shards is None:
+            group = _tensor_parallel_group()
+            self._shards = Shard(group), Shard(group)
         loss = distillation_loss(
-            predictions,
-            self._teacher(targets),
+            predictions if self._shards is None else ShardedLogits(predictions, self._shards[0]),
+            self._teacher(targets.detach()),
             divergence=self._divergence,
             temperature=self._temperature,
             reduction="none",
         )
-        return loss.transpose(0, 1).contiguous(), self._tp_reduce, False
+        return loss.transpose(0, 1).contiguous(), self._tp_reduce and not self._is_split, False
 
-    def _teacher(self, targets: Tensor) -> Tensor | SparseTarget:
-        return targets.detach()
+    def _teacher(self, targets: Tensor) -> Tensor | ShardedLogits | SparseTarget:
+        return targets if self._shards is None else ShardedLogits(targets, self._shards[1])
+
+
+def _tensor_parallel_group() -> Any:
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+    return get_tensor_model_parallel_group()
 
 
 class TopKLogitsKLLoss(LogitsKLLoss):
@@ -97,7 +107,10 @@ class TopKLogitsKLLoss(LogitsKLLoss):
         self.top_k = top_k
 
     def _teacher(self, targets: Tensor) -> SparseTarget:
+        if self._shards is not None:
+            ids, values = top_k_of_shards(targets, self._shards[1], self.top_k)
+            return SparseTarget(ids, values, tail="conditional")
         if self.top_k > targets.shape[-1]:
             raise ValueError(f"top_k={self.top_k} is larger than the vocabulary, {targets.shape[-1]}")
-        values, ids = torch.topk(targets.detach(), self.top_k, dim=-1)
+        values, ids = torch.topk(targets, self.top_k, dim=-1)
         return SparseTarget(ids, values, tail="conditional")

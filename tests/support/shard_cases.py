@@ -9,6 +9,7 @@ import functools
 import os
 import traceback
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import kdkernels as kd
 from kdkernels.backends import eager, native, row_state
 from kdkernels.backends.row_state import hard_results
 from kdkernels.core import exchange
+from kdkernels.integrations import modelopt
 from kdkernels.testing import Problem
 
 WORLD = 4
@@ -466,7 +468,29 @@ def compiled(group):
     return made
 
 
+def modelopt_losses(group):
+    """(this rank's loss, its flags, gradient, those of one process) of ModelOpt's two losses on many ranks."""
+    rank, made, bounds = dist.get_rank(group), [], [0, 2, 9, 15]
+    here = slice(bounds[rank], bounds[rank + 1])
+    whole, teacher = leaf(3, 4, 15), leaf(3, 4, 15, seed=1).detach()
+    config = SimpleNamespace(tensor_model_parallel_size=3)
+    with patched(modelopt, "_tensor_parallel_group", lambda: group):
+        for kind, extra in ((modelopt.LogitsKLLoss, {}), (modelopt.TopKLogitsKLLoss, dict(top_k=5))):
+            for reverse in (False, True):
+                student = whole.detach()[..., here].clone().requires_grad_()
+                loss, *flags = kind(config, 1.5, reverse, **extra)(student, teacher[..., here])
+                truth, *_ = kind(None, 1.5, reverse, **extra)(whole, teacher)
+                upstream = torch.arange(12.0).view(4, 3)
+                made.append((loss.detach(), flags, torch.autograd.grad((loss * upstream).sum(), student)[0]))
+                made[-1] += (
+                    truth.detach(),
+                    torch.autograd.grad((truth * upstream).sum(), whole)[0][..., here],
+                )
+    return made
+
+
 OTHERS = {
+    "ModelOpt": modelopt_losses,
     "dtensors": dtensors,
     "refused dtensors": refused_dtensors,
     "compiled": compiled,
