@@ -19,25 +19,34 @@ class Target(NamedTuple):
     name: str
     ours: Callable[..., Any]
 
-    def _holder(self) -> dict[str, Any] | Any:
+    def get(self) -> Any:
+        """What stands there, or None."""
+        return self._namespace().get(self.name)
+
+    def places(self) -> list[dict[str, Any]]:
+        """The namespaces that hold it, its own first."""
+        own, given, package = self._namespace(), self.get(), self.module.partition(".")[0] + "."
+        found = [own]
+        for name, module in list(sys.modules.items()) if self.owner is None else ():
+            other = vars(module)
+            if name.startswith(package) and other is not own and other.get(self.name) is given:
+                found.append(other)
+        return found
+
+    def put(self, function: Any, place: dict[str, Any]) -> None:
+        holder = self._holder()
+        if isinstance(holder, type):  # whose namespace is read alone
+            setattr(holder, self.name, function)
+        else:
+            place[self.name] = function
+
+    def _holder(self) -> Any:
         module = importlib.import_module(self.module)
         return module if self.owner is None else getattr(module, self.owner)
 
-    def get(self) -> Any:
-        """What stands there, or None."""
+    def _namespace(self) -> dict[str, Any]:
         holder = self._holder()
-        return (holder if isinstance(holder, dict) else vars(holder)).get(self.name)
-
-    def set(self, function: Any) -> None:
-        before, holder = self.get(), self._holder()
-        if isinstance(holder, dict):
-            holder[self.name] = function
-            return
-        setattr(holder, self.name, function)
-        package = self.module.partition(".")[0] + "."
-        for name, module in list(sys.modules.items()) if self.owner is None else ():
-            if name.startswith(package) and vars(module).get(self.name) is before:
-                setattr(module, self.name, function)
+        return holder if isinstance(holder, dict) else vars(holder)
 
     def __str__(self) -> str:
         return ".".join(part for part in (self.module, self.owner, self.name) if part)
@@ -64,8 +73,8 @@ class Patches:
         self, package: str, tested: tuple[tuple[int, int], tuple[int, int]], targets: Sequence[Target]
     ) -> None:
         self.package, self.tested, self.targets = package, tested, targets
-        #: What stood in the place of each target, while it is patched.
-        self.originals: dict[Target, Any] = {}
+        #: What stood in the place of each target, while it is patched, and where.
+        self.originals: dict[Target, tuple[Any, list[dict[str, Any]]]] = {}
 
     def patch(self) -> Patch:
         """RuntimeError, and nothing is replaced, where the version is another, or a function is missing or takes
@@ -73,10 +82,11 @@ class Patches:
         self._require_tested_version()
         if self.originals:
             return Patch(self, owns=False)
-        found = {target: self._original(target) for target in self.targets}
-        for target, original in found.items():
-            target.set(target.ours)
-            self.originals[target] = original
+        found = {target: (self._original(target), target.places()) for target in self.targets}
+        for target, (_, places) in found.items():
+            for place in places:
+                target.put(target.ours, place)
+        self.originals.update(found)
         return Patch(self, owns=True)
 
     def unpatch(self) -> None:
@@ -84,8 +94,12 @@ class Patches:
         for target in self.originals:
             if target.get() is not target.ours:
                 raise RuntimeError(f"{target} was replaced again after patch(); undo that before unpatch()")
-        for target, original in self.originals.items():
-            target.set(original)
+        for target, (original, _) in self.originals.items():
+            for place in target.places() if target.get() is target.ours else ():  # imported since then, too
+                target.put(original, place)
+        for target, (original, places) in self.originals.items():
+            for place in places:
+                target.put(original, place)
         self.originals.clear()
 
     def _require_tested_version(self) -> None:

@@ -1,7 +1,10 @@
 """TRL's real trainers, patched and not: twenty steps, evaluation, resuming, LoRA, memory."""
 
 import contextlib
+import importlib
 import os
+import sys
+import types
 
 import pytest
 
@@ -167,6 +170,22 @@ def test_unpatch_puts_the_same_objects_back():
     dropin.unpatch()
     dropin.unpatch()
     assert all(a is b for a, b in zip(attributes(), before))
+
+
+def test_what_was_imported_by_name_follows(monkeypatch):
+    """Before patch() or while it holds; two trainers have functions of the same name, each its own."""
+    utils = importlib.import_module("trl.trainer.utils")
+    theirs, name = utils.selective_log_softmax, "selective_log_softmax"
+    earlier, later = types.ModuleType("trl.earlier"), types.ModuleType("trl.later")
+    earlier.selective_log_softmax = theirs
+    monkeypatch.setitem(sys.modules, "trl.earlier", earlier)
+    with dropin.patch():
+        later.selective_log_softmax = utils.selective_log_softmax
+        monkeypatch.setitem(sys.modules, "trl.later", later)
+        assert [getattr(module, name) for module in (utils, earlier, later)] == [
+            dropin.selective_log_softmax
+        ] * 3
+    assert [getattr(module, name) for module in (utils, earlier, later)] == [theirs] * 3
 
 
 def test_unpatch_after_an_error():
