@@ -96,7 +96,11 @@ from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
             {"soft_schedule": "cosine"},
             "soft_schedule=cosine: soft has none, it is of co, compare; leave it out",
         ),
-        ("hard", {"temperature": 2.0}, "temperature=2.0: hard has none, it is of soft, co, compare"),
+        (
+            "hard",
+            {"temperature": 2.0},
+            "temperature=2.0: hard has none, it is of soft, co, on_policy, compare",
+        ),
         ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
         ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
         ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
 
     logging.disable_progress_bar()  # those of loading and writing models; training has its own
 
-    modes = "\n".join(f"  {name:<8} {what}" for name, what in MODES.items())
+    modes = "\n".join(f"  {name:<9} {what}" for name, what in MODES.items())
     parser = argparse.ArgumentParser(
         prog="python -m kdkernels train",
         usage="%(prog)s MODE --output_dir DIR [--config FILE.yaml] [options]",

@@ -85,16 +85,18 @@ def resolve(
         given, unknown = parser.parse_known_args(line)
         if unknown:
             raise UserError(f"unknown options {' '.join(unknown)}; see --help_all")
-        model, data, loss, generation, run, _ = parser.parse_args_into_dataclasses(
+        model, data, loss, generation, policy, compare, run, _ = parser.parse_args_into_dataclasses(
             line, look_for_args_file=False
         )
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise UserError(" ".join(str(error).split())) from error
     asked = {name: value for name, value in vars(given).items() if name in FIELDS}
-    settings = Settings(mode, model, data, loss, generation, run, asked)
+    settings = Settings(mode, model, data, loss, generation, policy, compare, run, asked)
     check(settings)
     if settings.loss.hard_weight is None:
         settings.loss.hard_weight = 1.0 if mode == "co" else 0.0
+    if settings.loss.divergence is None:
+        settings.loss.divergence = "reverse_kl" if mode == "on_policy" else "forward_kl"
     run.dataloader_pin_memory = run.dataloader_pin_memory and torch.cuda.is_available()
     settings.loss.teacher_learning_rate = settings.loss.teacher_learning_rate or run.learning_rate
     return settings

@@ -1,4 +1,4 @@
-"""``train compare``: soft, hard, co and a student without a teacher, alike in everything but the loss.
+"""``train compare``: students of all ways and one without a teacher, alike in everything but the loss.
 
 Each stage is an ordinary run in a folder and a process of its own (so that peak memory is its own). A stage
 that is finished is reused, one that was killed goes on from its last checkpoint.
@@ -21,11 +21,15 @@ import transformers
 
 import kdkernels as kd
 
+from ..integrations.transformers import call_through_head, model_inputs, shifted_labels
 from . import data, models, report, train
 from .command_line import resolve
 from .reliable import ReliableTrainer, read_metrics, write_whole
-from .settings import SCRATCH, Settings, UserError, for_mode
+from .settings import SCRATCH, WAYS, Settings, UserError, for_mode
+from .writing import continued
 
+#: Beginnings of held-out sequences that every student continues.
+JUDGED_PROMPTS = 64
 COMPARISON = "comparison.json"
 
 
@@ -88,11 +92,15 @@ def plan(settings: Settings) -> dict[str, Settings]:
             max_steps=settings.run.teacher_steps or settings.run.max_steps,
             learning_rate=settings.loss.teacher_learning_rate,
         )
-    stages["plain"] = stage("hard", "plain", teacher=None, completions=None)
-    stages["soft"] = stage("soft", "soft", teacher=teacher)
-    stages["hard"] = stage("hard", "hard", teacher=teacher)
-    stages["co"] = stage("co", "co", hard_weight=1.0)
-    return stages
+    own = settings.asked["divergence"]  # None: each way's default
+    students = {
+        "plain": lambda: stage("hard", "plain", teacher=None, completions=None),
+        "soft": lambda: stage("soft", "soft", teacher=teacher),
+        "hard": lambda: stage("hard", "hard", teacher=teacher),
+        "co": lambda: stage("co", "co", hard_weight=1.0),
+        "on_policy": lambda: stage("on_policy", "on_policy", teacher=teacher, divergence=own),
+    }
+    return stages | {way: students[way]() for way in WAYS if way in settings.compare.ways}
 
 
 def tokenizer(settings: Settings) -> str:
@@ -152,7 +160,7 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     given = train.ingredients(reference)
     teacher = given.teacher()
     rows = {}
-    for name in report.STUDENTS:
+    for name in settings.compare.ways:
         result = json.loads((stages[name].output_dir / train.RESULT).read_text())
         metrics = evaluated(given, teacher, model_folder(stages[name]))
         speed = [
@@ -168,15 +176,19 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
             "seconds": result["seconds"],
             "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else None,
             "peak_memory_bytes": result["peak_memory_bytes"],
+            "writes": judged(given, teacher, model_folder(stages[name])),
         }
     own = evaluated(given, teacher, str(reference.model.teacher))
-    co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
+    others = {}
+    if "co" in stages:
+        co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
+        others["co_teacher"] = {"validation_loss": co["eval_teacher_hard"]}
     return {
         "environment": environment(settings),
         "settings": settings.to_dict(),
         "validation_tokens": sum(len(ids) - 1 for ids, _ in given.validation.rows),
         "teacher": {"validation_loss": own["eval_hard"], "parameters": models.parameters(teacher)},
-        "co_teacher": {"validation_loss": co["eval_teacher_hard"]},
+        **others,
         "student_parameters": models.parameters(given.student()),
         "students": rows,
     }
@@ -198,6 +210,33 @@ def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, 
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer.evaluate()
+
+
+def judged(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, float]:
+    """What a student writes after held-out beginnings, greedily and sampled: the teacher's own loss on it in nats per
+    token, and how often the greedy token is the teacher's first choice."""
+    settings, collate = given.settings, data.Collator(given.tokenizer.pad_token_id)
+    start, device = settings.generation.prompt_tokens, settings.run.device
+    prompts = [ids[:start] for ids, _ in given.validation.rows[:JUDGED_PROMPTS] if len(ids) > start]
+    student, teacher = models.load_trained(folder, given.tokenizer, settings).to(device), teacher.to(device)
+    said: dict[str, float] = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)) if prompts else ():
+        torch.manual_seed(settings.run.seed)
+        room = settings.data.max_length - start
+        rows = continued(student, prompts, given.tokenizer, new_tokens=room, temperature=temperature)
+        batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in rows])
+        batch = {key: tensor.to(device) for key, tensor in batch.items()}
+        labels = shifted_labels(batch)
+
+        def judge(head: kd.LinearHead, labels: Any = labels) -> tuple[Any, Any]:
+            loss = kd.cross_entropy(head, labels, vocab_size=len(given.tokenizer))
+            return loss, kd.top_k_target(head, 1, vocab_size=len(given.tokenizer)).ids[..., 0] == labels
+
+        with torch.no_grad():
+            loss, same = call_through_head(teacher, model_inputs(batch), judge)
+        said[name] = loss.item()
+        said[f"{name}_agreement"] = (same.sum() / (labels >= 0).sum()).item()
+    return said
 
 
 def environment(settings: Settings) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import set_seed
 from .data import Record, Sequences, kind_of
 from .progress import bar, say
 from .settings import Settings, UserError, one_line
+from .writing import sampling
 
 
 def write_completions(
@@ -91,9 +92,6 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
             f"a prompt of {batch['input_ids'].shape[1]} tokens leaves no room in "
             f"max_length={settings.data.max_length}"
         )
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    )
     with torch.inference_mode():
         ids = teacher.generate(
             **{name: tensor.to(teacher.device) for name, tensor in batch.items() if name != "token_type_ids"},
@@ -101,7 +99,7 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **sampling,
+            **sampling(temperature),
         )
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Callable
 
-from .settings import FIELDS, Settings, UserError, default_of, divergence_of, modes_of
+from .settings import FIELDS, WAYS, Settings, UserError, default_of, divergence_of, modes_of
 
 _Range = tuple[str, Callable[[Any], bool]]
 _COUNT: _Range = ("must be 1 or more", lambda value: value >= 1)
@@ -38,6 +38,7 @@ _RANGES: dict[str, _Range] = {
             "sampling_temperature",
             "lora_rank",
             "teacher_steps",
+            "new_tokens",
             "save_total_limit",
             "dataloader_num_workers",
             "neftune_noise_alpha",
@@ -57,6 +58,7 @@ _RANGES: dict[str, _Range] = {
         ("validation_share", "gradient_tolerance"),
         ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
     ),
+    "student_share": ("is no share above 0, up to 1", lambda value: 0 < value <= 1),
     "soft_warmup": (
         "is no share from 0 to 0.5 (it rises in one and falls in another)",
         lambda value: 0 <= value <= 0.5,
@@ -134,4 +136,12 @@ def check(settings: Settings) -> None:
         )
     if completions is not None and Path(completions).suffix != ".jsonl":
         raise UserError(f"completions={completions}: the name must end in .jsonl")
-    divergence_of(loss.divergence)
+    if loss.divergence is not None:
+        divergence_of(loss.divergence)
+    for way in settings.compare.ways:
+        if way not in WAYS:
+            raise UserError(f"ways={way}: there are {', '.join(WAYS)}")
+    if not {"plain", "soft"} <= set(settings.compare.ways):
+        raise UserError(
+            f"ways={' '.join(settings.compare.ways)}: plain and soft are what all are compared with"
+        )

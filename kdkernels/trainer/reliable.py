@@ -203,16 +203,23 @@ class ReliableTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
 
-class MetricsFile(TrainerCallback):
-    """metrics.jsonl, one line per log; after a resume, lines past its checkpoint are written anew."""
+class LinesUntil(TrainerCallback):
+    """A .jsonl with a ``step`` in each line: after a resume, lines past its checkpoint are written anew."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+        done = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in done))
+
+
+class MetricsFile(LinesUntil):
+    """metrics.jsonl, one line per log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
         if state.is_world_process_zero:
-            done = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in done))
+            super().on_train_begin(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
         if state.is_world_process_zero:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 #: Stage of ``compare`` -> what the student is called.
-STUDENTS = {"plain": "no teacher", "soft": "soft", "hard": "hard", "co": "co"}
+STUDENTS = {"plain": "no teacher", "soft": "soft", "hard": "hard", "co": "co", "on_policy": "on-policy"}
 PICTURE = "curves.png"
 
 
+#: Title -> a cell of a student's row. What the student writes is judged by the teacher's own loss on it.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "validation loss": lambda row: f"{row['validation_loss']:.3f}",
+    "KL to teacher": lambda row: f"{row['kl_to_teacher']:.3f}",
+    "top-1 agreement": lambda row: f"{row['agreement']:.1%}",
+    "teacher's loss on what it writes (greedy)": lambda row: _written(row, "sampled", "greedy"),
+    "tokens": lambda row: f"{row['tokens']:,}",
+    "tokens/s": lambda row: "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+    "peak memory": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+}
+
+
+def _written(row: dict[str, Any], sampled: str, greedy: str) -> str:
+    said = row.get("writes")
+    return f"{said[sampled]:.3f} ({said[greedy]:.3f})" if said else ""
+
+
 def table(comparison: dict[str, Any]) -> str:
-    lines = [
-        "| student | validation loss | KL to teacher | top-1 agreement | tokens | tokens/s | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in comparison["students"].items():
-        speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
-        lines.append(
-            f"| {STUDENTS[name]} | {row['validation_loss']:.3f} | {row['kl_to_teacher']:.3f} | {row['agreement']:.1%} "
-            f"| {row['tokens']:,} | {speed} | {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
-        )
+    rows = comparison["students"]
+    columns = {title: cell for title, cell in COLUMNS.items() if any(cell(row) for row in rows.values())}
+    lines = [f"| student | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {STUDENTS[name]} | {' | '.join(cell(row) for cell in columns.values())} |")
     return "\n".join(lines)
 
 
@@ -37,8 +50,14 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 def text(comparison: dict[str, Any]) -> str:
     where, settings, teacher = comparison["environment"], comparison["settings"], comparison["teacher"]
+    co = comparison.get("co_teacher")
+    along = (
+        f"In co-distillation the teacher that was trained along came to {co['validation_loss']:.3f}. "
+        if co
+        else ""
+    )
     notes = f"""
-In co-distillation the teacher that was trained along came to {comparison["co_teacher"]["validation_loss"]:.3f}. Loss and KL are
+{along}Loss and KL are
 nats per token on {comparison["validation_tokens"]:,} held-out tokens; KL(teacher || student) at temperature 1 and
 agreement are against the same teacher for all.
 
@@ -78,14 +97,14 @@ def draw(path: Path, curves: dict[str, list[dict[str, Any]]], comparison: dict[s
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in STUDENTS.items():
+    for name in comparison["students"]:
         lines = [line for line in curves[name] if "eval_hard" in line]
         axes.plot(
             [line["num_input_tokens_seen"] for line in lines],
             [line["eval_hard"] for line in lines],
             marker="o",
             markersize=3,
-            label=label,
+            label=STUDENTS[name],
         )
     axes.axhline(comparison["teacher"]["validation_loss"], color="gray", linestyle="--", label="the teacher")
     axes.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")

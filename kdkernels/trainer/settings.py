@@ -17,7 +17,8 @@ MODES = {
     "soft": "the student learns the teacher's distribution (live teacher, no logits held)",
     "hard": "the teacher writes, or wrote, text; the student imitates it with fused linear cross entropy",
     "co": "teacher and student train together, one codistillation_loss per step",
-    "compare": "the three and a student without a teacher, at the same token budget: a table and a picture",
+    "on_policy": "the student writes, the teacher judges every token of it, the student follows",
+    "compare": "these and a student without a teacher, at the same token budget: a table and a picture",
 }
 DIVERGENCES = {
     "forward_kl": kd.ForwardKL,
@@ -29,6 +30,8 @@ DIVERGENCES = {
     "alpha_beta": kd.AlphaBeta,
     "mixed": kd.Mixed,
 }
+#: The students of compare.
+WAYS = ("plain", "soft", "hard", "co", "on_policy")
 #: Llama-style models made from scratch: hidden_size, intermediate_size, layers, heads.
 SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
 
@@ -98,7 +101,10 @@ class DataSettings:
 
 @dataclass
 class LossSettings:
-    divergence: str = option("forward_kl", f"{', '.join(DIVERGENCES)}; parameters follow a colon: jsd:0.5")
+    divergence: str | None = option(
+        None,
+        f"{', '.join(DIVERGENCES)}; parameters follow a colon: jsd:0.5; default forward_kl, in on_policy reverse_kl",
+    )
     temperature: float = option(1.0, "of the soft term")
     temperature_squared: bool = option(False, "multiply the soft term by temperature^2")
     soft_weight: float = option(1.0, "of the divergence; in co the value that --soft_schedule comes to")
@@ -119,6 +125,22 @@ class GenerationSettings:
     prompt_tokens: int = option(16, "prompts are the first tokens of so many training sequences")
     sampling_temperature: float = option(1.0, "0 is greedy")
     generation_batch_size: int = option(256, "prompts completed at a time")
+
+
+@dataclass
+class OnPolicySettings:
+    student_share: float = option(
+        1.0, "share of the micro-batches that the student writes; the others are --data itself"
+    )
+    new_tokens: int = option(0, "tokens that the student writes at most after a prompt; 0: up to max_length")
+    judge: str = option(
+        "full", "what the teacher tells of a token: full (the whole vocabulary), top_k:K or sampled (its own)"
+    )
+
+
+@dataclass
+class CompareSettings:
+    ways: list[str] = option(list(WAYS), f"the students that are compared: {', '.join(WAYS)}")
 
 
 @dataclass
@@ -174,6 +196,8 @@ class Settings:
     data: DataSettings
     loss: LossSettings
     generation: GenerationSettings
+    policy: OnPolicySettings
+    compare: CompareSettings
     run: RunSettings
     asked: dict[str, Any]  #: the options as they were given, before TrainingArguments resolves its own
 
@@ -184,7 +208,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """What --config reads back: every option of the mode's, and of TrainingArguments what is shown or was set."""
         values: dict[str, Any] = {}
-        for part in (self.model, self.data, self.loss, self.generation):
+        for part in (self.model, self.data, self.loss, self.generation, self.policy, self.compare):
             values.update(dataclasses.asdict(part))
         for each in dataclasses.fields(RunSettings):
             if each.name in self.asked and (each.name in SHOWN or self.asked[each.name] != default_of(each)):
@@ -211,7 +235,9 @@ PARTS = {
     "models": ModelSettings,
     "data": DataSettings,
     "loss": LossSettings,
-    "what the teacher writes": GenerationSettings,
+    "what a model writes": GenerationSettings,
+    "on_policy": OnPolicySettings,
+    "compare": CompareSettings,
     "training (all of transformers.TrainingArguments; the rest under --help_all)": RunSettings,
 }
 #: Every option by its name.
@@ -221,12 +247,15 @@ _MODES_OF: dict[str, tuple[str, ...]] = {
     "targets": ("soft",),
     **dict.fromkeys(
         ("divergence", "temperature", "temperature_squared", "soft_weight", "hard_weight"),
-        ("soft", "co", "compare"),
+        ("soft", "co", "on_policy", "compare"),
     ),
     **dict.fromkeys(
         ("soft_schedule", "soft_weight_start", "soft_warmup", "teacher_learning_rate"), ("co", "compare")
     ),
     **{each.name: ("hard", "compare") for each in dataclasses.fields(GenerationSettings)},
+    **dict.fromkeys(("prompt_tokens", "sampling_temperature"), ("hard", "on_policy", "compare")),
+    **{each.name: ("on_policy", "compare") for each in dataclasses.fields(OnPolicySettings)},
+    "ways": ("compare",),
     "teacher_steps": ("compare",),
 }
 

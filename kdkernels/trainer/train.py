@@ -1,7 +1,7 @@
-"""Soft, hard and co-distillation on ``transformers.Trainer``. This is the part to copy.
+"""Soft, hard, co- and on-policy distillation on ``transformers.Trainer``. This is the part to copy.
 
-:func:`run` reads data and models, hands them to one of :func:`soft`, :func:`hard` and :func:`co`, which
-differ in a few lines, trains, evaluates and saves.
+:func:`run` reads data and models, hands them to one of :func:`soft`, :func:`hard`, :func:`co` and :func:`on_policy`,
+which differ in a few lines, trains, evaluates and saves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from . import data, models, summary
 from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .generate import write_completions
+from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
 from .settings import Settings, UserError, divergence_of, for_mode, one_line
@@ -50,7 +51,7 @@ class Ingredients:
     def loss_options(self) -> dict[str, Any]:
         loss = self.settings.loss
         return {
-            "divergence": divergence_of(loss.divergence),
+            "divergence": divergence_of(str(loss.divergence)),
             "temperature": loss.temperature,
             "temperature_squared": loss.temperature_squared,
             "soft_weight": loss.soft_weight,
@@ -141,7 +142,27 @@ def co(given: Ingredients) -> ReliableTrainer:
     )
 
 
-BUILD = {"soft": soft, "hard": hard, "co": co}
+def on_policy(given: Ingredients) -> ReliableTrainer:
+    """The student writes and the teacher judges it; a share of the batches may be the text itself."""
+    settings = given.settings
+    return OnPolicyTrainer(
+        given.student(),
+        settings.run,
+        teacher=given.teacher(),
+        policy=Policy(
+            settings.policy.student_share,
+            settings.policy.judge,
+            settings.generation.prompt_tokens,
+            settings.policy.new_tokens,
+            settings.data.max_length,
+            settings.generation.sampling_temperature,
+        ),
+        **given.loss_options(),
+        **given.trainer_options(),
+    )
+
+
+BUILD = {"soft": soft, "hard": hard, "co": co, "on_policy": on_policy}
 
 
 def run(settings: Settings) -> dict[str, Any]:
