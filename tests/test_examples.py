@@ -5,13 +5,11 @@ import runpy
 
 import pytest
 import torch
-from trainer_runs import ROOT
+from trainer_runs import ROOT, process
 
 import kdkernels as kd
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-#: Run by torchrun: a test of the slow ones starts them.
-SHARED = {"tensor_parallel.py"}
 
 
 def run(name, capsys):
@@ -28,7 +26,7 @@ def test_is_short_and_says_how_it_is_run(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 80
     assert re.search(rf"^(python|torchrun .*) examples/{path.name}$", text, re.M)
-    assert path.name in SHARED or f"def test_{path.stem}(" in open(__file__).read()
+    assert f"def test_{path.stem}(" in open(__file__).read()
 
 
 def test_replace_kl_div(capsys):
@@ -94,3 +92,12 @@ def test_what_the_draft_model_is_told():
     assert accepted == pytest.approx(overlap[mask].mean().item(), rel=1e-5)
     for mine, true in zip(torch.autograd.grad(loss, (states, head)), torch.autograd.grad(exact, wide)):
         assert (mine.double() - true).norm() < 1e-5 * true.norm() and true.norm() > 1e-3
+
+
+def test_tensor_parallel():
+    done = process(script=ROOT / "examples" / "tensor_parallel.py", torchrun=True)
+    assert done.returncode == 0, done.stderr
+    losses = numbers(done.stdout, "loss") + numbers(done.stdout, "process")
+    assert len(losses) == 4 and len(set(losses)) == 1
+    assert len(re.findall(r"dH [0-9]e-(?:0[6-9]|1\d)", done.stdout)) == 2, done.stdout
+    assert len(re.findall(r"dW (?:0e\+00|[0-9]e-(?:0[6-9]|1\d))", done.stdout)) == 2, done.stdout
