@@ -24,7 +24,13 @@ from .heads import ShardedLogits
 
 
 class TokenLogProbs(NamedTuple):
-    """What :func:`token_log_probs` returns. ``log_probs`` has the shape of the ids, all else one number per token."""
+    """What :func:`token_log_probs` returns. ``log_probs`` has the shape of the ids, all else one number per token.
+
+    >>> import torch, kdkernels as kd
+    >>> of = kd.token_log_probs(torch.zeros(2, 4), torch.tensor([0, 3]), entropy=True)
+    >>> of.log_probs.exp(), of.entropy.exp(), of.top1
+    (tensor([0.2500, 0.2500]), tensor([4.0000, 4.0000]), None)
+    """
 
     log_probs: Tensor
     entropy: Tensor | None = None
