@@ -29,7 +29,7 @@ class TokenLogProbs(NamedTuple):
     >>> import torch, kdkernels as kd
     >>> of = kd.token_log_probs(torch.zeros(2, 4), torch.tensor([0, 3]), entropy=True)
     >>> of.log_probs.exp(), of.entropy.exp(), of.top1
-    (tensor([0.2500, 0.2500]), tensor([4.0000, 4.0000]), None)
+    (tensor([0.2500, 0.2500]), tensor([4., 4.]), None)
     """
 
     log_probs: Tensor
