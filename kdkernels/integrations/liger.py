@@ -18,6 +18,10 @@ Modules and functions of ``liger_kernel.transformers``, and ``LigerFusedLinearJS
 * Losses are fp32, and sums over chunks of tokens too, whatever ``accum_dtype``, ``chunk_size`` and
   ``compiled`` say.
 
+``LigerFusedLinearScaledCrossEntropyFunction`` of ``liger_kernel.ops`` (token losses, entropies and log-probabilities
+of selected ids, at a temperature) is here too. Its entropies are fp32, where Liger's are in the dtype of the hidden
+states outside of its Hopper kernel.
+
 Class weights, token scaling and the extra outputs of Liger's cross entropies are not here: asking for
 them is a ValueError.
 """
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 
 from ..divergences import JSD, TotalVariation
 from ..heads import MappedLogits
+from ..log_probs import token_log_probs
 from ..losses import cross_entropy, distillation_loss, js_divergence
 from ..losses import kl_div as kl_of_logits
 from ..options import Reduction
@@ -504,3 +509,38 @@ class LigerFusedLinearJSDLoss(nn.Module):
         """A teacher's padded rows are cut; a student with more tokens than its teacher is an error."""
         vocab = student_weight.shape[0]
         return vocab if teacher_weight.shape[0] > vocab else None
+
+
+class LigerFusedLinearScaledCrossEntropyFunction:
+    """Negative log-probabilities of tokens ``[M]`` from hidden states ``[M, H]`` and an lm_head ``[V, H]``."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        m_tiles_per_cluster: int = 1,
+        return_entropy: bool = False,
+        selected_token_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """With ``return_entropy`` the entropies ``[M]`` follow, with ``selected_token_ids`` ``[K]`` the
+        log-probabilities ``[M, K]`` of these; all are 0 for ignored tokens, and all are differentiable."""
+        ids = target[:, None]
+        if selected_token_ids is not None:
+            selected = selected_token_ids.expand(len(target), -1)
+            ids = torch.cat([ids, selected.masked_fill(ids == ignore_index, ignore_index)], 1)
+        of = token_log_probs(
+            head(_input, weight),
+            ids,
+            temperature=temperature,
+            entropy=return_entropy,
+            ignore_index=ignore_index,
+        )
+        made = [-of.log_probs[:, 0]]
+        if of.entropy is not None:
+            made.append(of.entropy)
+        if selected_token_ids is not None:
+            made.append(of.log_probs[:, 1:])
+        return made[0] if len(made) == 1 else tuple(made)

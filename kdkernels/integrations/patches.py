@@ -67,12 +67,17 @@ class Patch:
 
 
 class Patches:
-    """The targets of one package, whose versions from ``tested[0]`` to below ``tested[1]`` the suite is run with."""
+    """The targets of one package, whose versions from ``tested[0]`` to below ``tested[1]`` the suite is run with.
+    ``name`` is that of our module, where the package has another."""
 
     def __init__(
-        self, package: str, tested: tuple[tuple[int, int], tuple[int, int]], targets: Sequence[Target]
+        self,
+        package: str,
+        tested: tuple[tuple[int, int], tuple[int, int]],
+        targets: Sequence[Target],
+        name: str | None = None,
     ) -> None:
-        self.package, self.tested, self.targets = package, tested, targets
+        self.package, self.tested, self.targets, self.name = package, tested, targets, name or package
         #: What stood in the place of each target, while it is patched, and where.
         self.originals: dict[Target, tuple[Any, list[dict[str, Any]]]] = {}
 
@@ -109,7 +114,7 @@ class Patches:
         if not self.tested[0] <= parts < self.tested[1]:
             wanted = f"{self.package} >={first},<{below}"
             raise RuntimeError(
-                f"kdkernels.integrations.{self.package} is tested with {wanted} and {self.package} {version} is "
+                f"kdkernels.integrations.{self.name} is tested with {wanted} and {self.package} {version} is "
                 f"installed; pip install '{wanted.replace(' ', '')}', or call its functions yourself"
             )
 
