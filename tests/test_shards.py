@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import shard_cases
 import torch
+import torch.multiprocessing as mp
 from problems import assert_exact, assert_refused, relative
 from shard_cases import Case
 from sparse_problems import TAILS
@@ -449,6 +450,25 @@ def test_modelopts_losses_on_many_ranks(outcomes):
         for loss, flags, gradient, truth, true_gradient in made:
             assert torch.allclose(loss, truth, rtol=1e-5, atol=1e-6) and flags == [False, False]
             assert true_gradient.norm() > 1e-3 and relative(gradient, true_gradient) < 1e-5
+
+
+def test_megatrons_cross_entropy(outcomes):
+    for made in of(outcomes, "Megatron"):
+        for loss, gradient, truth, true_gradient in made:
+            assert torch.allclose(loss, truth, rtol=1e-6)
+            assert true_gradient.norm() > 1e-3 and relative(gradient, true_gradient) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_an_error(tmp_path):
+    ranks = [mp.get_context("spawn").Process(target=shard_cases.killed, args=(r, tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    kind, *_ = torch.load(tmp_path / "said")
+    assert kind in ("RuntimeError", "DistBackendError")
 
 
 def test_a_head_moves_to_the_students_rows(outcomes):

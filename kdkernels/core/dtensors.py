@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
 from torch import Tensor
 
 from ..heads import LinearHead, MappedLogits, Shard, ShardedLogits
+from .exchange import even_shard
 
 _WAYS_OUT = "give DTensors for all of them, or local parts with kd.Shard(group)"
 
@@ -88,22 +88,8 @@ def _vocabulary(role: str, name: str, tensor: Any, vocabulary: int) -> Shard | N
             f"{role}'s {name} is a DTensor {_shown(tensor)}, sharded over the vocabulary on more than one mesh "
             "dimension; gather one of them first"
         )
-    return _even(tensor.device_mesh.get_group(dims[0]), tensor.shape[vocabulary])
+    return even_shard(tensor.device_mesh.get_group(dims[0]), tensor.shape[vocabulary])
 
 
 def _shown(tensor: Any) -> str:
     return "(" + ", ".join(map(str, tensor.placements)) + ")"
-
-
-@functools.cache
-def _even(group: Any, vocab: int) -> Shard:
-    """The parts of torch.chunk, which all ranks know without asking."""
-    import torch.distributed as dist
-
-    ranks = dist.get_world_size(group)
-    each = -(-vocab // ranks)
-    ranges = tuple((min(rank * each, vocab), min(rank * each + each, vocab)) for rank in range(ranks))
-    start, stop = ranges[dist.get_rank(group)]
-    shard = Shard(group)
-    shard.known.update(width=stop - start, ranges=ranges)
-    return shard

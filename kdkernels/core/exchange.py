@@ -150,6 +150,18 @@ def _joined(told: list[tuple[int | None, int]]) -> tuple[Range, ...]:
     return found
 
 
+@functools.cache
+def even_shard(group: Any, vocab: int) -> Shard:
+    """The Shard of torch.chunk's parts, which all ranks know without asking."""
+    ranks = dist.get_world_size(group)
+    each = -(-vocab // ranks)
+    ranges = tuple((min(rank * each, vocab), min(rank * each + each, vocab)) for rank in range(ranks))
+    start, stop = ranges[dist.get_rank(group)]
+    shard = Shard(group)
+    shard.known.update(width=stop - start, ranges=ranges)
+    return shard
+
+
 def placed(student: Side, teacher: Side | None) -> tuple[Side, Side | None]:
     """Both sides with the size of the whole vocabulary, where they have shards of it."""
     if teacher is not None and (student.shard is None) != (teacher.shard is None):

@@ -24,7 +24,7 @@ import kdkernels as kd
 from kdkernels.backends import eager, native, row_state
 from kdkernels.backends.row_state import hard_results
 from kdkernels.core import exchange
-from kdkernels.integrations import modelopt
+from kdkernels.integrations import megatron, modelopt
 from kdkernels.testing import Problem
 
 WORLD = 4
@@ -489,7 +489,46 @@ def modelopt_losses(group):
     return made
 
 
+def megatrons(group):
+    """(this rank's token losses and gradient, those of the formula on the whole) of Megatron's cross entropy."""
+    rank, made = dist.get_rank(group), []
+    whole, labels = leaf(3, 2, 15), torch.tensor([[0, 4], [5, 9], [10, 14]])
+    upstream = torch.arange(1.0, 7.0).view(3, 2)
+    for smoothing in (0.0, 0.2):
+        part = whole.detach()[..., 5 * rank : 5 * rank + 5].clone().requires_grad_()
+        loss = megatron.vocab_parallel_cross_entropy(part, labels, smoothing, group)
+        log_q = whole.log_softmax(-1)
+        target = torch.full_like(log_q, smoothing / 14).scatter_(-1, labels[..., None], 1 - smoothing)
+        truth = -(target * log_q).sum(-1)
+        own, true = (
+            torch.autograd.grad((x * upstream).sum(), y)[0] for x, y in ((loss, part), (truth, whole))
+        )
+        made.append((loss.detach(), own, truth.detach(), true[..., 5 * rank : 5 * rank + 5]))
+    fused = megatron.fused_vocab_parallel_cross_entropy(part, labels, group)
+    assert torch.equal(fused, made[0][0])
+    return made
+
+
+def killed(rank, folder):
+    """Rank 1 dies between two losses; rank 0 writes what the second one says."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/killed",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    student = kd.ShardedLogits(torch.zeros(3, 5), kd.Shard())
+    kd.cross_entropy(student, torch.tensor([2, 4, 9]))
+    if rank == 1:
+        os._exit(0)
+    said = told(lambda: kd.cross_entropy(student, torch.tensor([2, 4, 9])), "")
+    torch.save(said, f"{folder}/said")
+    os._exit(0)
+
+
 OTHERS = {
+    "Megatron": megatrons,
     "ModelOpt": modelopt_losses,
     "dtensors": dtensors,
     "refused dtensors": refused_dtensors,
