@@ -82,6 +82,41 @@ struct Cpu {
   }
 };
 
+Columns columns_of(const Tensor& gradient) {
+  STD_TORCH_CHECK(gradient.is_cpu() && gradient.dim() == 2 && gradient.stride(1) == 1,
+                  "kdkernels: expected rows on the CPU with adjacent columns");
+  Columns of;
+  of.gradient = {(char*)gradient.data_ptr(), dtype_of(gradient), gradient.stride(0)};
+  of.rows = gradient.size(0);
+  of.width = gradient.size(1);
+  return of;
+}
+
+// squares [width], fp64 and zeroed: of each column.
+void column_squares(const Tensor& gradient, const Tensor& squares) {
+  Columns of = columns_of(gradient);
+  STD_TORCH_CHECK(
+      squares.scalar_type() == ScalarType::Double && squares.is_contiguous() && squares.numel() == of.width,
+      "kdkernels: expected a number in fp64 for each column");
+  of.squares = (double*)squares.data_ptr();
+  const auto loop = loops(gradient).column_squares;
+  torch::stable::parallel_for(0, of.width, 4096, [&](int64_t begin, int64_t end) { loop(of, begin, end); });
+}
+
+// The columns `ids` to the front of their rows; rest [rows], fp32: each row's sum over the others.
+void gather_columns(const Tensor& gradient, const Tensor& ids, const Tensor& rest) {
+  Columns of = columns_of(gradient);
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.is_contiguous() && ids.numel() <= of.width,
+                  "kdkernels: expected int64 columns");
+  STD_TORCH_CHECK(rest.scalar_type() == ScalarType::Float && rest.is_contiguous() && rest.numel() == of.rows,
+                  "kdkernels: expected a number in fp32 for each row");
+  of.ids = (const int64_t*)ids.data_ptr();
+  of.kept = ids.numel();
+  of.rest = (float*)rest.data_ptr();
+  const auto loop = loops(gradient).gather_columns;
+  torch::stable::parallel_for(0, of.rows, 1, [&](int64_t begin, int64_t end) { loop(of, begin, end); });
+}
+
 // Asks Linux for huge pages under `fresh`, which nobody has written yet: fewer faults. Only pages of 2 MiB
 // that lie wholly inside it; a small tensor has none.
 void advise_huge_pages(const Tensor& fresh) {
@@ -113,12 +148,16 @@ STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   m.def("instruction_set(Tensor any) -> int");
   m.def("compute_capability(Tensor any) -> int");
   m.def("advise_huge_pages(Tensor fresh) -> ()");
+  m.def("column_squares(Tensor gradient, Tensor squares) -> ()");
+  m.def("gather_columns(Tensor gradient, Tensor ids, Tensor rest) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
   kd::implement_operators<kd::Cpu>(m);
   m.impl("instruction_set", TORCH_BOX(&kd::instruction_set));
   m.impl("advise_huge_pages", TORCH_BOX(&kd::advise_huge_pages));
+  m.impl("column_squares", TORCH_BOX(&kd::column_squares));
+  m.impl("gather_columns", TORCH_BOX(&kd::gather_columns));
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

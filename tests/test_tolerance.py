@@ -8,6 +8,7 @@ from problems import Problem
 from sparse_problems import SparseProblem
 
 import kdkernels as kd
+from kdkernels.backends import native
 from kdkernels.core.tolerance import keep
 
 N, V, H = 48, 500, 24
@@ -94,10 +95,15 @@ SPECTRA = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("by", ["native", "torch"])
 @pytest.mark.parametrize("tolerance", [0.5, 2.0**-5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_spectra(spectrum, dtype, tolerance):
+def test_spectra(spectrum, dtype, tolerance, by, monkeypatch):
+    if by == "torch":
+        monkeypatch.setattr(native, "serves_columns", lambda gradient: False)
+    elif not native.serves_columns(torch.empty(1, 1, dtype=dtype)):
+        pytest.skip("native has no columns of this dtype")
     gradient = SPECTRA[spectrum]().to(dtype)
     whole = gradient.double().clone()
     kept = keep(gradient, tolerance)
@@ -259,3 +265,18 @@ def test_several_divergences(backend):
     _, near = problem.run(backend, gradient_tolerance=0.1, **options)
     for mine, other, true in zip(near, plain, truth):
         assert not torch.equal(mine, other) and (mine - true).norm() / true.norm() < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_columns_of_wide_rows(dtype):
+    """More than a block of columns, and of rows, with a rest of each; rows that lie apart."""
+    if not native.serves_columns(torch.empty(1, 1, dtype=dtype)):
+        pytest.skip("native is not built")
+    gradient = torch.randn(67, 9001).to(dtype)[:, :8997]
+    whole, ids = gradient.double(), torch.randperm(8997)[:4003].sort().values
+    squares = native.column_squares(gradient)
+    torch.testing.assert_close(squares, whole.square().sum(0), rtol=1e-5, atol=0)
+    rest = native.gather_columns(gradient, ids)
+    others = torch.ones(8997, dtype=torch.bool).index_fill_(0, ids, False)
+    assert torch.equal(gradient[:, :4003].double(), whole[:, ids])
+    torch.testing.assert_close(rest.double(), whole[:, others].sum(1), rtol=1e-5, atol=1e-4)

@@ -5,6 +5,7 @@
 // cache. What is solved, and why, is in kdkernels/backends/outcomes.py.
 #pragma once
 
+#include "columns.h"
 #include "entry_points.h"
 
 namespace kd {
@@ -112,7 +113,8 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-constexpr RowLoops kRowLoops = {fused, accumulate, accumulate_value, gradient, fused_sparse};
+constexpr RowLoops kRowLoops = {fused,        accumulate,     accumulate_value, gradient,
+                                fused_sparse, column_squares, gather_columns};
 
 }  // namespace KD_ISA
 }  // namespace kd

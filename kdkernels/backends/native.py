@@ -96,6 +96,27 @@ def advise_huge_pages(fresh: Tensor) -> None:
         torch.ops.kdkernels_native.advise_huge_pages(fresh)
 
 
+def serves_columns(gradient: Tensor) -> bool:
+    """Whether :func:`column_squares` and :func:`gather_columns` take these rows."""
+    adjacent = gradient.stride(1) == 1
+    return _problem is None and gradient.device.type == "cpu" and gradient.dtype in _DTYPES and adjacent
+
+
+def column_squares(gradient: Tensor) -> Tensor:
+    """fp64 ``[V]``: of each column of ``gradient`` the sum of its squares, in one read."""
+    squares = gradient.new_zeros(gradient.shape[1], dtype=torch.float64)
+    _ops.column_squares(gradient, squares)
+    return squares
+
+
+def gather_columns(gradient: Tensor, ids: Tensor) -> Tensor:
+    """Moves the columns ``ids``, which ascend, to the front of their rows. Gives fp32 ``[n]``: each row's sum over the
+    other columns."""
+    rest = gradient.new_empty(gradient.shape[0], dtype=torch.float32)
+    _ops.gather_columns(gradient, ids, rest)
+    return rest
+
+
 def _adjacent(rows: Tensor | None) -> Tensor | None:
     """The kernels want a row's logits side by side; any row stride is fine."""
     return rows if rows is None or rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

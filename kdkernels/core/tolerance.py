@@ -23,6 +23,7 @@ from typing import Iterator, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import native
 from .dtypes import wide
 
 #: Beyond this share of the columns, gathering costs more than it saves.
@@ -69,12 +70,16 @@ def keep(gradient: Tensor, tolerance: float) -> Kept | None:
 
 def _squares(gradient: Tensor) -> Tensor:
     """Of each column, the sum of its squares."""
+    if native.serves_columns(gradient):
+        return native.column_squares(gradient)
     return torch.linalg.vector_norm(gradient, dim=0, dtype=wide(gradient.dtype)).square()
 
 
 def _gathered(gradient: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(the columns ``ids`` moved to the front, each row's sum over the others)."""
     kept, dtype = gradient[:, : ids.numel()], wide(gradient.dtype)
+    if native.serves_columns(gradient):
+        return kept, native.gather_columns(gradient, ids)
     rest = gradient.sum(1, dtype=dtype)
     step = max(_SLAB_BYTES // (ids.numel() * gradient.element_size()), 1)
     for before, after in zip(gradient.split(step), kept.split(step)):
