@@ -84,8 +84,8 @@ def token_log_probs(
     >>> head = kd.LinearHead(torch.randn(4, 8, requires_grad=True), torch.randn(100, 8))
     >>> of = kd.token_log_probs(head, torch.tensor([3, 99, -100, 7]), entropy=True)
     >>> (-of.log_probs - 0.01 * of.entropy).sum().backward()
-    >>> kd.token_log_probs(torch.tensor([[0.0, 3.0]]).log(), torch.tensor([[0, 1]])).log_probs.exp()
-    tensor([[0., 1.]])
+    >>> kd.token_log_probs(torch.tensor([[1.0, 3.0]]).log(), torch.tensor([[0, 1]])).log_probs.exp()
+    tensor([[0.2500, 0.7500]])
     """
     options = checked(
         temperature=temperature,

@@ -108,9 +108,12 @@ def _alone(call: Call, inplace: bool = False) -> _Evaluated:
     needed = any(request.needs_grad)
     if inplace and needed:
         check_inplace(request.student)
-    if needed and reduction.per_row and request.has_head and not request.only_hidden_learns:
-        rows, results, *_ = autograd.deferred(*request.arguments())
-        return _Evaluated(reduction.apply(rows), None, results)
+    if needed and reduction.per_row and request.has_head:
+        if not request.only_hidden_learns:
+            rows, results, *_ = autograd.deferred(*request.arguments())
+            return _Evaluated(reduction.apply(rows), None, results)
+        # A tolerance is of the weighed gradient, whose weights have not arrived.
+        call = replace(call, request=replace(request, gradient_tolerance=0.0))
     solved = _solve(call, inplace)
     value = autograd.row_losses(solved.results, request.weights)
     if not reduction.per_row:
@@ -241,6 +244,7 @@ def distillation_loss(
     temperature_squared: bool = False,
     soft_weight: float | Tensor = 1.0,
     hard_weight: float | Tensor = 0.0,
+    entropy_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     mask: Tensor | None = None,
@@ -276,6 +280,8 @@ def distillation_loss(
             temperature may be tensors, 0-dim or one number for each token ``[...]``: constants, which nothing
             waits for and compiled code never holds. A Python number compiles again at its first change, and where
             a weight becomes 0 or the temperature 1, which is another kind of loss.
+        entropy_weight: adds entropy_weight * H, the student's entropy over the whole vocabulary at the temperature;
+            negative favours spread. Masked as the rest, without T^2. It may be a tensor, as the other weights may.
         label_smoothing: of the hard term, as in :func:`cross_entropy`.
         z_loss: the same.
         mask: bool or 0/1 ``[...]``; tokens where it is False or 0 leave both terms, as those at
@@ -319,6 +325,7 @@ def distillation_loss(
         label_smoothing,
         z_loss,
         return_stats,
+        entropy_weight=entropy_weight,
     )
     tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
     checked(inplace=inplace)

@@ -46,4 +46,5 @@ class CodistillationOptions(_SharedOptions, total=False):
 class DistillationOptions(CodistillationOptions, total=False):
     """Of :func:`kdkernels.distillation_loss` and its short names, but for ``divergence`` and ``return_stats``."""
 
+    entropy_weight: float | Tensor
     inplace: bool

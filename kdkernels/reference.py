@@ -213,6 +213,11 @@ class _Problem:
             made = self.hard(self.student, self.live & weighed, asked)
             for output, column in zip(_HARD, made.unbind(1)):
                 columns[output] = column
+        if asked & Asked.ENTROPY:
+            counted = self.live & (weights[:, Output.ENTROPY] != 0)
+            z = _below_top(logits_of(self.student, self.request.vocab, counted))
+            entropy = _entropy(z / self.request.temperature[:, None])
+            columns[Output.ENTROPY] = torch.where(counted, entropy, 0.0)
         if asked & Asked.TEACHER_LABEL:
             assert isinstance(self.teacher, (Tensor, LinearHead, MappedLogits))
             weighed = weights[:, Output.TEACHER_LABEL] != 0

@@ -267,6 +267,7 @@ def _plain_loss(
     temperature_squared: bool = False,
     soft_weight: float | Tensor = 1.0,
     hard_weight: float | Tensor = 0.0,
+    entropy_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weights: Tensor | None = None,
@@ -294,6 +295,8 @@ def _plain_loss(
             s.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=label_smoothing
         )
         rows = rows + hard_weight * (hard.view_as(rows) + z_loss * s.logsumexp(-1).square())
+    if isinstance(entropy_weight, Tensor) or entropy_weight:
+        rows = rows - entropy_weight * (q * log_q.masked_fill(log_q.isneginf(), 0.0)).sum(-1)
     if token_weights is not None:
         rows = rows * token_weights
     live = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels >= 0

@@ -67,6 +67,8 @@ CASES = [
         ranks=4,
     ),
     Case("cross entropy", {}, dict(label_smoothing=0.1), loss="cross_entropy", ranks=3),
+    Case("the entropy of logits", {}, dict(entropy_weight=-0.7, **MIX), ranks=3, split="empty"),
+    Case("the entropy of heads", HEADS, dict(entropy_weight=-0.7, chunk_bytes=3000, **MIX), ranks=2),
     Case("empty shards", HEADS, MIX, ranks=4, split="empty"),
     Case(
         "vocab_size inside a shard",

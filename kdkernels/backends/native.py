@@ -194,7 +194,7 @@ def gradient(
 
 
 def fused_sparse(tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
-    if spec.asked & Asked.ENTROPY or (tile.student.is_cuda and target.ids.shape[1] > _MOST_SLOTS):
+    if tile.student.is_cuda and target.ids.shape[1] > _MOST_SLOTS:
         return in_two_passes(sys.modules[__name__], tile, target, weights, spec, gradients)
     results = _new_results(tile)
     _ops.fused_sparse(

@@ -79,6 +79,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "entropy": flag,
     "soft_weight": _number_or_tensor,
     "hard_weight": _number_or_tensor,
+    "entropy_weight": _number_or_tensor,
     "label_smoothing": _label_smoothing,
     "z_loss": number,
     "reduction": _reduction,

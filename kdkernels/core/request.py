@@ -35,6 +35,7 @@ class Terms:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     return_stats: bool = False
+    entropy_weight: Number = 0.0
     teacher_learns: bool = False  # co-distillation: the teacher's own cross entropy, with its gradient
 
     def checked(self) -> Terms:
@@ -71,6 +72,7 @@ class Terms:
             asked |= Asked.LABEL
             asked |= Asked.SMOOTH if self.label_smoothing else 0
             asked |= Asked.LSE_SQUARED if self.z_loss else 0
+        asked |= Asked.ENTROPY if _may_count(self.entropy_weight) else 0
         return asked | (Asked.TEACHER_LABEL if self.teacher_learns else 0)
 
 
@@ -357,6 +359,16 @@ def _sparse(
     target: SparseTarget, student: Side, labels: Tensor | None, vocab: int, spec: Spec, divergence: Divergence
 ) -> tuple[Spec, Side]:
     check_divergence(target.tail, divergence)
+    if target.tail == "conditional" and spec.asked & Asked.ENTROPY and not spec.asked & Asked.HARD:
+        raise ValueError(
+            "entropy_weight is of the whole vocabulary, which tail='conditional' without a hard term never sees; take "
+            "another tail, hard_weight with labels, or kd.token_log_probs(..., entropy=True)"
+        )
+    if student.shard is not None and spec.asked & Asked.ENTROPY:
+        raise ValueError(
+            "entropy_weight beside a kd.SparseTarget is not built for vocabulary shards; add what "
+            "kd.token_log_probs(..., entropy=True) gives"
+        )
     if target.values.dtype not in DTYPES:
         raise ValueError(f"SparseTarget needs fp64, fp32, bf16 or fp16, got {target.values.dtype}")
     values = target.values.detach().reshape(-1, target.slots)
@@ -424,6 +436,9 @@ def _weights(terms: Terms, each: Tensor, temperature: Tensor, student: Side, liv
             columns[Output.SMOOTH] = hard * terms.label_smoothing
         if terms.z_loss:
             columns[Output.LSE_SQUARED] = hard * terms.z_loss
+    if terms.asked & Asked.ENTROPY:
+        entropy = tokens.per_row("entropy_weight", terms.entropy_weight, student, live)
+        columns[Output.ENTROPY] = each * entropy
     if terms.teacher_learns:
         columns[Output.TEACHER_LABEL] = each
     return torch.stack(columns, 1)

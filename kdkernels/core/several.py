@@ -17,7 +17,7 @@ from .. import reference
 from ..backends import CHOICES, chosen_backend, serving
 from ..backends.protocol import Backend, Gradients, Tile
 from ..backends.row_state import finish, new_state
-from ..backends.spec import OUTPUTS, Output, Spec
+from ..backends.spec import OUTPUTS, Asked, Output, Spec
 from ..divergences import Divergence, simplified
 from ..targets import SparseTarget
 from . import tokens
@@ -305,8 +305,13 @@ def check_several(terms: Terms, given: Tokens, teacher: Teacher, inplace: bool) 
         raise ValueError(
             f'a tuple of divergences is a tuple of token losses: reduction="none", not {given.reduction!r}'
         )
-    if terms.has_hard_term or terms.return_stats or inplace:
-        names = {"hard_weight": terms.has_hard_term, "return_stats": terms.return_stats, "inplace": inplace}
+    names = {
+        "hard_weight": terms.has_hard_term,
+        "entropy_weight": bool(terms.asked & Asked.ENTROPY),
+        "return_stats": terms.return_stats,
+        "inplace": inplace,
+    }
+    if any(names.values()):
         raise ValueError(
             f"a tuple of divergences takes no {next(name for name in names if names[name])}; it is the soft term alone"
         )

@@ -191,6 +191,8 @@ class _Walk:
     def _plan(self, sides: list[Rows]) -> Plan:
         each = sum(side.bytes_per_logit for side in sides) + self.backend.bytes_per_logit(self.dtypes)
         per_row = 0
+        if self.sparse and self.spec.asked & Asked.ENTROPY and self.student.needs_grad:
+            each += self.wide.itemsize  # its gradient is a tile of its own
         if self.rows.ids is not None:
             slots = self.rows.ids.shape[1]
             per_row = slots * SLOT_BYTES
@@ -233,6 +235,10 @@ class _Chunk:
         self.exchange = self.walk.exchange
         self.held: Tile | None = None
         self.target: Outcomes | None = None
+        self.entropy: _EntropyApart | None = None
+        if self.given.ids is not None and self.spec.asked & Asked.ENTROPY:
+            self.entropy = _EntropyApart(self)
+            self.spec = self.spec._replace(asked=self.spec.asked & ~Asked.ENTROPY)
         if self.given.ids is not None and self.given.values is not None:
             self.target = outcomes(
                 self.given.ids,
@@ -284,7 +290,11 @@ class _Chunk:
         if self.target is None:
             results = self.backend.fused(tile, self.given.weights, self.spec, gradients)
         else:
+            apart = None if self.entropy is None else self.entropy.fused(tile)
             results = self.backend.fused_sparse(tile, self.target, self.given.weights, self.spec, gradients)
+            if self.entropy is not None:
+                results += self.entropy.results
+                self.entropy.add(apart, gradients)
         self.backward(gradients, columns)
         return results
 
@@ -294,6 +304,8 @@ class _Chunk:
             results, spec, sparse = self._fold(state), self.spec, None
         else:
             solved = self._fold_sparse(state, self.target)
+            if self.entropy is not None:
+                solved = solved._replace(results=solved.results + self.entropy.results)
             results, spec, sparse = solved.results, student_spec(self.spec), solved.gradient
         if self.needs_grad:
             for columns in self.column_chunks():
@@ -340,9 +352,13 @@ class _Chunk:
             for tile in self._tiles():
                 self.backend.accumulate(student_tile(tile, self.spec), inner, state, skipped=target.ids)
                 gather_stored(stored, tile.student, target.ids, tile.offset, self.spec.student_map)
+                if self.entropy is not None:
+                    self.entropy.accumulate(tile)
 
         own = Temperatures.of(self.spec, self.given.temperature).student
         self._everywhere(first, first_pass(inner, own), state)
+        if self.entropy is not None:
+            self.entropy.finish()
         if self.exchange is None:
             return self._solve(target, stored, state)
         whole = self.exchange.stored(lambda: stored, target.ids, stored.dtype, self.rows)
@@ -356,10 +372,13 @@ class _Chunk:
     def _gradient(self, columns: slice, spec: Spec, state: Tensor, sparse: SparseGradient | None) -> None:
         tile = self.tile(columns)
         gradients = self.buffers(tile, columns)
+        apart = None if self.entropy is None else self.entropy.gradient(tile)
         if sparse is not None:
             tile = student_tile(tile, self.spec)
         if tile.student.shape[1]:
             self.backend.gradient(tile, self.given.weights, spec, state, gradients, sparse)
+        if self.entropy is not None:
+            self.entropy.add(apart, gradients)
         self.backward(gradients, columns)
 
     def stored_ids(self) -> Tensor:
@@ -387,3 +406,47 @@ class _Chunk:
             grad = torch.where((here >= 0) & (weight != 0), grad, 0.0)
             student.backward_stored(grad, self.rows, here, found)
         return solved.results
+
+
+class _EntropyApart:
+    """The student's entropy beside a sparse target, which sees the student through other outcomes, and some at
+    another temperature: a dense output of the same tiles, whose gradient is added to the target's."""
+
+    def __init__(self, chunk: _Chunk) -> None:
+        spec = chunk.spec
+        self.chunk, self.backend, self.given = chunk, chunk.backend, chunk.given
+        self.spec = Spec(
+            asked=Asked.ENTROPY,
+            tempered=spec.tempered,
+            student_scale=spec.student_scale,
+            student_softcap=spec.student_softcap,
+        )
+        self.state = new_state(self.given.weights.shape[0], self.given.weights.device)
+        self.results = torch.zeros(())
+
+    def _buffer(self, tile: Tile) -> Tensor | None:
+        needed = self.chunk.walk.student.needs_grad
+        return tile.student.new_empty(tile.student.shape, dtype=self.chunk.walk.wide) if needed else None
+
+    def fused(self, tile: Tile) -> Tensor | None:
+        """The gradient of whole rows. It is made first: the target's may overwrite them."""
+        grad = self._buffer(tile)
+        self.results = self.backend.fused(tile, self.given.weights, self.spec, Gradients(grad, None))
+        return grad
+
+    def accumulate(self, tile: Tile) -> None:
+        self.backend.accumulate(tile, self.spec, self.state)
+
+    def finish(self) -> None:
+        self.results = finish(self.state, self.spec, self.given.labels, self.chunk.vocab)
+
+    def gradient(self, tile: Tile) -> Tensor | None:
+        grad = self._buffer(tile)
+        if grad is not None and tile.student.shape[1]:
+            self.backend.gradient(tile, self.given.weights, self.spec, self.state, Gradients(grad, None))
+        return grad
+
+    @staticmethod
+    def add(grad: Tensor | None, gradients: Gradients) -> None:
+        if grad is not None and gradients.student is not None:
+            gradients.student.add_(grad)

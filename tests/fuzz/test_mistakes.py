@@ -15,6 +15,7 @@ NUMBERS = {
     "temperature": [0.0, -1.0, math.nan, math.inf],
     "soft_weight": [math.nan, math.inf],
     "hard_weight": [math.nan, math.inf],
+    "entropy_weight": [math.nan, math.inf],
     "label_smoothing": [-0.1, 1.5, math.nan],
     "z_loss": [math.nan, math.inf],
     "chunk_bytes": [0, -5, 1.5, math.nan],
@@ -70,11 +71,15 @@ TEACHERS = [
 ]
 LOSSES = {
     "distillation_loss": (kd.distillation_loss, True, {"divergence", *NUMBERS, *OTHERS}),
-    "codistillation_loss": (kd.codistillation_loss, True, {"divergence", *NUMBERS, *OTHERS}),
+    "codistillation_loss": (
+        kd.codistillation_loss,
+        True,
+        {"divergence", *NUMBERS, *OTHERS} - {"entropy_weight"},
+    ),
     "cross_entropy": (
         kd.cross_entropy,
         False,
-        {*NUMBERS, *OTHERS} - {"temperature", "soft_weight", "hard_weight", "divergence"},
+        {*NUMBERS, *OTHERS} - {"temperature", "soft_weight", "hard_weight", "entropy_weight", "divergence"},
     ),
 }
 
