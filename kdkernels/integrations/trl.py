@@ -8,6 +8,7 @@ trainer                               what is replaced
 ``experimental.gold.GOLDTrainer``     ``generalized_jsd_loss``
 ``ServerDistillationTrainer``         ``compute_loss`` (in ``experimental.server_distillation``)
 ``experimental.sdft``, ``.sdpo``      ``compute_topk_`` and ``compute_full_logit_self_distillation_loss``
+``experimental.async_distillation``   ``_chunked_jsd_loss``
 all with log-probabilities or         ``selective_log_softmax``, ``entropy_from_logits``,
 entropies                             ``selective_log_softmax_and_entropy``, ``_ChunkedLogProbFunction``
 ====================================  =====================================================
@@ -17,6 +18,7 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 
 * half-precision logits: the row arithmetic is fp32 and so is the loss; TRL's is in the logits' dtype;
 * ``reduction="mean"`` with every token masked is 0 with a zero gradient; TRL's is NaN;
+* async distillation: a bf16 model's logits are rounded as its lm_head does, where TRL multiplies in fp32;
 * log-probabilities and entropies of half-precision logits are fp32; TRL's are in the logits' dtype without Triton. At
   logits of -inf the entropy is that of the others, with a finite gradient; TRL's is NaN there;
 * the fused lm_head's: with ``log_sum_sq_probs`` or ``mean_logits`` among its outputs, and under ZeRO-3, whose
@@ -53,6 +55,7 @@ from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
 TESTED = ((1, 16), (1, 17))
+_ASYNC = "trl.experimental.async_distillation.async_distillation_trainer"
 
 
 def chunked_divergence_loss(
@@ -287,6 +290,57 @@ def full_logit_self_distillation_loss(
     return js_divergence(student_logits, teacher_logits, beta=distillation_alpha, reduction="none")
 
 
+def async_chunked_jsd_loss(
+    hidden_valid: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    logit_scale: float,
+    final_logit_softcapping: float | None,
+    target_ids: Tensor,
+    teacher_target_logps: Tensor,
+    valid_candidate_mask: Tensor,
+    beta: float,
+    temperature: float,
+    add_tail_bucket: bool,
+    teacher_id_idx: Tensor | None,
+    num_teachers: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, its value, the student's and the teachers' entropies, and for each teacher tokens, loss and entropy):
+    sums over tokens ``[N]``, of which a teacher's server told the log-probabilities of candidates ``[N, K]``.
+
+    The student's at these ids and its entropy come from one projection of the hidden states ``[N, H]``; what follows
+    is K + 1 numbers a token, by TRL's own functions.
+    """
+    theirs: Any = importlib.import_module(_ASYNC)
+    student = head(
+        hidden_valid,
+        lm_head_weight,
+        lm_head_bias,
+        logit_scale=logit_scale,
+        softcap=final_logit_softcapping,
+    )
+    ids = target_ids.where(valid_candidate_mask, -1)
+    of = token_log_probs(student, ids, temperature=temperature, entropy=True)
+    assert of.entropy is not None
+    log_q, log_p = (
+        given.masked_fill(~valid_candidate_mask, -torch.inf) for given in (of.log_probs, teacher_target_logps)
+    )
+    if add_tail_bucket:
+        log_q, support = theirs._add_tail_bucket(log_q, valid_candidate_mask)
+        log_p, _ = theirs._add_tail_bucket(log_p, valid_candidate_mask)
+    else:
+        log_q, log_p = (given.log_softmax(-1) for given in (log_q, log_p))
+        support = valid_candidate_mask
+    each = theirs._jsd_divergence(log_q, log_p, beta=beta, support_mask=support).sum(-1)
+    told = torch.special.entr(log_p.exp().where(support, 0.0)).sum(-1).nan_to_num(nan=0.0)
+    per_teacher = each.new_zeros(3 * num_teachers)
+    if teacher_id_idx is not None:
+        numbers = torch.stack([torch.ones_like(told), each.detach(), told.to(each.dtype)], 1)
+        per_teacher = each.new_zeros(num_teachers, 3).index_add(0, teacher_id_idx, numbers).flatten()
+    return each.sum(), each.detach().sum(), of.entropy.detach().sum(), told.sum(), per_teacher
+
+
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -410,6 +464,7 @@ _TARGETS = (
         for ours in (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
     ),
     Target("trl.trainer.utils", None, "_ChunkedLogProbFunction", ChunkedLogProbFunction),
+    Target(_ASYNC, None, "_chunked_jsd_loss", async_chunked_jsd_loss),
     *(
         Target(f"trl.experimental.{trainer}.{trainer}_trainer", None, f"compute_{ours.__name__}", ours)
         for trainer in ("sdft", "sdpo")
