@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .core.log_probs import Values
 from .core.option_checks import checked
 from .core.request import loss_dtype
 from .core.schedule import DEFAULT_CHUNK_BYTES
-from .core.sides import Logits, common_vocab, refuse_transforms, side
+from .core.sides import Logits, Side, common_vocab, refuse_transforms, side
 from .core.tokens import live_ids, per_row
 from .heads import ShardedLogits
 
@@ -97,6 +97,38 @@ def token_log_probs(
         chunk_bytes=chunk_bytes,
     )
     student = unwrapped("student", student)
+    shard = getattr(student, "shard", None)
+    if shard is None:
+        call = _call(student, ids, options)
+    else:
+        call = exchange.agreed(shard, lambda: _call(student, ids, options), _signature)
+    own, static = call.own, call.static
+    if reference_asked():
+        if shard is not None or isinstance(student, ShardedLogits):
+            raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
+        request = operators.request_of(own.tensors, call.ids, None, *static, "reference")
+        made = Values(*reference.log_prob_values(request, student))
+    else:
+        made = Values(*operators.log_probs(own.tensors, call.ids, *static, inplace)[: len(Values._fields)])
+    leading, dtype = own.leading, loss_dtype(own.tensors)
+    return TokenLogProbs(
+        made.log_probs.reshape(ids.shape).to(dtype),
+        made.entropy.reshape(leading).to(dtype) if entropy else None,
+        made.logsumexp.detach().reshape(leading).to(dtype) if return_stats else None,
+        made.top1.reshape(leading) if return_stats else None,
+    )
+
+
+class _Call(NamedTuple):
+    """What the operators take."""
+
+    own: Side
+    ids: Tensor  # [N, K]
+    static: tuple[Tensor | None, Tensor, str, int, str, int, list[bool]]  # of the operators, in their order
+
+
+def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
+    """The checked call."""
     own = side("student", student)
     refuse_transforms(own.tensors)
     own, _ = exchange.placed(own, None)
@@ -107,15 +139,15 @@ def token_log_probs(
             "token_log_probs needs the same tokens on all ranks, got a Shard of tokens='sharded'"
         )
     needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in own.tensors]
-    if inplace and any(needs_grad):
+    if options["inplace"] and any(needs_grad):
         check_inplace(own.tensors)
     given, labels = live_ids(ids, own, vocab, options["ignore_index"])
     temperature = options["temperature"]
     spec = Spec(
         tail=Tail.TRUNCATE,
-        asked=Asked.ENTROPY if entropy else 0,
+        asked=Asked.ENTROPY if options["entropy"] else 0,
         tempered=int(isinstance(temperature, Tensor) or temperature != 1.0),
-        stats=int(return_stats),
+        stats=int(options["return_stats"]),
         student_scale=own.logit_map.scale,
         student_softcap=own.logit_map.softcap,
     )
@@ -124,17 +156,18 @@ def token_log_probs(
         options["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
     )
     static = labels, at, spec.text(), vocab, "" if place is None else place.text(), budget, needs_grad
-    if reference_asked():
-        if place is not None or isinstance(student, ShardedLogits):
-            raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
-        request = operators.request_of(own.tensors, given, None, *static, "reference")
-        made = Values(*reference.log_prob_values(request, student))
-    else:
-        made = Values(*operators.log_probs(own.tensors, given, *static, inplace)[: len(Values._fields)])
-    leading, dtype = own.leading, loss_dtype(own.tensors)
-    return TokenLogProbs(
-        made.log_probs.reshape(ids.shape).to(dtype),
-        made.entropy.reshape(leading).to(dtype) if entropy else None,
-        made.logsumexp.detach().reshape(leading).to(dtype) if return_stats else None,
-        made.top1.reshape(leading) if return_stats else None,
-    )
+    return _Call(own, given, static)
+
+
+def _signature(call: _Call) -> dict[str, Any]:
+    """What must be the same on all ranks of a shard's group."""
+    _, _, spec, vocab, _, chunk_bytes, needs_grad = call.static
+    return {
+        "tokens": list(call.own.leading),
+        "ids": list(call.ids.shape),
+        "outputs": spec,
+        "vocabulary": vocab,
+        "chunk_bytes": chunk_bytes,
+        "dtypes": [str(t.dtype) for t in call.own.tensors],
+        "gradients": needs_grad,
+    }

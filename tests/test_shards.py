@@ -156,7 +156,7 @@ OWN = [
     Case("sparse", dict(shape=(15,), student="head"), dict(hard_weight=0.5), tail="bucket", ranks=3),
     Case("stored", dict(shape=(15,), student="head"), dict(reduction="none"), tail="conditional", ranks=2),
 ]
-DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels"]
+DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels", "ids"]
 POLICIES = [
     Case("of logits", {}, dict(temperature=1.7), "token_log_probs", ranks=3, split="empty"),
     Case("of heads", dict(softcap=5.0, **HEADS), dict(chunk_bytes=3000), "token_log_probs", ranks=4),

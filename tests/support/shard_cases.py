@@ -397,6 +397,9 @@ def other_arguments(name, group):
     try:
         logits = torch.zeros(tokens, 5, dtype=dtype)
         sides = [kd.ShardedLogits(logits, kd.Shard(group)) for _ in range(2)]
+        if name == "ids":
+            ids = torch.zeros(tokens, 1 + (rank == 1), dtype=torch.int64)
+            return told(lambda: kd.token_log_probs(sides[0], ids), pattern)
         return told(lambda: kd.kl_div(*sides, **options), pattern)
     finally:
         del os.environ["KDKERNELS_CHECK_RANKS"]
