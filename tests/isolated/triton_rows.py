@@ -19,6 +19,15 @@ from test_conformance import (  # noqa: F401  (they need nothing but the backend
     test_stats,
     test_sure_models,
 )
+from test_entropy import test_equal_models_feel_the_entropy_alone  # noqa: F401
+from test_log_probs import Asked as Policy
+from test_log_probs import (  # noqa: F401
+    test_one_token_has_all_the_mass,
+    test_padding_is_no_outcome,
+    test_statistics,
+    test_sure_tokens_keep_their_digits,
+    test_values_that_must_come_out,
+)
 
 import kdkernels as kd
 from kdkernels.backends.protocol import Tile
@@ -283,3 +292,23 @@ def test_scale(dtype, factor):
 
 def test_divergences_are_all_here():
     assert {d.code for d in DIVERGENCES} == {*range(1, 9), kd.Overlap.code}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("form", ["logits", "head", "frozen"])
+def test_log_probs_and_entropies(form, dtype):
+    asked = Policy(form, slots=3, dtype=dtype, softcap=6.0)
+    options = dict(temperature=torch.rand(2, 4, dtype=torch.float64) + 0.5)
+    chunk_bytes = None if form == "logits" else 20_000
+    assert_exact(
+        asked.run("triton", chunk_bytes=chunk_bytes, **options),
+        asked.oracle(**options),
+        asked.plain(**options),
+        dtype=dtype,
+        projected=form != "logits",
+    )
+
+
+@pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.JSD(0.5)], ids=str)
+def test_an_entropy_beside_a_divergence(divergence):
+    close(Problem(**SMALL), divergence=divergence, entropy_weight=-0.7, **FULL)
