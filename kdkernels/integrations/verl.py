@@ -3,7 +3,8 @@
     from kdkernels.integrations import verl; verl.patch()
 
 What is replaced are ``logprobs_from_logits``, ``entropy_from_logits`` and ``entropy_from_logits_with_chunking`` of
-``verl.utils.torch_functional``, wherever verl has imported them, and ``FusedLinearForPPO``. What differs from verl 0.9
+``verl.utils.torch_functional``, wherever verl has imported them, ``FusedLinearForPPO``, and what its distillation on a
+teacher's top k takes of the student's logits with ``use_chunked_topk``. What differs from verl 0.9
 (tests in ``tests/integrations/test_verl.py``):
 
 * Results are fp32 (fp64 for fp64 logits). verl's entropies, and without flash-attn its log-probabilities, are in the
@@ -47,6 +48,11 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
     return entropy_from_logits(logits)
 
 
+def chunked_topk_log_probs(logits: Tensor, topk_ids: Tensor, chunk_size: int = 4096) -> Tensor:
+    """log softmax(logits ``[B, T, V]``) at ``topk_ids`` ``[B, T, K]``, fp32 and without a chunk of them in fp32."""
+    return token_log_probs(logits, topk_ids).log_probs
+
+
 class FusedLinearForPPO(nn.Module):
     """(log-probabilities, entropies) ``[...]`` of tokens from hidden states and an lm_head, both differentiable.
 
@@ -74,6 +80,9 @@ _PATCHES = Patches(
             for ours in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking)
         ),
         Target("verl.utils.experimental.torch_functional", None, "FusedLinearForPPO", FusedLinearForPPO),
+        Target(
+            "verl.trainer.distillation.fsdp.losses", None, "_chunked_topk_log_probs", chunked_topk_log_probs
+        ),
     ],
 )
 

@@ -23,6 +23,15 @@ def functional():
         "verl.utils": {},
         "verl.utils.device": {"get_device_name": lambda: "cpu", "get_torch_device": lambda: torch},
         "verl.utils.experimental": {},
+        "verl.utils.ulysses": {
+            "get_ulysses_sequence_parallel_world_size": lambda: 1,
+            "slice_input_tensor": None,
+        },
+        "verl.workers": {},
+        "verl.workers.config": {"DistillationConfig": object, "DistillationLossConfig": object},
+        "verl.trainer": {},
+        "verl.trainer.distillation": {},
+        "verl.trainer.distillation.fsdp": {},
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, attributes in stand_ins.items():
@@ -32,6 +41,8 @@ def functional():
         loaded = load("verl", "verl/utils/torch_functional.py")
         patch.setitem(sys.modules, "verl.utils.torch_functional", loaded)
         patch.setitem(sys.modules, "verl.utils.experimental.torch_functional", fused)
+        losses = load("verl", "verl/trainer/distillation/fsdp/losses.py")
+        patch.setitem(sys.modules, "verl.trainer.distillation.fsdp.losses", losses)
         yield loaded
 
 
@@ -125,3 +136,26 @@ def test_patch_reaches_what_imported_them(functional, monkeypatch):
         assert fused.FusedLinearForPPO is dropin.FusedLinearForPPO
     assert worker.logprobs_from_logits is functional.logprobs_from_logits is theirs
     assert fused.FusedLinearForPPO is not dropin.FusedLinearForPPO
+
+
+@pytest.mark.parametrize("clamp", [None, -4.0])
+def test_distillation_on_a_teachers_top_k(functional, clamp):
+    """verl's own loss, with its switch for long contexts, before and after patch()."""
+    losses = sys.modules["verl.trainer.distillation.fsdp.losses"]
+    logits, teacher = 2 * torch.randn(1, 9, V), torch.randn(9, V).log_softmax(-1).topk(4, -1)
+    # Packed sequences of 4 and 5 tokens.
+    log_p, ids = (torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 4, 9])) for x in teacher)
+    settings = types.SimpleNamespace(use_chunked_topk=True, log_prob_min_clamp=clamp)
+    config = types.SimpleNamespace(distillation_loss=settings)
+
+    def call(s):
+        made = losses.compute_forward_kl_topk(s, log_p, ids, config, "thd")
+        return (made["distillation_losses"].sum(), *(value.double() for value in made.values()))
+
+    theirs = outcome(call, [logits])
+    settings.use_chunked_topk = False
+    assert_same(theirs, outcome(call, [logits]), 2e-5)
+    settings.use_chunked_topk = True
+    with dropin.patch():
+        assert losses._chunked_topk_log_probs is dropin.chunked_topk_log_probs
+        assert_same(outcome(call, [logits]), theirs, 2e-5)
