@@ -101,3 +101,10 @@ def test_tensor_parallel():
     assert len(losses) == 4 and len(set(losses)) == 1
     assert len(re.findall(r"dH [0-9]e-(?:0[6-9]|1\d)", done.stdout)) == 2, done.stdout
     assert len(re.findall(r"dW (?:0e\+00|[0-9]e-(?:0[6-9]|1\d))", done.stdout)) == 2, done.stdout
+
+
+def test_teacher_elsewhere():
+    done = process(script=ROOT / "examples" / "teacher_elsewhere.py", torchrun=True)
+    assert done.returncode == 0, done.stderr
+    losses = numbers(done.stdout, "KL")
+    assert losses[-1] < 0.6 * losses[0]
