@@ -22,6 +22,9 @@ LOSSES: dict[str, kd.Divergence | None] = {
     "kl conditional": kd.ForwardKL(),  # a sparse teacher's stored entries alone, both sides rescaled
 }
 SOFT = ("kl", "rkl", "jsd")
+#: Token log-probabilities, of the label or of so many ids, and the entropy: what a policy's loss is made of.
+POLICY = ("log-probs", "log-probs + entropy", "log-probs of 20")
+LOSSES |= dict.fromkeys(POLICY)
 
 
 @dataclass(frozen=True)
@@ -123,15 +126,16 @@ SUITES: dict[str, list[Case]] = {
         *_both(Case(64, 8192, width=256, losses=("kl", "jsd", "ce"))),
         Case(64, 8192, width=256, losses=("codistill",), peers=False),
         Case(64, 32768, top_k=64),
+        Case(128, 8192, width=256, frozen_head=True, losses=POLICY, peers=False),
     ],
     "cpu": [
-        Case(512, 131072, losses=_ALL, compiled=("kl",), peers=False),
+        Case(512, 131072, losses=(*_ALL, "log-probs + entropy"), compiled=("kl",), peers=False),
         Case(512, 131072, "bfloat16", losses=SOFT, compiled=("kl",), peers=False),
-        replace(_HIDDEN, tokens=512, losses=("kl", "jsd", "ce")),
+        replace(_HIDDEN, tokens=512, losses=("kl", "jsd", "ce", *POLICY)),
         replace(_HIDDEN, dtype="bfloat16", losses=("kl", "jsd")),
         Case(128, 131072, losses=_ALL),
         replace(_HIDDEN, teacher_width=768, peers=False),
-        replace(_HIDDEN, frozen_head=True, peers=False),
+        replace(_HIDDEN, frozen_head=True, losses=("kl", *POLICY), peers=False),
         replace(_HIDDEN, masked=0.5, peers=False),
         replace(_HIDDEN, losses=("codistill",), peers=False),
         *_over_top_k(Case(512, 32768)),

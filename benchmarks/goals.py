@@ -41,6 +41,8 @@ def _goals(dtype: str) -> list[Goal]:
     if not half:
         made += [
             Goal(logits, INPLACE, "ce", "copy(out=g)", "floor", 1.1),
+            Goal(logits, INPLACE, "log-probs + entropy", "copy(out=g)", "floor", 1.3),
+            Goal(HIDDEN[dtype], OURS, "log-probs", "4 GEMMs", "floor", 1.1),
             Goal(logits, "F.kl_div", "kl", INPLACE, "kl", 25, at_least=True),
             Goal(logits, "F.kl_div compiled", "kl", INPLACE, "kl", 6, at_least=True),
             Goal(logits, OURS, "kl", "add", "floor", 0.75),

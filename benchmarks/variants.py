@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import peers
-from benchmarks.cases import LOSSES, SOFT, Case
+from benchmarks.cases import LOSSES, POLICY, SOFT, Case
 from benchmarks.inputs import Step
 from kdkernels.backends import native
 
@@ -48,12 +48,40 @@ class Variant:
         return self.label, self.loss
 
 
+def policy_ids(step: Step, loss: str) -> Tensor:
+    if not loss.endswith("of 20"):
+        return step.labels
+    others = step.labels[:, None] + 37 * torch.arange(20, device=step.labels.device)
+    return torch.where(step.labels[:, None] == -100, -100, others % step.case.vocab)
+
+
+def policy_loss(step: Step, loss: str, **options) -> Tensor:
+    """Of token log-probabilities, and an entropy where the loss has one."""
+    entropy = loss.endswith("entropy")
+    ids = policy_ids(step, loss)
+    made = kd.token_log_probs(step.sides()[0], ids, entropy=entropy, **options)
+    return -made.log_probs.mean() - (0.3 * made.entropy.mean() if made.entropy is not None else 0.0)
+
+
+def plain_policy(step: Step, loss: str) -> Tensor:
+    """The same from full log-probabilities."""
+    log_q, ids = step.student_logits().log_softmax(-1), policy_ids(step, loss)
+    live, asked = step.labels != -100, ids if ids.dim() > 1 else ids[:, None]
+    found = log_q.gather(1, asked.clamp(min=0)).float() * live[:, None]
+    if not loss.endswith("entropy"):
+        return -found.mean()
+    entropy = -(log_q.exp() * log_q).sum(-1).float() * live
+    return -found.mean() - 0.3 * entropy.mean()
+
+
 def our_loss(step: Step, loss: str, **options) -> Tensor:
     """The loss as kdkernels has it; under ``kd.use_backend("reference")`` also the oracle."""
     student, teacher = step.sides()
     if loss == "kl conditional":
         assert isinstance(teacher, kd.SparseTarget)
         teacher = replace(teacher, tail="conditional")
+    if loss in POLICY:
+        return policy_loss(step, loss, **options)
     divergence = LOSSES[loss]
     if divergence is None:
         return kd.cross_entropy(student, step.labels, **options)
@@ -84,6 +112,8 @@ def plain_sparse(step: Step, loss: str) -> Tensor:
 
 def plain_loss(step: Step, loss: str) -> Tensor:
     """What a trainer writes in plain PyTorch, on full logits."""
+    if loss in POLICY:
+        return plain_policy(step, loss)
     if step.case.top_k:
         return plain_sparse(step, loss)
     return plain_from_logits(*step.logits(), step.labels if loss in ("ce", "codistill") else step.mask, loss)
@@ -111,7 +141,7 @@ def plain_from_logits(s: Tensor, t: Tensor, labels: Tensor | None, loss: str) ->
 
 
 def _names(case: Case, loss: str) -> str:
-    if case.top_k:
+    if case.top_k or loss in POLICY:
         return "log_softmax, gather"
     return {
         "ce": "F.cross_entropy",
@@ -181,6 +211,8 @@ def _needs_teacher(case: Case, loss: str) -> bool:
 def _gemm_count(case: Case, loss: str) -> int:
     if loss == "codistill":
         return 6
+    if loss in POLICY:  # its gradient is made in the backward, from another projection or a saved product
+        return 2 + loss.endswith("entropy") if case.frozen_head else 4
     return 2 + _needs_teacher(case, loss) + (not case.frozen_head)
 
 
@@ -204,6 +236,10 @@ def _gemms(case: Case, loss: str) -> Callable[[Step], Any]:
             made.append(g.t() @ h)
         if loss == "codistill":
             made += [g @ tw, g.t() @ th]
+        if loss in POLICY and not case.frozen_head:
+            made.append(h @ w.t())
+        elif loss in POLICY and loss.endswith("entropy"):
+            made.append(g @ w)
         return made
 
     return forward

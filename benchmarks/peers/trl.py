@@ -36,7 +36,26 @@ def _gkd(step, beta: float):
     return GKDTrainer.generalized_jsd_loss(s[None], t[None], labels, beta=beta)
 
 
+def _chunked_log_probs(step, outputs: tuple[str, ...]):
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    h, w = step.student
+    masked = step.labels == -100
+    given = h, w, None, step.labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
+    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(*given)
+    loss = -log_probs.masked_fill(masked, 0.0).mean()
+    return loss - 0.3 * entropy.masked_fill(masked, 0.0).mean() if outputs else loss
+
+
 def variants(case):
+    if case.width:
+        yield "TRL chunked", "log-probs", functools.partial(_chunked_log_probs, outputs=())
+        yield (
+            "TRL chunked",
+            "log-probs + entropy",
+            functools.partial(_chunked_log_probs, outputs=("entropy",)),
+        )
     for loss, beta in BETAS.items():
         yield "TRL GKD", loss, functools.partial(_gkd, beta=beta)
         if case.width:
