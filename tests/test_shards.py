@@ -185,6 +185,9 @@ REFUSED = [
     "starts on one rank only",
     "an empty vocabulary",
     "a backend that fails on one rank",
+    "several divergences",
+    "logits of own tokens",
+    "two kinds of shards",
     "the oracle",
     "create_graph",
 ]
@@ -508,6 +511,12 @@ def test_a_mistake_is_seen(mistake, outcomes):
     with pytest.raises(AssertionError):
         (loss,) = same_on_all_ranks(parts)
         assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
+
+
+def test_a_mistake_in_sparse_targets_is_seen(outcomes):
+    parts, case = of(outcomes, "mistake in sparse targets"), shard_cases.BROKEN_SPARSE
+    truth, _ = case.made().oracle(**case.options)
+    assert not torch.allclose(parts[0].losses[0].double(), truth, rtol=1e-2)
 
 
 def test_the_broken_case_is_right_when_whole(outcomes):

@@ -193,6 +193,17 @@ def refused(name, group):
                 patched(eager, "accumulate", failing),
             ):
                 return told(call, pattern)
+    elif name == "several divergences":
+        both = kd.ForwardKL(), kd.ReverseKL()
+        return told(
+            lambda: kd.distillation_loss(student, teacher, divergence=both, reduction="none"), "one at a time"
+        )
+    elif name == "logits of own tokens":
+        student = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, tokens="sharded"))
+        return told(lambda: kd.cross_entropy(student, labels), "needs hidden states")
+    elif name == "two kinds of shards":
+        teacher = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, reduce_hidden=False))
+        pattern = "two different reduce_hidden"
     elif name == "the oracle":
         with kd.use_backend("reference"):
             return told(call, "whole vocabularies")
@@ -372,6 +383,19 @@ MISTAKES = {
 }
 
 
+BROKEN_SPARSE = Case("broken too", {}, dict(hard_weight=0.5), tail="bucket", ranks=3)
+
+
+def own_stored_logits(self, here, ids, dtype, rows=None):
+    return here()
+
+
+def mistaken_sparse(group):
+    """The stored logits are not summed: each rank has its own and -inf."""
+    with patched(exchange.Exchange, "stored", own_stored_logits):
+        return sharded(BROKEN_SPARSE, group)
+
+
 def mistaken(mistake, group):
     owner, name, value = MISTAKES[mistake]
     with patched(owner, name, value):
@@ -531,6 +555,7 @@ def killed(rank, folder):
 
 
 OTHERS = {
+    "mistake in sparse targets": mistaken_sparse,
     "Megatron": megatrons,
     "ModelOpt": modelopt_losses,
     "dtensors": dtensors,
