@@ -218,6 +218,19 @@ def test_what_is_frozen_gets_nothing(backend, trains):
         assert not train or 1e-3 < (leaf.grad - true).norm() / true.norm() < 0.3
 
 
+def test_token_losses_of_a_frozen_lm_head_are_exact(backend):
+    """Their gradient is made before it is known what arrives for each token."""
+    problem = Bounds(1.0, kd.kl_div)
+    problem.hidden.requires_grad_()
+
+    def gradient(**options):
+        head = kd.LinearHead(problem.hidden, problem.weight)
+        losses = kd.kl_div(head, problem.teacher, reduction="none", **options)
+        return torch.autograd.grad(losses.sum(), problem.hidden)[0]
+
+    assert torch.equal(gradient(), gradient(gradient_tolerance=0.3))
+
+
 def test_weightless_tokens_may_hold_nan(backend):
     problem = Bounds(1.0, kd.kl_div)
     weights = torch.ones(N)
