@@ -1,6 +1,7 @@
 """``gradient_tolerance``: its bounds on every backend, what it leaves alone, and spectra that were made to break it."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from problems import Problem
 from sparse_problems import SparseProblem
 
 import kdkernels as kd
+from benchmarks import pages
 from benchmarks import tolerance as figures
 from kdkernels.backends import native
 from kdkernels.core.tolerance import keep
@@ -294,6 +296,11 @@ def test_columns_of_wide_rows(dtype):
     others = torch.ones(8997, dtype=torch.bool).index_fill_(0, ids, False)
     assert torch.equal(gradient[:, :4003].double(), whole[:, ids])
     torch.testing.assert_close(rest.double(), whole[:, others].sum(1), rtol=1e-5, atol=1e-4)
+
+
+def test_the_figures_are_of_the_committed_json():
+    committed = json.loads((pages.ROOT / "benchmarks" / "results" / "tolerance.json").read_text())
+    assert pages.is_filled("tolerance", figures.table(committed))
 
 
 def test_the_benchmark(tmp_path):
