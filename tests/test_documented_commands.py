@@ -178,7 +178,7 @@ def test_benchmarks_take_these_options(line, monkeypatch, capsys):
 
 @lines(PYTEST)
 def test_pytest_finds_what_is_named(line):
-    values = {"cuda", "slow"}  # of --device and -m
+    values = {"cuda", "slow", "aarch64"}  # of --device, -m and -k
     named = [
         part for part in line[line.index("pytest") + 1 :] if not part.startswith("-") and part not in values
     ]
