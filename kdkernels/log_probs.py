@@ -106,7 +106,8 @@ def token_log_probs(
     if reference_asked():
         if shard is not None or isinstance(student, ShardedLogits):
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
-        request = operators.request_of(own.tensors, call.ids, None, *static, "reference")
+        given = own.tensors, call.ids, *static[:2]
+        request = operators.request_of(given, static[2:], "reference")
         made = Values(*reference.log_prob_values(request, student))
     else:
         made = Values(*operators.log_probs(own.tensors, call.ids, *static, inplace)[: len(Values._fields)])

@@ -24,28 +24,21 @@ from .log_probs import Finished, Values
 from .request import Request
 from .scaling import tracing
 
+#: As the operators take them: (student, ids, labels, temperature) and (spec, vocab, shard, chunk_bytes, needs_grad).
+Given = tuple[list[Tensor], Tensor, Tensor | None, Tensor]
+Static = tuple[str, int, str, int, list[bool]]
 
-def request_of(
-    student: list[Tensor],
-    ids: Tensor,
-    entropy_weights: Tensor | None,
-    labels: Tensor | None,
-    temperature: Tensor,
-    spec: str,
-    vocab: int,
-    shard: str,
-    chunk_bytes: int,
-    needs_grad: list[bool],
-    backend: str,
-) -> Request:
+
+def request_of(given: Given, static: Static, backend: str, entropy_weights: Tensor | None = None) -> Request:
     """``entropy_weights`` ``[N]``: what arrives for the entropy, in the backward."""
+    student, ids, labels, temperature = given
+    spec, vocab, shard, chunk_bytes, needs_grad = static
     weights = temperature.new_zeros(ids.shape[0], OUTPUTS)
     if entropy_weights is not None:
         weights[:, Output.ENTROPY] = entropy_weights
-    parameters = temperature.new_zeros(2)
-    static = Spec.from_text(spec)
-    given = student, [ids], labels, temperature, parameters, weights
-    return Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend=backend)
+    tensors = student, [ids], labels, temperature, temperature.new_zeros(2), weights
+    kind = Spec.from_text(spec)
+    return Request(*tensors, kind, vocab, shard, chunk_bytes, needs_grad, backend=backend)
 
 
 @torch.library.custom_op("kdkernels::log_probs", mutates_args=())
@@ -66,9 +59,8 @@ def log_probs(
     ``inplace``: the backward overwrites given logits with their gradient.
     """
     backend = chosen_backend()
-    request = request_of(
-        student, ids, None, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, backend
-    )
+    given, static = (student, ids, labels, temperature), (spec, vocab, shard, chunk_bytes, needs_grad)
+    request = request_of(given, static, backend)
     if backend == "reference":
         values, finished = Values(*reference.log_prob_values(request)), rows.empty(request)[1]
     else:
@@ -79,9 +71,8 @@ def log_probs(
 
 @log_probs.register_fake
 def _(student, ids, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, inplace):
-    request = request_of(
-        student, ids, None, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, "auto"
-    )
+    given, static = (student, ids, labels, temperature), (spec, vocab, shard, chunk_bytes, needs_grad)
+    request = request_of(given, static, "auto")
     values, finished = rows.empty(request)
     return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
 
@@ -105,19 +96,8 @@ def log_probs_gradient(
     """The gradients that are needed, for what arrives ``[N, K]`` for the log-probabilities and ``[N]`` for the
     entropy."""
     backend = CHOICES[int(choice)]
-    request = request_of(
-        student,
-        ids,
-        entropy_weights,
-        labels,
-        temperature,
-        spec,
-        vocab,
-        shard,
-        chunk_bytes,
-        needs_grad,
-        backend,
-    )
+    given, static = (student, ids, labels, temperature), (spec, vocab, shard, chunk_bytes, needs_grad)
+    request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":
         return reference.log_prob_gradients(request, arriving)
     buffer = None if request.has_head else new_gradient(student[0], vocab)
@@ -162,9 +142,8 @@ def log_probs_gradient_(
 ) -> None:
     """The same over given logits."""
     backend = CHOICES[int(choice)]
-    request = request_of(
-        [student], ids, entropy_weights, labels, temperature, spec, vocab, shard, chunk_bytes, [True], backend
-    )
+    given, static = ([student], ids, labels, temperature), (spec, vocab, shard, chunk_bytes, [True])
+    request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":
         student.copy_(reference.log_prob_gradients(request, arriving)[0])
         return

@@ -143,6 +143,11 @@ def _only_soft(weights: Tensor) -> Tensor:
     return torch.nn.functional.pad(weights[:, None], (Output.SOFT, OUTPUTS - Output.SOFT - 1))
 
 
+def _first(specs: str) -> Spec:
+    """The request of several divergences is that of the first, with the weights ``[N, D]`` of all."""
+    return Spec.from_text(specs.split(";")[0])
+
+
 def _compute(request: Request, specs: str, parameters: list[Tensor]) -> list[Tensor]:
     """[values ``[N, D]``, *gradients that are needed]."""
     each = [Spec.from_text(text) for text in specs.split(";")]
@@ -178,10 +183,9 @@ def _several(
 ) -> list[Tensor]:
     """[values ``[N, D]``, *gradients]; ``choice`` as in ``kdkernels::rows``."""
     backend = chosen_backend() if choice is None else CHOICES[int(choice)]
-    request = _request(
-        student, teacher, labels, temperature, parameters, weights, specs, vocab, chunk_bytes, needs_grad
-    )
-    request = replace(request, backend=backend, gradient_tolerance=gradient_tolerance)
+    given = student, teacher, labels, temperature, parameters[0], weights
+    static = _first(specs), vocab, "", chunk_bytes
+    request = Request(*given, *static, needs_grad, gradient_tolerance, backend)
     return _compute(request, specs, parameters)
 
 
@@ -206,25 +210,6 @@ def _(
     ]
 
 
-def _request(
-    student, teacher, labels, temperature, parameters, weights, specs, vocab, chunk_bytes, needs_grad
-) -> Request:
-    """That of the first divergence, with the weights ``[N, D]`` of all."""
-    return Request(
-        student=student,
-        teacher=teacher,
-        labels=labels,
-        temperature=temperature,
-        parameters=parameters[0],
-        weights=weights,
-        spec=Spec.from_text(specs.split(";")[0]),
-        vocab=vocab,
-        shard="",
-        chunk_bytes=chunk_bytes,
-        needs_grad=needs_grad,
-    )
-
-
 @torch.library.custom_op("kdkernels::several_deferred", mutates_args=())
 def _several_deferred(
     student: list[Tensor],
@@ -241,10 +226,9 @@ def _several_deferred(
 ) -> tuple[Tensor, Tensor]:
     """(weights times divergences ``[N, D]`` fp64, the backend that served, as ``kdkernels::deferred`` tells it)."""
     backend = chosen_backend()
-    request = _request(
-        student, teacher, labels, temperature, parameters, weights, specs, vocab, chunk_bytes, needs_grad
-    )
-    request = replace(request, backend=backend, needs_grad=[False] * len(needs_grad))
+    given = student, teacher, labels, temperature, parameters[0], weights
+    static = _first(specs), vocab, "", chunk_bytes
+    request = Request(*given, *static, [False] * len(needs_grad), backend=backend)
     values = _compute(request, specs, parameters)[0]
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
     return torch.where(weights != 0, values * weights, 0.0), choice

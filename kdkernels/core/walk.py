@@ -54,7 +54,7 @@ class PerRow(NamedTuple):
 
 def kept_for(request: Request) -> Kept:
     """Room for what the walk of a shard leaves to its backward; none where nothing is exchanged, or tokens are."""
-    place, tokens = request.place, len(request.weights)
+    place, tokens = request.place, request.weights.shape[0]  # len() would fix it under torch.export
     keeps = tokens if place is not None and not place.own_tokens else 0
     slots = request.teacher[0].shape[-1] if request.spec.tail else 0
     return Kept(
