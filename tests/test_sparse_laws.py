@@ -301,9 +301,9 @@ def test_opcheck(tail):
         given = arguments([t.requires_grad_() for t in student], target)
         torch.library.opcheck(autograd.rows, ([t.detach() for t in student], *given[1:]))
         torch.library.opcheck(autograd.deferred, given)
-    _, (ids, values), labels, *_, spec, vocab, _, _, _ = given
+    _, (ids, values), labels, *_, spec, vocab, _, _, _, _ = given
     torch.library.opcheck(checked.checked_target, (ids, values, ids > 3, labels, vocab, spec))
-    torch.library.opcheck(autograd.rows_, (torch.randn(4, 20), *given[1:-1]))
+    torch.library.opcheck(autograd.rows_, (torch.randn(4, 20), *given[1:-2]))
 
 
 def test_gradcheck(divergence):

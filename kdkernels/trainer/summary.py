@@ -56,9 +56,9 @@ def of_result(settings: Settings, result: dict[str, Any]) -> None:
 
 def backend(settings: Settings) -> str:
     """The backend that serves the loss of such a run."""
-    logits = torch.empty(1, 2, dtype=getattr(torch, settings.model.dtype), device=settings.run.device)
+    logits = torch.zeros(1, 2, dtype=getattr(torch, settings.model.dtype), device=settings.run.device)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=logits.device)
-    target = None if settings.model.targets is None else kd.SparseTarget(ids, logits[:, :1].float())
+    target = None if settings.model.targets is None else kd.SparseTarget(ids, logits[:, :1].float() - 1)
     name = kd.explain(logits, target).splitlines()[-1].split(":")[0]
     return f"{name} ({kd.instruction_set()})" if name == "native" and logits.device.type == "cpu" else name
 
