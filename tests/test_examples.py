@@ -94,6 +94,7 @@ def test_what_the_draft_model_is_told():
         assert (mine.double() - true).norm() < 1e-5 * true.norm() and true.norm() > 1e-3
 
 
+@pytest.mark.slow
 def test_tensor_parallel():
     done = process(script=ROOT / "examples" / "tensor_parallel.py", torchrun=True)
     assert done.returncode == 0, done.stderr
@@ -103,6 +104,7 @@ def test_tensor_parallel():
     assert len(re.findall(r"dW (?:0e\+00|[0-9]e-(?:0[6-9]|1\d))", done.stdout)) == 2, done.stdout
 
 
+@pytest.mark.slow
 def test_teacher_elsewhere():
     done = process(script=ROOT / "examples" / "teacher_elsewhere.py", torchrun=True)
     assert done.returncode == 0, done.stderr

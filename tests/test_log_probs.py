@@ -218,7 +218,7 @@ def test_nan_logits_are_seen(backend):
         assert found.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("form", ["logits", "head", "frozen"])
+@pytest.mark.parametrize("form", ["logits", pytest.param("head", marks=pytest.mark.slow), "frozen"])
 def test_gradcheck(form):
     asked = Asked(form, slots=3, dtype=torch.float64, vocab=9, **MAP)
     asked.ids = torch.where(asked.ids >= 0, asked.ids % 9, asked.ids)

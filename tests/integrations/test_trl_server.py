@@ -156,7 +156,7 @@ class Server:
         return answer
 
 
-@pytest.mark.parametrize("beta, k", [(0.0, 4), (0.5, 1)])
+@pytest.mark.parametrize("beta, k", [(0.0, 4), pytest.param(0.5, 1, marks=pytest.mark.slow)])
 def test_twenty_steps_agree(beta, k, tmp_path, monkeypatch):
     monkeypatch.setattr("trl.generation.vllm_client.VLLMClient", Server)
     results = []

@@ -51,6 +51,7 @@ def on_rank(rank, store, hidden, weights, biases, mask):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_heads(tmp_path):
     hidden = torch.randn(2, 3, 16), torch.randn(2, 3, 24)
     weights = torch.randn(38, 16), torch.randn(38, 24)
