@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -78,9 +77,6 @@ def measure(arguments: list[str]) -> int:
         from benchmarks import shards
 
         return shards.measure(folder, options.rounds or 7)
-    verified = conformance(folder, device, limit) if options.suite == "gpu" else 0
-
-    # Imported here and not earlier: importing kdkernels loads the extension, which may just have been built.
     from benchmarks import cases, goals, measure, report, run
 
     chosen = cases.chosen(options.suite, options.case or "")
@@ -116,35 +112,7 @@ def measure(arguments: list[str]) -> int:
     ]
     for line in ours_failed:
         print("FAILED", line, file=sys.stderr)
-    return 1 if ours_failed or verified else 0
-
-
-def conformance(folder: Path, device: str, limit: float) -> int:
-    """Builds the extension where it is missing and verifies every backend; the exit code of verify.
-
-    Each in a process of its own, so that a crash there leaves the measurements their chance.
-    """
-    modules = ("_C", "_cuda") if device == "cuda" else ("_C",)
-    if not all(list((ROOT / "kdkernels").glob(f"{module}*.so")) for module in modules):
-        _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder / "build.log", limit / 4)
-    minutes = str(limit / 60 / 4)
-    command = [sys.executable, "-m", "kdkernels", "verify", "--device", device, "--minutes", minutes]
-    if device == "cuda":
-        command.append("--large")
-    return _run([*command, "--json", str(folder.resolve() / "verify.json")], folder / "verify.log", limit / 3)
-
-
-def _run(command: list[str], log: Path, seconds: float) -> int:
-    """The exit code of ``command``, its output in ``log``; -1 where it took too long."""
-    print("running", " ".join(command[1:]), flush=True)
-    with open(log, "w") as output:
-        try:
-            code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-    print(f"  exit code {code}; its last lines:")
-    print("\n".join(f"  {line}" for line in log.read_text().splitlines()[-3:]), flush=True)
-    return code
+    return 1 if ours_failed else 0
 
 
 def report_command(arguments: list[str]) -> int:

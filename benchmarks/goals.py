@@ -7,7 +7,8 @@ from typing import Any
 
 LOGITS = "logits [512, 131072]"
 HIDDEN = {"float32": "hidden [512, 512] -> 32768 float32", "bfloat16": "hidden [256, 512] -> 32768 bfloat16"}
-GPU_LOGITS, GPU_HIDDEN = "logits [4096, 131072] bfloat16", "hidden [4096, 4096] -> 131072 bfloat16"
+GPU_LOGITS = [f"logits [8192, {vocab}] bfloat16" for vocab in (128256, 151936, 256000)]
+GPU_HIDDEN = "hidden [8192, 4096] -> 128256 bfloat16"
 OURS, INPLACE, TRITON_INPLACE = "kdkernels", "kdkernels in place", "kdkernels triton in place"
 
 
@@ -50,10 +51,29 @@ def _goals(dtype: str) -> list[Goal]:
     return [*made, Goal(HIDDEN[dtype], OURS, "kl", "4 GEMMs", "floor", 1.08 if half else 1.05)]
 
 
+#: Loss -> what an in-place pass may take of `add(out=g)` on a GPU: with the CUDA kernels, and with Triton's.
+GPU_IN_PLACE = {"kl": (1.2, 1.7), "rkl": (1.2, 1.7), "jsd": (2.1, None)}
+
+
 def _gpu_goals() -> list[Goal]:
-    made = [Goal(GPU_LOGITS, INPLACE, loss, "add(out=g)", "floor", 1.2) for loss in ("kl", "rkl", "jsd")]
-    made.append(Goal(GPU_LOGITS, TRITON_INPLACE, "kl", INPLACE, "kl", 1.5, at_least=True))
-    return [*made, Goal(GPU_HIDDEN, OURS, "kl", "4 GEMMs", "floor", 1.08)]
+    made = []
+    for case in GPU_LOGITS:
+        for loss, bounds in GPU_IN_PLACE.items():
+            made += [
+                Goal(case, variant, loss, "add(out=g)", "floor", bound)
+                for variant, bound in zip((INPLACE, TRITON_INPLACE), bounds)
+                if bound
+            ]
+    near = f"{OURS}, tolerance 2^-8"
+    return [
+        *made,
+        Goal(GPU_HIDDEN, OURS, "kl", "4 GEMMs", "floor", 1.08),
+        Goal(GPU_HIDDEN, OURS, "ce", "3 GEMMs", "floor", 1.08),
+        Goal(f"{GPU_HIDDEN}, peaked", near, "kl", "4 GEMMs", "floor", 0.8),
+        Goal(f"{GPU_HIDDEN}, peaked", near, "ce", "3 GEMMs", "floor", 0.8),
+        Goal(GPU_HIDDEN, "TRL chunked", "kl", OURS, "kl", 1.3, at_least=True),
+        Goal(GPU_HIDDEN, "Liger fused linear JSD", "jsd", OURS, "jsd", 2.0, at_least=True),
+    ]
 
 
 GOALS = _goals("float32") + _goals("bfloat16") + _gpu_goals()

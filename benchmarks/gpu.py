@@ -5,15 +5,18 @@ measure  the gpu suite of benchmarks beside the floors and the peers
 tune     candidates for Triton's launch table, and ncu's counters of the headline kernels
 
 A stage takes at most nine minutes. Every step is a process with a limit of its own and a log FOLDER/STEP.log; one that
-fails or takes too long does not stop the next. The last lines say how each step ended. ``--rehearse`` runs the same
+fails or takes too long does not stop the next. What needs no quiet card runs at once. The last lines say how each step ended. ``--rehearse`` runs the same
 steps on a CPU with small shapes, so that no minute of a card is spent on a typing error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,62 +39,115 @@ class Step:
     tool: tuple[str, ...] = ()
 
 
-def check(device: str) -> list[Step]:
+def check(device: str) -> list[list[Step]]:
     suite = (*PYTHON, "pytest", "-q", "-p", "no:cacheprovider", f"--device={device}")
-    small = ("-k", "widths") if device == "cpu" else ()
-    workers = ("-n", "8") if device == "cuda" else ()
     kernels = (*PYTHON, "benchmarks.gpu_kernels", f"--device={device}")
+
+    def tests(name: str, files: str, chosen: str, workers: int, seconds: float) -> Step:
+        of_a_rehearsal = ("-k", f"widths and ({chosen})") if device == "cpu" else ("-k", chosen)
+        spread = () if device == "cpu" else ("-n", str(workers))
+        named = [f"tests/test_{file}.py" for file in files.split()]
+        return Step(name, (*suite, *spread, *of_a_rehearsal, *named), seconds)
+
     return [
-        Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 200),
-        Step("info", (*PYTHON, "kdkernels", "info"), 30),
-        Step("kernels", kernels, 60),
-        Step("gpu-only", (*suite, "tests/test_gpu.py"), 90),
-        Step("sparse", (*suite, *workers, *small, "tests/test_sparse.py"), 120),
-        Step("conformance", (*suite, *workers, *small, "tests/test_conformance.py"), 200),
-        *(
-            Step(tool, (*kernels, "--once"), 60, ("compute-sanitizer", "--tool", tool, "--error-exitcode=1"))
-            for tool in SANITIZERS
-        ),
+        [Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 200)],
+        [Step("info", (*PYTHON, "kdkernels", "info"), 40), Step("kernels", kernels, 90)],
+        [
+            Step("gpu-only", (*suite, "tests/test_gpu.py"), 150),
+            tests("native", "conformance sparse log_probs rising_rows", "native", 3, 200),
+            tests("triton", "conformance sparse log_probs", "eager" if device == "cpu" else "triton", 6, 200),
+            *(
+                Step(
+                    tool,
+                    (*kernels, "--once"),
+                    200,
+                    ("compute-sanitizer", "--tool", tool, "--error-exitcode=1"),
+                )
+                for tool in SANITIZERS
+            ),
+        ],
     ]
 
 
-def measure(device: str) -> list[Step]:
+def measure(device: str) -> list[list[Step]]:
     suite = (
         ("--suite", "gpu", "--minutes", "8") if device == "cuda" else ("--suite", "small", "--rounds", "1")
     )
-    return [Step("suite", (*PYTHON, "benchmarks", *suite, "--out", "{out}/suite", f"--device={device}"), 530)]
+    return [
+        [Step("suite", (*PYTHON, "benchmarks", *suite, "--out", "{out}/suite", f"--device={device}"), 530)]
+    ]
 
 
-def tune(device: str) -> list[Step]:
+def tune(device: str) -> list[list[Step]]:
     once = (*PYTHON, "benchmarks.gpu_kernels", f"--device={device}", "--headline")
-    counters = ("ncu", "--set", "full", "--clock-control", "none", "--kernel-name", "regex:kernel|fused")
-    steps = [Step("counters", once, 120, (*counters, "--launch-count", "8", "-o", "{out}/counters"))]
+    counters = (
+        "ncu",
+        "--set",
+        "full",
+        "--clock-control",
+        "none",
+        "--kernel-name",
+        "regex:^(rows_kernel|fused)$",
+    )
+    waves = [[Step("counters", once, 120, (*counters, "--launch-count", "8"))]]
     if device == "cuda":
-        steps.append(Step("triton", (*PYTHON, "benchmarks.tune_triton", "--out", "{out}/triton.json"), 400))
-    return steps
+        waves.append([Step("triton", (*PYTHON, "benchmarks.tune_triton", "--out", "{out}/triton.json"), 400)])
+    return waves
 
 
 STAGES = {"check": check, "measure": measure, "tune": tune}
 
 
-def run(step: Step, folder: Path, seconds: float, rehearse: bool) -> str:
-    """How it ended, in a word or two."""
-    if seconds < 5:
-        return "not run: the time was up"
-    if step.tool and shutil.which(step.tool[0]) is None and not rehearse:
-        return f"not run: no {step.tool[0]} here"
-    words = (*(() if rehearse else step.tool), *step.command)
-    command = [word.replace("{out}", str(folder)) for word in words]
-    with open(folder / f"{step.name}.log", "w") as log:
+class Running:
+    """A step's process; ``end`` waits for it and says in a word or two how it ended."""
+
+    def __init__(self, step: Step, folder: Path, rehearse: bool) -> None:
+        self.step, self.begin = step, time.monotonic()
+        self.problem, self.process = None, None
+        if step.tool and shutil.which(step.tool[0]) is None and not rehearse:
+            self.problem = f"not run: no {step.tool[0]} here"
+            return
+        words = (*(() if rehearse else step.tool), *step.command)
+        command = [word.replace("{out}", str(folder)) for word in words]
+        log = open(folder / f"{step.name}.log", "w")
         log.write(f"{' '.join(command)}\n")
         log.flush()
+        # torch's allocator would hide from the sanitizer where a tensor ends.
+        environment = {**os.environ, **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.tool else {})}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+    def end(self, seconds: float) -> str:
+        if self.process is None:
+            return str(self.problem)
+        limit = min(self.step.seconds, seconds)
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=min(step.seconds, seconds)
-            ).returncode
+            code = self.process.wait(max(limit - (time.monotonic() - self.begin), 0.1))
         except subprocess.TimeoutExpired:
-            return f"stopped after {min(step.seconds, seconds):.0f} s"
-    return "ok" if code == 0 else f"exit code {code}"
+            self._stop()
+            return f"stopped after {limit:.0f} s"
+        return "ok" if code == 0 else f"exit code {code}"
+
+    def _stop(self) -> None:
+        """As Ctrl-C does, so that pytest tells what it has found so far; and for good."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run(wave: list[Step], folder: Path, seconds: float, rehearse: bool) -> dict[str, str]:
+    """The steps of a wave all at once, on a CPU one by one: how each ended."""
+    if seconds < 5:
+        return {step.name: "not run: the time was up" for step in wave}
+    if rehearse:
+        return {step.name: Running(step, folder, rehearse).end(seconds) for step in wave}
+    running = [Running(step, folder, rehearse) for step in sorted(wave, key=lambda step: step.seconds)]
+    return {each.step.name: each.end(seconds) for each in running}
 
 
 def main() -> int:
@@ -107,19 +163,18 @@ def main() -> int:
         "--minutes", type=float, default=MINUTES, help=f"for the whole stage (default {MINUTES:g})"
     )
     parser.add_argument("--only", nargs="*", help="these steps")
+    parser.add_argument("--but", nargs="*", default=(), help="not these steps")
     options = parser.parse_args()
     folder, begin = options.out.resolve(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    steps = STAGES[options.stage]("cpu" if options.rehearse else "cuda")
     ends: dict[str, str] = {}
-    for step in steps:
-        if options.only and step.name not in options.only:
-            continue
-        print(f"{step.name} ...", flush=True)
-        left = options.minutes * 60 - (time.monotonic() - begin)
-        ends[step.name] = (
-            f"{run(step, folder, left, options.rehearse)}, {time.monotonic() - begin:.0f} s so far"
-        )
+    for wave in STAGES[options.stage]("cpu" if options.rehearse else "cuda"):
+        chosen = [
+            s for s in wave if s.name not in options.but and (not options.only or s.name in options.only)
+        ]
+        print(*(step.name for step in chosen), "...", flush=True)
+        found = run(chosen, folder, options.minutes * 60 - (time.monotonic() - begin), options.rehearse)
+        ends |= {name: f"{end}, {time.monotonic() - begin:.0f} s so far" for name, end in found.items()}
         (folder / f"{options.stage}.json").write_text(json.dumps(ends, indent=1) + "\n")
     for name, end in ends.items():
         log = folder / f"{name}.log"

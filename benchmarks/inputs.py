@@ -74,7 +74,11 @@ class Inputs:
         if not width:
             return [_random((case.tokens, case.vocab), 2.0, case.torch_dtype, device)]
         shapes = ((case.tokens, width), 1.0), ((case.vocab, width), 2.0 / width**0.5)
-        return [_random(shape, scale, case.torch_dtype, device) for shape, scale in shapes]
+        hidden, weight = (_random(shape, scale, case.torch_dtype, device) for shape, scale in shapes)
+        if case.peaked:  # one direction holds how frequent a token is: the logarithm of Zipf's law
+            hidden[:, 0] = 1.0
+            weight[:, 0] = -torch.arange(1, case.vocab + 1, device=device).log()
+        return [hidden, weight]
 
     def tensors(self) -> list[Tensor]:
         sparse = [] if self.target is None else [self.target.ids, self.target.values]

@@ -178,6 +178,16 @@ def _ours(case: Case) -> list[Variant]:
             )
             for loss in case.losses
         ]
+    if case.peaked:
+        made += [
+            Variant(
+                f"{OURS}, tolerance 2^-8",
+                loss,
+                lambda step, loss=loss: our_loss(step, loss, gradient_tolerance=2.0**-8),
+                OURS,
+            )
+            for loss in case.losses
+        ]
     if "codistill" in case.losses:
         made.append(Variant(f"{OURS}, two losses", "codistill", two_losses, OURS))
     return made

@@ -17,7 +17,7 @@ from .core.inplace import check_inplace
 from .core.log_probs import Values
 from .core.option_checks import checked
 from .core.request import loss_dtype
-from .core.schedule import DEFAULT_CHUNK_BYTES
+from .core.schedule import default_chunk_bytes
 from .core.sides import Logits, Side, common_vocab, refuse_transforms, side
 from .core.tokens import live_ids, per_row
 from .heads import ShardedLogits
@@ -154,7 +154,7 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     )
     at, budget = (
         per_row("temperature", temperature, own, labels),
-        options["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
+        options["chunk_bytes"] or default_chunk_bytes(own.device, vocab),
     )
     static = labels, at, spec.text(), vocab, "" if place is None else place.text(), budget, needs_grad
     return _Call(own, given, static)

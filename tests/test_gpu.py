@@ -92,6 +92,26 @@ def test_compiled_as_one_graph(kernels, backend):
     assert_right((loss, *torch.autograd.grad(loss, leaf)), truth(leaf.detach(), *given[1:]))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_head_over_chunks_of_tokens(kernels, compiled):
+    """dW is added up in fp32 by the products themselves."""
+    hidden, weight = torch.randn(300, 64, dtype=torch.bfloat16), torch.randn(5003, 64) / 4
+    head, labels = [hidden, weight.bfloat16()], torch.randint(0, 5003, (300,))
+    teacher = [torch.randn_like(hidden), head[1].roll(1, 0)]
+
+    def loss(*student, chunk_bytes=None):
+        pair = kd.LinearHead(*student), kd.LinearHead(*teacher)
+        return kd.distillation_loss(*pair, labels, hard_weight=0.5, chunk_bytes=chunk_bytes)
+
+    wide = [t.double().requires_grad_() for t in head]
+    with kd.use_backend("reference"):
+        expected = torch.autograd.grad(loss(*wide), wide)
+    leaves = [t.requires_grad_() for t in head]
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    for chunk_bytes in (None, 5003 * 10 * 64, 5003 * 10 * 8):  # one chunk, several, and the vocabulary cut
+        assert_right(torch.autograd.grad(run(*leaves, chunk_bytes=chunk_bytes), leaves), expected)
+
+
 def test_nothing_waits(kernels):
     """Forward and backward only enqueue: a synchronisation would be an error here."""
     given = problem()

@@ -27,6 +27,8 @@ class WeightGradient:
             torch.mm(gradient.t(), hidden, out=target)
         elif target.dtype == hidden.dtype:
             target.addmm_(gradient.t(), hidden, beta=0 if first else 1)
+        elif accumulates_in_fp32(target):
+            add_product(target, gradient.t(), hidden, first=first)
         else:
             self._add_in_slabs(target, gradient, hidden, first=first)
 
@@ -63,6 +65,19 @@ class WeightGradient:
         if self.total is None:
             self.total = self.weight.new_zeros(self.weight.shape, dtype=wide(self.weight.dtype))
         add_rows(self.total, ids, rows)
+
+
+def accumulates_in_fp32(target: Tensor) -> bool:
+    """Whether a product of half-precision matrices can be added to ``target`` unrounded."""
+    return target.is_cuda and target.dtype == torch.float32
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> None:
+    """target += left @ right, half-precision matrices into fp32, in the product's own epilogue."""
+    if first:
+        torch.mm(left, right, out_dtype=torch.float32, out=target)
+    else:
+        torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
 
 
 def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -19,7 +19,7 @@ from . import exchange, tokens
 from .checked import checked_items, checked_target
 from .dtensors import unwrapped
 from .option_checks import Number, checked
-from .schedule import DEFAULT_CHUNK_BYTES
+from .schedule import default_chunk_bytes
 from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_transforms, side
 
 
@@ -333,7 +333,7 @@ def _make(
         spec=spec,
         vocab=vocab,
         shard="" if place is None else place.text(),
-        chunk_bytes=limits["chunk_bytes"] or DEFAULT_CHUNK_BYTES,
+        chunk_bytes=limits["chunk_bytes"] or default_chunk_bytes(s.device, vocab),
         needs_grad=_needs_grad(s, t, terms),
         gradient_tolerance=limits["gradient_tolerance"],
     )

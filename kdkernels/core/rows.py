@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dtypes import HALF, wide
 from .exchange import Exchange, OwnTokens
-from .head_gradient import WeightGradient, add_rows
+from .head_gradient import WeightGradient, accumulates_in_fp32, add_product, add_rows
 from .layout import columns_adjoin, flat, folding_tokens
 from .tolerance import Kept, keep
 
@@ -275,8 +275,8 @@ class HeadRows:
     def _add_product(self, target: Tensor, gradient: Tensor, weight: Tensor) -> None:
         if target.dtype == self.dtype:
             target.addmm_(gradient, weight)
-        elif gradient.is_cuda and target.dtype == torch.float32:
-            target += torch.mm(gradient, weight, out_dtype=torch.float32)
+        elif accumulates_in_fp32(target):
+            add_product(target, gradient, weight)
         else:
             target += gradient @ weight
 

@@ -5,12 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterator
 
-#: One default for everything: what all logit tiles of a call may take together, in bytes.
+import torch
+
+#: What all logit tiles of a call may take together, in bytes, by default; on a GPU more (default_chunk_bytes).
 DEFAULT_CHUNK_BYTES = 512 * 2**20
+#: A GPU multiplies so fast that reading and writing an fp32 dW once per chunk shows: there a chunk of two models'
+#: fp32 logits and the gradients of both has this many rows, where that is no more than a share of the memory.
+_GPU_ROWS, _GPU_BYTES_PER_LOGIT, _GPU_SHARE = 2048, 12, 16
 #: Below this many rows a GEMM loses its rate, and cutting the vocabulary is the better cut.
 MIN_ROWS = 32
 #: The narrowest vocabulary chunk that is worth a GEMM of its own.
 MIN_COLUMNS = 64
+
+
+@torch.compiler.assume_constant_result
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def default_chunk_bytes(device: torch.device, vocab: int) -> int:
+    if device.type != "cuda":
+        return DEFAULT_CHUNK_BYTES
+    wanted = _GPU_ROWS * _GPU_BYTES_PER_LOGIT * vocab
+    return max(DEFAULT_CHUNK_BYTES, min(wanted, _memory_of(device) // _GPU_SHARE))
 
 
 @dataclass(frozen=True)

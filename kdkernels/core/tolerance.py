@@ -30,8 +30,8 @@ from .dtypes import wide
 _MOST = 0.8
 #: What may be dropped has at least this square, or squares in fp32 would have lost what they add up to.
 _LEAST = 1e-30
-#: What is gathered at a time of an lm_head, and of a gradient.
-_SLAB_BYTES = 2**25
+#: What is gathered at a time of an lm_head, and of a gradient: on a CPU what caches hold, on a GPU what fills it.
+_SLAB_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
 class Kept(NamedTuple):
@@ -44,7 +44,7 @@ class Kept(NamedTuple):
 
     def parts(self, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(columns, their gradient), so many that their rows of an lm_head fit a slab."""
-        step = max(_SLAB_BYTES // row_bytes, 1)
+        step = max(_SLAB_BYTES[self.ids.device.type] // row_bytes, 1)
         return zip(self.ids.split(step), self.gradient.split(step, 1))
 
 
@@ -81,7 +81,7 @@ def _gathered(gradient: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     if native.serves_columns(gradient):
         return kept, native.gather_columns(gradient, ids)
     rest = gradient.sum(1, dtype=dtype)
-    step = max(_SLAB_BYTES // (ids.numel() * gradient.element_size()), 1)
+    step = max(_SLAB_BYTES[gradient.device.type] // (ids.numel() * gradient.element_size()), 1)
     for before, after in zip(gradient.split(step), kept.split(step)):
         after.copy_(before.index_select(1, ids))
     return kept, rest - kept.sum(1, dtype=dtype)
