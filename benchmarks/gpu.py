@@ -42,30 +42,42 @@ class Step:
 def check(device: str) -> list[list[Step]]:
     suite = (*PYTHON, "pytest", "-q", "-p", "no:cacheprovider", f"--device={device}")
     kernels = (*PYTHON, "benchmarks.gpu_kernels", f"--device={device}")
+    on_cpu = device == "cpu"
 
-    def tests(name: str, files: str, chosen: str, workers: int, seconds: float) -> Step:
-        of_a_rehearsal = ("-k", f"widths and ({chosen})") if device == "cpu" else ("-k", chosen)
-        spread = () if device == "cpu" else ("-n", str(workers))
+    def tests(name: str, files: str, workers: int, seconds: float, every: int = 1) -> Step:
+        chosen = f"widths and {'eager' if name == 'triton' else name}" if on_cpu else name
+        spread = () if on_cpu else ("-n", str(workers))
         named = [f"tests/test_{file}.py" for file in files.split()]
-        return Step(name, (*suite, *spread, *of_a_rehearsal, *named), seconds)
+        return Step(name, (*suite, *spread, "-k", chosen, f"--every={every}", *named), seconds)
 
+    def compared(backend: str, processes: int) -> Step:
+        words = ("--backend", "eager" if on_cpu else backend, f"--processes={1 if on_cpu else processes}")
+        return Step(f"{backend}-kernels", (*kernels, *words), 150)
+
+    def sanitized(backend: str) -> list[Step]:
+        words = ("--backend", "eager" if on_cpu else backend, "--plain", "--logits", "--dtype", "bfloat16")
+        return [
+            Step(
+                f"{backend}-{tool}",
+                (*kernels, *words),
+                100,
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode=1"),
+            )
+            for tool in SANITIZERS
+        ]
+
+    # Triton's sanitizers come when its kernels are compiled.
     return [
         [Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 200)],
-        [Step("info", (*PYTHON, "kdkernels", "info"), 40), Step("kernels", kernels, 90)],
+        [Step("info", (*PYTHON, "kdkernels", "info"), 40)],
         [
             Step("gpu-only", (*suite, "tests/test_gpu.py"), 150),
-            tests("native", "conformance sparse log_probs rising_rows", "native", 3, 200),
-            tests("triton", "conformance sparse log_probs", "eager" if device == "cpu" else "triton", 6, 200),
-            *(
-                Step(
-                    tool,
-                    (*kernels, "--once"),
-                    200,
-                    ("compute-sanitizer", "--tool", tool, "--error-exitcode=1"),
-                )
-                for tool in SANITIZERS
-            ),
+            compared("native", 1),
+            compared("triton", 8),
+            tests("native", "conformance sparse log_probs rising_rows", 4, 150),
+            *sanitized("native"),
         ],
+        [*sanitized("triton"), tests("triton", "conformance sparse log_probs", 10, 150, every=10)],
     ]
 
 
@@ -125,16 +137,19 @@ class Running:
         try:
             code = self.process.wait(max(limit - (time.monotonic() - self.begin), 0.1))
         except subprocess.TimeoutExpired:
-            self._stop()
+            self._stop(5.0)
             return f"stopped after {limit:.0f} s"
+        finally:
+            self._stop(0.0)
         return "ok" if code == 0 else f"exit code {code}"
 
-    def _stop(self) -> None:
-        """As Ctrl-C does, so that pytest tells what it has found so far; and for good."""
+    def _stop(self, patience: float) -> None:
+        """As Ctrl-C does, so that pytest tells what it has found so far; and for good, its workers too."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            if patience:
+                self.process.send_signal(signal.SIGINT)
+                self.process.wait(patience)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

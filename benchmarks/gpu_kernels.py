@@ -1,14 +1,18 @@
 """``python -m benchmarks.gpu_kernels``: every kernel of every backend once, at the smallest shapes that reach it.
 
-For compute-sanitizer, which makes a kernel a hundred times slower, and as the first thing to run on a card: each loss and
-gradient is compared with the fp64 oracle. ``--headline`` runs the four kernels of the headline instead, at a size that
-fills a card, for ncu.
+The first thing to run on a card: each loss and gradient is compared with the fp64 oracle. compute-sanitizer, which makes a
+kernel a hundred times slower, sees ``--plain`` runs without the oracle. ``--headline`` runs the four kernels of the
+headline instead, at a size that fills a card, for ncu.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Iterator
 
 import torch
@@ -51,33 +55,41 @@ def outcome(function: Any, leaves: list[torch.Tensor], wide: bool) -> list[torch
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def every_kernel(device: str, once: bool) -> int:
-    """How many were wrong. ``once``: in one dtype, and no oracle."""
+def every_kernel(options: argparse.Namespace, part: int) -> tuple[int, int]:
+    """(how many ran, how many were wrong) of each ``options.processes``-th problem."""
     wrong = ran = 0
-    names = [name for name in ("native", "triton") if kd.backends()[name] is None]
-    for vocab in VOCABS:
-        for dtype in (torch.bfloat16,) if once else (torch.bfloat16, torch.float32, torch.float16):
-            for name, function, leaves in problems(vocab, dtype):
-                expected = None
-                if not once:
-                    with kd.use_backend("reference"):
-                        expected = outcome(function, leaves, wide=True)
-                for backend in names:
-                    with kd.use_backend(backend):
-                        found = outcome(function, leaves, wide=False)
-                    ran += 1
-                    errors = [
-                        ((a.double() - b).norm() / b.norm().clamp(min=1e-6)).item()
-                        for a, b in zip(found, expected or found)
-                    ]
-                    bound = 1e-4 if dtype == torch.float32 else 3e-2
-                    if not all(error < bound for error in errors):  # NaN too
-                        wrong += 1
-                        print(f"WRONG {backend}, {name}, [{ROWS}, {vocab}] {dtype}: {errors}")
-    if torch.device(device).type == "cuda":
+    names = options.backend or [name for name in ("native", "triton") if kd.backends()[name] is None]
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    given = [(v, d, *problem) for v, d in itertools.product(VOCABS, dtypes) for problem in problems(v, d)]
+    for vocab, dtype, name, function, leaves in given[part :: options.processes]:
+        if options.logits and len(leaves) > 1 and leaves[0].shape != leaves[1].shape:
+            continue
+        expected = None
+        if not options.plain:
+            with kd.use_backend("reference"):
+                expected = outcome(function, leaves, wide=True)
+        for backend in names:
+            with kd.use_backend(backend):
+                found = outcome(function, leaves, wide=False)
+            ran += 1
+            errors = [
+                ((a.double() - b).norm() / b.norm().clamp(min=1e-6)).item()
+                for a, b in zip(found, expected or found)
+            ]
+            bound = 1e-4 if dtype == torch.float32 else 3e-2
+            if not all(error < bound for error in errors):  # NaN too
+                wrong += 1
+                print(f"WRONG {backend}, {name}, [{ROWS}, {vocab}] {dtype}: {errors}", flush=True)
+    return ran, wrong
+
+
+def in_a_process(options: argparse.Namespace, part: int) -> tuple[int, int]:
+    torch.manual_seed(part)
+    with torch.device(options.device):
+        found = every_kernel(options, part)
+    if options.device == "cuda":
         torch.cuda.synchronize()
-    print(f"{ran} runs of {', '.join(names)} on {device}, {wrong} wrong")
-    return wrong
+    return found
 
 
 def headline(device: str) -> None:
@@ -98,15 +110,27 @@ def headline(device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--once", action="store_true", help="in one dtype, without the oracle")
+    parser.add_argument("--backend", action="append", help="only this one; may be repeated")
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32", "float16"])
+    parser.add_argument(
+        "--logits", action="store_true", help="no heads: sanitizers do not know cuBLAS's writes"
+    )
+    parser.add_argument("--plain", action="store_true", help="without the oracle")
+    parser.add_argument("--processes", type=int, default=1, help="Triton compiles for seconds a kernel")
     parser.add_argument("--headline", action="store_true", help="the headline's kernels at full size")
     options = parser.parse_args()
-    torch.manual_seed(0)
     if options.headline:
+        torch.manual_seed(0)
         headline(options.device)
         return 0
-    with torch.device(options.device):
-        return 1 if every_kernel(options.device, options.once) else 0
+    if options.processes == 1:
+        found = [in_a_process(options, 0)]
+    else:
+        with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(functools.partial(in_a_process, options), range(options.processes)))
+    ran, wrong = (sum(column) for column in zip(*found))
+    print(f"{ran} runs on {options.device}, {wrong} wrong")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from benchmarks import peers
 from benchmarks.cases import LOSSES, POLICY, SOFT, Case
 from benchmarks.inputs import Step
 from kdkernels.backends import native
+from kdkernels.backends.spec import Spec
 
 OURS = "kdkernels"
 
@@ -289,7 +290,7 @@ def variants_of(case: Case, device: str) -> tuple[list[Variant], dict[str, str]]
     """(floors first, then everyone who can compute the case's losses; who cannot, and why)."""
     floors = {f.label: f for loss in case.losses for f in _floors(case, loss)}
     made = _ours(case) + _plain(case)
-    if device == "cuda" and native.cannot(torch.device(device), [case.torch_dtype]) is None:
+    if device == "cuda" and native.cannot(torch.device(device), [case.torch_dtype], Spec()) is None:
         made += _by_triton(case)
     skipped = {}
     families = peers.SPARSE_FAMILIES if case.top_k else peers.FAMILIES

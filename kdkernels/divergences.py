@@ -147,6 +147,8 @@ class Divergence:
         kind = type(self)
         if kind.phi is Divergence.phi:
             raise TypeError(f"{kind.__name__} defines no phi, whose sum is the divergence")
+        if torch.compiler.is_compiling():  # torch before 2.13 cannot trace __dict__
+            return
         loose = [name for name in getattr(self, "__dict__", {}) if name not in _numbers_of(self)]
         if loose:
             raise TypeError(

@@ -14,6 +14,7 @@ from kdkernels.core import autograd
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
+    parser.addoption("--every", type=int, default=1, help="run one test of so many: a sample")
     parser.addoption(
         "--chip", help="let native be the CUDA kernels, built for the host, on such a chip (cuda_host)"
     )
@@ -30,8 +31,13 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    every = config.getoption("--every")
+    if every > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
+        items[:] = items[::every]
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,7 @@ class Terms:
 
     def checked(self) -> Terms:
         """The same with its options checked, and the divergence in its simplest form."""
-        given = {
-            name: value for name, value in vars(self).items() if name not in ("divergence", "teacher_learns")
-        }
+        given = {name: getattr(self, name) for name in _CHECKED}
         divergence = self.divergence
         if not isinstance(divergence, NoDivergence):
             divergence = simplified(checked(divergence=divergence)["divergence"])
@@ -79,6 +77,10 @@ class Terms:
 def _may_count(weight: Number) -> bool:
     """A tensor may: what it holds is not looked at."""
     return isinstance(weight, Tensor) or weight != 0
+
+
+#: What option_checks knows by these names.
+_CHECKED = tuple(field.name for field in fields(Terms) if field.name not in ("divergence", "teacher_learns"))
 
 
 @dataclass(frozen=True)
