@@ -164,8 +164,8 @@ HEADLINES = {
         "hidden [512, 512] -> 32768 float32": ("kl", "jsd"),
     },
     "gpu": {
-        "logits [4096, 131072] bfloat16": ("kl", "jsd"),
-        "hidden [4096, 4096] -> 131072 bfloat16": ("kl", "jsd", "ce"),
+        "logits [8192, 151936] bfloat16": ("kl", "jsd"),
+        "hidden [8192, 4096] -> 128256 bfloat16": ("kl", "jsd", "ce"),
     },
 }
 
