@@ -69,12 +69,12 @@ class _Solved(NamedTuple):
 
 def _solve(call: Call, inplace: bool) -> _Solved:
     """What the operator makes of a call, outside autograd."""
-    request = call.request.detached()
-    if inplace and any(request.needs_grad):
-        student, *others = request.arguments()
-        results = autograd.rows_(student[0], *others[:-2])
-        return _Solved(results, request.student)
-    results, *gradients = autograd.rows(*request.arguments())
+    student, teacher, *others = call.request.arguments()
+    student, teacher = [t.detach() for t in student], [t.detach() for t in teacher]
+    if inplace and any(call.request.needs_grad):
+        results = autograd.rows_(student[0], teacher, *others[:-2])
+        return _Solved(results, student)
+    results, *gradients = autograd.rows(student, teacher, *others)
     return _Solved(results, gradients)
 
 

@@ -249,7 +249,7 @@ def row_losses(results: Tensor, weights: Tensor) -> Tensor:
     """The sum of weight times output over all outputs but the teacher's own, which comes last; weight 0 times an
     infinity is 0."""
     results, weights = results[:, : Output.TEACHER_LABEL], weights[:, : Output.TEACHER_LABEL]
-    return torch.where(weights != 0, results * weights, 0.0).sum(1)
+    return (results * weights).masked_fill_(weights == 0, 0.0).sum(1)
 
 
 def _deferred_setup(ctx, inputs, output) -> None:

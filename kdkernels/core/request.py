@@ -113,7 +113,7 @@ class Reduction:
     """How the rows' losses become what the caller gets."""
 
     name: str
-    scale: Tensor | float  # what each is multiplied by in the sum, if its weights are not already
+    scale: Tensor | float | None  # what each is multiplied by in the sum; None where its weights already are
     leading: torch.Size
     dtype: torch.dtype
     #: Whether tokens' losses meet autograd one by one: asked for, or fp16, whose gradients of a mean would
@@ -128,7 +128,7 @@ class Reduction:
         """The rows' losses ``[N]`` as one, or as ``[...]``."""
         if self.name == "none":
             return rows.reshape(self.leading).to(self.dtype)
-        return (rows * self.scale).sum().to(self.dtype)
+        return (rows if self.scale is None else rows * self.scale).sum().to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,6 @@ class Request:
             self.chunk_bytes,
             self.needs_grad,
             self.gradient_tolerance,
-        )
-
-    def detached(self) -> Request:
-        return replace(
-            self, student=[t.detach() for t in self.student], teacher=[t.detach() for t in self.teacher]
         )
 
     @property
@@ -323,7 +318,7 @@ def _make(
     learning = s.tensors + (t.tensors if t is not None and terms.teacher_learns else [])
     per_row = given.reduction == "none" or any(tensor.dtype == torch.float16 for tensor in learning)
     reduction = Reduction(
-        given.reduction, scale if per_row else 1.0, s.leading, loss_dtype(s.tensors), per_row
+        given.reduction, scale if per_row else None, s.leading, loss_dtype(s.tensors), per_row
     )
     request = Request(
         student=s.tensors,
@@ -391,56 +386,70 @@ def _needs_grad(student: Side, teacher: Side | None, terms: Terms) -> list[bool]
 
 def _token_weights(
     given: Tokens, student: Side, live: Tensor | None, terms: Terms, vocab: int
-) -> tuple[Tensor, Tensor | float]:
-    """(each token's weight, fp64 ``[N]``; what the reduction multiplies it by)."""
-    weights = tokens.token_weights(given.token_weights, student, live)
-    if live is not None:
-        weights = torch.where(live >= 0, weights, 0.0)
+) -> tuple[Tensor | float, Tensor | float]:
+    """(each token's weight, fp64 ``[N]``, or 1.0 for all; what the reduction multiplies it by)."""
+    part = None if live is None else live >= 0
+    weights = tokens.token_weights(given.token_weights, student, live, part)
     classes = None
     if given.class_weights is not None:
         assert live is not None
         classes = tokens.class_weights(given.class_weights, live, terms.label_smoothing, vocab)
         weights = weights * classes
-    return weights, _scale(given, live, weights, student.leading, classes)
+    return weights, _scale(given, part, weights, student, classes)
 
 
 def _scale(
-    given: Tokens, live: Tensor | None, weights: Tensor, leading: torch.Size, classes: Tensor | None
+    given: Tokens, part: Tensor | None, weights: Tensor | float, student: Side, classes: Tensor | None
 ) -> Tensor | float:
+    """``part`` is which tokens take part; None: all."""
+    leading, device = student.leading, student.device
     if isinstance(given.num_items, Tensor):
-        if given.num_items.device.type != "cpu" and given.num_items.device != weights.device:
-            raise ValueError(f"num_items is on {given.num_items.device}, student on {weights.device}")
-        return 1.0 / checked_items(given.num_items.reshape(()), weights)
+        if given.num_items.device.type != "cpu" and given.num_items.device != device:
+            raise ValueError(f"num_items is on {given.num_items.device}, student on {device}")
+        if not isinstance(weights, Tensor):
+            weights = torch.full((math.prod(leading),), weights, dtype=torch.float64, device=device)
+        return checked_items(given.num_items.reshape(()), weights).reciprocal()
     if given.num_items is not None:
         return 1.0 / given.num_items
     if given.reduction == "mean":
         if classes is not None:
             total = classes.sum()
             return 1.0 / torch.where(total == 0, 1.0, total)
-        if live is None:
+        if part is None:
             return 1.0 / max(math.prod(leading), 1)
-        return 1.0 / (live >= 0).sum().clamp(min=1).double()
+        return part.sum(dtype=torch.float64).clamp(min=1).reciprocal()
     if given.reduction == "batchmean":
         return 1.0 / max(leading[0] if leading else 1, 1)
     return 1.0
 
 
-def _weights(terms: Terms, each: Tensor, temperature: Tensor, student: Side, live: Tensor | None) -> Tensor:
-    """``[N, OUTPUTS]``: what each token's outputs are multiplied by, where it weighs ``each`` ``[N]``."""
-    columns = [torch.zeros_like(each)] * OUTPUTS
+def _weights(
+    terms: Terms, each: Tensor | float, temperature: Tensor, student: Side, live: Tensor | None
+) -> Tensor:
+    """fp64 ``[N, OUTPUTS]``: what each token's outputs are multiplied by, where it weighs ``each`` (``[N]`` or a number).
+    Python's numbers stay such, and cost nothing, until a column is made of them."""
+    columns: list[Tensor | float | None] = [None] * OUTPUTS
     if terms.asked & Asked.SOFT and _may_count(terms.soft_weight):
-        soft = tokens.per_row("soft_weight", terms.soft_weight, student, live)
+        soft = tokens.factor("soft_weight", terms.soft_weight, student, live)
         columns[Output.SOFT] = each * (soft * temperature.square() if terms.temperature_squared else soft)
     if terms.has_hard_term:
-        hard = each * tokens.per_row("hard_weight", terms.hard_weight, student, live)
-        columns[Output.LABEL] = hard * (1 - terms.label_smoothing)
+        hard = each * tokens.factor("hard_weight", terms.hard_weight, student, live)
+        columns[Output.LABEL] = hard
         if terms.label_smoothing:
+            columns[Output.LABEL] = hard * (1 - terms.label_smoothing)
             columns[Output.SMOOTH] = hard * terms.label_smoothing
         if terms.z_loss:
             columns[Output.LSE_SQUARED] = hard * terms.z_loss
     if terms.asked & Asked.ENTROPY:
-        entropy = tokens.per_row("entropy_weight", terms.entropy_weight, student, live)
+        entropy = tokens.factor("entropy_weight", terms.entropy_weight, student, live)
         columns[Output.ENTROPY] = each * entropy
     if terms.teacher_learns:
         columns[Output.TEACHER_LABEL] = each
-    return torch.stack(columns, 1)
+    zeros = torch.zeros(math.prod(student.leading), dtype=torch.float64, device=student.device)
+    return torch.stack([_filled(column, zeros) for column in columns], 1)
+
+
+def _filled(column: Tensor | float | None, zeros: Tensor) -> Tensor:
+    if isinstance(column, Tensor):
+        return column.expand_as(zeros)
+    return zeros if column is None else zeros + column  # as in tokens.constants, for compiled code

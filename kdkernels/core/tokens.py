@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -72,15 +71,16 @@ def live_ids(ids: Any, student: Side, vocab: int, ignore_index: int) -> tuple[Te
     return checked_ids(ids.reshape(-1, slots[0]).contiguous(), vocab, ignore_index)
 
 
-def token_weights(given: Any, student: Side, labels: Tensor | None) -> Tensor:
-    """fp64 ``[N]``; anything where a token takes no part."""
+def token_weights(given: Any, student: Side, labels: Tensor | None, part: Tensor | None) -> Tensor | float:
+    """fp64 ``[N]``, 0 where a token takes no part; 1.0 for all where nobody gave a weight or a label."""
     if given is None:
-        return torch.ones(math.prod(student.leading), dtype=torch.float64, device=student.device)
+        return 1.0 if part is None else part.double()
     _check_per_token("token_weights", given, student)
     check_constant("token_weights", given)
     if given.is_complex():
         raise ValueError(f"token_weights must be real numbers, got {given.dtype}")
-    return checked_numbers(given.reshape(-1), labels, "token_weights")
+    weights = checked_numbers(given.reshape(-1), labels, "token_weights")
+    return weights if part is None else torch.where(part, weights, 0.0)
 
 
 def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int) -> Tensor:
@@ -104,10 +104,19 @@ def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int
 
 def constants(values: list[float] | tuple[float, ...], device: torch.device) -> Tensor:
     """The numbers as fp64 ``[len(values)]``. Compiled code holds none of them: added to a zero, one stays a symbol
-    that changes without another compilation, and on an accelerator nothing is copied there and waited for."""
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    return torch.stack([torch.zeros((), dtype=torch.float64, device=device) + value for value in values])
+    that changes without another compilation. On an accelerator nothing is copied there and waited for."""
+    if torch.compiler.is_compiling():
+        return torch.stack([torch.zeros((), dtype=torch.float64, device=device) + value for value in values])
+    made = torch.full((len(values),), float(values[0]), dtype=torch.float64, device=device)
+    for i, value in enumerate(values):
+        if value != values[0]:
+            made[i].fill_(float(value))
+    return made
+
+
+def factor(name: str, given: Number, student: Side, labels: Tensor | None) -> Number:
+    """What fp64 weights are multiplied by: a Python float as it is, a tensor as in :func:`per_row`."""
+    return per_row(name, given, student, labels) if isinstance(given, Tensor) else 1.0 * given
 
 
 def per_row(name: str, given: Number, student: Side, labels: Tensor | None) -> Tensor:
