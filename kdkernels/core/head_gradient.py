@@ -10,6 +10,8 @@ from .tolerance import Kept
 
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
 _SLAB_BYTES = 2**22
+#: Chunks whose means wait for one pass over dW.
+_MOST_MEANS = 64
 
 
 class WeightGradient:
@@ -19,6 +21,8 @@ class WeightGradient:
     def __init__(self, weight: Tensor, vocab: int) -> None:
         self.weight, self.vocab = weight, vocab
         self.total: Tensor | None = None
+        #: Of columns (start, stop) and each of their chunks: which are dropped ``[columns]``, and their mean ``[H]``.
+        self.means: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, gradient: Tensor, hidden: Tensor, columns: slice, *, first: bool, all_tokens: bool) -> None:
         """``gradient.T @ hidden`` to the rows ``columns``; ``first`` of their chunks of tokens."""
@@ -33,16 +37,39 @@ class WeightGradient:
             self._add_in_slabs(target, gradient, hidden, first=first)
 
     def add_kept(self, kept: Kept, hidden: Tensor, columns: slice, *, first: bool, all_tokens: bool) -> None:
-        """``add`` of the columns that are kept; the rows of the others get their mean."""
+        """``add`` of the columns that are kept; the rows of the others get their mean. Of several chunks each
+        touches what it keeps alone, and their means are added in one pass over all rows."""
         target = self._target(columns, all_tokens)
-        mean = (hidden.to(kept.rest.dtype).t() @ kept.rest / kept.dropped).to(target.dtype)
-        target.copy_(mean) if first else target.add_(mean)
-        for ids, gradient in kept.parts(hidden.shape[1] * hidden.element_size()):
-            product = (gradient.t() @ hidden).to(target.dtype)
+        mean = hidden.to(kept.rest.dtype).t() @ kept.rest / kept.dropped
+        if all_tokens:
+            target.copy_(mean.to(target.dtype))
+        else:
             if first:
-                target.index_copy_(0, ids, product)
-            else:  # no row is named twice, so no GPU adds in an order of its own
-                target.index_add_(0, ids, product - mean)
+                target.zero_()
+            self._add_later(mean, kept.ids, columns)
+        # No row is named twice, so no GPU adds in an order of its own.
+        write = target.index_copy_ if first else target.index_add_
+        for ids, gradient in kept.parts(hidden.shape[1] * target.element_size()):
+            write(0, ids, product_for(target, gradient.t(), hidden))
+
+    def _add_later(self, mean: Tensor, kept: Tensor, columns: slice) -> None:
+        dropped = torch.ones(columns.stop - columns.start, dtype=torch.bool, device=kept.device)
+        means = self.means.setdefault((columns.start, columns.stop), [])
+        means.append((dropped.index_fill_(0, kept, False), mean))
+        if len(means) == _MOST_MEANS:
+            self._add_means()
+
+    def _add_means(self) -> None:
+        for (start, stop), means in self.means.items():
+            assert self.total is not None
+            dropped, rows = (torch.stack(each) for each in zip(*means))
+            self.total[start:stop].addmm_(dropped.t().to(rows.dtype), rows)
+        self.means.clear()
+
+    def finished(self) -> Tensor | None:
+        """The total of all that was added; None where that is nothing."""
+        self._add_means()
+        return self.total
 
     def _target(self, columns: slice, all_tokens: bool) -> Tensor:
         if self.total is None:
@@ -78,6 +105,13 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, *, first: bool = Fa
         torch.mm(left, right, out_dtype=torch.float32, out=target)
     else:
         torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
+
+
+def product_for(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in ``target``'s dtype, and rounded to it alone where torch can."""
+    if left.dtype != target.dtype and accumulates_in_fp32(target):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(target.dtype)
 
 
 def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
