@@ -19,6 +19,12 @@ KD_DEVICE T highest_of_warp(T value) {
   return value;
 }
 
+// As integers of the same order, which the warp's own minimum takes at once. None is NaN.
+KD_DEVICE float highest_of_warp(float value) {
+  const auto ordered = [](int bits) { return bits ^ ((bits >> 31) & INT32_MAX); };
+  return __builtin_bit_cast(float, ordered(~lowest_of_warp(~ordered(__builtin_bit_cast(int, value)))));
+}
+
 KD_DEVICE double sum_of_warp(double value) {
 #pragma unroll
   for (int bit = kWarp / 2; bit; bit >>= 1) value += from_lane_xor(value, bit);
@@ -150,7 +156,7 @@ KD_DEVICE void copy_state(RowState* to, const RowState* from) {
 
 // All warps' states into one, in every block; with `onto_memory` also the state in memory.
 template <class Row>
-KD_DEVICE void exchange(Row& row, RowState* out, bool onto_memory) {
+KD_DEVICE void exchange_states(Row& row, RowState* out, bool onto_memory) {
   RowState* const parts = row.shared.parts[row.parity];
   const int blocks = row.plan.geometry.cluster, rank = cluster_rank(), warps = row.plan.geometry.warps;
   const double temperature = row.temperature();

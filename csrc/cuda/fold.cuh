@@ -13,7 +13,7 @@
 // their digits.
 #pragma once
 
-#include "exchange.cuh"
+#include "parts.cuh"
 
 namespace kd {
 
@@ -30,22 +30,11 @@ struct LaneState {
   float sum_logits = 0;  // sum of the student's logits less a base, for label smoothing
 };
 
-// How far a reference rises, before the temperature, and what the sums relative to it decay by.
-struct LaneRise {
-  float up, decay;
-};
-
 KD_DEVICE float highest(const float (&v)[kVector]) {
   float best = v[0];
 #pragma unroll
   for (int k = 1; k < kVector; ++k) best = fmaxf(best, v[k]);
   return best;
-}
-
-// A sum of terms e d relative to references that rise. Where all e decay to 0 it is 0, even if it was
-// infinite.
-KD_DEVICE float moved(float sum, float sum_exp, float decay, float shift) {
-  return sum_exp > 0 && decay > 0 ? decay * (sum + sum_exp * shift) : 0.0f;
 }
 
 // Moves a side's sums to the maximum of it and a tile, `columns[i]` the tile's vectors' first ones.
@@ -193,10 +182,21 @@ KD_DEVICE void leave_out(const StoredIds& ids, int start, float (&s)[kVector]) {
   });
 }
 
+// The lanes' sums as this warp's part. Of the sum with two sides' logits the temperature is left out.
+template <class Row>
+KD_DEVICE void publish_part(Row& row, const LaneState& lane, float factor) {
+  const RowState r = across_lanes<Row::kKind>(lane, factor, 1.0, row.flags());
+  const Parts part = added({{r.student.sum_exp, r.teacher.sum_exp, r.pair.cross_s + r.pair.cross_t},
+                            (float)r.student.reference,
+                            (float)r.teacher.reference});
+  if (row.lane == 0) row.shared.warp_parts[row.warp] = part;
+}
+
 // The lanes' sums as this warp's state.
 template <class Row>
 KD_DEVICE void publish(Row& row, const LaneState& lane, const StoredIds& ids, float factor, float base) {
-  const PassFlags& flags = row.plan.flags;
+  if constexpr (Row::Types::kLean) return publish_part(row, lane, factor);
+  const PassFlags flags = row.flags();
   RowState r = across_lanes<Row::kKind>(lane, factor, row.temperature(), flags);
   const int columns = row.end() - row.first();
   if (row.lane == 0 && columns > 0) r.student.sum_logits += (double)base * columns;
@@ -217,20 +217,32 @@ KD_DEVICE void publish(Row& row, const LaneState& lane, const StoredIds& ids, fl
   write_fold<Row::kKind>(&row.shared.warps[row.warp], r);
 }
 
+// What the passes after the exchange need of the row.
+template <class Row>
+KD_DEVICE void read_early(Row& row) {
+  row.early_weights = row.weights();
+  row.label_logit = 0;
+  if (!row.plan.flags.label || row.label() < 0) return;
+  Side memory = row.student();
+  memory.resident = -1;
+  row.label_logit = logit<typename Row::Types>(memory, row.label());
+}
+
 // The state of this warp's columns, into the block's memory.
 template <class Row>
 KD_DEVICE void fold(Row& row, const StoredIds& ids) {
   constexpr int kTile = Row::Types::kTile;
   LaneState r;
   const Side student = row.student(), teacher = row.teacher();
-  const PassFlags& flags = row.plan.flags;
+  const PassFlags flags = row.flags();
   const float factor = log2e_over(row.temperature()), base = flags.smooth ? sum_base(row) : 0;
-  row.each_step(true, false, kTile * kStep, [&](int start, int end) {
+  if (Row::Types::kLean && row.warp == 0) read_early(row);
+  row.template each_step<kTile * kStep>(true, false, [&](auto step, int start, int end) {
     float s[kTile][kVector], t[kTile][kVector];
     int columns[kTile];
 #pragma unroll
     for (int i = 0; i < kTile; ++i) columns[i] = start + i * kStep + row.lane * kVector;
-    load_step<Row>(student, teacher, start, end, columns, s, t);
+    load_step<Row>(step, student, teacher, end, columns, s, t);
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       if (flags.smooth) add_logits(r.sum_logits, s[i], base, {row.lead - columns[i], end - columns[i]});

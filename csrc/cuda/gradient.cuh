@@ -4,6 +4,8 @@
 // vector's reads before its write, and no later pass reads them again.
 #pragma once
 
+#include <type_traits>
+
 #include "formula.cuh"
 #include "sparse.cuh"
 
@@ -50,57 +52,80 @@ KD_DEVICE void write_zeros(const Row& row) {
   const GradRow grad = row.grad_row(job.grad), teacher_grad = row.grad_row(job.teacher_grad);
   for (int column = row.slice.begin() + row.lane * kVector; column < row.end(); column += kStep) {
     if (job.grad.data != nullptr) store<typename Row::Types>(grad, column, row.end() - column, zeros);
-    if (job.teacher_grad.data != nullptr) store<Anything>(teacher_grad, column, row.end() - column, zeros);
+    if (!Row::Types::kLean && job.teacher_grad.data != nullptr)
+      store<Anything>(teacher_grad, column, row.end() - column, zeros);
+  }
+}
+
+// Of one vector of the student's logits `s` and the teacher's `t`.
+template <class Formula, class Row>
+KD_DEVICE void student_gradient(const Row& row, const Coefficients& c, const Formula& formula,
+                                const StoredIds& ids, int start, const float (&s)[kVector],
+                                const float (&t)[kVector], float (&g)[kVector]) {
+  const Normal& n = c.normal;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) g[k] = 0;
+  if constexpr (Row::kTeacher) {
+    if (n.soft != 0) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) g[k] = formula.gradient(n, s[k], t[k]);
+    }
+  } else if (ids.any_in_row()) {
+    sparse_gradient(row, c, n, ids, start, s, g);
+  }
+  if (row.plan.flags.hard) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) g[k] += Row::Types::kLean ? c.hard(s[k]) : c.hard(s[k]) - c.spread;
+    subtract_at_label(c.hard.onehot, row.label() - start - row.lane * kVector, g);
   }
 }
 
 template <class Divergence, class Row>
 KD_DEVICE void write_gradient(Row& row) {
   using Types = typename Row::Types;
+  constexpr int kTile = Types::kTile;
   const Job& job = row.job;
-  const Coefficients& c = row.shared.coefficients;
+  const Coefficients c = row.shared.coefficients;
   if (!c.live) {
     write_zeros(row);
     row.fetch_next();
     return;
   }
-  const Normal n = c.normal;
   const Side student = row.student(), teacher = row.teacher();
   const GradRow grad = row.grad_row(job.grad), teacher_grad = row.grad_row(job.teacher_grad);
-  const Formula<Row::kKind, Divergence> formula(job.parameters, n);
+  const Formula<Row::kKind, Divergence> formula(job.parameters, c.normal);
   const StoredIds ids = row.stored();
-  const int label = row.label();
-  row.each_step(row.plan.entry == Entry::kGradient, true, kStep, [&](int start, int end) {
-    const int columns[1] = {start + row.lane * kVector}, column = columns[0], count = end - column;
-    float s[1][kVector], t[1][kVector];
-    load_step<Row>(student, teacher, start, end, columns, s, t);
-    if (job.grad.data != nullptr) {
-      float g[kVector] = {};
-      if constexpr (Row::kTeacher) {
-        if (n.soft != 0) {
+  row.template each_step<kTile * kStep>(
+      row.plan.entry == Entry::kGradient, true, [&](auto step, int start, int end) {
+        int columns[kTile];
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) g[k] = formula.gradient(n, s[0][k], t[0][k]);
+        for (int i = 0; i < kTile; ++i) columns[i] = start + i * kStep + row.lane * kVector;
+        float s[kTile][kVector], t[kTile][kVector];
+        load_step<Row>(step, student, teacher, end, columns, s, t);
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+          const int count = end - columns[i];
+          if (Types::kLean || job.grad.data != nullptr) {
+            float g[kVector];
+            student_gradient(row, c, formula, ids, start + i * kStep, s[i], t[i], g);
+            if constexpr (!Types::kLean) through_map(student.map, s[i], g);
+            if (std::is_same_v<decltype(step), Whole> && grad.aligned)
+              store_whole<Types>(grad, columns[i], g);
+            else
+              store<Types>(grad, columns[i], count, g);
+          }
+          if constexpr (Row::kTeacher && !Types::kLean) {
+            if (job.teacher_grad.data != nullptr) {
+              float h[kVector];
+#pragma unroll
+              for (int k = 0; k < kVector; ++k) h[k] = c.teacher_label(t[i][k]);
+              subtract_at_label(c.teacher_label.onehot, row.label() - columns[i], h);
+              through_map(teacher.map, t[i], h);
+              store<Anything>(teacher_grad, columns[i], count, h);
+            }
+          }
         }
-      } else if (ids.any_in_row()) {
-        sparse_gradient(row, c, n, ids, start, s[0], g);
-      }
-      if (row.plan.flags.hard) {
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) g[k] += c.hard(s[0][k]) - c.spread;
-        subtract_at_label(c.hard.onehot, label - column, g);
-      }
-      if (Types::kMapped) through_map(student.map, s[0], g);
-      store<Types>(grad, column, count, g);
-    }
-    if (Row::kTeacher && job.teacher_grad.data != nullptr) {
-      float h[kVector];
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) h[k] = c.teacher_label(t[0][k]);
-      subtract_at_label(c.teacher_label.onehot, label - column, h);
-      if (Types::kMapped) through_map(teacher.map, t[0], h);
-      store<Anything>(teacher_grad, column, count, h);
-    }
-  });
+      });
 }
 
 }  // namespace kd

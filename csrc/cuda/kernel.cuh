@@ -42,12 +42,15 @@ KD_DEVICE void share_coefficients(Row& row) {
     const RowState& r = row.shared.state;
     const Solved& solved = row.shared.solved;
     const Logs logs = logs_of(r);
-    const bool here = row.plan.entry == Entry::kFusedSparse;
+    const bool here = !Row::Types::kLean && row.plan.entry == Entry::kFusedSparse;
     double lse_t1 = r.student.reference + logs.sum_exp_t1_s, rest = 0;
-    if (here || sparse.lse_t1 != nullptr) lse_t1 = here ? solved.lse_t1 : sparse.lse_t1[row.row];
-    if (here || sparse.rest != nullptr) rest = here ? solved.rest : sparse.rest[row.row];
+    if (here || (!Row::Types::kLean && sparse.lse_t1 != nullptr))
+      lse_t1 = here ? solved.lse_t1 : sparse.lse_t1[row.row];
+    if (here || (!Row::Types::kLean && sparse.rest != nullptr))
+      rest = here ? solved.rest : sparse.rest[row.row];
     const Coefficients c =
-        coefficients(r, logs, Row::kKind, row.temperature(), row.weights(), lse_t1, rest, job.vocab);
+        coefficients(r, logs, Row::kKind, row.temperature(),
+                     Row::Types::kLean ? row.early_weights : row.weights(), lse_t1, rest, job.vocab);
     if (row.lane == 0) row.shared.coefficients = c;
   }
   sync_block();
@@ -71,17 +74,21 @@ KD_DEVICE void compute(Row& row) {
   const Plan& plan = row.plan;
   const bool has_value = !kHasClosedForm<Divergence> && plan.takes_value();
   const bool onto_memory = plan.entry == Entry::kAccumulate;
-  const bool sparse = !Row::kTeacher && plan.entry == Entry::kFusedSparse;
+  const bool sparse = !Row::kTeacher && !Row::Types::kLean && plan.entry == Entry::kFusedSparse;
   if (plan.folds()) {
     const StoredIds ids = row.stored();
     fold(row, ids);
     if (sparse) share_stored(row, ids);
     if (!plan.writes_gradient(row.job) && !has_value) row.fetch_next();
-    exchange(row, &row.shared.state, onto_memory);
+    if constexpr (Row::Types::kLean)
+      exchange_parts(row, &row.shared.state, onto_memory);
+    else
+      exchange_states(row, &row.shared.state, onto_memory);
     if (sparse && row.warp == 0) solve_outcomes(row);
     if (onto_memory && row.warp == 0 && cluster_rank() == 0)
       copy_state(row.memory_state(), &row.shared.state);
   } else {
+    if (Row::Types::kLean && row.warp == 0) read_early(row);
     load_state(row);
   }
   share_coefficients(row);

@@ -18,15 +18,10 @@ Kernel kernel_of(const Job& job) {
   return found;
 }
 
-bool is_bfloat16(const Matrix& m) { return m.data == nullptr || m.dtype == kBFloat16; }
+bool is_absent_or(DType dtype, const Matrix& m) { return m.data == nullptr || m.dtype == dtype; }
 
 bool is_mapped(const Spec& s) {
   return s.student_scale != 1 || s.student_softcap != 0 || s.teacher_scale != 1 || s.teacher_softcap != 0;
-}
-
-Kernel kernel_of(const Job& job) {
-  const bool plain = is_bfloat16(job.student) && is_bfloat16(job.teacher) && is_bfloat16(job.grad);
-  return plain && !is_mapped(job.spec) ? kernel_of<PlainBFloat16>(job) : kernel_of<Anything>(job);
 }
 
 PassFlags flags_of(const Spec& spec) {
@@ -40,6 +35,21 @@ PassFlags flags_of(const Spec& spec) {
   flags.teacher_t1 = flags.teacher_label && spec.tempered;
   flags.stats = spec.stats;
   return flags;
+}
+
+// The common case (row_io.cuh).
+bool is_lean(const Job& job, const PassFlags& flags) {
+  return !(flags.stats || flags.smooth || flags.hard_t1 || flags.teacher_label) && !is_mapped(job.spec) &&
+         job.teacher_grad.data == nullptr && job.sparse.ids == nullptr;
+}
+
+Kernel kernel_of(const Job& job, const PassFlags& flags) {
+  const auto all_are = [&](DType dtype) {
+    return is_absent_or(dtype, job.student) && is_absent_or(dtype, job.teacher);
+  };
+  if (!is_lean(job, flags)) return kernel_of<Anything>(job);
+  if (all_are(kBFloat16) && is_absent_or(kBFloat16, job.grad)) return kernel_of<PlainBFloat16>(job);
+  return all_are(kFloat) ? kernel_of<PlainFloat>(job) : kernel_of<Anything>(job);
 }
 
 // Whether all rows begin at a multiple of 16 bytes.
@@ -84,7 +94,7 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
   plan.entry = entry;
   plan.flags = flags_of(job.spec);
   plan.rows = (int)rows;
-  const Kernel kernel = kernel_of(job);
+  const Kernel kernel = kernel_of(job, plan.flags);
   Chip chip = runtime::chip(any_kernel(), device);
   const int teacher_bytes = job.teacher.data == nullptr ? 0 : bytes_of(job.teacher.dtype);
   const int64_t outcome_bytes = entry == Entry::kFusedSparse ? OutcomeMemory::bytes(job.sparse.slots) : 0;

@@ -35,6 +35,10 @@ struct Plan {
   }
 };
 
+// A step that is all the row's and lies in shared memory; any other one.
+struct Whole {};
+struct Part {};
+
 template <Kind kRowKind, class RowTypes>
 struct Row {
   static constexpr Kind kKind = kRowKind;
@@ -80,11 +84,26 @@ struct Row {
   }
   KD_DEVICE StoredIds stored() const {
     const SparseJob& sparse = job.sparse;
-    if (kTeacher || sparse.ids == nullptr) return {};
+    if (kTeacher || Types::kLean || sparse.ids == nullptr) return {};
     return {sparse.ids + row * sparse.slots, sparse.slots, offset(), first(), end()};
   }
   KD_DEVICE double temperature() const { return job.temperature_of(row, job.spec); }
-  KD_DEVICE RowWeights weights() const { return job.weights == nullptr ? RowWeights{} : job.weights_of(row); }
+  KD_DEVICE RowWeights weights() const {
+    if (job.weights == nullptr) return {};
+    if (!Types::kLean) return job.weights_of(row);
+    RowWeights found;
+    found.soft = job.weight(row, kSoft);
+    found.label = job.weight(row, kLabel);
+    found.lse_squared = job.weight(row, kLseSquared);
+    return found;
+  }
+  // What a kernel for the common case is not launched for is known to be absent.
+  KD_DEVICE PassFlags flags() const {
+    PassFlags found = plan.flags;
+    if (Types::kLean)
+      found.smooth = found.teacher_label = found.hard_t1 = found.teacher_t1 = found.stats = false;
+    return found;
+  }
   KD_DEVICE RowState* memory_state() const { return (RowState*)(job.state + (int64_t)row * kStateColumns); }
 
   // The warp's places that are the row's, and what place 0 is in the vocabulary.
@@ -97,21 +116,28 @@ struct Row {
     return at >= 0 && at < job.width ? (int)at + lead : -1;
   }
 
-  // Calls f(a step's first column, the columns' end) for all steps of the slice. The first pass over a
-  // resident slice waits for its chunks, the last one fetches the next row's.
-  template <class F>
-  KD_DEVICE void each_step(bool first, bool last, int step, F&& f) {
+  // Calls f(what is known of a step, its first column, the columns' end) for all steps of the slice. The
+  // first pass over a resident slice waits for its chunks, the last one fetches the next row's.
+  template <int step, class F>
+  KD_DEVICE void each_step(bool first, bool last, F&& f) {
     if (!slice.resident()) {
       const int steps = (end() - slice.begin() + step - 1) / step;
-      for (int i = 0; i < steps; ++i) f(slice.begin() + (reversed ? steps - 1 - i : i) * step, end());
+      for (int i = 0; i < steps; ++i) f(Part{}, slice.begin() + (reversed ? steps - 1 - i : i) * step, end());
       reversed = !reversed;
       return;
     }
+    const bool whole = Types::kLean && (!kTeacher || slice.teacher() >= 0);
     for (int i = 0; i < slice.chunks(); ++i) {
       if (first) slice.await(i, turn);
       const int begin = slice.begin() + i * slice.chunk_columns();
       const int limit = begin + slice.chunk_columns(), end = limit < this->end() ? limit : this->end();
-      for (int start = begin; start < end; start += step) f(start, end);
+      for (int start = begin; start < end; start += step) {
+        if constexpr (Types::kLean) {  // the hot loop, in which no column is asked for
+          if (whole && start >= lead)
+            for (; start + step <= end; start += step) f(Whole{}, start, end);
+        }
+        if (start < end) f(Part{}, start, end);
+      }
       if (last && next < plan.rows) slice.fetch(i, next, next_lead);
     }
   }
@@ -125,31 +151,29 @@ struct Row {
   SharedMemory& shared;
   int lane, warp;
   int row = 0, lead = 0, next = 0, next_lead = 0, turn = 0;
-  int parity = 0;         // of the exchanges' two buffers
-  bool reversed = false;  // the next pass over what is not resident goes backwards
+  int parity = 0;            // of the exchanges' two buffers
+  RowWeights early_weights;  // in the common case, what the passes after the exchange need of this row,
+  float label_logit = 0;     // read before it: nobody waits for memory there
+  bool reversed = false;     // the next pass over what is not resident goes backwards
 };
 
 // Both sides' logits of kTile vectors of a step, a vector at each of `columns`; the row ends at `end`.
 template <class Row, int kTile>
-KD_DEVICE void load_step(const Side& student, const Side& teacher, int start, int end,
-                         const int (&columns)[kTile], float (&s)[kTile][kVector],
-                         float (&t)[kTile][kVector]) {
-  using Types = typename Row::Types;
-  // A step that is all the row's and lies in shared memory as it is: what the hot loops ask.
-  const bool resident = start >= student.lead && start + kTile * kStep <= end && student.resident >= 0 &&
-                        (!Row::kTeacher || teacher.resident >= 0) && !Types::kMapped;
-  if (resident) {
+KD_DEVICE void load_step(Whole, const Side& student, const Side& teacher, int, const int (&columns)[kTile],
+                         float (&s)[kTile][kVector], float (&t)[kTile][kVector]) {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      load_resident<Types>(student, columns[i], s[i]);
-      if (Row::kTeacher) load_resident<Types>(teacher, columns[i], t[i]);
-    }
-  } else {
+  for (int i = 0; i < kTile; ++i) {
+    load_resident<typename Row::Types>(student, columns[i], s[i]);
+    if (Row::kTeacher) load_resident<typename Row::Types>(teacher, columns[i], t[i]);
+  }
+}
+template <class Row, int kTile>
+KD_DEVICE void load_step(Part, const Side& student, const Side& teacher, int end, const int (&columns)[kTile],
+                         float (&s)[kTile][kVector], float (&t)[kTile][kVector]) {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      load<Types>(student, columns[i], end - columns[i], s[i]);
-      if (Row::kTeacher) load<Types>(teacher, columns[i], end - columns[i], t[i]);
-    }
+  for (int i = 0; i < kTile; ++i) {
+    load<typename Row::Types>(student, columns[i], end - columns[i], s[i]);
+    if (Row::kTeacher) load<typename Row::Types>(teacher, columns[i], end - columns[i], t[i]);
   }
 }
 

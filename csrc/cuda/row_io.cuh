@@ -15,16 +15,25 @@ namespace kd {
 constexpr int kVector = 8;
 constexpr int kStep = kWarp * kVector;  // columns that a warp takes at once
 
-// What a kernel knows of its call when it is compiled: the common case, or nothing.
-struct PlainBFloat16 {  // both sides and the gradient are bf16, and no logit is mapped
-  static constexpr bool kMapped = false;
-  static constexpr int kTile = 2;  // vectors that a lane folds at once
+// What a kernel knows of its call when it is compiled. kLean, the common case: no statistics, label
+// smoothing, second temperature, sparse target or gradient for the teacher, and no logit is mapped.
+struct PlainBFloat16 {  // all tensors are bf16
+  static constexpr bool kLean = true;
+  static constexpr int kTile = 2;  // vectors that a lane takes at once
   KD_HD static constexpr DType of(DType) { return kBFloat16; }
+  KD_HD static constexpr DType of_gradient(DType) { return kBFloat16; }
+};
+struct PlainFloat {  // logits in fp32, an lm_head's tiles as well
+  static constexpr bool kLean = true;
+  static constexpr int kTile = 2;
+  KD_HD static constexpr DType of(DType) { return kFloat; }
+  KD_HD static constexpr DType of_gradient(DType dtype) { return dtype; }
 };
 struct Anything {
-  static constexpr bool kMapped = true;
+  static constexpr bool kLean = false;
   static constexpr int kTile = 1;
   KD_HD static DType of(DType dtype) { return dtype; }
+  KD_HD static DType of_gradient(DType dtype) { return dtype; }
 };
 
 // raw -> cap * tanh(scale * raw / cap); cap 0: no tanh.
@@ -130,7 +139,7 @@ KD_DEVICE void load(const Side& side, int column, int count, float (&v)[kVector]
                      present, v);
   else
     load_from<Types>(side.row + (int64_t)column * size, side.aligned, side.dtype, present, v);
-  if constexpr (Types::kMapped) {
+  if constexpr (!Types::kLean) {
     if (side.map.identity()) return;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) v[k] = present(k) ? side.map(v[k]) : -KD_ISA::kInf;
@@ -150,7 +159,7 @@ KD_DEVICE float logit(const Side& side, int column) {
   const float raw = side.resident >= 0
                         ? value_at<Types>(shared_memory() + side.resident, side.dtype, column - side.first)
                         : value_at<Types>(side.row, side.dtype, column);
-  return Types::kMapped ? side.map(raw) : raw;
+  return Types::kLean ? raw : side.map(raw);
 }
 
 // Where a row's gradient is written; the fields are those of Side.
@@ -170,16 +179,10 @@ KD_DEVICE void store_value(char* row, DType dtype, int64_t i, float value) {
     ((uint16_t*)row)[i] = (uint16_t)pack_half(value, 0.0f);
 }
 
+// A vector that is all the row's, at a multiple of 16 bytes.
 template <class Types>
-KD_DEVICE void store(const GradRow& to, int column, int count, const float (&v)[kVector]) {
-  const DType dtype = Types::of(to.dtype);
-  const Present present{to.lead - column, count};
-  if (!present.all() || !to.aligned) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k)
-      if (present(k)) store_value(to.row, dtype, (int64_t)column + k, v[k]);
-    return;
-  }
+KD_DEVICE void store_whole(const GradRow& to, int column, const float (&v)[kVector]) {
+  const DType dtype = Types::of_gradient(to.dtype);
   char* p = to.row + (int64_t)column * bytes_of(dtype);
   uint32_t w[kVector];
   if (dtype == kFloat) {
@@ -192,6 +195,15 @@ KD_DEVICE void store(const GradRow& to, int column, int count, const float (&v)[
       w[k] = dtype == kHalf ? pack_half(v[2 * k], v[2 * k + 1]) : pack_bfloat16(v[2 * k], v[2 * k + 1]);
   }
   store_streaming(p, {w[0], w[1], w[2], w[3]});
+}
+
+template <class Types>
+KD_DEVICE void store(const GradRow& to, int column, int count, const float (&v)[kVector]) {
+  const Present present{to.lead - column, count};
+  if (present.all() && to.aligned) return store_whole<Types>(to, column, v);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k)
+    if (present(k)) store_value(to.row, Types::of_gradient(to.dtype), (int64_t)column + k, v[k]);
 }
 
 }  // namespace kd

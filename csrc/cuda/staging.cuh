@@ -21,11 +21,19 @@ struct Solved {
   double results[kResults];
 };
 
+// What of a state changes hands in the common case: three sums, and what they are relative to.
+struct Parts {
+  double sums[3] = {};
+  float student = (float)kNoReference, teacher = (float)kNoReference;
+};
+constexpr int kPartWords = sizeof(Parts) / sizeof(double);
+
 // A block's memory before the slices.
 struct SharedMemory {
   RowState warps[kMaxWarps];           // of this block
   RowState parts[2][kMaxCluster + 1];  // of the cluster's blocks, and what was there before; two turns
   RowState state, added;               // of the row, and of its second pass
+  Parts warp_parts[kMaxWarps], block_parts[2][kMaxCluster + 1];  // the same two of the common case
   Coefficients coefficients;
   Solved solved;  // of a sparse target
   Barrier chunks[kMaxWarps][kMaxChunks];

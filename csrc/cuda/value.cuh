@@ -1,8 +1,8 @@
 // Second pass, for divergences without a closed form: the divergence and the sum of q_psi.
 #pragma once
 
-#include "exchange.cuh"
 #include "formula.cuh"
+#include "parts.cuh"
 
 namespace kd {
 
@@ -25,10 +25,10 @@ KD_DEVICE void value(Row& row) {
   const Formula<Row::kKind, Divergence> formula(row.job.parameters, n);
   const bool first = row.plan.entry == Entry::kAccumulateValue, last = !row.plan.writes_gradient(row.job);
   float phi = 0, q_psi = 0;
-  row.each_step(first, last, kStep, [&](int start, int end) {
+  row.template each_step<kStep>(first, last, [&](auto step, int start, int end) {
     const int column[1] = {start + row.lane * kVector};
     float s[1][kVector], t[1][kVector];
-    load_step<Row>(student, teacher, start, end, column, s, t);
+    load_step<Row>(step, student, teacher, end, column, s, t);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       const Terms terms = formula.terms(n, s[0][k], t[0][k]);
@@ -37,11 +37,20 @@ KD_DEVICE void value(Row& row) {
     }
   });
   RowState r;
-  r.pair.value = phi;
-  r.pair.sum_q_psi = q_psi;
-  write_state(&row.shared.warps[row.warp], r);
-  exchange(row, &row.shared.added, false);
-  if (thread_index() == 0) add_value(row, row.shared.state, row.shared.added);
+  if constexpr (Row::Types::kLean) {
+    const Parts part = added({{phi, q_psi, 0}, 0, 0});
+    if (row.lane == 0) row.shared.warp_parts[row.warp] = part;
+    const Parts all = exchange(row, 1);
+    r.pair.value = all.sums[0];
+    r.pair.sum_q_psi = all.sums[1];
+    if (thread_index() == 0) add_value(row, row.shared.state, r);
+  } else {
+    r.pair.value = phi;
+    r.pair.sum_q_psi = q_psi;
+    write_state(&row.shared.warps[row.warp], r);
+    exchange_states(row, &row.shared.added, false);
+    if (thread_index() == 0) add_value(row, row.shared.state, row.shared.added);
+  }
 }
 
 }  // namespace kd
