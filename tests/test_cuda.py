@@ -35,6 +35,7 @@ SUITES = {
 REPRESENTATIVES = [
     ("kForwardKL", "ClosedForm", "PlainBFloat16"),
     ("kJSD", "JSD", "PlainBFloat16"),
+    ("kJSD", "JSD", "PlainFloat"),
     ("kNone", "ClosedForm", "Anything"),  # it has the other divergences in it, for a sparse target's outcomes
 ]
 

@@ -31,6 +31,18 @@ MUTATIONS = {
         "if (row.warp == 0) combine(parts, blocks + onto_memory, temperature, stats, out);",
         "if (row.warp == 0) combine(parts + rank, 1, temperature, stats, out);",
     ),
+    "nor are their parts": (
+        "parts.cuh",
+        "all = combined<kReverse>(parts, blocks + onto_memory, factor);",
+        "all = combined<kReverse>(parts + rank, 1, factor);",
+    ),
+    "a part's sums do not decay": ("parts.cuh", "r.sums[0] *= s.decay;", ""),
+    "a part is not handed over": (
+        "parts.cuh",
+        "if (i / kPartWords != rank) ((double*)in_block(&parts[rank], i / kPartWords))[i % kPartWords] = "
+        "mine[i % kPartWords];",
+        "",
+    ),
     "the columns after the last sixteen bytes are not copied": (
         "staging.cuh",
         "if (size == 4) ((uint32_t*)to)[k] = ((const uint32_t*)from)[k]; "
@@ -44,10 +56,11 @@ MUTATIONS = {
     ),
     "a chunk is not waited for": ("row.cuh", "if (first) slice.await(i, turn);", ""),
     "the exchange has no second buffer": ("exchange.cuh", "row.parity ^= 1;", ""),
+    "nor has that of parts": ("parts.cuh", "row.parity ^= 1;", ""),
     "the gradient is zero": (
         "gradient.cuh",
-        "store<Types>(grad, column, count, g);",
-        "store<Types>(grad, column, count, t[0]);",
+        "store<Types>(grad, columns[i], count, g);",
+        "store<Types>(grad, columns[i], count, t[i]);",
     ),
     "the label is not subtracted": ("gradient.cuh", "if (k == label) g[k] -= onehot;", ""),
     "the lanes' maxima are not shared": (
