@@ -71,7 +71,8 @@ def token_log_probs(
         vocab_size: use only the first entries of the vocabulary (padding cut off).
         inplace: the backward overwrites the student's logits with their gradient; compiled code does not. Until then
             nobody else may write to them, and a second backward is an error.
-        chunk_bytes: budget of the logit tiles, default 512 MiB.
+        chunk_bytes: budget of the logit tiles, default 512 MiB; on a GPU what 2048 rows need, if that is more
+            and no more than a sixteenth of its memory.
 
     Returns:
         :class:`TokenLogProbs` in fp32 (fp64 for fp64 students), with None for what was not asked for.

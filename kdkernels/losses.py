@@ -295,7 +295,8 @@ def distillation_loss(
         inplace: the student's logits are overwritten with their gradient. Student and teacher may be parts of
             one tensor that have no memory in common, as the halves of a batch are.
         return_stats: also return :class:`Stats`, which are computed only then.
-        chunk_bytes: budget of the logit tiles, default 512 MiB.
+        chunk_bytes: budget of the logit tiles, default 512 MiB; on a GPU what 2048 rows need, if that is more
+            and no more than a sixteenth of its memory.
         gradient_tolerance: of a :class:`LinearHead`, in [0, 1). In each chunk of tokens the gradient for the
             logits may be off by this much of its norm, so that fewer columns go into the products dH and dW
             (docs/tolerance.md). 0 is exact; 2**-8 is about bf16's rounding. The value and ``bias`` are exact with any,

@@ -40,9 +40,9 @@ class Options(NamedTuple):
     light: bool = False  # only for the KL family and cross entropy over aligned rows: few registers
 
 
-#: By architecture; the first that fits is taken. ``python -m benchmarks.tune_triton`` measures
-#: candidates on a card. These were chosen by registers and bytes in flight, and not measured yet: wide
-#: rows want one program a multiprocessor, for L2's sake, and so many loads in flight in each.
+#: By architecture; the first that fits is taken. Chosen by registers and bytes in flight: wide rows want one program a
+#: multiprocessor, for L2's sake, and so many loads in flight in each. On an H200 these run at the floor of their traffic for
+#: the KL family over 128k columns; other candidates (``python -m benchmarks.tune_triton``) were not measured yet.
 _TABLE = {
     "nvidia": (
         Options(columns=1024, num_warps=4, lanes=1, programs=6),
