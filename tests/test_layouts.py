@@ -6,9 +6,11 @@ import pytest
 import torch
 from problems import relative
 from sparse_problems import TAILS, make_target
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from kdkernels.core.layout import overlap, overlaps_itself
+from kdkernels.core.rows import LogitRows
 
 TOKENS, VOCAB, WIDTH = (3, 4), 70, 8
 
@@ -272,3 +274,27 @@ def test_what_shares_memory_is_known():
             found += not overlap(a, b)
         assert overlaps_itself(a) or len(set(taken[0])) == len(taken[0])
     assert found > apart / 2
+
+
+class Lifted(TorchDispatchMode):
+    """How many tensors were made of numbers: on a GPU each is a copy that is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (1, 4, 5), (3, 1, 2, 2), (0,), (0, 3), (3, 0)])
+def test_tokens_are_found_without_a_copy_of_the_shape(leading):
+    """As torch.unravel_index finds them."""
+    logits = torch.randn(*leading, 4)
+    tokens = torch.arange(logits[..., 0].numel()).flip(0)
+    with Lifted() as lifted:
+        places = LogitRows(logits, 4, None)._places(tokens)
+    assert not lifted.count
+    expected = torch.unravel_index(tokens, leading)
+    assert len(places) == len(expected) and all(map(torch.equal, places, expected))

@@ -71,8 +71,12 @@ class LogitRows:
             self.index, self.segment = torch.arange(self.tokens, device=self.logits.device), self.tokens
 
     def _places(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """An index for each leading dimension."""
-        return torch.unravel_index(tokens, self.logits.shape[:-1])
+        """An index for each leading dimension. torch.unravel_index would copy their sizes to a GPU, and wait."""
+        inner: list[Tensor] = []
+        for size in reversed(self.logits.shape[1:-1]):
+            inner.insert(0, tokens % size)
+            tokens = tokens // size
+        return (tokens, *inner) if self.logits.dim() > 1 else ()
 
     def _view(self, full: Tensor, rows: slice, columns: slice) -> Tensor:
         """Tokens of one segment."""
