@@ -202,9 +202,10 @@ def test_masked_and_weightless_tokens_may_hold_anything(backend, form):
     asked.arriving[0][1, 2] = 0.0
     expected = asked.run(backend)
     asked.student[0][0, 1] = torch.nan  # masked
+    asked.arriving[0][0, 1], asked.arriving[1][0, 1] = torch.inf, torch.inf
     values, grads = asked.run(backend)
     assert torch.equal(values, expected[0])
-    assert all(torch.equal(a, b) for a, b in zip(grads, expected[1]))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected[1])) and not grads[0][0, 1].any()
     asked.student[0][1, 2] = torch.nan  # nothing arrives for it
     values, grads = asked.run(backend)
     assert values.isnan().any() and all(torch.equal(a, b) for a, b in zip(grads, expected[1]))
@@ -354,11 +355,13 @@ def test_a_frozen_head_is_projected_once(monkeypatch):
     asked, calls = Asked("frozen", slots=2), []
     tile = log_probs.HeadRows.tile
     monkeypatch.setattr(log_probs.HeadRows, "tile", lambda *given: calls.append(1) or tile(*given))
+    live, waits = log_probs.live_tokens, []
+    monkeypatch.setattr(log_probs, "live_tokens", lambda labels: waits.append(1) or live(labels))
     asked.run("auto")
-    assert len(calls) == 1
+    assert len(calls) == 1 and len(waits) == 1, "the backward asked which tokens are live"
     asked.learns[1] = True
     asked.run("auto")
-    assert len(calls) == 3
+    assert len(calls) == 3 and len(waits) == 3
 
 
 REFUSED = {

@@ -96,7 +96,8 @@ def gradients(
 ) -> list[Tensor]:
     """Those that are needed. ``arriving`` ``[N, K]`` is for the log-probabilities; the entropy's is a column of the
     request's weights. ``grad``: a buffer ``[..., V]`` for the gradient of given logits."""
-    live = _projected(request)
+    # Where nothing is projected nothing is left out: knowing which tokens are live is a wait for the whole forward.
+    live = None if request.only_hidden_learns else _projected(request)
     if live is None:
         return _Walk(request, grad).gradients(arriving, finished)
     few = Finished(*(t[live] if t.dim() > 1 else t for t in finished))
@@ -280,12 +281,17 @@ class _Walk:
             each = logit_map.backward(self._stored(rows, weights, whole), stored.double())
             each = torch.where(ids >= 0, each, 0.0)
             lm_head_rows = F.embedding(ids.clamp(min=0), weight).to(wide)
-            grad = torch.bmm(each.to(wide)[:, None], lm_head_rows)[:, 0]
+            each = each.to(wide)
+            # A product over one id is a multiplication, at which cuBLAS is slow.
+            grad = each * lm_head_rows[:, 0] if slots == 1 else torch.bmm(each[:, None], lm_head_rows)[:, 0]
             grad -= weights.total[rows, None].to(wide) * finished.others_rows[rows]
             if self.spec.asked & Asked.ENTROPY:
                 by = weights.rows[rows, Output.ENTROPY, None].to(wide)
                 grad += torch.where(by == 0, 0.0, by * finished.entropy_rows[rows])
-            made[rows] = grad.masked_fill((weights.rows[rows] == 0).all(-1, keepdim=True), 0.0)
+            nothing = (weights.rows[rows] == 0).all(-1, keepdim=True)
+            if self.request.labels is not None:
+                nothing |= self.request.labels[rows, None] < 0
+            made[rows] = grad.masked_fill(nothing, 0.0)
         return made
 
 
