@@ -1,11 +1,11 @@
 // The CUDA kernel: persistent clusters of blocks, each taking one row after another.
 //
 // Reading order: this file (the algorithm), fold.cuh (first pass), value.cuh (second, for divergences without
-// a closed form), gradient.cuh (last), exchange.cuh (how warps' states become the row's), row_io.cuh (how
-// columns are read and written), staging.cuh (how a row comes onto the chip), sparse.cuh (a sparse target).
-// They share row.cuh (what a warp knows of its row), coefficients.cuh and formula.cuh (p, q and the
-// divergence of a pair); platform.cuh is all that is not plain C++. geometry.h says how a row is laid over
-// blocks, launch.cu which kernel is launched.
+// a closed form), gradient.cuh (last), exchange.cuh (how warps' states become the row's), parts.cuh (the same
+// in the common case), row_io.cuh (how columns are read and written; which case is common), staging.cuh (how
+// a row comes onto the chip), sparse.cuh (a sparse target). They share row.cuh (what a warp knows of its
+// row), coefficients.cuh and formula.cuh (p, q and the divergence of a pair); platform.cuh is all that is not
+// plain C++. geometry.h says how a row is laid over blocks, launch.cu which kernel is launched.
 //
 // Contract: results and gradients of the entry points of kdkernels/backends/protocol.py. A gradient may alias
 // its logits (gradient.cuh).
