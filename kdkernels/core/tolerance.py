@@ -29,8 +29,9 @@ from .dtypes import wide
 
 #: The columns that are kept, and those of a slab, are a multiple of it.
 _ALIGNED = 64
-#: Beyond this share of the columns, gathering costs more than it saves.
-_MOST = 0.8
+#: Beyond this share of the columns, gathering costs more than it saves. A GPU's products are faster beside its gathers: on
+#: an H200 keeping about 0.7 of 128k columns took 12 ms more than exact products, keeping about 0.15 took 11 ms less.
+_MOST = {"cpu": 0.8, "cuda": 0.4}
 #: What may be dropped has at least this square, or squares in fp32 would have lost what they add up to.
 _LEAST = 1e-30
 #: What is gathered at a time of an lm_head, and of a gradient: on a CPU what caches hold, on a GPU what fills it.
@@ -66,7 +67,7 @@ def keep(gradient: Tensor, tolerance: float) -> Kept | None:
     budget = tolerance**2 * sums[-1]
     dropped = int(((sums <= budget) & (budget >= _LEAST) & (budget < torch.inf)).sum())
     kept = -(-(vocab - dropped) // _ALIGNED) * _ALIGNED
-    if kept > _MOST * vocab:
+    if kept > _MOST[gradient.device.type] * vocab:
         return None
     ids = order[vocab - kept :].sort().values
     return Kept(ids, *_gathered(gradient, ids), vocab - kept)
