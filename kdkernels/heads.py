@@ -12,11 +12,6 @@ from torch import Tensor
 from .checks import check_tensor, flag, integer, number, shown
 
 
-@torch.compiler.assume_constant_result  # torch before 2.13 cannot trace it
-def _can_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
-
-
 @dataclass(frozen=True, eq=False)
 class Shard:
     """One rank's part of a vocabulary that a group of ranks shares out, as tensor parallelism does.
@@ -138,7 +133,9 @@ class LinearHead:
     def _is_cast(self) -> bool:
         """By autocast, which leaves fp64 alone."""
         kind = self.hidden.device.type
-        possible = _can_autocast(kind) and self.hidden.dtype != torch.float64
+        # Compilers before torch 2.13 cannot trace the question; the devices that they know have autocast.
+        available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+        possible = available and self.hidden.dtype != torch.float64
         return possible and torch.is_autocast_enabled(kind)
 
     def _check_dtypes(self, tensors: list[Tensor]) -> None:

@@ -18,10 +18,10 @@ from kdkernels.integrations.transformers import DistillationTrainer, call_throug
 VOCAB = 40
 
 
-def llama(seed=0, width=16, dtype=torch.float64, **options):
+def llama(seed=0, width=16, dtype=torch.float64, vocab=VOCAB, **options):
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -181,7 +181,7 @@ def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
 
 
 def test_a_tolerance_leaves_the_loss_alone(tmp_path):
-    student, teacher, inputs = llama(), llama(seed=7, width=32), batch()
+    student, teacher, inputs = llama(vocab=400), llama(seed=7, width=32, vocab=400), batch()
 
     def run(tolerance):
         trainer = DistillationTrainer(

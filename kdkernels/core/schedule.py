@@ -18,9 +18,12 @@ MIN_ROWS = 32
 MIN_COLUMNS = 64
 
 
-@torch.compiler.assume_constant_result
 def _memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler and with it Triton.
+_memory_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def default_chunk_bytes(device: torch.device, vocab: int) -> int:

@@ -27,8 +27,8 @@ from torch import Tensor
 from ..backends import native
 from .dtypes import wide
 
-#: The columns that are kept, and those of a slab, are a multiple of it.
-_ALIGNED = 64
+#: The columns that are kept, and those of a slab, are a multiple of it: cuBLAS is slow at others.
+_ALIGNED = {"cpu": 1, "cuda": 64}
 #: Beyond this share of the columns, gathering costs more than it saves. A GPU's products are faster beside its gathers: on
 #: an H200 keeping about 0.7 of 128k columns took 12 ms more than exact products, keeping about 0.15 took 11 ms less.
 _MOST = {"cpu": 0.8, "cuda": 0.4}
@@ -48,7 +48,8 @@ class Kept(NamedTuple):
 
     def parts(self, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(columns, their gradient), so many that their rows of an lm_head fit a slab."""
-        step = max(_SLAB_BYTES[self.ids.device.type] // row_bytes // _ALIGNED, 1) * _ALIGNED
+        aligned, slab = _ALIGNED[self.ids.device.type], _SLAB_BYTES[self.ids.device.type]
+        step = max(slab // row_bytes // aligned, 1) * aligned
         return zip(self.ids.split(step), self.gradient.split(step, 1))
 
 
@@ -66,7 +67,8 @@ def keep(gradient: Tensor, tolerance: float) -> Kept | None:
     sums = ascending.cumsum(0)
     budget = tolerance**2 * sums[-1]
     dropped = int(((sums <= budget) & (budget >= _LEAST) & (budget < torch.inf)).sum())
-    kept = -(-(vocab - dropped) // _ALIGNED) * _ALIGNED
+    aligned = _ALIGNED[gradient.device.type]
+    kept = -(-(vocab - dropped) // aligned) * aligned
     if kept > _MOST[gradient.device.type] * vocab:
         return None
     ids = order[vocab - kept :].sort().values
