@@ -260,6 +260,7 @@ def test_a_shape_of_your_own():
         assert cases.chosen("small", wrong) == []
 
 
+@pytest.mark.slow
 def test_one_command(tmp_path):
     """The command in a process of its own: JSON, tables, exit code; a second run overwrites nothing."""
     arguments = [
@@ -282,6 +283,7 @@ def test_one_command(tmp_path):
     assert again.returncode == 2 and "already holds a result" in again.stderr
 
 
+@pytest.mark.slow
 def test_pytest_benchmarks(tmp_path):
     """``pytest benchmarks`` times the same cases under pytest-benchmark."""
     out = tmp_path / "out.json"

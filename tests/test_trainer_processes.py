@@ -305,6 +305,7 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
             torch.testing.assert_close(tensor, theirs[key.replace("zero3", "alone")], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_compare_reuses_what_is_there(tmp_path):
     command = [
         "train",
