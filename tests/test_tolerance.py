@@ -121,7 +121,7 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("aligned", [1, 64])
 def test_spectra(spectrum, dtype, tolerance, by, aligned, monkeypatch):
-    monkeypatch.setitem(core_tolerance._ALIGNED, "cpu", aligned)
+    monkeypatch.setattr(core_tolerance, "_PLAIN", core_tolerance._PLAIN._replace(aligned=aligned))
     if by == "torch":
         monkeypatch.setattr(native, "serves_columns", lambda gradient: False)
     elif not native.serves_columns(torch.empty(1, 1, dtype=dtype)):

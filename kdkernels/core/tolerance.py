@@ -13,8 +13,8 @@ are those of one gradient g', with |g - g'| <= tolerance |g| in Frobenius' norm.
 Without the mean, dropping would break the sum over each row that a softmax's gradient has, which is 0, and the
 component that all rows of an lm_head share would enter dH. Chunks do not add up: their bounds are of disjoint rows.
 
-Which columns these are is known on the device. How many must be known here: one wait per chunk on a GPU. A multiple
-of 64 is kept, so up to 63 more than the tolerance asks for: other widths fall to slow products on a GPU.
+Which columns these are is known on the device. How many must be known here: one wait per chunk on a GPU,
+where a multiple of 64 is kept, up to 63 more than the tolerance asks for.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ from torch import Tensor
 from ..backends import native
 from .dtypes import wide
 
-#: The columns that are kept, and those of a slab, are a multiple of it: cuBLAS is slow at others.
-_ALIGNED = {"cpu": 1, "cuda": 64}
-#: Beyond this share of the columns, gathering costs more than it saves. A GPU's products are faster beside its gathers: on
-#: an H200 keeping about 0.7 of 128k columns took 12 ms more than exact products, keeping about 0.15 took 11 ms less.
-_MOST = {"cpu": 0.8, "cuda": 0.4}
 #: What may be dropped has at least this square, or squares in fp32 would have lost what they add up to.
 _LEAST = 1e-30
-#: What is gathered at a time of an lm_head, and of a gradient: on a CPU what caches hold, on a GPU what fills it.
-_SLAB_BYTES = {"cpu": 2**25, "cuda": 2**28}
+
+
+class _Limits(NamedTuple):
+    aligned: int  #: the columns that are kept, and those of a slab, are a multiple of it
+    most: float  #: beyond this share of the columns, gathering costs more than it saves
+    slab_bytes: int  #: what is gathered at a time of an lm_head, and of a gradient
+
+
+_PLAIN = _Limits(aligned=1, most=0.8, slab_bytes=2**25)
+#: cuBLAS is slow at other widths, and its products are faster beside a gather: on an H200 keeping about 0.7 of 128k columns
+#: took 12 ms more than exact products, keeping about 0.15 took 11 ms less.
+_CUDA = _Limits(aligned=64, most=0.4, slab_bytes=2**28)
+
+
+def _limits(tensor: Tensor) -> _Limits:
+    return _CUDA if tensor.is_cuda else _PLAIN
 
 
 class Kept(NamedTuple):
@@ -48,8 +57,8 @@ class Kept(NamedTuple):
 
     def parts(self, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(columns, their gradient), so many that their rows of an lm_head fit a slab."""
-        aligned, slab = _ALIGNED[self.ids.device.type], _SLAB_BYTES[self.ids.device.type]
-        step = max(slab // row_bytes // aligned, 1) * aligned
+        aligned, _, slab_bytes = _limits(self.ids)
+        step = max(slab_bytes // row_bytes // aligned, 1) * aligned
         return zip(self.ids.split(step), self.gradient.split(step, 1))
 
 
@@ -67,9 +76,9 @@ def keep(gradient: Tensor, tolerance: float) -> Kept | None:
     sums = ascending.cumsum(0)
     budget = tolerance**2 * sums[-1]
     dropped = int(((sums <= budget) & (budget >= _LEAST) & (budget < torch.inf)).sum())
-    aligned = _ALIGNED[gradient.device.type]
+    aligned, most, _ = _limits(gradient)
     kept = -(-(vocab - dropped) // aligned) * aligned
-    if kept > _MOST[gradient.device.type] * vocab:
+    if kept > most * vocab:
         return None
     ids = order[vocab - kept :].sort().values
     return Kept(ids, *_gathered(gradient, ids), vocab - kept)
@@ -88,7 +97,7 @@ def _gathered(gradient: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     if native.serves_columns(gradient):
         return kept, native.gather_columns(gradient, ids)
     rest = gradient.sum(1, dtype=dtype)
-    step = max(_SLAB_BYTES[gradient.device.type] // (ids.numel() * gradient.element_size()), 1)
+    step = max(_limits(gradient).slab_bytes // (ids.numel() * gradient.element_size()), 1)
     for before, after in zip(gradient.split(step), kept.split(step)):
         after.copy_(before.index_select(1, ids))
     return kept, rest - kept.sum(1, dtype=dtype)
