@@ -23,11 +23,15 @@ COMMANDS = {
         "kdkernels.commands.cache",
         "a teacher's top-k or samples on disk (needs kdkernels[cache])",
     ),
+    "make-student": (
+        "kdkernels.commands.make_student",
+        "a smaller model from a trained one, without some layers (needs kdkernels[trainer])",
+    ),
 }
 
 
 def main(arguments: list[str]) -> None:
-    lines = "\n".join(f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<13} {what}" for name, (_, what) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m kdkernels",
         usage="%(prog)s COMMAND [-h] ...",

@@ -44,9 +44,17 @@ EVERYTHING = ("pyproject.toml", "-", "--all-extras", *GROUPS)
 
 def locked(torch: str) -> list[str]:
     together = resolve(*EVERYTHING, "--python-version", PYTHONS[0], given=torch)
-    # One version for all Pythons: nothing is known of theirs but the files that the drop-ins stand in for.
+    # One version for all Pythons: nothing of theirs is used but files, those that the drop-ins stand in for and weights.
     alone = resolve(
-        "--group", "alone", "--no-deps", "--fork-strategy", "fewest", "--python-version", PYTHONS[0]
+        "--group",
+        "alone",
+        "--group",
+        "weights",
+        "--no-deps",
+        "--fork-strategy",
+        "fewest",
+        "--python-version",
+        PYTHONS[0],
     )
     return sorted(line for line in together + alone if not left_to_torch(line.partition("==")[0]))
 

@@ -316,7 +316,8 @@ def test_compare_reuses_what_is_there(tmp_path):
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "all"
     students = json.loads((folder / "comparison.json").read_text())["students"]
-    assert list(students) == ["plain", "soft", "hard", "co", "on_policy"]
+    assert list(students) == ["plain", "longer", "soft", "hard", "co", "on_policy"]
+    assert students["longer"]["tokens"] >= students["plain"]["tokens"]
     assert len({students[name]["tokens"] for name in ("plain", "soft", "co")}) == 1
     for row in students.values():  # a text that somebody else would write as well has a loss of ln 300
         assert 3 < row["writes"]["sampled"] < 9 and row["writes"]["greedy"] < 9
@@ -327,7 +328,7 @@ def test_compare_reuses_what_is_there(tmp_path):
         assert row in first.stdout and row in (folder / "report.md").read_text()
     before = (folder / "comparison.json").read_text()
     again = process(*command)
-    assert again.returncode == 0 and again.stdout.count("reusing") == 6
+    assert again.returncode == 0 and again.stdout.count("reusing") == 7
     assert (folder / "comparison.json").read_text() == before
     stages = plan(resolve("compare", options(folder, max_steps=2, teacher_steps=3, eval_steps=2, **WRITES)))
     held_out = [train.ingredients(stage).validation.rows for stage in stages.values()]

@@ -21,16 +21,14 @@ import transformers
 
 import kdkernels as kd
 
-from ..integrations.transformers import call_through_head, model_inputs, shifted_labels
-from . import data, models, report, train
+from . import data, judge, models, report, train
 from .command_line import resolve
-from .reliable import ReliableTrainer, read_metrics, write_whole
+from .reliable import read_metrics, write_whole
 from .settings import SCRATCH, WAYS, Settings, UserError, for_mode
-from .writing import continued
 
-#: Beginnings of held-out sequences that every student continues.
-JUDGED_PROMPTS = 64
 COMPARISON = "comparison.json"
+#: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
+JUDGED = "judged.json"
 
 
 def compare(settings: Settings) -> None:
@@ -43,7 +41,11 @@ def compare(settings: Settings) -> None:
     models.check_models(settings.model, settings.data.max_length)
     start = time.perf_counter()
     stages = plan(settings)
-    reused = [run_stage(i, len(stages), name, stage) for i, (name, stage) in enumerate(stages.items(), 1)]
+    count = len(stages) + ("longer" in settings.compare.ways)
+    reused = [run_stage(i, count, name, stage) for i, (name, stage) in enumerate(stages.items(), 1)]
+    if "longer" in settings.compare.ways:
+        stages["longer"] = longer(stages)
+        reused.append(run_stage(count, count, "longer", stages["longer"]))
     folder = settings.output_dir
     if all(reused) and (folder / COMPARISON).exists():
         comparison = json.loads((folder / COMPARISON).read_text())
@@ -57,7 +59,7 @@ def compare(settings: Settings) -> None:
     report.draw(folder / report.PICTURE, curves, comparison)
     write_whole(folder / "report.md", report.text(comparison))
     print(
-        f"\n{report.table(comparison)}\n\n{report.verdict(comparison)}\n\n"
+        f"\n{report.table(comparison)}\n\n{' '.join(report.sentences(comparison))}\n\n"
         f"Report, picture, metrics and models are in {folder}/"
     )
 
@@ -100,7 +102,7 @@ def plan(settings: Settings) -> dict[str, Settings]:
         "co": lambda: stage("co", "co", hard_weight=1.0),
         "on_policy": lambda: stage("on_policy", "on_policy", teacher=teacher, divergence=own),
     }
-    return stages | {way: students[way]() for way in WAYS if way in settings.compare.ways}
+    return stages | {way: students[way]() for way in WAYS if way in settings.compare.ways and way in students}
 
 
 def tokenizer(settings: Settings) -> str:
@@ -154,31 +156,39 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
 # -- what came of it --------------------------------------------------------------------------------
 
 
+def longer(stages: dict[str, Settings]) -> Settings:
+    """The student without a teacher once more, with as many steps as take the time that soft distillation takes."""
+    plain, soft = stages["plain"], stages["soft"]
+    share = report.training_seconds(speed(soft)) / report.training_seconds(speed(plain))
+    folder = plain.output_dir.with_name("longer")
+    own = {"output_dir": str(folder), "resume": (folder / train.CONFIG).exists()}
+    return resolve(
+        plain.mode,
+        {**plain.asked, **own, "max_steps": max(round(plain.run.max_steps * share), plain.run.max_steps)},
+    )
+
+
 def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     """Every student against the same teacher on the same held-out text."""
     reference = stages["soft"]
     given = train.ingredients(reference)
     teacher = given.teacher()
+    students = {way: stages[way] for way in WAYS if way in settings.compare.ways}
+    folders = {way: model_folder(stage) for way, stage in students.items()}
+    places = {way: stage.output_dir for way, stage in students.items()}
     rows = {}
-    for name in settings.compare.ways:
-        result = json.loads((stages[name].output_dir / train.RESULT).read_text())
-        metrics = evaluated(given, teacher, model_folder(stages[name]))
-        speed = [
-            line["tokens_per_second"]
-            for line in read_metrics(stages[name].output_dir / train.METRICS)
-            if "tokens_per_second" in line
-        ]
-        rows[name] = {
-            "validation_loss": metrics["eval_hard"],
-            "kl_to_teacher": metrics["eval_kl"],
-            "agreement": metrics["eval_agreement"],
-            "tokens": result["tokens"],
-            "seconds": result["seconds"],
-            "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else None,
-            "peak_memory_bytes": result["peak_memory_bytes"],
-            "writes": judged(given, teacher, model_folder(stages[name])),
-        }
-    own = evaluated(given, teacher, str(reference.model.teacher))
+    for name in ("teacher", *students):
+        path = places.get(name, settings.output_dir / "teacher") / JUDGED
+        if not path.exists():
+            print(
+                f"judging {name}: loss, KL and calibration on held-out text, and what it writes", flush=True
+            )
+            path.parent.mkdir(exist_ok=True)
+            folder = folders.get(name, str(reference.model.teacher))
+            row = judge.judged(given, teacher, folder, settings.compare.judged_prompts)
+            write_whole(path, json.dumps(row, indent=1))
+        rows[name] = json.loads(path.read_text())
+    teacher_row = {**rows.pop("teacher"), "parameters": models.parameters(teacher)}
     others = {}
     if "co" in stages:
         co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
@@ -187,56 +197,26 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
         "environment": environment(settings),
         "settings": settings.to_dict(),
         "validation_tokens": sum(len(ids) - 1 for ids, _ in given.validation.rows),
-        "teacher": {"validation_loss": own["eval_hard"], "parameters": models.parameters(teacher)},
+        "teacher": teacher_row,
         **others,
         "student_parameters": models.parameters(given.student()),
-        "students": rows,
+        "students": {name: {**speed(stage), **rows[name]} for name, stage in students.items()},
+    }
+
+
+def speed(settings: Settings) -> dict[str, Any]:
+    """What a stage cost. The tokens per second are without evaluations and checkpoints, ``seconds`` is with them."""
+    result = json.loads((settings.output_dir / train.RESULT).read_text())
+    lines = read_metrics(settings.output_dir / train.METRICS)
+    rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
+    return {
+        **{name: result[name] for name in ("tokens", "seconds", "writing_seconds", "peak_memory_bytes")},
+        "tokens_per_second": rates[len(rates) // 2] if rates else result["tokens"] / result["seconds"],
     }
 
 
 def model_folder(settings: Settings) -> str:
     return str(settings.output_dir / "model" / ("student" if settings.mode == "co" else ""))
-
-
-def evaluated(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, float]:
-    arguments = resolve("soft", {**given.settings.asked, "report_to": ["none"], "disable_tqdm": True}).run
-    trainer = ReliableTrainer(
-        models.load_trained(folder, given.tokenizer, given.settings),
-        arguments,
-        teacher=teacher,
-        eval_dataset=given.validation,
-        data_collator=data.Collator(given.tokenizer.pad_token_id),
-        **given.cut(),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer.evaluate()
-
-
-def judged(given: train.Ingredients, teacher: Any, folder: str) -> dict[str, float]:
-    """What a student writes after held-out beginnings, greedily and sampled: the teacher's own loss on it in nats per
-    token, and how often the greedy token is the teacher's first choice."""
-    settings, collate = given.settings, data.Collator(given.tokenizer.pad_token_id)
-    start, device = settings.generation.prompt_tokens, settings.run.device
-    prompts = [ids[:start] for ids, _ in given.validation.rows[:JUDGED_PROMPTS] if len(ids) > start]
-    student, teacher = models.load_trained(folder, given.tokenizer, settings).to(device), teacher.to(device)
-    said: dict[str, float] = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)) if prompts else ():
-        torch.manual_seed(settings.run.seed)
-        room = settings.data.max_length - start
-        rows = continued(student, prompts, given.tokenizer, new_tokens=room, temperature=temperature)
-        batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in rows])
-        batch = {key: tensor.to(device) for key, tensor in batch.items()}
-        labels = shifted_labels(batch)
-
-        def judge(head: kd.LinearHead, labels: Any = labels) -> tuple[Any, Any]:
-            loss = kd.cross_entropy(head, labels, vocab_size=len(given.tokenizer))
-            return loss, kd.top_k_target(head, 1, vocab_size=len(given.tokenizer)).ids[..., 0] == labels
-
-        with torch.no_grad():
-            loss, same = call_through_head(teacher, model_inputs(batch), judge)
-        said[name] = loss.item()
-        said[f"{name}_agreement"] = (same.sum() / (labels >= 0).sum()).item()
-    return said
 
 
 def environment(settings: Settings) -> dict[str, Any]:

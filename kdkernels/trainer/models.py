@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .settings import SCRATCH, ModelSettings, Settings, UserError, one_line
+from .weights import PACKAGED, plain, source
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -113,7 +114,7 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
                 pad_token_id=tokenizer.pad_token_id,
             )
         ).to(getattr(torch, dtype))
-    model = _pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype))
+    model = plain(_pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype)))
     weight = model.get_output_embeddings().weight
     vocabulary = getattr(weight, "ds_shape", weight.shape)[
         0
@@ -159,14 +160,15 @@ def add_lora(model: Any, settings: ModelSettings, seed: int) -> Any:
 
 
 def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
+    where, file = source(name)
     try:
         with one_line(f"cannot load {what} {name}"):
-            return cls.from_pretrained(name, **options)
+            return cls.from_pretrained(where, **file, **options)
     except UserError as problem:
-        if not Path(name).exists():
+        if not Path(where).exists():
             raise UserError(
                 f"no {what} {name}: not a folder here, and not found under this name "
-                f"(scratch models are {', '.join(SCRATCH)})"
+                f"(scratch models are {', '.join(SCRATCH)}; packaged ones {', '.join(PACKAGED)})"
             ) from problem
         raise
 

@@ -23,6 +23,7 @@ _RANGES: dict[str, _Range] = {
             "prompts",
             "prompt_tokens",
             "generation_batch_size",
+            "judged_prompts",
         ),
         _COUNT,
     ),

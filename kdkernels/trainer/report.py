@@ -7,81 +7,159 @@ from pathlib import Path
 from typing import Any
 
 #: Stage of ``compare`` -> what the student is called.
-STUDENTS = {"plain": "no teacher", "soft": "soft", "hard": "hard", "co": "co", "on_policy": "on-policy"}
+STUDENTS = {
+    "plain": "no teacher",
+    "longer": "no teacher, soft's time",
+    "soft": "soft",
+    "hard": "hard",
+    "co": "co",
+    "on_policy": "on-policy",
+}
 PICTURE = "curves.png"
+Row = dict[str, Any]
 
-
-#: Title -> a cell of a student's row. What the student writes is judged by the teacher's own loss on it.
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+#: Title -> a cell of a model's row. What a model writes is judged by the teacher's own loss on it.
+COLUMNS: dict[str, Callable[[Row], str]] = {
     "validation loss": lambda row: f"{row['validation_loss']:.3f}",
     "KL to teacher": lambda row: f"{row['kl_to_teacher']:.3f}",
     "top-1 agreement": lambda row: f"{row['agreement']:.1%}",
-    "teacher's loss on what it writes (greedy)": lambda row: _written(row, "sampled", "greedy"),
+    "entropy": lambda row: f"{row['entropy']:.3f}",
+    "calibration error": lambda row: f"{row['calibration_error']:.3f}",
+    "teacher's loss on what it writes (greedy)": lambda row: _written(row["writes"]),
     "tokens": lambda row: f"{row['tokens']:,}",
-    "tokens/s": lambda row: "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+    "time": lambda row: f"{row['writing_seconds'] + training_seconds(row):,.0f} s",
     "peak memory": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
 }
 
 
-def _written(row: dict[str, Any], sampled: str, greedy: str) -> str:
-    said = row.get("writes")
-    return f"{said[sampled]:.3f} ({said[greedy]:.3f})" if said else ""
+def training_seconds(row: Row) -> float:
+    """Of training alone: without evaluations and checkpoints, and without what the teacher wrote."""
+    return row["tokens"] / row["tokens_per_second"]
 
 
-def table(comparison: dict[str, Any]) -> str:
-    rows = comparison["students"]
-    columns = {title: cell for title, cell in COLUMNS.items() if any(cell(row) for row in rows.values())}
+def _written(said: dict[str, float]) -> str:
+    return f"{said['sampled']:.3f} ({said['greedy']:.3f})" if said else ""
+
+
+def table(comparison: Row) -> str:
+    """The teacher and every student; no cell where nothing was measured."""
+    students = {STUDENTS[name]: row for name, row in comparison["students"].items()}
+    columns = {
+        title: cell for title, cell in COLUMNS.items() if any(_cell(cell, row) for row in students.values())
+    }
     lines = [f"| student | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {STUDENTS[name]} | {' | '.join(cell(row) for cell in columns.values())} |")
+    for name, row in {"*the teacher*": comparison["teacher"], **students}.items():
+        lines.append(f"| {name} | {' | '.join(_cell(cell, row) for cell in columns.values())} |")
     return "\n".join(lines)
 
 
-def verdict(comparison: dict[str, Any]) -> str:
-    """One sentence: whether soft distillation beat the student without a teacher."""
+def _cell(cell: Callable[[Row], str], row: Row) -> str:
+    try:
+        return cell(row)
+    except KeyError:  # the teacher has no budget of its own; a way may not have been measured in all respects
+        return ""
+
+
+# -- what it says ------------------------------------------------------------------------------------
+
+
+def sentences(comparison: Row) -> list[str]:
+    """What was done, what it shows and what it does not."""
     students = comparison["students"]
-    plain, soft = students["plain"]["validation_loss"], students["soft"]["validation_loss"]
-    outcome = "beats" if soft < plain else "does not beat"
+    each = [done(comparison), soft_sentence(comparison), carried(comparison)]
+    if all(row["writes"] for row in students.values()):
+        each.append(written(students))
+    if "co" in students:
+        each.append(along(comparison))
+    return [*each, "It is one seed, one pair of models and one text: measure yours before you choose."]
+
+
+def done(comparison: Row) -> str:
+    settings, students = comparison["settings"], comparison["students"]
+    tokens = f"{students['plain']['tokens']:,}"
     return (
-        f"Soft distillation {outcome} the student without a teacher: validation loss {soft:.3f} against {plain:.3f} "
-        f"(the teacher: {comparison['teacher']['validation_loss']:.3f})."
+        f"Students of {comparison['student_parameters'] / 1e6:.2f} M parameters, alike in everything but the loss, were "
+        f"trained on {tokens} tokens each and measured on {comparison['validation_tokens']:,} others beside a teacher of "
+        f"{comparison['teacher']['parameters'] / 1e6:.2f} M parameters ({', '.join(settings['data'])}, sequences of "
+        f"{settings['max_length']} tokens)."
     )
 
 
-def text(comparison: dict[str, Any]) -> str:
-    where, settings, teacher = comparison["environment"], comparison["settings"], comparison["teacher"]
-    co = comparison.get("co_teacher")
-    along = (
-        f"In co-distillation the teacher that was trained along came to {co['validation_loss']:.3f}. "
-        if co
-        else ""
+def soft_sentence(comparison: Row) -> str:
+    """Whether soft distillation beat the student without a teacher, at equal tokens and in equal time."""
+    students, teacher = comparison["students"], comparison["teacher"]
+    plain, soft = students["plain"], students["soft"]
+    text = (
+        f"Soft distillation {_outcome(soft, plain)} the student without a teacher at equal tokens: validation loss "
+        f"{soft['validation_loss']:.3f} against {plain['validation_loss']:.3f} (the teacher: "
+        f"{teacher['validation_loss']:.3f}), in {training_seconds(soft) / training_seconds(plain):.1f} times the time."
     )
+    if "longer" not in students:
+        return text
+    longer = students["longer"]
+    return (
+        f"{text} It {_outcome(soft, longer)} the one without a teacher that trains for that time, on "
+        f"{longer['tokens']:,} tokens: {longer['validation_loss']:.3f}."
+    )
+
+
+def carried(comparison: Row) -> str:
+    plain, soft = comparison["students"]["plain"], comparison["students"]["soft"]
+    return (
+        f"The teacher's distribution carries what text does not: the soft student's KL to the teacher is {soft['kl_to_teacher']:.3f} "
+        f"against {plain['kl_to_teacher']:.3f}, its first choice is the teacher's in {soft['agreement']:.0%} against "
+        f"{plain['agreement']:.0%}, its entropy {soft['entropy']:.2f} against {plain['entropy']:.2f} (the teacher's "
+        f"{comparison['teacher']['entropy']:.2f}), its calibration error {soft['calibration_error']:.3f} against "
+        f"{plain['calibration_error']:.3f}."
+    )
+
+
+def written(students: Row) -> str:
+    ranked = sorted(students, key=lambda name: students[name]["writes"]["sampled"])
+    said = [f"{STUDENTS[name]} {students[name]['writes']['sampled']:.3f}" for name in ranked]
+    return f"Of what they write, sampled after held-out beginnings, the teacher itself would lose, in nats per token: {', '.join(said)}."
+
+
+def along(comparison: Row) -> str:
+    """Where co-distillation helped and where not."""
+    students = comparison["students"]
+    plain, co = students["plain"], students["co"]
+    return (
+        f"Co-distillation {_outcome(co, plain)} the student without a teacher: {co['validation_loss']:.3f} against "
+        f"{plain['validation_loss']:.3f}, in {training_seconds(co) / training_seconds(plain):.1f} times the time; "
+        f"the teacher that was trained along came to {comparison['co_teacher']['validation_loss']:.3f}."
+    )
+
+
+def _outcome(one: Row, other: Row) -> str:
+    return "beats" if one["validation_loss"] < other["validation_loss"] else "does not beat"
+
+
+def text(comparison: Row) -> str:
+    settings, where = comparison["settings"], comparison["environment"]
     notes = f"""
-{along}Loss and KL are
-nats per token on {comparison["validation_tokens"]:,} held-out tokens; KL(teacher || student) at temperature 1 and
-agreement are against the same teacher for all.
+Loss, entropy and KL(teacher || student) are nats per token at temperature 1; the calibration error is of the first
+choice's probability. All are against the same teacher. Time is that of training, with what the teacher wrote and
+without evaluations.
 
-* Student: {settings["student"]}, {comparison["student_parameters"] / 1e6:.2f} M parameters.
-* Teacher: {settings["teacher"]}, {teacher["parameters"] / 1e6:.2f} M parameters.
-* Data: {", ".join(settings["data"])}; sequences of {settings["max_length"]} tokens.
+* Student: {settings["student"]}. Teacher: {settings["teacher"]}.
 * Soft: {settings["divergence"]} at temperature {settings["temperature"]:g}, {settings["soft_weight"]:g} x soft + {settings["hard_weight"]:g} x hard.
 * Hard: {settings["prompts"]:,} completions by the teacher, repeated to the budget.
-* Co: soft weight {settings["soft_schedule"]} from {settings["soft_weight_start"]:g} to {settings["soft_weight"]:g}.
+* Co: soft weight {settings["soft_schedule"]} from {settings["soft_weight_start"]:g} to {settings["soft_weight"]:g}, 1 x hard; the teacher learns at {settings["teacher_learning_rate"]:g}.
 """
     return "\n".join(
         [
             "# Soft, hard and co-distillation at one token budget\n",
+            *(f"{sentence}\n" for sentence in sentences(comparison)),
             table(comparison),
-            "",
-            verdict(comparison),
             notes,
-            f"![validation loss]({PICTURE})\n",
+            f"![validation loss over tokens and over time, and what the students write]({PICTURE})\n",
             f"Measured on {machine(comparison)}, transformers {where['transformers']}, Python {where['python']}.\n",
         ]
     )
 
 
-def machine(comparison: dict[str, Any]) -> str:
+def machine(comparison: Row) -> str:
     where, seconds = comparison["environment"], comparison["seconds"]
     whole = (
         "" if seconds is None else f", {seconds:.0f} s in all after the setup"
@@ -89,25 +167,40 @@ def machine(comparison: dict[str, Any]) -> str:
     return f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['date']}{whole}"
 
 
-def draw(path: Path, curves: dict[str, list[dict[str, Any]]], comparison: dict[str, Any]) -> None:
-    """Validation loss over tokens, from every student's metrics."""
+# -- the picture -------------------------------------------------------------------------------------
+
+
+def draw(path: Path, curves: dict[str, list[Row]], comparison: Row) -> None:
+    """Validation loss over tokens and over time, from every student's metrics; bars of what the students write."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in comparison["students"]:
+    students, teacher = comparison["students"], comparison["teacher"]
+    figure, (tokens, seconds, bars) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    colors = {name: f"C{index}" for index, name in enumerate(students)}
+    for name, row in students.items():
         lines = [line for line in curves[name] if "eval_hard" in line]
-        axes.plot(
-            [line["num_input_tokens_seen"] for line in lines],
-            [line["eval_hard"] for line in lines],
-            marker="o",
-            markersize=3,
-            label=STUDENTS[name],
+        seen = [line["num_input_tokens_seen"] for line in lines]
+        losses = [line["eval_hard"] for line in lines]
+        style = {"marker": "o", "markersize": 3, "color": colors[name], "label": STUDENTS[name]}
+        tokens.plot(seen, losses, **style)
+        rate, begin = row["tokens_per_second"], row["writing_seconds"]
+        seconds.plot([begin + count / rate for count in seen], losses, **style)
+    for axes in (tokens, seconds):
+        axes.axhline(teacher["validation_loss"], color="gray", linestyle="--", label="the teacher")
+    tokens.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")
+    seconds.set(xlabel="seconds of training")
+    tokens.legend()
+    for name, row in students.items() if all(row["writes"] for row in students.values()) else ():
+        bars.barh(STUDENTS[name], row["writes"]["sampled"], color=colors[name])
+    if teacher.get("writes"):
+        bars.axvline(
+            teacher["writes"]["sampled"], color="gray", linestyle="--", label="the teacher's own text"
         )
-    axes.axhline(comparison["teacher"]["validation_loss"], color="gray", linestyle="--", label="the teacher")
-    axes.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")
-    axes.legend()
+        bars.legend()
+    bars.invert_yaxis()
+    bars.set(xlabel="the teacher's loss on what they write (nats per token)")
     figure.savefig(path, dpi=120)
     plt.close(figure)

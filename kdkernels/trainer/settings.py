@@ -31,7 +31,7 @@ DIVERGENCES = {
     "mixed": kd.Mixed,
 }
 #: The students of compare.
-WAYS = ("plain", "soft", "hard", "co", "on_policy")
+WAYS = ("plain", "longer", "soft", "hard", "co", "on_policy")
 #: Llama-style models made from scratch: hidden_size, intermediate_size, layers, heads.
 SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
 
@@ -66,7 +66,8 @@ def option(default: Any, text: str) -> Any:
 @dataclass
 class ModelSettings:
     student: str = option(
-        "tiny", f"a transformers causal LM (folder or name), or {', '.join(SCRATCH)}: from scratch"
+        "tiny",
+        f"a transformers causal LM (folder, name, .gguf file, smollm2), or {', '.join(SCRATCH)}: from scratch",
     )
     teacher: str | None = option(
         None, "the same for the teacher; hard needs none if --data holds its completions"
@@ -141,6 +142,9 @@ class OnPolicySettings:
 @dataclass
 class CompareSettings:
     ways: list[str] = option(list(WAYS), f"the students that are compared: {', '.join(WAYS)}")
+    judged_prompts: int = option(
+        64, "held-out beginnings that every student continues, to judge what it writes"
+    )
 
 
 @dataclass
@@ -255,7 +259,7 @@ _MODES_OF: dict[str, tuple[str, ...]] = {
     **{each.name: ("hard", "compare") for each in dataclasses.fields(GenerationSettings)},
     **dict.fromkeys(("prompt_tokens", "sampling_temperature"), ("hard", "on_policy", "compare")),
     **{each.name: ("on_policy", "compare") for each in dataclasses.fields(OnPolicySettings)},
-    "ways": ("compare",),
+    **{each.name: ("compare",) for each in dataclasses.fields(CompareSettings)},
     "teacher_steps": ("compare",),
 }
 

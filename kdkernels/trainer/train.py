@@ -103,6 +103,7 @@ def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
 
 def hard(given: Ingredients) -> ReliableTrainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
+    start = time.perf_counter()
     if given.settings.model.teacher is not None:
         if is_deepspeed_zero3_enabled():
             raise UserError(
@@ -116,7 +117,8 @@ def hard(given: Ingredients) -> ReliableTrainer:
         written = data.read(data.DataSettings(data=[str(path)]))
         given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
         say(f"the teacher's completions: {summary.size(given.train)}")
-    return ReliableTrainer(
+    written_at = time.perf_counter()
+    trainer = ReliableTrainer(
         given.student(),
         given.settings.run,
         teacher=None,
@@ -125,6 +127,8 @@ def hard(given: Ingredients) -> ReliableTrainer:
         **given.cut(),
         **given.trainer_options(),
     )
+    trainer.writing_seconds = written_at - start
+    return trainer
 
 
 def co(given: Ingredients) -> ReliableTrainer:
@@ -194,6 +198,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "tokens": trainer.state.num_input_tokens_seen,
+        "writing_seconds": trainer.writing_seconds,
         "peak_memory_bytes": peak_memory(),
     }
     if trainer.eval_dataset:
