@@ -23,11 +23,11 @@ pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C+
 LAYOUTS = "widths or adversarial or leading or equal_models or bits or begin_anywhere"
 SUITES = {
     "small": (
-        "tests/test_conformance.py",
+        "tests/test_conformance.py tests/test_log_probs.py",
         "native and not float64 and not float16 and not head-logits and not logits-head",
     ),
-    "large": ("tests/test_sparse.py", "native and not float64 and not float16"),
-    "tiny": ("tests/test_conformance.py", f"native and ({LAYOUTS})"),
+    "large": ("tests/test_sparse.py tests/test_entropy.py", "native and not float64 and not float16"),
+    "tiny": ("tests/test_conformance.py tests/test_log_probs.py", f"native and ({LAYOUTS})"),
     "no clusters": ("tests/test_conformance.py", f"native and ({LAYOUTS} or codistillation)"),
 }
 
@@ -59,7 +59,7 @@ class Running:
         return self.process.wait(), self.output.read_text()
 
 
-def suite(chip, file, which, library):
+def suite(chip, files, which, library):
     return [
         sys.executable,
         "-m",
@@ -68,7 +68,7 @@ def suite(chip, file, which, library):
         "-x",
         "-p",
         "no:cacheprovider",
-        file,
+        *files.split(),
         "-k",
         which,
         "--chip",

@@ -40,10 +40,30 @@ KD_DEVICE Pull pull(double weight, double onehot, double lse_t1) {
   return {(float)weight, near, (float)((near - lse_t1) * kLog2eExact), (float)onehot};
 }
 
+// The entropy's gradient: q_j (mean_shift - shift_j) / T times the weight, from which the normaliser cancels
+// (row_state.h).
+struct EntropyPull {
+  float factor = 0, reference = 0, log2_sum_exp = 0;
+  float mean = 0, slope = 0;  // per unit of a logit; 0: the weight is 0, or no entropy is asked for
+
+  KD_DEVICE float operator()(float logit) const {
+    const float d = logit - reference, q = fast_exp2(d * factor - log2_sum_exp);
+    return q == 0 ? 0.0f : q * (mean - d * slope);  // d may be -inf
+  }
+};
+
+KD_DEVICE EntropyPull entropy_pull(double weight, const Softmax& row, double temperature) {
+  if (weight == 0) return {};
+  const double share = weight / temperature;
+  return {log2e_over(temperature), (float)row.reference, (float)(row.log_sum_exp * kLog2eExact),
+          (float)(share * row.mean_shift), (float)(share / temperature)};
+}
+
 struct Coefficients {
   Normal normal;
   float rest;  // of a sparse target's rest, times its softmax
   Pull hard, teacher_label;
+  EntropyPull entropy;
   float spread;  // of label smoothing, the same in all columns
   double soft_weight;
   bool live;  // whether a weight is not 0

@@ -38,6 +38,7 @@ KD_DEVICE float highest(const float (&v)[kVector]) {
 }
 
 // Moves a side's sums to the maximum of it and a tile, `columns[i]` the tile's vectors' first ones.
+// kStats: with what statistics and entropies are made of, sum_exp_shift and the top's column.
 template <bool kStats, int kTile>
 KD_DEVICE LaneRise raise(LaneSide& side, const float (&z)[kTile][kVector], const int (&columns)[kTile],
                          float factor, bool t1) {
@@ -248,7 +249,7 @@ KD_DEVICE void fold(Row& row, const StoredIds& ids) {
       if (flags.smooth) add_logits(r.sum_logits, s[i], base, {row.lead - columns[i], end - columns[i]});
       if constexpr (!Row::kTeacher) leave_out(ids, start + i * kStep, s[i]);
     }
-    if (flags.stats)
+    if (flags.shifts)
       fold_tile<Row::kKind, true>(r, s, t, columns, factor, flags);
     else
       fold_tile<Row::kKind, false>(r, s, t, columns, factor, flags);

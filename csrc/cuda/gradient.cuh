@@ -78,6 +78,12 @@ KD_DEVICE void student_gradient(const Row& row, const Coefficients& c, const For
     for (int k = 0; k < kVector; ++k) g[k] += Row::Types::kLean ? c.hard(s[k]) : c.hard(s[k]) - c.spread;
     subtract_at_label(c.hard.onehot, row.label() - start - row.lane * kVector, g);
   }
+  if constexpr (!Row::Types::kLean) {
+    if (c.entropy.slope != 0) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) g[k] += c.entropy(s[k]);
+    }
+  }
 }
 
 template <class Divergence, class Row>

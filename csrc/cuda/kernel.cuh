@@ -52,6 +52,11 @@ KD_DEVICE void share_coefficients(Row& row) {
         coefficients(r, logs, Row::kKind, row.temperature(),
                      Row::Types::kLean ? row.early_weights : row.weights(), lse_t1, rest, job.vocab);
     if (row.lane == 0) row.shared.coefficients = c;
+    if (!Row::Types::kLean && row.lane == 0) {
+      Softmax softmax = {r.student.reference, logs.sum_exp_s, r.student.sum_exp_shift / r.student.sum_exp};
+      if (sparse.softmax != nullptr) softmax = sparse.softmax[row.row];
+      row.shared.coefficients.entropy = entropy_pull(row.weights().entropy, softmax, row.temperature());
+    }
   }
   sync_block();
 }

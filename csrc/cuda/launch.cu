@@ -33,13 +33,14 @@ PassFlags flags_of(const Spec& spec) {
   flags.hard = spec.asks_hard();
   flags.hard_t1 = flags.hard && spec.tempered;
   flags.teacher_t1 = flags.teacher_label && spec.tempered;
+  flags.shifts = spec.sums_shifts();
   flags.stats = spec.stats;
   return flags;
 }
 
 // The common case (row_io.cuh).
 bool is_lean(const Job& job, const PassFlags& flags) {
-  return !(flags.stats || flags.smooth || flags.hard_t1 || flags.teacher_label) && !is_mapped(job.spec) &&
+  return !(flags.shifts || flags.smooth || flags.hard_t1 || flags.teacher_label) && !is_mapped(job.spec) &&
          job.teacher_grad.data == nullptr && job.sparse.ids == nullptr;
 }
 

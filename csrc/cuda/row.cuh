@@ -13,6 +13,7 @@ struct PassFlags {
   bool hard = false;        // one of the student's outputs at temperature 1
   bool hard_t1 = false;     // hard, and a temperature differs from 1: sum_exp_t1 is summed too
   bool teacher_t1 = false;  // the same for teacher_label
+  bool shifts = false;      // the state has sum_exp_shift, which entropies are made of
   bool stats = false;
 };
 
@@ -101,7 +102,8 @@ struct Row {
   KD_DEVICE PassFlags flags() const {
     PassFlags found = plan.flags;
     if (Types::kLean)
-      found.smooth = found.teacher_label = found.hard_t1 = found.teacher_t1 = found.stats = false;
+      found.smooth = found.teacher_label = found.hard_t1 = found.teacher_t1 = found.shifts = found.stats =
+          false;
     return found;
   }
   KD_DEVICE RowState* memory_state() const { return (RowState*)(job.state + (int64_t)row * kStateColumns); }

@@ -15,7 +15,7 @@ namespace kd {
 constexpr int kVector = 8;
 constexpr int kStep = kWarp * kVector;  // columns that a warp takes at once
 
-// What a kernel knows of its call when it is compiled. kLean, the common case: no statistics, label
+// What a kernel knows of its call when it is compiled. kLean, the common case: no statistics, entropy, label
 // smoothing, second temperature, sparse target or gradient for the teacher, and no logit is mapped.
 struct PlainBFloat16 {  // all tensors are bf16
   static constexpr bool kLean = true;

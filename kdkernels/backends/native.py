@@ -67,8 +67,6 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
         return f"it serves cpu and cuda tensors, not {device.type}"
     if device.type == "cuda" and (problem := _cuda_problem(device)):
         return problem
-    if device.type == "cuda" and spec.asked & Asked.ENTROPY:
-        return "its CUDA kernels have no gradient of an entropy yet"
     odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
     return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
 

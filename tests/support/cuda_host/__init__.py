@@ -62,6 +62,16 @@ MUTATIONS = {
         "store<Types>(grad, columns[i], count, g);",
         "store<Types>(grad, columns[i], count, t[i]);",
     ),
+    "the entropy has no gradient": (
+        "gradient.cuh",
+        "for (int k = 0; k < kVector; ++k) g[k] += c.entropy(s[k]);",
+        "",
+    ),
+    "nor is its sum moved to a new maximum": (
+        "fold.cuh",
+        "if (kStats) side.sum_exp_shift = moved(side.sum_exp_shift, side.sum_exp, decay, -up);",
+        "",
+    ),
     "the label is not subtracted": ("gradient.cuh", "if (k == label) g[k] -= onehot;", ""),
     "the lanes' maxima are not shared": (
         "fold.cuh",
