@@ -9,6 +9,7 @@ trainer                               what is replaced
 ``ServerDistillationTrainer``         ``compute_loss`` (in ``experimental.server_distillation``)
 ``experimental.sdft``, ``.sdpo``      ``compute_topk_`` and ``compute_full_logit_self_distillation_loss``
 ``experimental.async_distillation``   ``_chunked_jsd_loss``
+``experimental.iw_opd``               ``compute_loss`` and ``_compute_iw_opd_loss``
 all with log-probabilities or         ``selective_log_softmax``, ``entropy_from_logits``,
 entropies                             ``selective_log_softmax_and_entropy``, ``_ChunkedLogProbFunction``
 ====================================  =====================================================
@@ -28,6 +29,7 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
   goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
 * an lm_head that FSDP2 shards as a unit of its own gets the mean of the ranks' gradients; with TRL a rank
   keeps its slice of the gradient of its own data;
+* IW-OPD's own objective alone is replaced; with ``distillation_objective="jsd"`` that trainer's losses are TRL's;
 * vocabularies that differ, beta outside [0, 1] and ``num_items_in_batch=0`` are a ValueError.
 
 TRL took ``MiniLLMTrainer`` out before 1.16; :func:`minillm_single_step_loss` has its loss's signature
@@ -341,6 +343,89 @@ def async_chunked_jsd_loss(
     return each.sum(), each.detach().sum(), of.entropy.detach().sum(), told.sum(), per_teacher
 
 
+def iw_opd_compute_loss(
+    self: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Any:
+    """``IWOPDTrainer.compute_loss``: of both models it needs the completion's log-probabilities, where TRL takes a
+    log-softmax of each, and with a server one that nobody reads."""
+    if self.distillation_objective != "iw_opd":
+        return _theirs(_IW_OPD)(self, model, inputs, return_outputs, num_items_in_batch)
+    self._raise_if_local_teacher_tokenizer_mismatch()
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    start = self._compute_prompt_length(inputs)
+    labels, tokens = inputs["labels"][:, start:], inputs["input_ids"][:, start:]
+    if self.use_teacher_server:
+        told = self._get_teacher_token_logprobs_from_server(inputs, start)["actual_logprobs"]
+        missing = int((labels[:, told.shape[1] :] != IGNORED).sum())
+        if missing:
+            raise ValueError(
+                f"the teacher server gave no logprobs for the last {missing} completion tokens, and IW-OPD needs all"
+            )
+    else:
+        teacher = self._get_teacher_logits(inputs)[:, start - 1 : -1]
+        told = token_log_probs(teacher, tokens, temperature=self.temperature).log_probs
+    given, count = inputs.get("rollout_logprobs"), told.shape[1]
+    loss = self._compute_iw_opd_loss(
+        student_logits=outputs.logits[:, start - 1 : -1][:, :count],
+        completion_tokens=tokens[:, :count],
+        labels=labels[:, :count],
+        teacher_actual_logprobs=told,
+        rollout_logprobs=None if given is None else given[:, start:][:, :count],
+        num_items_in_batch=num_items_in_batch,
+    )
+    return (loss, outputs) if return_outputs else loss
+
+
+def iw_opd_loss(
+    self: Any,
+    student_logits: Tensor,
+    completion_tokens: Tensor,
+    labels: Tensor,
+    teacher_actual_logprobs: Tensor,
+    rollout_logprobs: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """``IWOPDTrainer._compute_iw_opd_loss`` (arXiv 2606.22600): -log q of each token ``[B, T]`` times its advantage
+    log p - log q_old, weighed by 1 + gamma where none of the sequence's advantages lie before it, and by 1 where all do.
+    """
+    live = labels != IGNORED
+    missing = int((live & ~teacher_actual_logprobs.isfinite()).sum())
+    if missing:
+        raise ValueError(
+            f"IW-OPD needs the teacher's log-probabilities of {missing} more of {int(live.sum())} tokens"
+        )
+    of = token_log_probs(student_logits, completion_tokens.where(live, IGNORED), temperature=self.temperature)
+    drew = of.log_probs.detach() if rollout_logprobs is None else rollout_logprobs
+    advantage = (teacher_actual_logprobs.detach() - drew).where(live, 0.0)
+    size = advantage.abs()
+    share_before = (size.cumsum(1) - size) / size.sum(1, keepdim=True).clamp_min(self.iw_opd_epsilon)
+    weight = 1 + self.iw_opd_gamma * (1 - share_before)
+    loss = -(of.log_probs * weight * advantage).sum()
+    if live.any():
+        _log_iw_opd(self, *((each[live]) for each in (weight * advantage, size, weight)))
+    return loss / (
+        live.sum().clamp_min(1) if num_items_in_batch is None else _items(num_items_in_batch, loss)
+    )
+
+
+def _log_iw_opd(trainer: Any, advantage: Tensor, size: Tensor, weight: Tensor) -> None:
+    """TRL's own metrics, for which the CPU waits once."""
+    told = {
+        "mean_advantage": advantage.mean(),
+        "mean_abs_advantage": size.mean(),
+        "mean_weight": weight.mean(),
+        "min_weight": weight.min(),
+        "max_weight": weight.max(),
+    }
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, value in zip(told, torch.stack(list(told.values())).tolist()):
+        metrics[f"iw_opd/{name}"].append(value)
+
+
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -439,6 +524,9 @@ def _terms(log_q: Tensor, log_p: Tensor, beta: float, labels: Tensor | None) -> 
     return terms if labels is None else terms[labels != IGNORED]
 
 
+_IW_OPD = Target(
+    "trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer", "compute_loss", iw_opd_compute_loss
+)
 _TARGETS = (
     Target("trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss),
     Target(
@@ -465,6 +553,8 @@ _TARGETS = (
     ),
     Target("trl.trainer.utils", None, "_ChunkedLogProbFunction", ChunkedLogProbFunction),
     Target(_ASYNC, None, "_chunked_jsd_loss", async_chunked_jsd_loss),
+    _IW_OPD,
+    _IW_OPD._replace(name="_compute_iw_opd_loss", ours=iw_opd_loss),
     *(
         Target(f"trl.experimental.{trainer}.{trainer}_trainer", None, f"compute_{ours.__name__}", ours)
         for trainer in ("sdft", "sdpo")
@@ -473,6 +563,11 @@ _TARGETS = (
 )
 
 _PATCHES = Patches("trl", TESTED, _TARGETS)
+
+
+def _theirs(target: Target) -> Any:
+    """What TRL has there itself, patched or not."""
+    return _PATCHES.originals[target][0] if target in _PATCHES.originals else target.get()
 
 
 def patch() -> Patch:
