@@ -138,12 +138,21 @@ class Problem:
         """The truth: textbook formulas in fp64 on these very numbers."""
         return self.run("reference", double=True, **options)
 
-    def plain(self, divergence: Divergence = ForwardKL(), *, labels: bool = True, **options) -> Result:
-        """What a trainer would write: the same formula in the tensors' own dtype."""
+    def plain(
+        self,
+        divergence: Divergence | None = ForwardKL(),
+        *,
+        labels: bool = True,
+        loss: Callable[..., Tensor] | None = None,
+        **options,
+    ) -> Result:
+        """What a trainer would write: the same formula in the tensors' own dtype. ``loss`` is another formula of
+        logits, labels and a divergence."""
         leaves = [t.clone().requires_grad_() for t in self.student]
         s, t = self._plain_logits(leaves), self._plain_logits(self.teacher)
-        loss = _plain_loss(s, t, self.labels if labels else None, divergence, **options)
-        return loss, torch.autograd.grad(loss.sum(), leaves)
+        formula: Callable[..., Tensor] = loss or plain_loss
+        value = formula(s, t, self.labels if labels else None, divergence, **options)
+        return value, torch.autograd.grad(value.sum(), leaves)
 
     def _plain_logits(self, tensors: Sequence[Tensor]) -> Tensor:
         if len(tensors) == 1:
@@ -257,7 +266,7 @@ def _power(log_p: Tensor, a: float, log_q: Tensor, b: float) -> Tensor:
     return exponent.exp()
 
 
-def _plain_loss(
+def plain_loss(
     s: Tensor,
     t: Tensor,
     labels: Tensor | None,
@@ -275,6 +284,7 @@ def _plain_loss(
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
+    """:func:`kdkernels.distillation_loss` of logits, as a trainer would write it."""
     s, t = s[..., :vocab_size], t[..., :vocab_size]
     dtype = torch.promote_types(t.dtype, s.dtype)
     numbers = (temperature, soft_weight, hard_weight)

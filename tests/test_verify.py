@@ -24,6 +24,9 @@ FEW = [
         vocab=700,
         options=dict(chunk_bytes=16_000),
     ),
+    verify.Scenario("entropy", kd.SkewKL(0.1), torch.float32, options=dict(entropy_weight=-0.5)),
+    verify.Scenario("several", kd.JSD(0.1), torch.float32, function="several divergences"),
+    verify.Scenario("ids: random", None, torch.float32, function="token_log_probs"),
 ]
 
 
@@ -75,6 +78,13 @@ def test_verify_goes_red(monkeypatch, tmp_path, wrong, capsys):
     monkeypatch.setattr(eager, "gradient", wrong)
     code, report = run(monkeypatch, tmp_path)
     assert code == 1 and report["broken"] and "BROKEN eager" in capsys.readouterr().out
+
+
+def test_a_dropped_entropy_is_seen(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(eager, "_entropy_gradient", lambda z, *given: torch.zeros_like(z))
+    assert run(monkeypatch, tmp_path)[1]["broken"] == 2
+    said = capsys.readouterr().out
+    assert "BROKEN eager, SkewKL" in said and "BROKEN eager, token_log_probs" in said
 
 
 def test_verify_sees_other_bits(monkeypatch, tmp_path):
@@ -144,9 +154,12 @@ def test_scenarios_cover_the_matrix():
     made = list(verify.scenarios())
     assert {s.rows for s in made} == set(ROWS)
     assert {s.vocab for s in made} >= {1, 262144}
-    assert {(s.divergence, s.dtype, s.form) for s in made} == {
+    assert {(s.divergence, s.dtype, s.form) for s in made if s.divergence is not None} == {
         (d, t, f) for d in verify.DIVERGENCES for t in verify.DTYPES for f in verify.FORMS
     }
+    for function in ("several divergences", "token_log_probs"):
+        found = {(s.dtype, s.form) for s in made if s.function == function}
+        assert found == {(t, f) for t in verify.DTYPES for f in verify.FORMS[:2]}
     kinds = {type(d) for d in verify.DIVERGENCES}
     assert kinds == {k for k in kd.Divergence.__subclasses__() if k.code > 0}
 

@@ -1,8 +1,8 @@
 """``python -m kdkernels verify``: every backend that is usable here against the fp64 oracle.
 
 Every divergence, input form and dtype, on random and adversarial rows, vocabularies from 1 to
-262144 and every schedule: what is in most use first, and nothing begun after a minute unless --full
-says all. Prints the worst errors beside those of the plain PyTorch formula, a row as soon as it is
+262144 and every schedule, with an entropy, several in one pass, and log-probabilities of tokens: what
+is in most use first, and nothing begun after a minute unless --full says all. Prints the worst errors beside those of the plain PyTorch formula, a row as soon as it is
 known, and exits with 1 when a rule of exactness is broken.
 """
 
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ from ..divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from ..log_probs import token_log_probs
 from ..losses import distillation_loss
-from ..testing import ROWS, Check, Problem, Result, compare
+from ..testing import ROWS, Check, Problem, Result, compare, plain_loss
 
 #: Every kind, and every branch of those that have several; the tests take theirs from here.
 DIVERGENCES: tuple[Divergence, ...] = (
@@ -62,20 +63,86 @@ VOCABS = (1, 2, 31, 128, 2049, 32768, 131072, 262144)
 #: Budgets of the logit tiles that make token chunks and vocabulary chunks of the problem below.
 CHUNKS = (16_000, 240_000)
 _TERMS = dict(temperature=2.0, hard_weight=0.5)
+_TEMPERED = dict(temperature=2.0)
+
+
+#: Beside a divergence in one pass.
+_OTHERS: tuple[Divergence, ...] = (ForwardKL(), Overlap())
+
+
+def _several(
+    student: Any, teacher: Any, labels: Tensor | None, *, divergence: Divergence, **options
+) -> Tensor:
+    """Token losses ``[D, ...]`` of a divergence and of others, from one pass."""
+    each = divergence, *_OTHERS
+    return torch.stack(
+        distillation_loss(student, teacher, labels, divergence=each, reduction="none", **options)
+    )
+
+
+def _plain_several(s: Tensor, t: Tensor, labels: Tensor | None, divergence: Divergence, **options) -> Tensor:
+    each = divergence, *_OTHERS
+    return torch.stack([plain_loss(s, t, labels, one, reduction="none", **options) for one in each])
+
+
+def _weighed(log_probs: Tensor, entropy: Tensor) -> Tensor:
+    """Each token's numbers, with other weights for each, so that each has a gradient of its own."""
+    return torch.cat([-log_probs, 0.3 * entropy[..., None]], -1)
+
+
+def _ids(labels: Tensor) -> Tensor:
+    """Two a token, or none where it is masked."""
+    return torch.stack([labels, torch.where(labels >= 0, labels // 2, labels)], -1)
+
+
+def _log_probs(student: Any, teacher: Any, labels: Tensor, *, divergence: None, **options) -> Tensor:
+    of = token_log_probs(student, _ids(labels), entropy=True, **options)
+    assert of.entropy is not None
+    return _weighed(of.log_probs, of.entropy)
+
+
+def _plain_log_probs(
+    s: Tensor, t: Tensor, labels: Tensor, divergence: None, *, temperature: float = 1.0
+) -> Tensor:
+    log_q, ids = (s / temperature).log_softmax(-1), _ids(labels)
+    entropy = -(log_q.exp() * log_q.masked_fill(log_q.isneginf(), 0.0)).sum(-1)
+    asked = log_q.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
+    return _weighed(asked, entropy.masked_fill(labels < 0, 0.0))
+
+
+class Function(NamedTuple):
+    """What is called with a problem's student, teacher and labels, and the plain formula of it."""
+
+    ours: Callable[..., Any]
+    plain: Callable[..., Tensor]
+
+
+FUNCTIONS = {
+    "distillation_loss": Function(distillation_loss, plain_loss),
+    "several divergences": Function(_several, _plain_several),
+    "token_log_probs": Function(_log_probs, _plain_log_probs),
+}
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One problem and the options of its loss; ``label`` says in the report what is special."""
+    """One problem and the options of its loss; ``label`` says in the report what is special. ``divergence`` None: it
+    is a function that has none."""
 
     label: str
-    divergence: Divergence
+    divergence: Divergence | None
     dtype: torch.dtype
     form: tuple[str, str] = ("logits", "logits")
     rows: str = "random"
     shape: tuple[int, ...] = (4, 16)
     vocab: int = 257
     options: dict[str, Any] = field(default_factory=dict)
+    function: str = "distillation_loss"
+
+    @property
+    def about(self) -> str:
+        """The divergence, or what has none."""
+        return self.function if self.divergence is None else str(self.divergence)
 
     def problem(self, device: str) -> Problem:
         torch.manual_seed(0)
@@ -111,6 +178,26 @@ def _all_scenarios() -> Iterator[Scenario]:
     for vocab, dtype in itertools.product(VOCABS, (torch.float32, torch.bfloat16)):
         shape = (64 if vocab < 10_000 else 8,)
         yield from (Scenario(f"V={vocab}", d, dtype, shape=shape, vocab=vocab) for d in DIVERGENCES)
+    for dtype, form in itertools.product(DTYPES, FORMS[:2]):
+        options = dict(entropy_weight=-0.5, **_TERMS)
+        yield from (Scenario("entropy", d, dtype, form, options=options) for d in DIVERGENCES)
+        for d in DIVERGENCES:
+            yield Scenario("several", d, dtype, form, options=_TEMPERED, function="several divergences")
+    yield from _of_tokens()
+
+
+def _of_tokens() -> Iterator[Scenario]:
+    """Log-probabilities and entropies."""
+    alone: dict[str, Any] = dict(divergence=None, function="token_log_probs")
+    for rows, dtype, form in itertools.product(("random", "ties", "padding", "extreme"), DTYPES, FORMS[:2]):
+        yield Scenario(f"ids: {rows}", dtype=dtype, form=form, rows=rows, options=_TEMPERED, **alone)
+    for chunk_bytes, dtype in itertools.product(CHUNKS, DTYPES):
+        options = {**_TEMPERED, "chunk_bytes": chunk_bytes}
+        yield Scenario(
+            "ids: chunked", dtype=dtype, form=("head", "head"), vocab=700, options=options, **alone
+        )
+    for vocab, dtype in itertools.product(VOCABS, (torch.float32, torch.bfloat16)):
+        yield Scenario(f"ids: V={vocab}", dtype=dtype, shape=(8,), vocab=vocab, **alone)
 
 
 def _terms(rows: str) -> dict[str, Any]:
@@ -134,7 +221,7 @@ class Outcome:
         return {
             "backend": self.backend,
             "case": s.label,
-            "divergence": str(s.divergence),
+            "divergence": s.about,
             "dtype": str(s.dtype)[6:],
             "student": s.form[0],
             "teacher": s.form[1],
@@ -149,24 +236,29 @@ class Outcome:
 
 def examine(scenario: Scenario, names: list[BackendName], device: str) -> list[Outcome]:
     """The scenario on every backend of ``names`` that serves its dtypes; the oracle answers once."""
-    problem = scenario.problem(device)
+    problem, function = scenario.problem(device), FUNCTIONS[scenario.function]
     meaning = {k: v for k, v in scenario.options.items() if k != "chunk_bytes"}
-    oracle = problem.oracle(divergence=scenario.divergence, **meaning)
+    oracle = problem.oracle(loss=function.ours, divergence=scenario.divergence, **meaning)
     if unfit := _unfit(oracle, problem):
         return [Outcome(name, scenario, [], [], unfit) for name in names]
-    plain = problem.plain(scenario.divergence, **meaning)
+    plain = problem.plain(scenario.divergence, loss=function.plain, **meaning)
     made = []
     for name in names:
         why_not = by_name(name).cannot(torch.device(device), [problem.dtype], Spec())
         if why_not:
             made.append(Outcome(name, scenario, [], [], why_not))
             continue
-        ours = problem.run(name, divergence=scenario.divergence, **scenario.options)
+        ours = _run(scenario, problem, name)
         checks = compare(ours, oracle, plain, dtype=problem.dtype, projected=problem.projected)
         broken = [str(check) for check in checks if not check.ok]
         broken += _exact_rules(scenario, name, problem, ours)
         made.append(Outcome(name, scenario, checks, broken))
     return made
+
+
+def _run(scenario: Scenario, problem: Problem, name: BackendName) -> Result:
+    loss = FUNCTIONS[scenario.function].ours
+    return problem.run(name, loss=loss, divergence=scenario.divergence, **scenario.options)
 
 
 def beyond_32_bits(name: BackendName, device: str, *, tokens: int = 2**14 + 8, vocab: int = 2**17) -> Outcome:
@@ -211,7 +303,7 @@ def _exact_rules(scenario: Scenario, backend: BackendName, problem: Problem, our
     if none and any(g.any() for g in grads):
         broken.append("a gradient between equal distributions is not exactly 0")
     if scenario.rows == "random":
-        again = problem.run(backend, divergence=scenario.divergence, **scenario.options)
+        again = _run(scenario, problem, backend)
         if not all(torch.equal(a, b) for a, b in zip((value, *grads), (again[0], *again[1]))):
             broken.append("the same inputs gave other bits the second time")
     return broken
@@ -244,7 +336,7 @@ def verify(
     """
     made: list[Outcome] = []
     end, late = time.perf_counter() + seconds, 0
-    chosen = (s for s in scenarios() if only is None or only.lower() in str(s.divergence).lower())
+    chosen = (s for s in scenarios() if only is None or only.lower() in s.about.lower())
     with torch.random.fork_rng(devices=[]):
         if large:
             made += [beyond_32_bits(name, device) for name in names]
@@ -296,7 +388,7 @@ def show(outcomes: list[Outcome]) -> None:
         s = outcome.scenario
         for rule in outcome.broken:
             print(
-                f"BROKEN {outcome.backend}, {s.divergence}, {s.dtype}, {'-'.join(s.form)}, {s.label}, "
+                f"BROKEN {outcome.backend}, {s.about}, {s.dtype}, {'-'.join(s.form)}, {s.label}, "
                 f"{s.options}: {rule}",
                 flush=True,
             )
@@ -307,7 +399,7 @@ def table(outcomes: list[Outcome]) -> str:
     groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
         s = outcome.scenario
-        groups.setdefault((outcome.backend, str(s.divergence), str(s.dtype)[6:]), []).append(outcome)
+        groups.setdefault((outcome.backend, s.about, str(s.dtype)[6:]), []).append(outcome)
     lines = [f"{'backend':<10}{'divergence':<44}{'dtype':<10}{_ERRORS}"]
     order = list(dict.fromkeys(divergence for _, divergence, _ in groups))
     for key in sorted(groups, key=lambda k: (k[0], order.index(k[1]))):
