@@ -11,6 +11,8 @@ PAGES = {
     "headline": ROOT / "README.md",
     "figures": ROOT / "docs" / "memory-and-speed.md",
     "demo": ROOT / "docs" / "demonstration.md",
+    "demo-real": ROOT / "docs" / "demonstration.md",
+    "demo-sweep": ROOT / "docs" / "demonstration.md",
     "integrations": ROOT / "docs" / "trainers.md",
     "sampled-kl": ROOT / "docs" / "on-policy-and-drafts.md",
     "bias": ROOT / "docs" / "sparse-targets.md",

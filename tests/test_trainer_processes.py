@@ -307,10 +307,11 @@ def test_zero3_shards_of_student_and_teacher(tmp_path, uneven, micro_models):
 
 @pytest.mark.slow
 def test_compare_reuses_what_is_there(tmp_path):
+    values = {"max_steps": 2, "teacher_steps": 3, "eval_steps": 2, "co_teacher_at": 0.34, **WRITES}
     command = [
         "train",
         "compare",
-        *flags(options(tmp_path / "all", max_steps=2, teacher_steps=3, eval_steps=2, **WRITES)),
+        *flags(options(tmp_path / "all", **values)),
     ]
     first = process(*command)
     assert first.returncode == 0, first.stderr
@@ -322,15 +323,25 @@ def test_compare_reuses_what_is_there(tmp_path):
     for row in students.values():  # a text that somebody else would write as well has a loss of ln 300
         assert 3 < row["writes"]["sampled"] < 9 and row["writes"]["greedy"] < 9
         assert 0 <= row["writes"]["greedy_agreement"] <= 1
+    for number, name in enumerate(("teacher", "plain", "soft", "hard", "co", "on_policy", "longer"), 1):
+        assert first.stdout.count(f"[{number}/7] {name}: ") == 2  # what it does; that it is done
     assert (folder / "curves.png").stat().st_size > 5000
     assert {line["run"] for line in read_metrics(folder / "metrics.jsonl")} == {"teacher", *students}
-    for row in ("| no teacher |", "| soft |", "| hard |", "| co |", "| on-policy |", "Soft distillation"):
+    for row in (
+        "| no teacher |",
+        "| no teacher, soft's time |",
+        "| soft |",
+        "| hard |",
+        "| co |",
+        "| on-policy |",
+        "Soft distillation",
+    ):
         assert row in first.stdout and row in (folder / "report.md").read_text()
     before = (folder / "comparison.json").read_text()
     again = process(*command)
     assert again.returncode == 0 and again.stdout.count("reusing") == 7
     assert (folder / "comparison.json").read_text() == before
-    stages = plan(resolve("compare", options(folder, max_steps=2, teacher_steps=3, eval_steps=2, **WRITES)))
+    stages = plan(resolve("compare", options(folder, **values)))
     held_out = [train.ingredients(stage).validation.rows for stage in stages.values()]
     assert all(
         rows == held_out[0] for rows in held_out

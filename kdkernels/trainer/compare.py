@@ -21,14 +21,20 @@ import transformers
 
 import kdkernels as kd
 
-from . import data, judge, models, report, train
+from . import data, judge, models, progress, report, train
 from .command_line import resolve
 from .reliable import read_metrics, write_whole
-from .settings import SCRATCH, WAYS, Settings, UserError, for_mode
+from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode
 
 COMPARISON = "comparison.json"
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"
+#: Stages that are no way of distillation -> what they do.
+DOING = {
+    "teacher": "the teacher learns the text",
+    "plain": "a student without a teacher learns the text",
+    "longer": "the same for the time that soft takes",
+}
 
 
 def compare(settings: Settings) -> None:
@@ -80,7 +86,8 @@ def plan(settings: Settings) -> dict[str, Settings]:
         own = {**shared, "output_dir": str(folder / name), "resume": resume, **values}
         return resolve(mode, for_mode(mode, own))
 
-    stages = {}
+    stages, steps = {}, settings.run.teacher_steps or settings.run.max_steps
+    under_way = round(settings.compare.co_teacher_at * steps) if scratch else 0
     if scratch:
         stages["teacher"] = stage(
             "hard",
@@ -91,15 +98,17 @@ def plan(settings: Settings) -> dict[str, Settings]:
             lora_rank=0,
             lora_modules=["all-linear"],
             seed=settings.run.seed + 1,
-            max_steps=settings.run.teacher_steps or settings.run.max_steps,
+            max_steps=steps,
             learning_rate=settings.loss.teacher_learning_rate,
+            **({"save_steps": under_way, "save_total_limit": 0} if under_way else {}),
         )
     own = settings.asked["divergence"]  # None: each way's default
+    beside = {"teacher": str(folder / "teacher" / f"checkpoint-{under_way}")} if under_way else {}
     students = {
         "plain": lambda: stage("hard", "plain", teacher=None, completions=None),
         "soft": lambda: stage("soft", "soft", teacher=teacher),
         "hard": lambda: stage("hard", "hard", teacher=teacher),
-        "co": lambda: stage("co", "co", hard_weight=1.0),
+        "co": lambda: stage("co", "co", hard_weight=1.0, **beside),
         "on_policy": lambda: stage("on_policy", "on_policy", teacher=teacher, divergence=own),
     }
     return stages | {way: students[way]() for way in WAYS if way in settings.compare.ways and way in students}
@@ -120,12 +129,14 @@ def tokenizer(settings: Settings) -> str:
 def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
     """Runs a stage in a process of its own; True if it was finished before."""
     heading = f"[{number}/{count}] {name}"
+    what = DOING.get(name, MODES[settings.mode])
     if (settings.output_dir / train.RESULT).exists():
         train.check_same_settings(settings)
         print(f"{heading}: reusing {settings.output_dir}")
         return True
+    going_on = "; going on" if settings.run.resume else ""
     print(
-        f"{heading}: {'going on in' if settings.run.resume else 'writing'} {settings.output_dir}", flush=True
+        f"{heading}: {what}; {settings.run.max_steps:,} steps, in {settings.output_dir}{going_on}", flush=True
     )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([train.__name__])
@@ -136,6 +147,12 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
         raise UserError(
             f"{name} did not finish (exit code {process.exitcode}); run the same command again to go on"
         )
+    result = json.loads((settings.output_dir / train.RESULT).read_text())
+    print(
+        f"{heading}: done in {result['seconds'] + result['writing_seconds']:.0f} s, "
+        f"validation loss {result['eval_hard']:.3f}",
+        flush=True,
+    )
     return False
 
 
@@ -147,6 +164,7 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
         target=lambda: (parent.join(), os._exit(1)), daemon=True
     ).start()  # so that no stage outlives a killed command
     logging.disable_progress_bar()
+    progress.quiet = True  # the heading says what the stage does, and the bar how long it takes
     try:
         train.run(resolve(mode, asked))
     except (UserError, OSError) as error:

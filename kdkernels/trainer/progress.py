@@ -27,9 +27,13 @@ SHOWN = {
 }
 
 
+#: True in a stage of compare, which says its line itself.
+quiet = False
+
+
 def say(text: str) -> None:
     """Prints a line, flushed. Of several processes only the first prints."""
-    if os.environ.get("RANK", "0") == "0":
+    if not quiet and os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 

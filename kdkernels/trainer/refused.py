@@ -56,7 +56,7 @@ _RANGES: dict[str, _Range] = {
         lambda value: value >= 257,
     ),
     **dict.fromkeys(
-        ("validation_share", "gradient_tolerance"),
+        ("validation_share", "gradient_tolerance", "co_teacher_at"),
         ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
     ),
     "student_share": ("is no share above 0, up to 1", lambda value: 0 < value <= 1),

@@ -142,6 +142,10 @@ class OnPolicySettings:
 @dataclass
 class CompareSettings:
     ways: list[str] = option(list(WAYS), f"the students that are compared: {', '.join(WAYS)}")
+    co_teacher_at: float = option(
+        0.0,
+        "share of its training after which co goes on with a teacher made from scratch; 0: from the start",
+    )
     judged_prompts: int = option(
         64, "held-out beginnings that every student continues, to judge what it writes"
     )

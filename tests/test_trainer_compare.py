@@ -1,0 +1,106 @@
+"""``python -m kdkernels train compare``: its plan, what students are judged by, and what the report says."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from trainer_runs import WRITES, options, run  # noqa: E402
+
+from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
+from kdkernels.trainer.command_line import resolve  # noqa: E402
+
+
+def test_co_goes_on_with_a_teacher_that_is_under_way(tmp_path):
+    values = options(tmp_path, teacher_steps=30, co_teacher_at=0.334, save_total_limit=1, **WRITES)
+    stages = compare.plan(resolve("compare", values))
+    assert list(stages) == ["teacher", "plain", "soft", "hard", "co", "on_policy"]
+    teacher, co = stages["teacher"].run, stages["co"]
+    assert (teacher.max_steps, teacher.save_steps, teacher.save_total_limit) == (30, 10, 0)
+    assert co.model.teacher == str(tmp_path / "teacher" / "checkpoint-10")
+    stages = compare.plan(resolve("compare", {**values, "co_teacher_at": 0.0}))
+    assert stages["co"].model.teacher == "micro" and stages["teacher"].run.save_total_limit == 1
+
+
+@pytest.mark.parametrize("rates, steps", [((300.0, 200.0), 6), ((200.0, 300.0), 4)])
+def test_the_longer_student_has_the_time_of_soft(rates, steps, tmp_path, monkeypatch):
+    stages = compare.plan(resolve("compare", options(tmp_path, **WRITES)))
+    paces = dict(zip(("hard", "soft"), rates))
+    monkeypatch.setattr(compare, "speed", lambda s: {"tokens": 512, "tokens_per_second": paces[s.mode]})
+    longer = compare.longer(stages)
+    assert longer.run.max_steps == steps and longer.output_dir == tmp_path / "longer"
+    assert longer.model.teacher is None and longer.mode == "hard"
+
+
+def test_the_calibration_error_is_how_far_confidence_is_from_being_right():
+    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.2, 0.2])
+    right = torch.tensor([True, True, True, False, True, False])
+    assert judge.binned_error(confidence, right) == pytest.approx((4 * 0.2 + 2 * 0.3) / 6, abs=1e-6)
+    assert judge.binned_error(torch.ones(3), torch.tensor([True] * 3)) == 0.0
+
+
+def test_a_student_is_judged_by_the_whole_of_what_it_says(tmp_path):
+    """Against plain softmax over the model's logits."""
+    run("soft", tmp_path)
+    given = train.ingredients(resolve("soft", {**options(tmp_path), "resume": True}))
+    model = models.load_trained(str(tmp_path / "model"), given.tokenizer, given.settings).eval()
+    confidence, right, entropy = [], [], []
+    for ids, _ in given.validation.rows:
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).logits[0, :-1].softmax(-1)
+        first = p.max(-1)
+        confidence.append(first.values)
+        right.append(first.indices == torch.tensor(ids[1:]))
+        entropy.append(-(p * p.log()).sum(-1))
+    row = judge.judged(given, given.teacher(), str(tmp_path / "model"), 3)
+    expected = judge.binned_error(torch.cat(confidence), torch.cat(right))
+    assert row["calibration_error"] == pytest.approx(expected, abs=1e-4) and expected > 0
+    assert row["entropy"] == pytest.approx(torch.cat(entropy).mean().item(), rel=1e-4)
+    assert set(row["writes"]) == {"greedy", "greedy_agreement", "sampled", "sampled_agreement"}
+
+
+def row(loss, **values):
+    cost = {"tokens": 1000, "tokens_per_second": 100.0, "seconds": 12.0, "writing_seconds": 0.0}
+    said = {"kl_to_teacher": 0.5, "agreement": 0.5, "entropy": 2.0, "calibration_error": 0.01}
+    writes = {"sampled": 3.0, "greedy": 1.0}
+    return {"validation_loss": loss, **said, **cost, "peak_memory_bytes": 2**20, "writes": writes, **values}
+
+
+def comparison(**students):
+    settings = {"data": ["stdlib"], "max_length": 128}
+    teacher = {**row(4.0), "parameters": 3_000_000}
+    for name in ("tokens", "tokens_per_second", "writing_seconds", "peak_memory_bytes"):
+        del teacher[name]
+    return {
+        "settings": settings,
+        "students": students,
+        "teacher": teacher,
+        "student_parameters": 1_000_000,
+        "validation_tokens": 500,
+        "co_teacher": {"validation_loss": 4.5},
+    }
+
+
+def test_the_report_says_what_came_out_and_not_more():
+    slow = {"tokens_per_second": 50.0}
+    said = comparison(plain=row(5.0), longer=row(4.7, tokens=2000), soft=row(4.8, **slow))
+    (done, soft, _, _, limits) = report.sentences(said)
+    assert "1.00 M parameters" in done and "1,000 tokens each" in done and "one seed" in limits
+    assert "beats the student without a teacher at equal tokens: validation loss 4.800 against 5.000" in soft
+    assert "in 2.0 times the time" in soft
+    assert (
+        "It does not beat the one without a teacher that trains for that time, on 2,000 tokens: 4.700" in soft
+    )
+    said = comparison(plain=row(5.0), soft=row(5.0), co=row(4.9, writes={"sampled": 2.0, "greedy": 1.0}))
+    (_, soft, _, writes, co, _) = report.sentences(said)
+    assert "does not beat" in soft and "trained along came to 4.500" in co and "beats" in co
+    assert "co 2.000, no teacher 3.000, soft 3.000" in writes
+
+
+def test_the_table_leaves_out_what_was_not_measured():
+    lines = report.table(comparison(plain=row(5.0), soft=row(4.8, writing_seconds=7.0))).splitlines()
+    assert lines[2].startswith("| *the teacher* | 4.000 | 0.500 |") and lines[2].endswith("|  |  |  |")
+    assert lines[4].startswith("| soft | 4.800 |") and "| 17 s |" in lines[4]
+    students = {name: row(5.0, writes={}) for name in ("plain", "soft")}
+    assert "what it writes" not in report.table(comparison(**students))
