@@ -115,6 +115,20 @@ def test_options_and_budgets(backend, form, temperature, entropy, chunk_bytes):
         assert true.norm() > 1e-3 and relative(mine, true) < 3e-6
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4), (2, 1, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("form", ["logits", "head", "frozen"])
+@pytest.mark.parametrize("chunk_bytes", [None, 2_000])
+def test_tokens_of_any_shape_of_which_none_is_masked(backend, form, shape, chunk_bytes):
+    asked = Asked(form)
+    asked.student[0] = torch.randn(*shape, asked.student[0].shape[-1])
+    asked.ids, asked.arriving = torch.randint(0, VOCAB, shape), (torch.randn(shape), torch.randn(shape))
+    values, grads = asked.run(backend, chunk_bytes=chunk_bytes)
+    truth, true_grads = asked.oracle()
+    assert torch.allclose(values.double(), truth, rtol=2e-6, atol=2e-6)
+    for mine, true in zip(grads, true_grads, strict=True):
+        assert mine.shape == true.shape and (0 in shape or true.norm() > 1e-3 > 3e2 * relative(mine, true))
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 129, 2049, 5000])
 @pytest.mark.parametrize("slots", [None, 2])
 def test_widths(backend, vocab, slots):

@@ -309,7 +309,8 @@ class _Products:
         request = walk.request
         self.walk = walk
         self.outputs = [Output.SOFT] + [Output.ENTROPY] * bool(walk.spec.asked & Asked.ENTROPY)
-        self.heads = [HeadRows(request.student, request.vocab, request.needs_grad) for _ in self.outputs]
+        student = [flat(request.student[0]), *request.student[1:]]
+        self.heads = [HeadRows(student, request.vocab, request.needs_grad) for _ in self.outputs]
 
     def add(self, rows: slice, tile: Tile, state: Tensor, stored: Tensor) -> None:
         """Of a chunk of tokens whose states are finished. ``tile``: its last."""
