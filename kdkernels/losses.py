@@ -15,7 +15,7 @@ from .core import autograd
 from .core.inplace import check_inplace
 from .core.option_checks import checked
 from .core.request import Call, Terms, Tokens, make
-from .core.several import check_several, checked_divergences, losses
+from .core.several import check_several, checked_divergences
 from .core.sides import Logits, Teacher
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
 from .heads import LinearHead, ShardedLogits
@@ -110,8 +110,8 @@ def _alone(call: Call, inplace: bool = False) -> _Evaluated:
         check_inplace(request.student)
     if needed and reduction.per_row and request.has_head:
         if not request.only_hidden_learns:
-            rows, results, *_ = autograd.deferred(*request.arguments())
-            return _Evaluated(reduction.apply(rows), None, results)
+            losses, results, *_ = autograd.deferred(*request.arguments())
+            return _Evaluated(reduction.apply(losses[:, 0]), None, results)
         # A tolerance is of the weighed gradient, whose weights have not arrived.
         call = replace(call, request=replace(request, gradient_tolerance=0.0))
     solved = _solve(call, inplace)
@@ -140,20 +140,15 @@ def _both(call: Call) -> _Evaluated:
     )
 
 
-def _each(
-    student: Logits, teacher: Teacher, call: Call, divergences: tuple[Divergence, ...]
-) -> tuple[Tensor, ...]:
-    """The token losses of several divergences."""
+def _each(student: Logits, teacher: Teacher, call: Call) -> tuple[Tensor, ...]:
+    """The token losses of several divergences: a tile is projected once and serves them all. Their gradient is made in
+    the backward, where the weights of each token and divergence arrive."""
     if not reference_asked():
-        return losses(call, divergences)
-    request = call.request
+        losses, *_ = autograd.deferred(*call.request.arguments())
+        return tuple(call.reduction.apply(each) for each in losses.unbind(1))
     calls = (
-        replace(
-            call,
-            terms=replace(call.terms, divergence=divergence),
-            request=replace(request, spec=request.spec._replace(kind=divergence.kind)),
-        )
-        for divergence in divergences
+        replace(call, terms=replace(call.terms, divergence=divergence, also=()), request=request)
+        for divergence, request in zip((call.terms.divergence, *call.terms.also), call.request.each())
     )
     return tuple(_evaluate(student, teacher, each).student for each in calls)
 
@@ -327,6 +322,7 @@ def distillation_loss(
         z_loss,
         return_stats,
         entropy_weight=entropy_weight,
+        also=divergences[1:],
     )
     tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
     checked(inplace=inplace)
@@ -342,7 +338,7 @@ def distillation_loss(
         gradient_tolerance=gradient_tolerance,
     )
     if several:
-        return _each(student, teacher, call, divergences)
+        return _each(student, teacher, call)
     made = _evaluate(student, teacher, call, inplace)
     return (made.student, _stats(call, made.results)) if return_stats else made.student
 

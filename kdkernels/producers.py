@@ -20,7 +20,7 @@ from .checks import check_tensor, integer, number, positive_integer, require
 from .core.option_checks import checked
 from .core.schedule import DEFAULT_CHUNK_BYTES
 from .core.sides import common_vocab, side
-from .core.walk import rows_of
+from .core.tiles import rows_of
 from .heads import LinearHead
 from .targets import SparseTarget, Tail
 

@@ -282,7 +282,11 @@ def log_prob_gradients(request: Request, arriving: Tensor) -> list[Tensor]:
 
 def operator(request: Request) -> list[Tensor]:
     """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators."""
-    return _below_autograd(lambda: _operator(request))
+    made = [_below_autograd(lambda one=one: _operator(one)) for one in request.each()]  # type: ignore[misc]
+    if len(made) == 1:
+        return made[0]
+    results = torch.cat([results for results, *_ in made], 1)
+    return [results, *(torch.stack(each).sum(0) for each in zip(*(grads for _, *grads in made)))]
 
 
 def _below_autograd(solve: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -306,7 +310,9 @@ def _operator(request: Request) -> list[Tensor]:
     elif request.teacher:
         teacher = _side(leaves[count:], spec.teacher_map)
     student = _side(leaves[:count], spec.student_map)
-    own, teachers, results = _Problem(student, teacher, spec.divergence(request.parameters), request).losses()
+    own, teachers, results = _Problem(
+        student, teacher, spec.divergence(request.parameters[0]), request
+    ).losses()
     wanted = [leaf for leaf, needed in zip(leaves, request.needs_grad) if needed]
     if not wanted:
         return [results]

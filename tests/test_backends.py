@@ -14,7 +14,7 @@ from sparse_problems import SparseProblem
 import kdkernels as kd
 from kdkernels import reference
 from kdkernels.backends import chosen_backend
-from kdkernels.core import walk
+from kdkernels.core import tiles
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def served(monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
 
-    spy(walk, "serving", lambda module: module.name)
+    spy(tiles, "serving", lambda module: module.name)
     spy(reference, "operator", lambda _: "reference")
     return names
 

@@ -12,7 +12,7 @@ import kdkernels as kd
 from kdkernels.backends import eager
 from kdkernels.backends.spec import Asked as Bits
 from kdkernels.backends.spec import Spec, Tail
-from kdkernels.core import checked, log_prob_operators, log_probs
+from kdkernels.core import checked, log_prob_operators, log_probs, tiles
 from kdkernels.testing import compare
 
 MAP = dict(logit_scale=0.7, softcap=6.0)
@@ -369,8 +369,8 @@ def test_a_frozen_head_is_projected_once(monkeypatch):
     asked, calls = Asked("frozen", slots=2), []
     tile = log_probs.HeadRows.tile
     monkeypatch.setattr(log_probs.HeadRows, "tile", lambda *given: calls.append(1) or tile(*given))
-    live, waits = log_probs.live_tokens, []
-    monkeypatch.setattr(log_probs, "live_tokens", lambda labels: waits.append(1) or live(labels))
+    live, waits = tiles.live_tokens, []
+    monkeypatch.setattr(tiles, "live_tokens", lambda labels: waits.append(1) or live(labels))
     asked.run("auto")
     assert len(calls) == 1 and len(waits) == 1, "the backward asked which tokens are live"
     asked.learns[1] = True

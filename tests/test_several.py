@@ -8,7 +8,8 @@ from compiled import assert_compiled
 from problems import BACKENDS, Problem, relative
 
 import kdkernels as kd
-from kdkernels.core import rows, several
+from kdkernels.backends.spec import OUTPUTS, Spec
+from kdkernels.core import rows
 
 THREE = (kd.ForwardKL(), kd.Overlap(), kd.JSD(0.3))
 
@@ -171,15 +172,16 @@ def test_compiled_and_checked():
         problem.teacher,
         problem.labels.clamp(min=-1),
         torch.ones(1, dtype=torch.float64),
-        [torch.zeros(2, dtype=torch.float64)] * 2,
-        torch.rand(4, 2, dtype=torch.float64),
-        ";".join(several.Spec(kind=kind, asked=1).text() for kind in (1, 6)),
+        torch.zeros(2, 2, dtype=torch.float64),
+        torch.rand(4, 2 * OUTPUTS, dtype=torch.float64),
+        ";".join(Spec(kind=kind, asked=1).text() for kind in (1, 6)),
         60,
+        "",
         2**20,
         [True, True, True, False],
         0.0,
     )
-    torch.library.opcheck(torch.ops.kdkernels.several_deferred.default, arguments)
+    torch.library.opcheck(torch.ops.kdkernels.deferred.default, arguments)
 
 
 def test_the_oracle_can_be_differentiated_twice():

@@ -13,7 +13,7 @@ import kdkernels as kd
 from benchmarks import pages
 from benchmarks import tolerance as figures
 from kdkernels.backends import native
-from kdkernels.core import head_gradient, walk
+from kdkernels.core import head_gradient, tiles
 from kdkernels.core import tolerance as core_tolerance
 from kdkernels.core.tolerance import keep
 
@@ -69,12 +69,12 @@ TILES = [(N, V), (24, V), (10, 250)]
 
 
 def cut(monkeypatch, tile):
-    plan = walk.plan
+    plan = tiles.plan
 
     def planned(**given):
         return dataclasses.replace(plan(**given), rows=tile[0], columns=tile[1])
 
-    monkeypatch.setattr(walk, "plan", planned)
+    monkeypatch.setattr(tiles, "plan", planned)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,15 @@ class Spec(NamedTuple):
         return Spec._make(float(word) if isinstance(like, float) else int(word) for word, like in fields)
 
 
+def text_of(specs: tuple[Spec, ...]) -> str:
+    return ";".join(spec.text() for spec in specs)
+
+
+@functools.cache
+def specs_of(text: str) -> tuple[Spec, ...]:
+    return tuple(Spec.from_text(each) for each in text.split(";"))
+
+
 @functools.cache
 def packed(spec: Spec) -> Tensor:
     """The bytes of csrc's ``struct Spec``."""

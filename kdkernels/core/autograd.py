@@ -18,12 +18,12 @@ from torch import Tensor
 from .. import reference
 from ..backends import CHOICES, chosen_backend, native
 from ..backends.protocol import Gradients
-from ..backends.spec import RESULTS, Output, Spec
-from .exchange import Kept
+from ..backends.spec import OUTPUTS, RESULTS, Output, specs_of, text_of
+from .exchange import Merged
 from .layout import overlap
 from .request import Request
 from .scaling import batched, scaled, tracing
-from .walk import kept_for, walk
+from .walk import merged_for, walk
 
 
 def new_gradient(logits: Tensor, vocab: int) -> Tensor:
@@ -44,12 +44,16 @@ def _buffers(request: Request) -> Gradients:
     )
 
 
-def compute(request: Request, kept: Kept | None = None) -> list[Tensor]:
-    """[results, *gradients that are needed]."""
+def compute(request: Request, merged: Merged | None = None) -> list[Tensor]:
+    """[results ``[N, D * RESULTS]``, *gradients that are needed]."""
     if request.backend == "reference":
         return reference.operator(request)
-    results, *gradients = walk(request, _buffers(request), kept)
+    results, *gradients = walk(request, _buffers(request), merged)
     return [results, *(g.view(t.shape) for g, t in zip(gradients, request.wanted()))]
+
+
+def _empty_results(weights: Tensor) -> Tensor:
+    return weights.new_empty(weights.shape[0], weights.shape[1] // OUTPUTS * RESULTS)
 
 
 @torch.library.custom_op("kdkernels::rows", mutates_args=())
@@ -74,10 +78,10 @@ def rows(
     in this thread now."""
     backend = chosen_backend() if choice is None else CHOICES[int(choice)]
     given = student, teacher, labels, temperature, parameters, weights
-    static = Spec.from_text(spec)
-    request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, backend)
-    keeps = state is not None and stored is not None and len(state)
-    return compute(request, Kept(state, stored, ready=True) if keeps else None)  # type: ignore[arg-type]
+    specs = specs_of(spec)
+    request = Request(*given, specs, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, backend)
+    merged = state is not None and stored is not None and len(state)
+    return compute(request, Merged(state, stored, ready=True) if merged else None)  # type: ignore[arg-type]
 
 
 @rows.register_fake
@@ -98,7 +102,7 @@ def _(
     state=None,
     stored=None,
 ):
-    results = weights.new_empty(weights.shape[0], RESULTS)
+    results = _empty_results(weights)
     wanted = [t for t, needed in zip(student + teacher, needs_grad) if needed]
     return [results] + [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
@@ -119,8 +123,8 @@ def rows_(
     _refuse_overlap(student, teacher)
     given = [student], teacher, labels, temperature, parameters, weights
     needs_grad = [True] + [False] * len(teacher)
-    static, backend = Spec.from_text(spec), chosen_backend()
-    request = Request(*given, static, vocab, shard, chunk_bytes, needs_grad, backend=backend)
+    specs, backend = specs_of(spec), chosen_backend()
+    request = Request(*given, specs, vocab, shard, chunk_bytes, needs_grad, backend=backend)
     if request.backend == "reference":
         results, gradient = reference.operator(request)
         student.copy_(gradient)
@@ -132,7 +136,7 @@ def rows_(
 
 @rows_.register_fake
 def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, shard, chunk_bytes):
-    return weights.new_empty(weights.shape[0], RESULTS)
+    return _empty_results(weights)
 
 
 def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
@@ -207,20 +211,22 @@ def deferred(
     needs_grad: list[bool],
     gradient_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(the student's losses ``[N]`` fp64, results, choice, state, stored): the student's gradient is made in the
-    backward. State and stored are :class:`Kept`'s.
+    """(the student's losses ``[N, D]`` fp64, results, choice, state, stored): the student's gradient is made in the
+    backward. State and stored are :class:`Merged`'s.
 
     ``choice`` is the backend that served, as its place in CHOICES: a thread of autograd's has not chosen one.
     A tensor, since compiled code hands nothing else from its forward to its backward.
     """
     given = student, teacher, labels, temperature, parameters, weights
     backend = chosen_backend()
-    static = Spec.from_text(spec)
-    request = Request(*given, static, vocab, shard, chunk_bytes, [False] * len(needs_grad), backend=backend)
-    kept = kept_for(request)
-    results = compute(request, kept if len(kept.state) else None)[0]
+    none = [False] * len(needs_grad)
+    request = Request(*given, specs_of(spec), vocab, shard, chunk_bytes, none, backend=backend)
+    merged = merged_for(request)
+    results = compute(request, merged if len(merged.state) else None)[0]
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
-    return row_losses(results, weights), results, choice, kept.state, kept.stored
+    each = zip(results.split(RESULTS, 1), weights.split(OUTPUTS, 1))
+    losses = torch.stack([row_losses(*one) for one in each], 1)
+    return losses, results, choice, merged.state, merged.stored
 
 
 @deferred.register_fake
@@ -238,15 +244,15 @@ def _(
     needs_grad,
     gradient_tolerance,
 ):
-    results = weights.new_empty(weights.shape[0], RESULTS)
     choice = torch.empty((), dtype=torch.uint8, device="cpu")
     given = student, teacher, labels, temperature, parameters, weights
-    kept = kept_for(Request(*given, Spec.from_text(spec), vocab, shard, chunk_bytes, needs_grad))
-    return torch.empty_like(weights[:, 0]), results, choice, kept.state, kept.stored
+    request = Request(*given, specs_of(spec), vocab, shard, chunk_bytes, needs_grad)
+    merged, losses = merged_for(request), weights.new_empty(weights.shape[0], len(request.specs))
+    return losses, _empty_results(weights), choice, merged.state, merged.stored
 
 
 def row_losses(results: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weight times output over all outputs but the teacher's own, which comes last; weight 0 times an
+    """Of one loss, the sum of weight times output over all outputs but the teacher's own, which comes last; weight 0 times an
     infinity is 0."""
     results, weights = results[:, : Output.TEACHER_LABEL], weights[:, : Output.TEACHER_LABEL]
     return (results * weights).masked_fill_(weights == 0, 0.0).sum(1)
@@ -286,14 +292,15 @@ def _deferred_backward(ctx, arriving, *_):
     n, m = ctx.sizes
     spec, *rest = ctx.rest
     needs_grad = rest[-2]
-    given = tensors[:n], tensors[n:], labels, temperature, parameters, weights * arriving[:, None]
+    weights = torch.where(weights != 0, weights * arriving.repeat_interleave(OUTPUTS, 1), 0.0)
+    given = tensors[:n], tensors[n:], labels, temperature, parameters, weights
     made = iter(rows(*given, _without_stats(spec), *rest, choice, state, stored)[1:])
     grads = [next(made) if needed else None for needed in needs_grad]
     return (grads[:n], [None] * m) + (None,) * 10
 
 
 def _without_stats(spec: str) -> str:
-    return Spec.from_text(spec)._replace(stats=0).text()
+    return text_of(tuple(one._replace(stats=0) for one in specs_of(spec)))
 
 
 deferred.register_autograd(_deferred_backward, setup_context=_deferred_setup)

@@ -245,11 +245,11 @@ def _problem(role: str, side: Side) -> str:
     )
 
 
-class Kept(NamedTuple):
+class Merged(NamedTuple):
     """What a forward leaves to its backward, which then exchanges nothing but dH: for the tokens that take part, from
     the first row on, the merged states and a sparse target's gathered logits."""
 
-    state: Tensor  # [N, COLUMNS]
+    state: Tensor  # [N, D, COLUMNS], of each of D losses
     stored: Tensor  # [N, K]
     ready: bool = False
 
@@ -263,7 +263,7 @@ class Exchange:
         self.ranks = dist.get_world_size(self.group)
         self.pending: list[Any] = []
         self.own_tokens: OwnTokens | None = None
-        self.kept: Kept | None = None
+        self.merged: Merged | None = None
 
     def gather_tokens(self, tokens: int, device: torch.device) -> OwnTokens | None:
         """Where each rank has its own tokens, what makes them everybody's."""
@@ -271,15 +271,9 @@ class Exchange:
             self.own_tokens = OwnTokens(self, tokens, device)
         return self.own_tokens
 
-    def merge(self, here: Callable[[], None], of: Pass, state: Tensor, rows: slice | None = None) -> None:
-        """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns. ``rows``
-        are those of what is kept."""
-        if self.kept is not None and self.kept.ready:
-            state.copy_(self.kept.state[rows])
-            return
+    def merge(self, here: Callable[[], None], of: Pass, state: Tensor) -> None:
+        """``here`` makes a pass over this rank's columns into ``state``, which then is that of all columns."""
         of.merge(self._gathered(here, state, of.columns), state)
-        if self.kept is not None:
-            self.kept.state[rows] = state
 
     def local(self, ids: Tensor) -> Tensor:
         """Which of this rank's columns the ids are; -1 for those of other ranks and for no id."""
@@ -291,9 +285,9 @@ class Exchange:
     ) -> Tensor:
         """The logits at the ids ``[n, K]``, of which ``here`` gives this rank's; -inf where there is no id. The
         others' enter the sum as zeros, so it is exact in any order, and NaN stays."""
-        if self.kept is not None and self.kept.ready:
+        if self.merged is not None and self.merged.ready:
             here()
-            return self.kept.stored[rows]
+            return self.merged.stored[rows]
         tokens, slots = ids.shape
         told = torch.zeros(tokens + 1, max(slots, 1), dtype=dtype, device=ids.device)
 
@@ -308,8 +302,8 @@ class Exchange:
             raise failure
         require(told[tokens] != 0, told[tokens], "a rank of the shard's group failed; its own error says why")
         whole = torch.where(ids >= 0, told[:tokens, :slots], -torch.inf)
-        if self.kept is not None:
-            self.kept.stored[rows] = whole
+        if self.merged is not None:
+            self.merged.stored[rows] = whole
         return whole
 
     def _failure(self, here: Callable[[], None]) -> Exception | None:

@@ -1,4 +1,4 @@
-"""dW of an lm_head, added up over chunks of tokens."""
+"""Gradients of hidden states and an lm_head: dH, added up over chunks of the vocabulary, and dW, over chunks of tokens."""
 
 from __future__ import annotations
 
@@ -6,12 +6,75 @@ import torch
 from torch import Tensor
 
 from .dtypes import wide
+from .exchange import Exchange
 from .tolerance import Kept
 
 #: Rows of dW that are multiplied at a time where the product cannot be accumulated in place.
 _SLAB_BYTES = 2**22
 #: Chunks whose means wait for one pass over dW.
 _MOST_MEANS = 64
+
+
+class HiddenGradient:
+    """dH ``[N, H]``. A row's only product is written in the model's dtype; ``several`` are added up in fp32 (fp64
+    stays). With an ``exchange`` the lm_head is one rank's shard, and rows are summed over the group once they have
+    this rank's whole part."""
+
+    def __init__(self, weight: Tensor, exchange: Exchange | None, *, several: bool) -> None:
+        self.weight, self.exchange, self.several = weight, exchange, several
+        self.dtype, self.vocab = weight.dtype, weight.shape[0]
+        self.total: Tensor | None = None
+        self.weight_sums: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def summed_in(self) -> torch.dtype | None:
+        """What rows are summed in over the group of a shard; None where they are not."""
+        return None if self.exchange is None else self.exchange.hidden_dtype(self.dtype)
+
+    def add(self, gradient: Tensor | Kept, hidden: Tensor, rows: slice, columns: slice) -> None:
+        """``gradient @ weight[columns]``, or what is kept of it, to the ``rows`` of ``hidden``."""
+        whole_rows = columns == slice(0, self.vocab)
+        target = self._rows(hidden, rows, once=whole_rows and not self.several)
+        weight = self.weight[columns]
+        if isinstance(gradient, Kept):
+            self._add_kept(target, gradient, weight, columns)
+        elif whole_rows and target.dtype == self.dtype:
+            torch.mm(gradient, weight, out=target)
+        else:
+            _add(target, gradient, weight)
+        if columns.stop == self.vocab:
+            self._sum(target)
+
+    def write(self, product: Tensor, hidden: Tensor, rows: slice) -> None:
+        target = self._rows(hidden, rows, once=True)
+        target.copy_(product)
+        self._sum(target)
+
+    def _rows(self, hidden: Tensor, rows: slice, *, once: bool) -> Tensor:
+        if self.total is None:
+            dtype = self.summed_in or (self.dtype if once else wide(self.dtype))
+            self.total = hidden.new_zeros(hidden.shape, dtype=dtype)
+        return self.total[rows]
+
+    def _add_kept(self, target: Tensor, kept: Kept, weight: Tensor, columns: slice) -> None:
+        """The columns that are kept, and each row's rest by the mean of the others."""
+        others = self._weight_sum(columns).clone()
+        for ids, gradient in kept.parts(weight.shape[1] * weight.element_size()):
+            lm_head_rows = weight.index_select(0, ids)
+            _add(target, gradient, lm_head_rows)
+            others -= lm_head_rows.sum(0, dtype=others.dtype)
+        target.addr_(kept.rest.to(target.dtype), (others / kept.dropped).to(target.dtype))
+
+    def _weight_sum(self, columns: slice) -> Tensor:
+        """The sum of the lm_head's rows ``columns``: read once for all chunks of tokens."""
+        key = columns.start, columns.stop
+        if key not in self.weight_sums:
+            self.weight_sums[key] = self.weight[columns].sum(0, dtype=wide(self.dtype))
+        return self.weight_sums[key]
+
+    def _sum(self, target: Tensor) -> None:
+        if self.exchange is not None and self.summed_in is not None:
+            self.exchange.start_sum(target)
 
 
 class WeightGradient:
@@ -92,6 +155,16 @@ class WeightGradient:
         if self.total is None:
             self.total = self.weight.new_zeros(self.weight.shape, dtype=wide(self.weight.dtype))
         add_rows(self.total, ids, rows)
+
+
+def _add(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """target += left @ right."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right)
+    elif accumulates_in_fp32(target):
+        add_product(target, left, right)
+    else:
+        target += left @ right
 
 
 def accumulates_in_fp32(target: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import CHOICES, chosen_backend
-from ..backends.spec import OUTPUTS, Output, Spec
+from ..backends.spec import OUTPUTS, Output, specs_of
 from . import log_probs as rows
 from .autograd import (
     new_gradient,
@@ -36,9 +36,8 @@ def request_of(given: Given, static: Static, backend: str, entropy_weights: Tens
     weights = temperature.new_zeros(ids.shape[0], OUTPUTS)
     if entropy_weights is not None:
         weights[:, Output.ENTROPY] = entropy_weights
-    tensors = student, [ids], labels, temperature, temperature.new_zeros(2), weights
-    kind = Spec.from_text(spec)
-    return Request(*tensors, kind, vocab, shard, chunk_bytes, needs_grad, backend=backend)
+    tensors = student, [ids], labels, temperature, temperature.new_zeros(1, 2), weights
+    return Request(*tensors, specs_of(spec), vocab, shard, chunk_bytes, needs_grad, backend=backend)
 
 
 @torch.library.custom_op("kdkernels::log_probs", mutates_args=())

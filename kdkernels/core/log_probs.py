@@ -14,25 +14,24 @@ the backward is the lm_head's rows at the ids.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import serving
 from ..backends.outcomes import distinct_ids, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
 from ..backends.row_state import COLUMNS, RowState, first_pass, new_state
 from ..backends.sparse_rows import WholeRow, gather_stored, top_token, whole_row
-from ..backends.spec import OUTPUTS, Asked, Output
+from ..backends.spec import OUTPUTS, Asked, Output, Spec
+from .dtypes import wide
 from .exchange import Exchange
 from .layout import flat
 from .request import Request
 from .rows import HeadRows
-from .schedule import plan
-from .walk import SLOT_BYTES, Rows, live_tokens, rows_of
+from .tiles import SLOT_BYTES, Chunk, PerRow, Tiles, Writer, projected, rows_of
+from .walk import fold
 
 
 class Values(NamedTuple):
@@ -80,15 +79,31 @@ def empty(request: Request) -> tuple[Values, Finished]:
 
 def values(request: Request) -> tuple[Values, Finished]:
     """Of a request whose teacher is [ids ``[N, K]``]."""
-    live = _projected(request)
+    ids, place = distinct_ids(request.teacher[0])
+    tiles, live = _tiles(request, ids, request.weights)
+    spec, nothing = student_spec(request.spec), empty(request)
+    backend = tiles.serving(spec)
+    _cut(tiles, backend)
+    products = _Products(tiles, backend, spec) if request.only_hidden_learns else None
+    state = new_state(tiles.student.tokens, ids.device)
+    stored = nothing[1].stored.new_full([len(state), ids.shape[1]], -torch.inf)
+    for chunk in tiles.chunks():
+        folded = _WithoutIds(chunk, backend, spec, stored[chunk.rows])
+        fold(chunk, [folded])
+        state[chunk.rows], stored[chunk.rows] = folded.state, folded.stored
+        if products is not None:
+            products.add(chunk, folded)
+    saved = products.rows() if products is not None else nothing[1][2:]
+    given = request.teacher[0] if live is None else request.teacher[0][live]
+    place = place if live is None else place[live]
+    read_off, finished = _read_off(tiles, given, place, state, stored), Finished(state, stored, *saved)
     if live is None:
-        return _Walk(request).values()
-    made, nothing = _Walk(_of(live, request)).values(), empty(request)
+        return read_off, finished
 
     def spread(few: Tensor, all_of_them: Tensor) -> Tensor:
         return all_of_them.index_copy_(0, live, few) if all_of_them.numel() else all_of_them
 
-    return Values(*map(spread, made[0], nothing[0])), Finished(*map(spread, made[1], nothing[1]))
+    return Values(*map(spread, read_off, nothing[0])), Finished(*map(spread, finished, nothing[1]))
 
 
 def gradients(
@@ -96,203 +111,162 @@ def gradients(
 ) -> list[Tensor]:
     """Those that are needed. ``arriving`` ``[N, K]`` is for the log-probabilities; the entropy's is a column of the
     request's weights. ``grad``: a buffer ``[..., V]`` for the gradient of given logits."""
-    # Where nothing is projected nothing is left out: knowing which tokens are live is a wait for the whole forward.
-    live = None if request.only_hidden_learns else _projected(request)
-    if live is None:
-        return _Walk(request, grad).gradients(arriving, finished)
-    few = Finished(*(t[live] if t.dim() > 1 else t for t in finished))
-    made = _Walk(_of(live, request)).gradients(arriving[live], few)
-    if request.needs_grad[0]:
-        hidden = flat(request.student[0])
-        made[0] = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(
-            0, live, made[0]
-        )
+    ids, place = distinct_ids(request.teacher[0])
+    weights = _weights(request, arriving, place)
+    if request.only_hidden_learns:  # nothing is projected, so nobody waits to know which tokens are live
+        return [_hidden_gradient(request, ids, weights, finished)]
+    tiles, live = _tiles(request, ids, weights.rows, grad)
+    if live is not None:
+        weights, finished = weights.at(live), Finished(*(t[live] if t.dim() > 1 else t for t in finished))
+    spec = student_spec(request.spec)._replace(stats=0)
+    backend = tiles.serving(spec)
+    _cut(tiles, backend)
+    for chunk in tiles.chunks():
+        write = _writer(chunk, backend, spec, weights.at(chunk.rows), finished)
+        for columns in chunk.columns():
+            chunk.write(columns, [write])
+    return tiles.student.gradients()
+
+
+def _tiles(
+    request: Request, ids: Tensor, weights: Tensor, grad: Tensor | None = None
+) -> tuple[Tiles, Tensor | None]:
+    """(the student's tiles, the tokens that an lm_head projects; None: all, or there is no lm_head)."""
+    exchange = None if request.place is None else Exchange(request.place)
+    student = rows_of(request.student, request.columns_here, request.needs_grad, grad, exchange)
+    rows, live = PerRow(request.labels, request.temperature, weights, ids), None
+    if student.is_head:
+        rows, live = projected([student], rows)
+    return Tiles(request, student, None, rows, exchange), live
+
+
+def _cut(tiles: Tiles, backend: Backend) -> None:
+    request, beside = tiles.request, backend.bytes_per_logit(tiles.dtypes)
+    if request.only_hidden_learns and request.spec.asked & Asked.ENTROPY:
+        beside += request.student[0].itemsize  # two gradients of a tile
+    tiles.cut(beside=beside, per_row=request.teacher[0].shape[1] * SLOT_BYTES)
+
+
+class _WithoutIds:
+    """A chunk's rows without their ids, whose logits are ``stored``."""
+
+    def __init__(self, chunk: Chunk, backend: Backend, spec: Spec, stored: Tensor) -> None:
+        self.chunk, self.backend, self.spec, self.stored = chunk, backend, spec, stored
+        self.passes = [first_pass(spec, chunk.given.temperature)]
+        self.state = stored
+
+    @property
+    def ids(self) -> Tensor:
+        assert self.chunk.given.ids is not None
+        return self.chunk.given.ids
+
+    def begin(self) -> None:
+        self.state = new_state(len(self.ids), self.ids.device)
+
+    def fold(self, number: int, tile: Tile) -> None:
+        self.backend.accumulate(tile, self.spec, self.state, skipped=self.ids)
+        gather_stored(self.stored, tile.student, self.ids, tile.offset, self.spec.student_map)
+
+    def finish(self) -> None:
+        exchange, here = self.chunk.exchange, self.stored
+        if exchange is not None:
+            self.stored = exchange.stored(lambda: here, self.ids, here.dtype)
+
+
+def _read_off(tiles: Tiles, given: Tensor, place: Tensor, state: Tensor, stored: Tensor) -> Values:
+    """``given`` ids, and where among the distinct ones each stands."""
+    spec, rows = tiles.request.spec, tiles.rows
+    side, ids = RowState.of(state).student, rows.ids
+    assert ids is not None
+    whole = whole_row(side, stored, rows.temperature)
+    made = Values(
+        log_probs=torch.where(given >= 0, whole.log_q.gather(1, place), 0.0),
+        entropy=whole.entropy if spec.asked & Asked.ENTROPY else torch.zeros_like(side.reference),
+        logsumexp=whole.reference / rows.temperature + whole.log_sum_exp,
+        top1=top_token(ids, stored, side) if spec.stats else torch.full_like(ids[:, 0], -1),
+    )
+    if rows.labels is None:
+        return made
+    live, masked = rows.labels >= 0, (0.0, 0.0, 0.0, -1)
+    return Values(*(torch.where(live if t.dim() == 1 else live[:, None], t, m) for t, m in zip(made, masked)))
+
+
+class _Weights(NamedTuple):
+    each: Tensor  # fp64 [n, K], of the distinct ids
+    total: Tensor  # fp64 [n]
+    rows: Tensor  # fp64 [n, OUTPUTS], as backends take them: SOFT says whether any of `each` is not 0
+
+    def at(self, rows: slice | Tensor) -> _Weights:
+        return _Weights(*(t[rows] for t in self))
+
+
+def _weights(request: Request, arriving: Tensor, place: Tensor) -> _Weights:
+    arriving = torch.where(request.teacher[0] >= 0, arriving, 0.0)
+    each = torch.zeros_like(arriving).scatter_add_(1, place, arriving)
+    rows = each.new_zeros(each.shape[0], OUTPUTS)
+    rows[:, Output.SOFT] = (each != 0).any(-1).to(rows.dtype)
+    rows[:, Output.ENTROPY] = request.weights[:, Output.ENTROPY]
+    return _Weights(each, each.sum(-1), rows)
+
+
+def _writer(chunk: Chunk, backend: Backend, spec: Spec, weights: _Weights, finished: Finished) -> Writer:
+    """Writes the gradient of a chunk's tiles."""
+    state, stored = finished.state[chunk.rows], finished.stored[chunk.rows]
+    ids, temperature = chunk.given.ids, chunk.given.temperature
+    assert ids is not None
+    whole = whole_row(RowState.of(state).student, stored, temperature)
+    rest = -weights.total * whole.q_rest / temperature
+    sparse = _sparse(ids, rest, _at_ids(ids, temperature, weights, whole).to(stored.dtype), whole)
+
+    def write(tile: Tile, gradients: Gradients) -> None:
+        backend.gradient(tile, weights.rows, spec, state, gradients, sparse)
+
+    return write
+
+
+def _at_ids(ids: Tensor, temperature: Tensor, weights: _Weights, whole: WholeRow) -> Tensor:
+    """The gradient of the weighed log-probabilities for the logits at the distinct ids, w_k - (sum w) q_k, so that
+    1 - q_k keeps its digits."""
+    made = -weights.each * whole.log_q.expm1()
+    made -= (weights.total[:, None] - weights.each) * whole.log_q.exp()
+    return torch.where(ids >= 0, made / temperature[:, None], 0.0)
+
+
+def _hidden_gradient(request: Request, ids: Tensor, weights: _Weights, finished: Finished) -> Tensor:
+    """dH without another projection."""
+    hidden, weight = request.student[:2]
+    made = torch.empty_like(flat(hidden), memory_format=torch.contiguous_format)
+    gathered_bytes = hidden.shape[-1] * (wide(hidden.dtype).itemsize + hidden.itemsize)
+    step = max(request.chunk_bytes // (ids.shape[1] * (SLOT_BYTES + gathered_bytes)), 1)
+    given = PerRow(request.labels, request.temperature, request.weights, ids)
+    for start in range(0, len(made), step):
+        rows = slice(start, start + step)
+        some = Finished(*(t[rows] for t in finished))
+        made[rows] = _hidden_rows(request, weight, given.at(rows), weights.at(rows), some)
     return made
 
 
-def _projected(request: Request) -> Tensor | None:
-    """The tokens that an lm_head projects; None: all, or there is no lm_head."""
-    split = live_tokens(request.labels) if request.has_head else None
-    return None if split is None else split[0]
-
-
-def _of(live: Tensor, request: Request) -> Request:
-    """The request of these tokens alone."""
-    hidden, *others = request.student
-    return replace(
-        request,
-        student=[flat(hidden)[live], *others],
-        teacher=[request.teacher[0][live]],
-        labels=None,
-        temperature=request.temperature if request.temperature.shape[0] == 1 else request.temperature[live],
-        weights=request.weights[live],
-    )
-
-
-class _Walk:
-    """A request's chunks of tokens, one after the other."""
-
-    def __init__(self, request: Request, grad: Tensor | None = None) -> None:
-        self.request, self.spec = request, student_spec(request.spec)
-        self.given = request.teacher[0]
-        self.ids, self.place = distinct_ids(self.given)
-        place, here = request.place, request.columns_here
-        self.exchange = None if place is None else Exchange(place)
-        self.student: Rows = rows_of(request.student, here, request.needs_grad, grad, self.exchange)
-        dtypes = self.student.dtypes
-        self.backend: Backend = serving(request.backend, request.weights.device, dtypes, self.spec)
-        each = self.student.bytes_per_logit + self.backend.bytes_per_logit(dtypes)
-        if request.only_hidden_learns and self.spec.asked & Asked.ENTROPY:
-            each += request.student[0].itemsize  # two gradients of a tile
-        tiles = plan(
-            tokens=self.student.tokens,
-            vocab=here if place is None else place.widest,
-            bytes_per_logit=each,
-            bytes_per_row=self.ids.shape[1] * SLOT_BYTES,
-            chunk_bytes=request.chunk_bytes,
-            segment=self.student.segment,
-        )
-        self.tiles = replace(tiles, vocab=here)  # all ranks have the same chunks of tokens
-
-    def temperature(self, rows: slice) -> Tensor:
-        given = self.request.temperature
-        return given if given.shape[0] == 1 else given[rows]
-
-    def tile(self, rows: slice, columns: slice) -> Tile:
-        request = self.request
-        return Tile(
-            self.student.tile(rows, columns),
-            None,
-            None if request.labels is None else request.labels[rows],
-            self.temperature(rows),
-            request.parameters,
-            columns.start + (0 if self.exchange is None else self.exchange.place.start),
-            request.vocab,
-        )
-
-    def column_chunks(self) -> list[slice]:
-        """On an empty shard one chunk without columns: it has a part in the sum of dH."""
-        return list(self.tiles.column_chunks()) or [slice(0, 0)]
-
-    def fold(self, rows: slice, state: Tensor, stored: Tensor) -> Tile:
-        """Fill the states of a chunk of tokens and the logits at its ids; its last tile is returned."""
-        ids, tile = self.ids[rows], None
-
-        def here() -> None:
-            nonlocal tile
-            for columns in self.column_chunks():
-                tile = self.tile(rows, columns)
-                if tile.student.shape[1]:
-                    self.backend.accumulate(tile, self.spec, state, skipped=ids)
-                    gather_stored(stored, tile.student, ids, tile.offset, self.spec.student_map)
-
-        if self.exchange is None:
-            here()
-        else:
-            self.exchange.merge(here, first_pass(self.spec, self.temperature(rows)), state)
-            stored.copy_(self.exchange.stored(lambda: stored, ids, stored.dtype))
-        assert tile is not None
-        return tile
-
-    def values(self) -> tuple[Values, Finished]:
-        nothing = empty(self.request)[1]
-        state = new_state(len(self.ids), self.ids.device)
-        stored = torch.full_like(nothing.stored, -torch.inf)
-        products = _Products(self) if self.request.only_hidden_learns else None
-        for rows in self.tiles.row_chunks():
-            tile = self.fold(rows, state[rows], stored[rows])
-            if products is not None:
-                products.add(rows, tile, state[rows], stored[rows])
-        saved = products.rows() if products is not None else nothing[2:]
-        return self._read_off(state, stored), Finished(state, stored, *saved)
-
-    def _read_off(self, state: Tensor, stored: Tensor) -> Values:
-        side, temperature = RowState.of(state).student, self.request.temperature
-        whole = whole_row(side, stored, temperature)
-        made = Values(
-            log_probs=torch.where(self.given >= 0, whole.log_q.gather(1, self.place), 0.0),
-            entropy=whole.entropy if self.spec.asked & Asked.ENTROPY else torch.zeros_like(side.reference),
-            logsumexp=whole.reference / temperature + whole.log_sum_exp,
-            top1=top_token(self.ids, stored, side)
-            if self.spec.stats
-            else torch.full_like(self.ids[:, 0], -1),
-        )
-        if self.request.labels is None:
-            return made
-        live, masked = self.request.labels >= 0, empty(self.request)[0]
-        return Values(
-            *(torch.where(live if t.dim() == 1 else live[:, None], t, m) for t, m in zip(made, masked))
-        )
-
-    def gradients(self, arriving: Tensor, finished: Finished) -> list[Tensor]:
-        weights = self._weights(arriving)
-        if self.request.only_hidden_learns:
-            return [self._hidden_gradient(weights, finished)]
-        if isinstance(self.student, HeadRows):
-            self.student.leave_out((weights.rows == 0).all(-1))
-        spec = self.spec._replace(stats=0)
-        for rows in self.tiles.row_chunks():
-            sparse = self._solved(rows, weights, finished)
-            for columns in self.column_chunks():
-                tile = self.tile(rows, columns)
-                buffers = Gradients(self.student.gradient_tile(tile.student, rows, columns), None)
-                assert buffers.student is not None
-                if tile.student.shape[1]:
-                    self.backend.gradient(
-                        tile, weights.rows[rows], spec, finished.state[rows], buffers, sparse
-                    )
-                self.student.backward(buffers.student, rows, columns)
-        return self.student.gradients()
-
-    def _weights(self, arriving: Tensor) -> _Weights:
-        arriving = torch.where(self.given >= 0, arriving, 0.0)
-        each = torch.zeros_like(arriving).scatter_add_(1, self.place, arriving)
-        rows = each.new_zeros(each.shape[0], OUTPUTS)
-        rows[:, Output.SOFT] = (each != 0).any(-1).to(rows.dtype)
-        rows[:, Output.ENTROPY] = self.request.weights[:, Output.ENTROPY]
-        return _Weights(each, each.sum(-1), rows)
-
-    def _solved(self, rows: slice, weights: _Weights, finished: Finished) -> SparseGradient:
-        state, stored, temperature = finished.state[rows], finished.stored[rows], self.temperature(rows)
-        whole = whole_row(RowState.of(state).student, stored, temperature)
-        total = weights.total[rows]
-        rest = -total * whole.q_rest / temperature
-        return _sparse(self.ids[rows], rest, self._stored(rows, weights, whole).to(stored.dtype), whole)
-
-    def _stored(self, rows: slice, weights: _Weights, whole: WholeRow) -> Tensor:
-        """The gradient of the weighed log-probabilities for the logits at the distinct ids, w_k - (sum w) q_k, so
-        that 1 - q_k keeps its digits."""
-        each, total, q = weights.each[rows], weights.total[rows, None], whole.log_q.exp()
-        made = -each * whole.log_q.expm1() - (total - each) * q
-        return torch.where(self.ids[rows] >= 0, made / self.temperature(rows)[:, None], 0.0)
-
-    def _hidden_gradient(self, weights: _Weights, finished: Finished) -> Tensor:
-        """dH without another projection."""
-        hidden, weight = self.request.student[:2]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        made = torch.empty_like(flat(hidden), memory_format=torch.contiguous_format)
-        logit_map, slots = self.spec.student_map, self.ids.shape[1]
-        each_row = slots * (SLOT_BYTES + self.student.bytes_per_stored)
-        step = max(self.request.chunk_bytes // each_row, 1)
-        for start in range(0, len(made), step):
-            rows = slice(start, start + step)
-            ids, stored = self.ids[rows], finished.stored[rows]
-            whole = whole_row(RowState.of(finished.state[rows]).student, stored, self.temperature(rows))
-            each = logit_map.backward(self._stored(rows, weights, whole), stored.double())
-            each = torch.where(ids >= 0, each, 0.0)
-            lm_head_rows = F.embedding(ids.clamp(min=0), weight).to(wide)
-            each = each.to(wide)
-            # A product over one id is a multiplication, at which cuBLAS is slow.
-            grad = each * lm_head_rows[:, 0] if slots == 1 else torch.bmm(each[:, None], lm_head_rows)[:, 0]
-            grad -= weights.total[rows, None].to(wide) * finished.others_rows[rows]
-            if self.spec.asked & Asked.ENTROPY:
-                by = weights.rows[rows, Output.ENTROPY, None].to(wide)
-                grad += torch.where(by == 0, 0.0, by * finished.entropy_rows[rows])
-            nothing = (weights.rows[rows] == 0).all(-1, keepdim=True)
-            if self.request.labels is not None:
-                nothing |= self.request.labels[rows, None] < 0
-            made[rows] = grad.masked_fill(nothing, 0.0)
-        return made
+def _hidden_rows(
+    request: Request, weight: Tensor, given: PerRow, weights: _Weights, finished: Finished
+) -> Tensor:
+    ids, stored, logit_map = given.ids, finished.stored, request.spec.student_map
+    assert ids is not None
+    whole = whole_row(RowState.of(finished.state).student, stored, given.temperature)
+    each = logit_map.backward(_at_ids(ids, given.temperature, weights, whole), stored.double())
+    dtype = wide(weight.dtype)
+    each = torch.where(ids >= 0, each, 0.0).to(dtype)
+    lm_head_rows = F.embedding(ids.clamp(min=0), weight).to(dtype)
+    # A product over one id is a multiplication, at which cuBLAS is slow.
+    one = ids.shape[1] == 1
+    grad = each * lm_head_rows[:, 0] if one else torch.bmm(each[:, None], lm_head_rows)[:, 0]
+    grad -= weights.total[:, None].to(dtype) * finished.others_rows
+    if request.spec.asked & Asked.ENTROPY:
+        by = weights.rows[:, Output.ENTROPY, None].to(dtype)
+        grad += torch.where(by == 0, 0.0, by * finished.entropy_rows)
+    nothing = (weights.rows == 0).all(-1, keepdim=True)
+    if given.labels is not None:
+        nothing |= given.labels[:, None] < 0
+    return grad.masked_fill(nothing, 0.0)
 
 
 def _sparse(ids: Tensor, rest: Tensor, stored: Tensor, whole: WholeRow) -> SparseGradient:
@@ -305,40 +279,33 @@ def _sparse(ids: Tensor, rest: Tensor, stored: Tensor, whole: WholeRow) -> Spars
 class _Products:
     """What dH is made of where hidden states alone need a gradient: see :class:`Finished`."""
 
-    def __init__(self, walk: _Walk) -> None:
-        request = walk.request
-        self.walk = walk
-        self.outputs = [Output.SOFT] + [Output.ENTROPY] * bool(walk.spec.asked & Asked.ENTROPY)
-        student = [flat(request.student[0]), *request.student[1:]]
-        self.heads = [HeadRows(student, request.vocab, request.needs_grad) for _ in self.outputs]
+    def __init__(self, tiles: Tiles, backend: Backend, spec: Spec) -> None:
+        request, student = tiles.request, tiles.student
+        assert isinstance(student, HeadRows)
+        self.backend, self.spec = backend, spec
+        self.outputs = [Output.SOFT] + [Output.ENTROPY] * bool(spec.asked & Asked.ENTROPY)
+        tensors = [student.hidden, *request.student[1:]]
+        self.heads = [HeadRows(tensors, request.vocab, request.needs_grad) for _ in self.outputs]
 
-    def add(self, rows: slice, tile: Tile, state: Tensor, stored: Tensor) -> None:
-        """Of a chunk of tokens whose states are finished. ``tile``: its last."""
-        walk = self.walk
-        temperature = walk.temperature(rows)
+    def add(self, chunk: Chunk, folded: _WithoutIds) -> None:
+        """Of a chunk of tokens that are folded."""
+        state, stored, temperature = folded.state, folded.stored, chunk.given.temperature
         whole = whole_row(RowState.of(state).student, stored, temperature)
-        sparse = _sparse(walk.ids[rows], whole.q_rest / temperature, torch.zeros_like(stored), whole)
-        for columns in walk.tiles.column_chunks():
-            if not walk.tiles.one_tile_per_row:
-                tile = walk.tile(rows, columns)
+        sparse = _sparse(folded.ids, whole.q_rest / temperature, torch.zeros_like(stored), whole)
+        for columns in chunk.columns():
+            tile = chunk.tile(columns)
             for output, head in zip(self.outputs, self.heads):
                 weights = state.new_zeros(len(state), OUTPUTS)
                 weights[:, output] = 1
                 if output == self.outputs[-1]:  # it may overwrite the tile
-                    grad = head.gradient_tile(tile.student, rows, columns)
+                    grad = head.gradient_tile(tile.student, chunk.rows, columns)
                 else:
                     grad = torch.empty_like(tile.student, dtype=head.dtype)
                 assert grad is not None
-                walk.backend.gradient(tile, weights, walk.spec, state, Gradients(grad, None), sparse)
-                head.backward(grad, rows, columns)
+                self.backend.gradient(tile, weights, self.spec, state, Gradients(grad, None), sparse)
+                head.backward(grad, chunk.rows, columns)
 
     def rows(self) -> list[Tensor]:
         """Of every token: the fields of :class:`Finished`."""
         made = [head.gradients()[0] for head in self.heads]
         return made if len(made) > 1 else [*made, made[0].new_zeros(0)]
-
-
-class _Weights(NamedTuple):
-    each: Tensor  # fp64 [n, K], of the distinct ids
-    total: Tensor  # fp64 [n]
-    rows: Tensor  # fp64 [n, OUTPUTS], as backends take them: SOFT says whether any of `each` is not 0

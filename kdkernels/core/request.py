@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import chosen_backend, native
 from ..backends.outcomes import check_divergence
-from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail
+from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail, text_of
 from ..checks import DTYPES
 from ..divergences import Divergence, NoDivergence, simplified
 from ..targets import SparseTarget
@@ -37,6 +37,7 @@ class Terms:
     return_stats: bool = False
     entropy_weight: Number = 0.0
     teacher_learns: bool = False  # co-distillation: the teacher's own cross entropy, with its gradient
+    also: tuple[Divergence, ...] = ()  # others of the same models, whose token losses come beside the first's
 
     def checked(self) -> Terms:
         """The same with its options checked, and the divergence in its simplest form."""
@@ -80,7 +81,9 @@ def _may_count(weight: Number) -> bool:
 
 
 #: What option_checks knows by these names.
-_CHECKED = tuple(field.name for field in fields(Terms) if field.name not in ("divergence", "teacher_learns"))
+_CHECKED = tuple(
+    field.name for field in fields(Terms) if field.name not in ("divergence", "teacher_learns", "also")
+)
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,17 @@ class Request:
 
     ``weights`` ``[N, OUTPUTS]`` fp64 are what each row's outputs are multiplied by: token weights, the terms'
     weights, T^2 and, unless token losses meet autograd, the reduction's scale. ``labels`` are -1 where a token
-    takes no part. A teacher with ``spec.tail`` is a sparse target's ids and values.
+    takes no part. A teacher with ``spec.tail`` is a sparse target's ids and values. The ``specs`` of D losses of the
+    same models differ in the divergence alone; their weights stand side by side, ``[N, D * OUTPUTS]``.
     """
 
     student: list[Tensor]
     teacher: list[Tensor]
     labels: Tensor | None
     temperature: Tensor  # fp64 [N], or [1] for all
-    parameters: Tensor  # fp64, the divergence's numbers
+    parameters: Tensor  # fp64 [D, P], each divergence's numbers
     weights: Tensor
-    spec: Spec
+    specs: tuple[Spec, ...]
     vocab: int
     shard: str  # :class:`exchange.Place` as text; "": the whole vocabulary is here
     chunk_bytes: int
@@ -163,13 +167,23 @@ class Request:
             self.temperature,
             self.parameters,
             self.weights,
-            self.spec.text(),
+            text_of(self.specs),
             self.vocab,
             self.shard,
             self.chunk_bytes,
             self.needs_grad,
             self.gradient_tolerance,
         )
+
+    @property
+    def spec(self) -> Spec:
+        """The first, and what all of them say but for the divergence."""
+        return self.specs[0]
+
+    def each(self) -> list[Request]:
+        """One for each loss."""
+        given = zip(self.specs, self.parameters.split(1), self.weights.split(OUTPUTS, 1))
+        return [replace(self, specs=(spec,), parameters=p, weights=w) for spec, p, w in given]
 
     @property
     def place(self) -> exchange.Place | None:
@@ -221,7 +235,7 @@ class Call:
         if not spec.asked & Asked.SOFT:
             spec, teacher = spec._replace(kind=NoDivergence.code), []
         needs_grad = request.needs_grad[:count] + [False] * len(teacher)
-        return replace(self, request=replace(request, teacher=teacher, spec=spec, needs_grad=needs_grad))
+        return replace(self, request=replace(request, teacher=teacher, specs=(spec,), needs_grad=needs_grad))
 
     @property
     def teachers(self) -> Call:
@@ -235,10 +249,12 @@ class Call:
             teacher=[],
             temperature=torch.ones_like(request.temperature),
             weights=torch.stack(columns, 1),
-            spec=Spec(
-                asked=Asked.LABEL,
-                student_scale=request.spec.teacher_scale,
-                student_softcap=request.spec.teacher_softcap,
+            specs=(
+                Spec(
+                    asked=Asked.LABEL,
+                    student_scale=request.spec.teacher_scale,
+                    student_softcap=request.spec.teacher_softcap,
+                ),
             ),
             needs_grad=request.needs_grad[count:],
         )
@@ -269,7 +285,7 @@ def _signature(call: Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group, so that they walk the same chunks."""
     request = call.request
     same: dict[str, Any] = {
-        "loss": request.spec.text(),
+        "loss": text_of(request.specs),
         "vocabulary": request.vocab,
         "chunk_bytes": request.chunk_bytes,
         "gradient_tolerance": request.gradient_tolerance,
@@ -325,9 +341,9 @@ def _make(
         teacher=[] if t is None else t.tensors,
         labels=live,
         temperature=temperature,
-        parameters=tokens.constants(terms.divergence.parameters, s.device),
+        parameters=tokens.parameters((terms.divergence, *terms.also), s.device),
         weights=_weights(terms, weights if per_row else weights * scale, temperature, s, live),
-        spec=spec,
+        specs=(spec, *(spec._replace(kind=other.kind) for other in terms.also)),
         vocab=vocab,
         shard="" if place is None else place.text(),
         chunk_bytes=limits["chunk_bytes"] or default_chunk_bytes(s.device, vocab),
@@ -426,7 +442,7 @@ def _scale(
 def _weights(
     terms: Terms, each: Tensor | float, temperature: Tensor, student: Side, live: Tensor | None
 ) -> Tensor:
-    """fp64 ``[N, OUTPUTS]``: what each token's outputs are multiplied by, where it weighs ``each`` (``[N]`` or a number).
+    """fp64 ``[N, D * OUTPUTS]``: what each token's outputs are multiplied by, where it weighs ``each`` (``[N]`` or a number).
     Python's numbers stay such, and cost nothing, until a column is made of them."""
     columns: list[Tensor | float | None] = [None] * OUTPUTS
     if terms.asked & Asked.SOFT and _may_count(terms.soft_weight):
@@ -446,7 +462,7 @@ def _weights(
     if terms.teacher_learns:
         columns[Output.TEACHER_LABEL] = each
     zeros = torch.zeros(math.prod(student.leading), dtype=torch.float64, device=student.device)
-    return torch.stack([_filled(column, zeros) for column in columns], 1)
+    return torch.stack([_filled(column, zeros) for column in columns * (1 + len(terms.also))], 1)
 
 
 def _filled(column: Tensor | float | None, zeros: Tensor) -> Tensor:

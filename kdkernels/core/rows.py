@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .dtypes import HALF, wide
 from .exchange import Exchange, OwnTokens
-from .head_gradient import WeightGradient, accumulates_in_fp32, add_product, add_rows
+from .head_gradient import HiddenGradient, WeightGradient, add_rows
 from .layout import columns_adjoin, flat, folding_tokens, folds
-from .tolerance import Kept, keep
+from .tolerance import keep
 
 
 class Stored(NamedTuple):
@@ -163,10 +163,9 @@ class HeadRows:
         self.tokens = self.hidden.shape[0]
         self.index: Tensor | None = None
         self.weightless: Tensor | None = None
-        self.grad_hidden: Tensor | None = None
+        self.grad_hidden = HiddenGradient(self.weight, exchange, several=bool(tolerance))
         self.grad_weight = WeightGradient(tensors[1], vocab)
         self.grad_bias: Tensor | None = None
-        self.weight_sums: dict[tuple[int, int], Tensor] = {}
         self.wide = wide(self.dtype)
 
     @property
@@ -185,11 +184,6 @@ class HeadRows:
     def bytes_per_stored(self) -> int:
         """A gathered row of the lm_head, and the same in the arithmetic's dtype."""
         return self.hidden.shape[1] * (self.wide.itemsize + self.dtype.itemsize)
-
-    @property
-    def summed_in(self) -> torch.dtype | None:
-        """What dH is summed in over the group of a shard; None where it is not summed."""
-        return None if self.exchange is None else self.exchange.hidden_dtype(self.dtype)
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -242,12 +236,7 @@ class HeadRows:
             self.grad_bias[columns] += gradient.sum(0, dtype=self.grad_bias.dtype)
         kept = keep(gradient, self.tolerance) if any(self.wanted[:2]) else None
         if self.wanted[0]:
-            if kept is None:
-                self._backward_hidden(gradient, rows, columns)
-            else:
-                self._backward_hidden_kept(kept, rows, columns)
-            if columns.stop == self.vocab:
-                self._sum(self._grad_of_hidden(rows, columns))
+            self.grad_hidden.add(gradient if kept is None else kept, self.hidden, rows, columns)
         if self.wanted[1]:
             hidden = self._weighed(rows)
             which = {"first": rows.start == 0, "all_tokens": rows == slice(0, self.tokens)}
@@ -255,50 +244,6 @@ class HeadRows:
                 self.grad_weight.add(gradient, hidden, columns, **which)
             else:
                 self.grad_weight.add_kept(kept, hidden, columns, **which)
-
-    def _backward_hidden(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        target, weight = self._grad_of_hidden(rows, columns), self.weight[columns]
-        if columns == slice(0, self.vocab) and target.dtype == self.dtype:
-            torch.mm(gradient, weight, out=target)
-        else:
-            self._add_product(target, gradient, weight)
-
-    def _backward_hidden_kept(self, kept: Kept, rows: slice, columns: slice) -> None:
-        """The columns that are kept, and each row's rest by the mean of the others."""
-        target, weight = self._grad_of_hidden(rows, columns), self.weight[columns]
-        others = self._weight_sum(columns).clone()
-        for ids, gradient in kept.parts(weight.shape[1] * weight.element_size()):
-            lm_head_rows = weight.index_select(0, ids)
-            self._add_product(target, gradient, lm_head_rows)
-            others -= lm_head_rows.sum(0, dtype=self.wide)
-        target.addr_(kept.rest.to(target.dtype), (others / kept.dropped).to(target.dtype))
-
-    def _weight_sum(self, columns: slice) -> Tensor:
-        """The sum of the lm_head's rows ``columns``: read once for all chunks of tokens."""
-        key = columns.start, columns.stop
-        if key not in self.weight_sums:
-            self.weight_sums[key] = self.weight[columns].sum(0, dtype=self.wide)
-        return self.weight_sums[key]
-
-    def _grad_of_hidden(self, rows: slice, columns: slice) -> Tensor:
-        if self.grad_hidden is None:
-            once = columns == slice(0, self.vocab) and not self.tolerance
-            dtype = self.summed_in or (self.dtype if once else self.wide)
-            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype)
-        return self.grad_hidden[rows]
-
-    def _add_product(self, target: Tensor, gradient: Tensor, weight: Tensor) -> None:
-        if target.dtype == self.dtype:
-            target.addmm_(gradient, weight)
-        elif accumulates_in_fp32(target):
-            add_product(target, gradient, weight)
-        else:
-            target += gradient @ weight
-
-    def _sum(self, grad_hidden: Tensor) -> None:
-        """Of rows whose dH has this rank's whole part: add up the group's."""
-        if self.exchange is not None and self.summed_in is not None:
-            self.exchange.start_sum(grad_hidden)
 
     def stored(self, rows: slice, ids: Tensor) -> Stored:
         """The logits at ``ids`` ``[n, K]``, anything where an id is -1, in fp32 or fp64."""
@@ -315,13 +260,8 @@ class HeadRows:
         assert stored.lm_head_rows is not None
         ids = ids.clamp(min=0).flatten()
         if self.wanted[0]:
-            if self.grad_hidden is None:
-                self.grad_hidden = self.hidden.new_zeros(
-                    self.hidden.shape, dtype=self.summed_in or self.dtype
-                )
-            target = self.grad_hidden[rows]
-            target.copy_(torch.bmm(gradient[:, None], stored.lm_head_rows)[:, 0])
-            self._sum(target)
+            product = torch.bmm(gradient[:, None], stored.lm_head_rows)[:, 0]
+            self.grad_hidden.write(product, self.hidden, rows)
         if not self.vocab:
             return
         if self.wanted[1]:
@@ -339,7 +279,7 @@ class HeadRows:
             self.exchange.wait()
             if self.exchange.own_tokens is not None:
                 return self._own_gradients(self.exchange.own_tokens)
-        made = self.grad_hidden, self.grad_weight.finished(), self.grad_bias
+        made = self.grad_hidden.total, self.grad_weight.finished(), self.grad_bias
         return [self._complete(t, grad) for t, grad, want in zip(self.given, made, self.wanted) if want]
 
     def _own_gradients(self, tokens: OwnTokens) -> list[Tensor]:
@@ -348,10 +288,10 @@ class HeadRows:
         assert self.exchange is not None
         made: list[Tensor] = []
         if self.wanted[0]:
-            everybody = self.given[0].new_zeros(self.given[0].shape, dtype=self.summed_in)
-            if self.grad_hidden is not None:
+            everybody = self.given[0].new_zeros(self.given[0].shape, dtype=self.grad_hidden.summed_in)
+            if self.grad_hidden.total is not None:
                 at = slice(None) if self.index is None else self.index
-                everybody[at] = self.grad_hidden
+                everybody[at] = self.grad_hidden.total
             made.append((tokens.sum_own(everybody) * tokens.averaged_over).to(self.dtype))
         shard = zip(self.given[1:], (self.grad_weight.finished(), self.grad_bias), self.wanted[1:])
         return made + [self._complete(tensor, grad) for tensor, grad, want in shard if want]

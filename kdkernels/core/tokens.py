@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_constant, check_tensor
+from ..divergences import Divergence
 from .checked import checked_ids, checked_labels, checked_numbers
 from .option_checks import Number
 from .sides import Side
@@ -112,6 +113,15 @@ def constants(values: list[float] | tuple[float, ...], device: torch.device) -> 
         if value != values[0]:
             made[i].fill_(float(value))
     return made
+
+
+def parameters(divergences: tuple[Divergence, ...], device: torch.device) -> Tensor:
+    """fp64 ``[D, P]``: each divergence's numbers, with zeros behind those of the ones that have fewer."""
+    own = [constants(divergence.parameters, device) for divergence in divergences]
+    if len(own) == 1:
+        return own[0][None]
+    most = max(len(numbers) for numbers in own)
+    return torch.stack([torch.nn.functional.pad(numbers, (0, most - len(numbers))) for numbers in own])
 
 
 def factor(name: str, given: Number, student: Side, labels: Tensor | None) -> Number:

@@ -1,70 +1,43 @@
-"""The one tile loop: dense and sparse targets, whole rows and vocabulary chunks.
+"""The one tile loop: dense and sparse targets, whole rows and vocabulary chunks, one loss or several.
 
 A :class:`Request` is walked in chunks of tokens. Where a whole row fits the budget, a chunk is one tile and one
-call of the backend. Else the vocabulary is cut: every chunk is folded into the rows' states, and then made again
-for its gradient. "conditional" without a hard term looks at the stored ids alone: K columns of given logits, K
-gathered rows of an lm_head, nothing as wide as the vocabulary.
+call of the backend for each loss. Else the vocabulary is cut: every tile is folded into the rows' states, and then
+made again for its gradient. "conditional" without a hard term looks at the stored ids alone: K columns of given
+logits, K gathered rows of an lm_head, nothing as wide as the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..backends import serving
-from ..backends.outcomes import Outcomes, outcomes, student_spec
-from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
-from ..backends.row_state import COLUMNS, SECOND_PASS, Pass, finish, first_pass, new_state
-from ..backends.sparse_rows import Solved, Temperatures, gather_stored, no_logits, solve, student_tile
-from ..backends.spec import RESULTS, Asked, Output, Spec, Tail
-from .exchange import Exchange, Kept, OwnTokens
+from ..backends.protocol import Backend, Gradients, Tile
+from ..backends.row_state import COLUMNS
+from ..backends.spec import OUTPUTS, RESULTS, Asked, Tail
+from .exchange import Exchange, Merged, OwnTokens
 from .layout import flat
 from .request import Request, loss_dtype
-from .rows import HeadRows, LogitRows, Stored
-from .schedule import Plan, plan
-
-Rows = LogitRows | HeadRows
-#: Temporaries per slot of a sparse target: distinct ids, log-masses in fp64, and the outcome problem.
-SLOT_BYTES = 256
+from .row_losses import DenseLoss, Folded, RowLoss, SparseLoss, entropy_beside
+from .stored_ids import stored_ids
+from .tiles import SLOT_BYTES, Chunk, PerRow, Tiles, projected, sources
 
 
-class PerRow(NamedTuple):
-    """What a request says of each of its rows, or of some of them."""
-
-    labels: Tensor | None
-    temperature: Tensor
-    weights: Tensor
-    ids: Tensor | None  # of a sparse target
-    values: Tensor | None
-
-    def at(self, rows: slice | Tensor) -> PerRow:
-        one_for_all = self.temperature.shape[0] == 1
-        return PerRow(
-            None if self.labels is None else self.labels[rows],
-            self.temperature if one_for_all else self.temperature[rows],
-            self.weights[rows],
-            None if self.ids is None else self.ids[rows],
-            None if self.values is None else self.values[rows],
-        )
-
-
-def kept_for(request: Request) -> Kept:
+def merged_for(request: Request) -> Merged:
     """Room for what the walk of a shard leaves to its backward; none where nothing is exchanged, or tokens are."""
     place, tokens = request.place, request.weights.shape[0]  # len() would fix it under torch.export
     keeps = tokens if place is not None and not place.own_tokens else 0
     slots = request.teacher[0].shape[-1] if request.spec.tail else 0
-    return Kept(
-        request.weights.new_empty(keeps, COLUMNS),
+    return Merged(
+        request.weights.new_empty(keeps, len(request.specs), COLUMNS),
         request.weights.new_empty(keeps, slots, dtype=loss_dtype(request.student)),
     )
 
 
-def walk(request: Request, grads: Gradients, kept: Kept | None = None) -> list[Tensor]:
-    """[results, *gradients that are needed], in the order of the request's tensors.
+def walk(request: Request, grads: Gradients, merged: Merged | None = None) -> list[Tensor]:
+    """[results ``[N, D * RESULTS]``, *gradients that are needed], in the order of the request's tensors.
 
     ``grads``: buffers ``[..., V]`` for the gradients of given logits; an lm_head's are made here.
     """
@@ -74,18 +47,24 @@ def walk(request: Request, grads: Gradients, kept: Kept | None = None) -> list[T
     if own is not None:
         request = _gathered(request, own)
     elif exchange is not None:
-        exchange.kept = kept
+        exchange.merged = merged
     student, teacher = sources(request, grads, exchange)
-    sides = [side for side in (student, teacher) if side is not None]
+    sides = [student] if teacher is None else [student, teacher]
     rows, live = _per_row(request), None
     if any(side.is_head for side in sides):
         rows, live = projected(sides, rows)
-    results = _Walk(request, student, teacher, rows, exchange).run()
+    results = _results(Tiles(request, student, teacher, rows, exchange))
     if live is not None:
-        results = results.new_zeros(request.weights.shape[0], RESULTS).index_copy_(0, live, results)
+        everywhere = results.new_zeros(request.weights.shape[0], results.shape[1])
+        results = everywhere.index_copy_(0, live, results)
     if own is not None:
         results = own.own(results).clone()
     return [results, *(g for side in sides for g in side.gradients())]
+
+
+def _per_row(request: Request) -> PerRow:
+    ids, values = request.teacher if request.spec.tail else (None, None)
+    return PerRow(request.labels, request.temperature, request.weights, ids, values)
 
 
 def _gathered(request: Request, own: OwnTokens) -> Request:
@@ -106,347 +85,94 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
     )
 
 
-def projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
-    """Only the tokens that take part are projected: (what is said of them, which they are; None: all)."""
-    split = live_tokens(rows.labels)
-    for side in sides:
-        if split is None:
-            side.gather()
+def _results(tiles: Tiles) -> Tensor:
+    spec, made = tiles.request.spec, []
+    stored_only = spec.tail == Tail.CONDITIONAL and not spec.asked & Asked.HARD
+    backends = [tiles.serving(each) for each in tiles.request.specs]
+    _cut(tiles, backends, stored_only=stored_only)
+    for chunk in tiles.chunks():
+        if stored_only:
+            made.append(stored_ids(chunk, backends[0]))
+        elif chunk.one_tile and tiles.exchange is None:
+            made.append(_whole_rows(chunk, _losses(chunk, backends)))
         else:
-            side.keep_live(*split)
-    live = None if split is None else split[0]
-    rows = rows if live is None else rows.at(live)
-    weightless = (rows.weights == 0).all(-1)
-    for side in sides:
-        if isinstance(side, HeadRows):
-            side.leave_out(weightless)
-    return rows, live
+            made.append(_by_vocabulary(chunk, _losses(chunk, backends)))
+    if len(made) == 1:
+        return made[0]
+    return torch.cat(made) if made else tiles.rows.weights.new_zeros(0, RESULTS * len(backends))
 
 
-def sources(request: Request, grads: Gradients, exchange: Exchange | None) -> tuple[Rows, Rows | None]:
-    """Where both models' tiles come from; None for a teacher that is none, or a sparse target."""
-    needs = request.needs_grad
-    count = len(request.student)
-    columns, tolerance = request.columns_here, request.gradient_tolerance
-    student = rows_of(request.student, columns, needs[:count], grads.student, exchange, tolerance)
-    if not request.teacher or request.spec.tail:
-        return student, None
-    return student, rows_of(request.teacher, columns, needs[count:], grads.teacher, exchange, tolerance)
+def _cut(tiles: Tiles, backends: list[Backend], *, stored_only: bool) -> None:
+    slots = 0 if tiles.rows.ids is None else tiles.rows.ids.shape[1]
+    per_row = slots * SLOT_BYTES
+    if stored_only:
+        tiles.cut_tokens(per_row=per_row + slots * tiles.student.bytes_per_stored)
+        return
+    writers = len(backends)
+    if slots and tiles.request.spec.asked & Asked.ENTROPY:
+        writers += 1
+    beside = max(backend.bytes_per_logit(tiles.dtypes) for backend in backends)
+    if tiles.student.needs_grad:  # the sum of the gradients before the last, and the next of them
+        beside += min(writers - 1, 2) * tiles.wide.itemsize
+    tiles.cut(beside=beside, per_row=per_row)
 
 
-def rows_of(
-    tensors: list[Tensor],
-    vocab: int,
-    wanted: list[bool],
-    grad: Tensor | None,
-    exchange: Exchange | None = None,
-    tolerance: float = 0.0,
-) -> Rows:
-    if len(tensors) > 1:
-        return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted, exchange, tolerance)
-    return LogitRows(tensors[0], vocab, grad)
+def _losses(chunk: Chunk, backends: list[Backend]) -> list[RowLoss]:
+    """Those of a chunk's rows, in the order in which they write gradients."""
+    request = chunk.tiles.request
+    if not request.spec.tail:
+        weights = chunk.given.weights.split(OUTPUTS, 1)
+        given = zip(backends, request.specs, request.parameters.unbind(), weights)
+        return [DenseLoss(chunk, *each) for each in given]
+    if not request.spec.asked & Asked.ENTROPY:
+        return [SparseLoss(chunk, backends[0], request.spec)]
+    without = request.spec._replace(asked=request.spec.asked & ~Asked.ENTROPY)
+    return [entropy_beside(chunk, backends[0]), SparseLoss(chunk, backends[0], without)]
 
 
-def _per_row(request: Request) -> PerRow:
-    ids, values = request.teacher if request.spec.tail else (None, None)
-    return PerRow(request.labels, request.temperature, request.weights, ids, values)
+def _whole_rows(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
+    chunk.write(chunk.columns()[0], [loss.fused for loss in losses])
+    return _joined(chunk, losses)
 
 
-def live_tokens(labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """(the tokens that take part, the others), or None where all do: an lm_head projects no others."""
-    if labels is None:
-        return None
-    dead = labels < 0
-    count = labels.numel() - int(dead.sum())
-    if count == labels.numel():
-        return None
-    live, others = dead.to(torch.uint8).argsort(stable=True).tensor_split([count])
-    return live, others
+def _by_vocabulary(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
+    fold(chunk, losses)
+    if chunk.tiles.needs_grad:
+        for columns in chunk.columns():
+            chunk.write(columns, [loss.gradient for loss in losses])
+    return _joined(chunk, losses)
 
 
-class _Walk:
-    """A request's chunks of tokens, one after the other."""
-
-    def __init__(
-        self,
-        request: Request,
-        student: Rows,
-        teacher: Rows | None,
-        rows: PerRow,
-        exchange: Exchange | None,
-    ) -> None:
-        self.request, self.student, self.teacher, self.rows = request, student, teacher, rows
-        self.exchange = exchange
-        self.spec, self.sparse = request.spec, bool(request.spec.tail)
-        sides = [student] if teacher is None else [student, teacher]
-        self.dtypes = [dtype for side in sides for dtype in side.dtypes]
-        self.wide = torch.float64 if torch.float64 in self.dtypes else torch.float32
-        self.backend: Backend = serving(request.backend, rows.weights.device, self.dtypes, self.spec)
-        self.tiles = self._plan(sides)
-
-    @property
-    def stored_only(self) -> bool:
-        return self.spec.tail == Tail.CONDITIONAL and not self.spec.asked & Asked.HARD
-
-    def _plan(self, sides: list[Rows]) -> Plan:
-        each = sum(side.bytes_per_logit for side in sides) + self.backend.bytes_per_logit(self.dtypes)
-        per_row = 0
-        if self.sparse and self.spec.asked & Asked.ENTROPY and self.student.needs_grad:
-            each += self.wide.itemsize  # its gradient is a tile of its own
-        if self.rows.ids is not None:
-            slots = self.rows.ids.shape[1]
-            per_row = slots * SLOT_BYTES
-            if self.stored_only:
-                each, per_row = 0, per_row + slots * self.student.bytes_per_stored
-        place, here = self.request.place, self.request.columns_here
-        tiles = plan(
-            tokens=self.student.tokens,
-            vocab=here if place is None else place.widest,
-            bytes_per_logit=each,
-            bytes_per_row=per_row,
-            chunk_bytes=self.request.chunk_bytes,
-            segment=self.student.tokens if self.stored_only else min(side.segment for side in sides),
-        )
-        return replace(tiles, vocab=here)  # all ranks have the same chunks of tokens
-
-    def run(self) -> Tensor:
-        results = self.rows.weights.new_zeros(self.student.tokens, RESULTS)
-        for rows in self.tiles.row_chunks():
-            chunk = _Chunk(self, rows, self.rows.at(rows))
-            if self.stored_only:
-                results[rows] = chunk.stored_ids()
-            elif self.tiles.one_tile_per_row and self.exchange is None:
-                results[rows] = chunk.whole_rows()
-            else:
-                results[rows] = chunk.by_vocabulary()
-        return results
+def _joined(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
+    """Several losses' results stand side by side. Those of a sparse target and the entropy beside it are one loss's."""
+    results = [loss.results for loss in losses]
+    if len(results) == 1:
+        return results[0]
+    return torch.stack(results).sum(0) if chunk.tiles.request.spec.tail else torch.cat(results, 1)
 
 
-@dataclass
-class _Chunk:
-    """One chunk of tokens."""
-
-    walk: _Walk
-    rows: slice
-    given: PerRow
-
-    def __post_init__(self) -> None:
-        self.spec, self.backend, self.vocab = self.walk.spec, self.walk.backend, self.walk.request.vocab
-        self.exchange = self.walk.exchange
-        self.held: Tile | None = None
-        self.target: Outcomes | None = None
-        self.entropy: _EntropyApart | None = None
-        if self.given.ids is not None and self.spec.asked & Asked.ENTROPY:
-            self.entropy = _EntropyApart(self)
-            self.spec = self.spec._replace(asked=self.spec.asked & ~Asked.ENTROPY)
-        if self.given.ids is not None and self.given.values is not None:
-            self.target = outcomes(
-                self.given.ids,
-                self.given.values,
-                self.given.temperature,
-                self.spec,
-                vocab=self.vocab,
-                dtype=self.walk.wide,
-            )
-
-    def tile(self, columns: slice) -> Tile:
-        """Of shards, the only tile of these rows is held between the passes."""
-        if self.held is not None:
-            return self.held
-        teacher = self.walk.teacher
-        tile = Tile(
-            self.walk.student.tile(self.rows, columns),
-            None if teacher is None else teacher.tile(self.rows, columns),
-            self.given.labels,
-            self.given.temperature,
-            self.walk.request.parameters,
-            columns.start + (0 if self.exchange is None else self.exchange.place.start),
-            self.vocab,
-        )
-        if self.exchange is not None and self.walk.tiles.one_tile_per_row:
-            self.held = tile
-        return tile
-
-    def column_chunks(self) -> list[slice]:
-        """On an empty shard one chunk without columns: it has a part in the sum of dH."""
-        return list(self.walk.tiles.column_chunks()) or [slice(0, 0)]
-
-    def buffers(self, tile: Tile, columns: slice) -> Gradients:
-        teacher = self.walk.teacher
-        theirs = None
-        if teacher is not None and tile.teacher is not None and self.spec.asked & Asked.TEACHER_LABEL:
-            theirs = teacher.gradient_tile(tile.teacher, self.rows, columns)
-        return Gradients(self.walk.student.gradient_tile(tile.student, self.rows, columns), theirs)
-
-    def backward(self, gradients: Gradients, columns: slice) -> None:
-        for side, grad in zip((self.walk.student, self.walk.teacher), gradients):
-            if side is not None and grad is not None:
-                side.backward(grad, self.rows, columns)
-
-    def whole_rows(self) -> Tensor:
-        columns = slice(0, self.vocab)
-        tile = self.tile(columns)
-        gradients = self.buffers(tile, columns)
-        if self.target is None:
-            results = self.backend.fused(tile, self.given.weights, self.spec, gradients)
-        else:
-            apart = None if self.entropy is None else self.entropy.fused(tile)
-            results = self.backend.fused_sparse(tile, self.target, self.given.weights, self.spec, gradients)
-            if self.entropy is not None:
-                results += self.entropy.results
-                self.entropy.add(apart, gradients)
-        self.backward(gradients, columns)
-        return results
-
-    def by_vocabulary(self) -> Tensor:
-        state = new_state(self.given.weights.shape[0], self.given.weights.device)
-        if self.target is None:
-            results, spec, sparse = self._fold(state), self.spec, None
-        else:
-            solved = self._fold_sparse(state, self.target)
-            if self.entropy is not None:
-                solved = solved._replace(results=solved.results + self.entropy.results)
-            results, spec, sparse = solved.results, student_spec(self.spec), solved.gradient
-        if self.needs_grad:
-            for columns in self.column_chunks():
-                self._gradient(columns, spec, state, sparse)
-        return results
-
-    @property
-    def needs_grad(self) -> bool:
-        teacher = self.walk.teacher
-        return self.walk.student.needs_grad or (teacher is not None and teacher.needs_grad)
-
-    def _fold(self, state: Tensor) -> Tensor:
-        def first() -> None:
-            for tile in self._tiles():
-                self.backend.accumulate(tile, self.spec, state)
-
-        def second() -> None:
-            for tile in self._tiles():
-                self.backend.accumulate_value(tile, self.spec, state)
-
-        self._everywhere(first, first_pass(self.spec, self.given.temperature), state)
-        if self.spec.asked & Asked.SOFT and self.spec.closed_form is None:
-            self._everywhere(second, SECOND_PASS, state)
-        return finish(state, self.spec, self.given.labels, self.vocab)
-
-    def _everywhere(self, here: Callable[[], None], merger: Pass, state: Tensor) -> None:
-        """Let ``here`` fold this rank's tiles into the state, and merge what the other ranks have folded."""
-        if self.exchange is None:
-            here()
-        else:
-            self.exchange.merge(here, merger, state, self.rows)
-
-    def _tiles(self) -> Iterator[Tile]:
-        """Those with any columns."""
-        for columns in self.column_chunks():
-            tile = self.tile(columns)
-            if tile.student.shape[1]:
-                yield tile
-
-    def _fold_sparse(self, state: Tensor, target: Outcomes) -> Solved:
-        inner, stored = student_spec(self.spec), no_logits(target)
-
-        def first() -> None:
-            for tile in self._tiles():
-                self.backend.accumulate(student_tile(tile, self.spec), inner, state, skipped=target.ids)
-                gather_stored(stored, tile.student, target.ids, tile.offset, self.spec.student_map)
-                if self.entropy is not None:
-                    self.entropy.accumulate(tile)
-
-        own = Temperatures.of(self.spec, self.given.temperature).student
-        self._everywhere(first, first_pass(inner, own), state)
-        if self.entropy is not None:
-            self.entropy.finish()
-        if self.exchange is None:
-            return self._solve(target, stored, state)
-        whole = self.exchange.stored(lambda: stored, target.ids, stored.dtype, self.rows)
-        return self._solve(target, whole, state)
-
-    def _solve(self, target: Outcomes, stored: Tensor, state: Tensor) -> Solved:
-        given, parameters = self.given, self.walk.request.parameters
-        tile = Tile(stored, None, given.labels, given.temperature, parameters, 0, self.vocab)
-        return solve(self.backend, tile, target, stored, self.spec, state, self.needs_grad)
-
-    def _gradient(self, columns: slice, spec: Spec, state: Tensor, sparse: SparseGradient | None) -> None:
-        tile = self.tile(columns)
-        gradients = self.buffers(tile, columns)
-        apart = None if self.entropy is None else self.entropy.gradient(tile)
-        if sparse is not None:
-            tile = student_tile(tile, self.spec)
-        if tile.student.shape[1]:
-            self.backend.gradient(tile, self.given.weights, spec, state, gradients, sparse)
-        if self.entropy is not None:
-            self.entropy.add(apart, gradients)
-        self.backward(gradients, columns)
-
-    def stored_ids(self) -> Tensor:
-        """The row's soft term from its stored ids alone."""
-        assert self.target is not None
-        student, ids, logit_map = self.walk.student, self.target.ids, self.spec.student_map
-        here = ids if self.exchange is None else self.exchange.local(ids)
-        found, wide = Stored(ids, None), self.target.teacher.dtype
-
-        def look() -> Tensor:
-            nonlocal found
-            found = student.stored(self.rows, here)
-            return logit_map.logits(found.logits, wide)
-
-        if self.exchange is None:
-            logits = torch.where(ids >= 0, look(), -torch.inf)
-        else:
-            logits = self.exchange.stored(look, ids, wide, self.rows)
-        solved = self._solve(self.target, logits, new_state(ids.shape[0], ids.device))
-        if student.needs_grad:
-            weight = self.given.weights[:, Output.SOFT, None]
-            if self.given.labels is not None:
-                weight = torch.where(self.given.labels[:, None] >= 0, weight, 0.0)
-            grad = logit_map.backward(solved.gradient.stored, logits) * weight.to(logits.dtype)
-            grad = torch.where((here >= 0) & (weight != 0), grad, 0.0)
-            student.backward_stored(grad, self.rows, here, found)
-        return solved.results
+def fold(chunk: Chunk, losses: Sequence[Folded]) -> None:
+    """All passes of all losses over a chunk's tiles, and what they finish with. Of shards, what a forward has merged
+    its backward does not merge again."""
+    merged = None if chunk.exchange is None else chunk.exchange.merged
+    for loss in losses:
+        loss.begin()
+    if merged is not None and merged.ready:
+        for at, loss in enumerate(losses):
+            loss.state.copy_(merged.state[chunk.rows, at])
+    else:
+        for number in range(max(len(loss.passes) for loss in losses)):
+            _pass(chunk, [loss for loss in losses if number < len(loss.passes)], number)
+        for at, loss in enumerate(losses):
+            if merged is not None:
+                merged.state[chunk.rows, at] = loss.state
+    for loss in losses:
+        loss.finish()
 
 
-class _EntropyApart:
-    """The student's entropy beside a sparse target, which sees the student through other outcomes, and some at
-    another temperature: a dense output of the same tiles, whose gradient is added to the target's."""
+def _pass(chunk: Chunk, losses: list[Folded], number: int) -> None:
+    def read(tile: Tile) -> None:
+        for loss in losses:
+            loss.fold(number, tile)
 
-    def __init__(self, chunk: _Chunk) -> None:
-        spec = chunk.spec
-        self.chunk, self.backend, self.given = chunk, chunk.backend, chunk.given
-        self.spec = Spec(
-            asked=Asked.ENTROPY,
-            tempered=spec.tempered,
-            student_scale=spec.student_scale,
-            student_softcap=spec.student_softcap,
-        )
-        self.state = new_state(self.given.weights.shape[0], self.given.weights.device)
-        self.results = torch.zeros(())
-
-    def _buffer(self, tile: Tile) -> Tensor | None:
-        needed = self.chunk.walk.student.needs_grad
-        return tile.student.new_empty(tile.student.shape, dtype=self.chunk.walk.wide) if needed else None
-
-    def fused(self, tile: Tile) -> Tensor | None:
-        """The gradient of whole rows. It is made first: the target's may overwrite them."""
-        grad = self._buffer(tile)
-        self.results = self.backend.fused(tile, self.given.weights, self.spec, Gradients(grad, None))
-        return grad
-
-    def accumulate(self, tile: Tile) -> None:
-        self.backend.accumulate(tile, self.spec, self.state)
-
-    def finish(self) -> None:
-        self.results = finish(self.state, self.spec, self.given.labels, self.chunk.vocab)
-
-    def gradient(self, tile: Tile) -> Tensor | None:
-        grad = self._buffer(tile)
-        if grad is not None and tile.student.shape[1]:
-            self.backend.gradient(tile, self.given.weights, self.spec, self.state, Gradients(grad, None))
-        return grad
-
-    @staticmethod
-    def add(grad: Tensor | None, gradients: Gradients) -> None:
-        if grad is not None and gradients.student is not None:
-            gradients.student.add_(grad)
+    chunk.fold(read, [(loss.passes[number], loss.state) for loss in losses])
