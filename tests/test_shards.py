@@ -28,6 +28,7 @@ DIVERGENCES = [
     kd.Mixed(0.4),
 ]
 MIX = dict(temperature=1.7, soft_weight=0.7, hard_weight=0.4, temperature_squared=True)
+THREE = dict(divergence=(kd.JSD(0.3), kd.ForwardKL(), kd.Overlap()), reduction="none", temperature=1.7)
 HARD = dict(soft_weight=0.0, hard_weight=1.0, label_smoothing=0.2, z_loss=1e-2)
 
 
@@ -105,6 +106,10 @@ CASES = [
         ranks=2,
     ),
 ]
+SEVERAL = [
+    Case("of logits", {}, THREE, "several", ranks=3, split="empty"),
+    Case("of heads", HEADS, dict(chunk_bytes=3000, **THREE), "several", ranks=2),
+]
 TOGETHER = [
     Case("of logits", {}, MIX, "codistillation_loss", ranks=3),
     Case(
@@ -144,6 +149,13 @@ SPARSE = [
         tail="truncate",
     ),
     Case("chunks", dict(student="head", shape=(40,)), dict(chunk_bytes=3000), tail="bucket"),
+    Case("the entropy", {}, dict(entropy_weight=0.3, temperature=1.7), tail="bucket", ranks=3, split="empty"),
+    Case(
+        "the entropy, token losses",
+        dict(student="head"),
+        dict(entropy_weight=-0.3, hard_weight=0.5, reduction="none", chunk_bytes=3000),
+        tail="conditional",
+    ),
 ]
 LOOSE = Case(
     "tolerance", dict(scale=8.0, **HEADS), dict(gradient_tolerance=0.05, divergence=kd.ReverseKL()), ranks=3
@@ -153,6 +165,7 @@ OWN = [
     Case("sum", dict(shape=(15,), **HEADS), MIX, ranks=4, shard=dict(data_parallel="sum"), split="empty"),
     Case("even, chunks", dict(shape=(15,), **HEADS), dict(chunk_bytes=8 * 61 * 4, **MIX), ranks=2),
     Case("token losses", dict(shape=(15,), **HEADS), dict(reduction="none", **MIX), ranks=3),
+    Case("three divergences", dict(shape=(15,), **HEADS), THREE, "several", ranks=3),
     Case("sparse", dict(shape=(15,), student="head"), dict(hard_weight=0.5), tail="bucket", ranks=3),
     Case("stored", dict(shape=(15,), student="head"), dict(reduction="none"), tail="conditional", ranks=2),
 ]
@@ -185,7 +198,6 @@ REFUSED = [
     "starts on one rank only",
     "an empty vocabulary",
     "a backend that fails on one rank",
-    "several divergences",
     "logits of own tokens",
     "two kinds of shards",
     "the oracle",
@@ -199,6 +211,7 @@ def outcomes(tmp_path_factory):
         ("policies", POLICIES),
         ("loose", [LOOSE]),
         ("exact", CASES),
+        ("several", SEVERAL),
         ("codistilled", TOGETHER),
         ("sparse", SPARSE),
         ("stats", STATS),
@@ -252,11 +265,14 @@ def test_shards_are_exact(case, outcomes):
     assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
 
 
-@pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
-def test_log_probs_of_shards(case, outcomes):
-    parts, problem = of(outcomes, ("policies", case.name)), case.made()
+@pytest.mark.parametrize("case", POLICIES + SEVERAL, ids=lambda case: f"{case.loss} {case.name}")
+def test_token_losses_of_shards(case, outcomes):
+    kind, loss = (
+        ("several", shard_cases.several) if case in SEVERAL else ("policies", shard_cases.policy_loss)
+    )
+    parts, problem = of(outcomes, (kind, case.name)), case.made()
     options = {name: value for name, value in case.options.items() if name != "chunk_bytes"}
-    truth, gradients = problem.oracle(loss=shard_cases.policy_loss, **options)
+    truth, gradients = problem.oracle(loss=loss, **options)
     (loss,) = same_on_all_ranks(parts)
     ulp = torch.finfo(problem.dtype).eps
     assert relative(loss, truth) < 10 * ulp
@@ -395,7 +411,9 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
                 [problem.teacher[0][here].double(), *(t.double() for t in problem.teacher[1:])]
             )
         with kd.use_backend("reference"):
-            loss = kd.distillation_loss(student, teacher, problem.labels[here], **options)
+            (loss,), _ = shard_cases.call(
+                dataclasses.replace(case, options=options), student, teacher, problem.labels[here]
+            )
         assert torch.allclose(outcome.losses[0].double(), loss, rtol=1e-5, atol=2e-6)
         hidden, *shard = torch.autograd.grad((loss * shard_cases.arriving(loss)).sum(), leaves)
         mine = outcome.gradients[0][0]

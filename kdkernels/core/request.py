@@ -377,11 +377,6 @@ def _sparse(
             "entropy_weight is of the whole vocabulary, which tail='conditional' without a hard term never sees; take "
             "another tail, hard_weight with labels, or kd.token_log_probs(..., entropy=True)"
         )
-    if student.shard is not None and spec.asked & Asked.ENTROPY:
-        raise ValueError(
-            "entropy_weight beside a kd.SparseTarget is not built for vocabulary shards; add what "
-            "kd.token_log_probs(..., entropy=True) gives"
-        )
     if target.values.dtype not in DTYPES:
         raise ValueError(f"SparseTarget needs fp64, fp32, bf16 or fp16, got {target.values.dtype}")
     values = target.values.detach().reshape(-1, target.slots)

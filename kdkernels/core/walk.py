@@ -31,9 +31,14 @@ def merged_for(request: Request) -> Merged:
     keeps = tokens if place is not None and not place.own_tokens else 0
     slots = request.teacher[0].shape[-1] if request.spec.tail else 0
     return Merged(
-        request.weights.new_empty(keeps, len(request.specs), COLUMNS),
+        request.weights.new_empty(keeps, _how_many(request), COLUMNS),
         request.weights.new_empty(keeps, slots, dtype=loss_dtype(request.student)),
     )
+
+
+def _how_many(request: Request) -> int:
+    """Losses: beside a sparse target the entropy is one of its own."""
+    return len(request.specs) + bool(request.spec.tail and request.spec.asked & Asked.ENTROPY)
 
 
 def walk(request: Request, grads: Gradients, merged: Merged | None = None) -> list[Tensor]:
@@ -108,12 +113,9 @@ def _cut(tiles: Tiles, backends: list[Backend], *, stored_only: bool) -> None:
     if stored_only:
         tiles.cut_tokens(per_row=per_row + slots * tiles.student.bytes_per_stored)
         return
-    writers = len(backends)
-    if slots and tiles.request.spec.asked & Asked.ENTROPY:
-        writers += 1
     beside = max(backend.bytes_per_logit(tiles.dtypes) for backend in backends)
     if tiles.student.needs_grad:  # the sum of the gradients before the last, and the next of them
-        beside += min(writers - 1, 2) * tiles.wide.itemsize
+        beside += min(_how_many(tiles.request) - 1, 2) * tiles.wide.itemsize
     tiles.cut(beside=beside, per_row=per_row)
 
 
