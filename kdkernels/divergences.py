@@ -80,7 +80,8 @@ def _times(weight: Tensor, x: Tensor) -> Tensor:
 
 class Divergence:
     """Base of all divergences, and of your own: a class with ``phi``, and with ``q_psi`` where it should not be
-    taken from ``phi`` by autograd. Its numbers are the fields of a dataclass.
+    taken from ``phi`` by autograd. Its numbers are the fields of a dataclass. What it sums to is in nats where its
+    formula has logarithms of base e, as all of kdkernels' have that have any.
 
     Such a class goes through every input form, option and compiler as the others do, on the eager backend. What it
     inherits of a parent's ``q_psi``, ``closed_form`` and kernels counts only while the parent's formula does:

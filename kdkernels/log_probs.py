@@ -24,7 +24,8 @@ from .heads import ShardedLogits
 
 
 class TokenLogProbs(NamedTuple):
-    """What :func:`token_log_probs` returns. ``log_probs`` has the shape of the ids, all else one number per token.
+    """What :func:`token_log_probs` returns, in nats. ``log_probs`` has the shape of the ids, ``[...]`` or ``[..., K]``;
+    all else is one number per token, ``[...]``: fp32 (fp64 for fp64 students), ``top1`` int64.
 
     >>> import torch, kdkernels as kd
     >>> of = kd.token_log_probs(torch.zeros(2, 4), torch.tensor([0, 3]), entropy=True)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Stats(NamedTuple):
-    """Detached scalars, each a mean over the unmasked tokens except the count itself.
+    """Detached scalars in the loss's dtype (fp32, fp64 for fp64 students), each a mean over the unmasked tokens;
+    ``tokens``, their number, is int64.
 
     ``soft`` is the divergence (without weight and T^2), ``hard`` the cross entropy, entropies are
     in nats at the loss's temperature, ``agreement`` is how often the two top-1 tokens are the same.
@@ -48,7 +49,8 @@ class Stats(NamedTuple):
 
 
 class CodistillationLoss(NamedTuple):
-    """Both models' losses, each a scalar or ``[...]``; add them (or weigh them) and call backward once.
+    """Both models' losses in nats, each a scalar or ``[...]``, fp32 (fp64 for fp64 models); add them (or weigh them) and
+    call backward once.
 
     >>> import torch, kdkernels as kd
     >>> s, t = (torch.randn(4, 100, requires_grad=True) for _ in range(2))
@@ -298,7 +300,8 @@ def distillation_loss(
             and so are gradients of logits that are given.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 students), or (loss, stats).
+        The loss in nats, a scalar or, of ``reduction="none"``, ``[...]``; fp32 (fp64 for fp64 students). With
+        ``return_stats`` (loss, stats).
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or numbers that do not fit; the message names
@@ -470,7 +473,8 @@ def cross_entropy(
     z-loss included) is multiplied by the weight of its label, and the mean divides by the sum of these; not
     together with label smoothing. Probabilities instead of labels are a teacher: ``kl_div(student,
     probabilities.log())`` has F.cross_entropy's gradient, and its value less the probabilities' entropy.
-    Other arguments and errors as in :func:`distillation_loss`.
+    Labels are int64 ``[...]``; the loss is in nats, fp32 (fp64 for fp64 students). Other arguments and errors as in
+    :func:`distillation_loss`.
 
     >>> import torch, kdkernels as kd
     >>> logits = torch.randn(3, 10)

@@ -61,6 +61,7 @@ def test_docstring_is_whole(name):
     thing = getattr(kd, name)
     said = inspect.getdoc(thing) or ""
     assert ">>> " in said, "an example"
+    says_of_tensors(thing, said)
     if is_record(thing):
         return
     own = [p for p in inspect.signature(thing).parameters if p not in ("options", "args", "kwargs")]
@@ -69,6 +70,22 @@ def test_docstring_is_whole(name):
     assert points or not own or re.search(r"Raises|Error", said), "what it raises"
     if isinstance(thing, type) and issubclass(thing, kd.Divergence) and own:
         assert re.search(r"arXiv|\((?:19|20)\d\d\)", said), "where the formula comes from"
+
+
+SHAPE = re.compile(r"``\[[^\]]+\]``|\bscalars?\b|\bshapes?\b")
+DTYPE = re.compile(r"fp64|fp32|int64|floating|dtype")
+UNIT = re.compile(r"\bnats\b|log-probabilit|\blogits\b|bytes")
+
+
+def says_of_tensors(thing, said):
+    """Shapes, dtypes and units of what is tensors: there, or in the function that it points to."""
+    prose, own = said.split(">>>")[0], inspect.signature(thing)
+    types = [str(p.annotation) for p in own.parameters.values()] + [str(own.return_annotation)]
+    types += [str(field) for field in vars(thing).get("__annotations__", {}).values()]
+    if not re.search("Tensor|Logits|Teacher|Head", " ".join(types)) or POINTS.search(said):
+        return
+    for what, pattern in (("shapes", SHAPE), ("dtypes", DTYPE), ("units", UNIT)):
+        assert pattern.search(prose), f"its {what}"
 
 
 def is_record(thing):
