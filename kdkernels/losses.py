@@ -268,7 +268,7 @@ def distillation_loss(
         divergence: one of the classes in :mod:`kdkernels.divergences`. Or a tuple of them with ``reduction="none"``:
             then the result is a tuple of their token losses, from one projection of each model, whose gradient is
             made in one pass of the backward. Soft term only, of a dense teacher.
-        temperature: both distributions of the soft term are taken at logits / temperature. For a
+        temperature: both distributions of the soft term are taken at logits / temperature, in [1e-12, 1e12]. For a
             SparseTarget see :mod:`kdkernels.backends.outcomes`; where it is an approximation, a warning says so.
         temperature_squared: multiply the soft term (value and gradient) by temperature^2
             (Hinton et al., 2015).

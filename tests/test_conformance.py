@@ -390,6 +390,16 @@ def test_leading_chunk_of_padding(backend, chunk_bytes, temperature):
     assert all(g.isfinite().all() and g.any() for g in made)
 
 
+@pytest.mark.parametrize("temperature", [1e-12, 1e12])
+@pytest.mark.parametrize("divergence", [kd.ForwardKL(), kd.ReverseKL(), kd.JSD()], ids=repr)
+def test_the_ends_of_temperatures(backend, divergence, temperature):
+    """The argmax alone, and nothing but 1/V."""
+    problem, options = Problem(vocab=60), dict(divergence=divergence, temperature=temperature)
+    (value, (grad,)), (truth, (true,)) = problem.run(backend, **options), problem.oracle(**options)
+    assert torch.isclose(value.double(), truth, rtol=1e-5, atol=1e-6)
+    assert grad.isfinite().all() and (grad - true).norm() <= 1e-5 * true.norm() + 1e-6 / temperature
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_nan_logits_are_seen(backend, divergence, side):
     """In the row's loss and in its gradient, and nowhere else."""

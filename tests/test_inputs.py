@@ -47,6 +47,11 @@ BAD = [
         "inplace.*LinearHead",
     ),
     (lambda: kd.kl_div(S, T, temperature=float("inf")), "temperature.*inf"),
+    (lambda: kd.kl_div(S, T, temperature=10**300), r"temperature.*\[1e-12, 1e\+12\].*1e\+300"),
+    (
+        lambda: kd.kl_div(S, T, temperature=torch.tensor([1.0, 1e-13, 1.0, 1.0])),
+        r"temperature.*\[1e-12.*at token 1",
+    ),
     (lambda: kd.kl_div(S, T, temperature=torch.tensor(2.0, requires_grad=True)), "temperature requires grad"),
     (lambda: kd.kl_div(S, T, num_items=torch.tensor([1, 2, 3, 4])), r"num_items.*\(4,\)"),
     (lambda: kd.kl_div(S, T, token_weights=torch.ones(4, dtype=torch.complex64)), "token_weights.*complex64"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import outcomes
 from ..backends.spec import Spec
 from ..checks import require, warn
+from .option_checks import LEAST_TEMPERATURE, MOST_TEMPERATURE, TEMPERATURES
 
 
 @torch.library.custom_op("kdkernels::checked_labels", mutates_args=())
@@ -77,14 +78,15 @@ def _(ids, vocab, ignore_index):
 
 @torch.library.custom_op("kdkernels::checked_numbers", mutates_args=())
 def checked_numbers(values: Tensor, labels: Tensor | None, name: str) -> Tensor:
-    """``values`` ``[N]`` in fp64: finite, and > 0 where they are temperatures. Where a label is -1 they may be
+    """``values`` ``[N]`` in fp64: finite, and what a temperature may be where they are temperatures. Where a label is -1 they may be
     anything, and are 1."""
     numbers = values.double()
     if labels is not None:
         numbers = torch.where(labels >= 0, numbers, 1.0)
     require(~numbers.isfinite(), numbers, f"{name} must be finite, got {{}} at token {{}}")
     if name == "temperature":
-        require(numbers <= 0, numbers, f"{name} must be > 0, got {{}} at token {{}}")
+        beyond = (numbers < LEAST_TEMPERATURE) | (numbers > MOST_TEMPERATURE)
+        require(beyond, numbers, f"{name} must be > 0, in {TEMPERATURES}, got {{}} at token {{}}")
     return numbers.clone()
 
 

@@ -15,6 +15,11 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 Number = float | Tensor
 
 
+#: Beyond them fp32 has no room for the square of a logit that is divided by the temperature, or for T^2.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-12, 1e12
+TEMPERATURES = f"[{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}]"
+
+
 def _divergence(name: str, given: Any) -> Divergence:
     if isinstance(given, type) and issubclass(given, Divergence):
         raise TypeError(f"{name} must be a divergence, not its class; write kd.{given.__name__}(...)")
@@ -35,6 +40,8 @@ def _temperature(name: str, given: Any) -> Number:
     given = _number_or_tensor(name, given)
     if not isinstance(given, Tensor) and not given > 0:
         raise ValueError(f"{name} must be > 0 and finite, got {given}")
+    if not isinstance(given, Tensor) and not LEAST_TEMPERATURE <= given <= MOST_TEMPERATURE:
+        raise ValueError(f"{name} must be in {TEMPERATURES}, got {float(given)}")
     return given
 
 
