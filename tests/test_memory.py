@@ -114,6 +114,16 @@ def test_heads_stay_in_the_budget(dtype, chunk_bytes, reduction):
     assert UNIT > chunk_bytes + SLACK, "the logits would have fitted anyway"
 
 
+def test_gathered_rows_take_no_more_than_logits():
+    """Of "conditional": K gathered rows for each token would be 128 MiB, and as much in products."""
+    tokens, vocab, width, slots = 256, 8192, 512, 256
+    leaves = [torch.randn(tokens, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()]
+    target = kd.top_k_target(torch.randn(tokens, vocab), slots, tail="conditional")
+    logits, grads = tokens * vocab * 4, sum(t.nbytes for t in leaves)
+    peak = peak_of(lambda: kd.kl_div(kd.LinearHead(*leaves), target).backward())
+    assert peak <= 2 * logits + grads + SLACK
+
+
 def test_plain_heads_do_not_fit():
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H)
     teacher = torch.randn(N, V)

@@ -133,23 +133,32 @@ class Tiles:
     def cut(self, *, beside: int, per_row: int = 0) -> None:
         """So that tiles fit the budget with ``beside`` bytes more for each logit and ``per_row`` for each token."""
         per_logit = sum(side.bytes_per_logit for side in self.sides) + beside
-        self._cut(per_logit, per_row, min(side.segment for side in self.sides))
+        self._cut(per_logit, per_row, min(side.segment for side in self.sides), self.request.chunk_bytes)
 
     def cut_tokens(self, *, per_row: int) -> None:
-        """For a walk that looks at no tile."""
-        self._cut(0, per_row, self.student.tokens)
+        """For a walk that looks at no tile, but at rows of an lm_head that are gathered for a chunk of tokens: these
+        take no more than the logits of all tokens would."""
+        student, most = self.student, self.request.chunk_bytes
+        if student.is_head:
+            most = min(most, max(student.tokens * self._columns * student.bytes_per_logit, per_row))
+        self._cut(0, per_row, student.tokens, most)
 
-    def _cut(self, per_logit: int, per_row: int, segment: int) -> None:
-        place, here = self.request.place, self.request.columns_here
+    @property
+    def _columns(self) -> int:
+        """Of the widest shard: all ranks have the same chunks of tokens."""
+        place = self.request.place
+        return self.request.vocab if place is None else place.widest
+
+    def _cut(self, per_logit: int, per_row: int, segment: int, chunk_bytes: int) -> None:
         made = plan(
             tokens=self.student.tokens,
-            vocab=here if place is None else place.widest,
+            vocab=self._columns,
             bytes_per_logit=per_logit,
             bytes_per_row=per_row,
-            chunk_bytes=self.request.chunk_bytes,
+            chunk_bytes=chunk_bytes,
             segment=segment,
         )
-        self.plan = replace(made, vocab=here)  # all ranks have the same chunks of tokens
+        self.plan = replace(made, vocab=self.request.columns_here)
 
     def chunks(self) -> Iterator[Chunk]:
         return (Chunk(self, rows) for rows in self.plan.row_chunks())
