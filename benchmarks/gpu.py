@@ -74,7 +74,7 @@ def check(device: str) -> list[list[Step]]:
             Step("gpu-only", (*suite, "tests/test_gpu.py"), 150),
             compared("native", 1),
             compared("triton", 8),
-            tests("native", "conformance sparse log_probs rising_rows", 4, 150),
+            tests("native", "conformance sparse log_probs entropy rising_rows", 4, 150),
             *sanitized("native"),
         ],
         [*sanitized("triton"), tests("triton", "conformance sparse log_probs", 10, 150, every=10)],

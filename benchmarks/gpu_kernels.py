@@ -31,7 +31,9 @@ def problems(vocab: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, list[to
     made = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
     s, t, labels = made(ROWS, vocab), made(ROWS, vocab), torch.tensor([0, -100, vocab - 1])
     head = [made(ROWS, WIDTH), made(vocab, WIDTH) / WIDTH**0.5]
-    mixed: dict[str, Any] = dict(hard_weight=0.5, temperature=1.5, label_smoothing=0.1, z_loss=0.01)
+    mixed: dict[str, Any] = dict(
+        hard_weight=0.5, temperature=1.5, label_smoothing=0.1, z_loss=0.01, entropy_weight=-0.3
+    )
     for divergence in DIVERGENCES:
         options = {"divergence": divergence, "return_stats": True, **mixed}
         yield f"{divergence}", lambda x, o=options: kd.distillation_loss(x, t, labels, **o)[0], [s]
@@ -46,6 +48,13 @@ def problems(vocab: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, list[to
         target = kd.top_k_target(t.cpu(), 5, tail=tail).to(t.device)  # initcheck minds torch's own kernel
         yield tail, lambda x, u=target: kd.kl_div(x, u, labels, reduction="none"), [s]
     yield "cross entropy", lambda x: kd.cross_entropy(x, labels), [s]
+    asked = lambda x, **o: sum(kd.token_log_probs(x, labels, entropy=True, **o)[:2])  # noqa: E731
+    yield "log-probabilities", asked, [s]
+    yield (
+        "log-probabilities, vocabulary chunks",
+        lambda *x: asked(kd.LinearHead(*x), chunk_bytes=2 * vocab),
+        head,
+    )
     yield "both learn", lambda x, y: sum(kd.codistillation_loss(x, y, labels)), [s, t]
 
 

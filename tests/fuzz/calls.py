@@ -59,6 +59,8 @@ class Call:
     ignore_index: int
     mask: Laid | None = None
     class_weights: Laid | None = None
+    ids: Laid | None = None  # of token_log_probs, ``[...]`` or ``[..., K]``
+    id_weights: Tensor | None = None  # ``[N, K]``, what its log-probabilities are multiplied by
     options: dict[str, Any] = field(default_factory=dict)
     inplace: bool = False
     factor: Tensor = field(default_factory=lambda: torch.ones(()))
@@ -72,9 +74,16 @@ class Call:
         live = torch.ones(self.leading, dtype=torch.bool)
         if self.labels is not None:
             live &= self.labels.view(self.labels.memory) != self.ignore_index
+        if self.ids is not None:
+            live &= (self.asked_ids() != self.ignore_index).any(-1).reshape(self.leading)
         if self.mask is not None:
             live &= self.mask.view(self.mask.memory) != 0
         return live
+
+    def asked_ids(self) -> Tensor:
+        """``[N, K]``"""
+        given = self.ids.view(self.ids.memory)
+        return given.reshape(self.tokens, *given.shape[len(self.leading) :] or (1,))
 
     def counting(self) -> Tensor:
         """Which of these have a loss: their weight is not 0."""
@@ -103,12 +112,15 @@ class Call:
                 "factor": self.factor,
                 "labels": self.labels
                 and (self.labels.layout, self.labels.view(self.labels.memory), self.ignore_index),
+                "ids": self.ids and (self.ids.layout, self.asked_ids(), self.id_weights, self.ignore_index),
             }.items()
         )
 
 
-def shipped(divergence: tuple) -> kd.Divergence:
+def shipped(divergence: tuple) -> kd.Divergence | tuple[kd.Divergence, ...]:
     name, *parameters = divergence
+    if name == "sum":
+        return tuple(shipped(one) for _, one in parameters)
     classes = {
         "forward": kd.ForwardKL,
         "reverse": kd.ReverseKL,
@@ -150,9 +162,11 @@ class Draw:
         return laid.view(laid.memory)
 
     def call(self) -> Call:
-        kind = self.often("distillation", "cross_entropy", "codistillation")
+        kind = self.often("distillation", "cross_entropy", "codistillation", "several", "log_probs")
         leading, vocab = self.one(*SHAPES), self.often(self.random.randint(2, 70), 1, 129, 500, 2049)
-        hard = kind == "cross_entropy" or self.one(True, False)
+        if kind == "log_probs":
+            return self.log_probs(leading, vocab)
+        hard = kind == "cross_entropy" or (kind != "several" and self.one(True, False))
         labels, ignore_index = (
             self.labels(leading, vocab)
             if hard or kind == "codistillation" or self.one(0, 1)
@@ -162,6 +176,12 @@ class Draw:
         z = self.logits(leading, vocab)
         student = self.side(z, cut, self.one(*self.dtypes))
         divergence = self.divergence()
+        if kind == "several":
+            divergence = (
+                "sum",
+                (1.0, divergence),
+                *((w, self.divergence()) for w in self.often([0.5], [], [2.0, 0.25])),
+            )
         teacher: Any = None
         if kind != "cross_entropy":
             near = self.often(self.logits(leading, vocab), z + 0.01 * self.normal(*z.shape), z)
@@ -181,6 +201,30 @@ class Draw:
             self.spoil(call)
         self.losses(call, hard)
         self.how(call, cut)
+        return call
+
+    def log_probs(self, leading: tuple[int, ...], vocab: int) -> Call:
+        """Of token_log_probs; its loss is -sum of weights times log-probabilities + a weight times the entropy."""
+        cut, slots = self.often(0, 1, 7), self.often(1, 2, 5)
+        student = self.side(self.logits(leading, vocab), cut, self.one(*self.dtypes))
+        ignore_index = self.often(-100, vocab, -1)
+        ids = torch.randint(0, vocab, (*leading, slots), generator=self.numbers)
+        ids = torch.where(self.uniform(*leading, slots) < self.often(0.2, 0.0, 1.0), -1, ids)
+        ids[self.uniform(*leading) < self.often(0.3, 0.0, 1.0)] = ignore_index
+        ids = ids[..., 0] if slots == 1 and self.one(True, False) else ids
+        call = Call("log_probs", leading, vocab, student, None, ("none",), None, None, ignore_index)
+        call.ids = self.laid(ids, unused=10**9)
+        weights = (8 * self.uniform(call.tokens, slots)).round() / 8
+        call.id_weights = weights * (self.uniform(call.tokens, slots) < 0.8)
+        if self.often(False, True):
+            self.spoil(call)
+        call.options = {
+            "temperature": self.often(1.0, 2.0, 0.5),
+            "entropy_weight": self.often(0.5, 0.0, 2.0),
+            "reduction": "none",
+        }
+        self.how(call, cut)
+        call.inplace = False  # its gradient is written in the backward, of which a call has two here
         return call
 
     def spoil(self, call: Call) -> None:
@@ -284,6 +328,12 @@ class Draw:
                 "soft_weight": self.often(1.0, 0.3, 0.0),
                 "hard_weight": self.often(1.0, 0.25) if hard else 0.0,
             }
+        if call.kind == "several":
+            options |= {"soft_weight": self.often(1.0, 0.3), "reduction": "none"}
+            return
+        conditional = isinstance(call.teacher, kd.SparseTarget) and call.teacher.tail == "conditional"
+        if call.kind == "distillation" and (hard or not conditional):
+            options["entropy_weight"] = self.often(0.0, 0.5, -0.25)
         if hard and call.kind != "codistillation":
             smoothing = self.often(0.0, 0.1, 1.0) if call.class_weights is None else 0.0
             options |= {"label_smoothing": smoothing, "z_loss": self.often(0.0, 1e-4)}
@@ -296,7 +346,8 @@ class Draw:
         options["chunk_bytes"] = self.often(None, 1, 500, 5000, 100_000)
         if cut:
             options["vocab_size"] = call.vocab
-        call.inplace = call.kind != "codistillation" and call.student.head is None and self.often(False, True)
+        inplace = call.kind not in ("codistillation", "several") and call.student.head is None
+        call.inplace = inplace and self.often(False, True)
         call.factor = (
             self.normal(*call.leading)
             if per_token and self.one(True, False)

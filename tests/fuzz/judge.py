@@ -25,7 +25,8 @@ def check(seed: int, backend: str, dtypes: tuple[torch.dtype, ...]) -> None:
         with kd.use_backend(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ours = run(call, kdkernels_losses)
-            stats = None if call.kind == "cross_entropy" else statistics(call)
+            has_stats = call.kind in ("distillation", "codistillation")
+            stats = statistics(call) if has_stats else None
         with np.errstate(all="ignore"):  # infinities and NaN of tokens that do not count
             _judge(call, ours, run(call, plain_losses, cleaned), truth(call))
             if stats is not None:
@@ -106,6 +107,8 @@ def kdkernels_losses(call: Call, given: list[Any], **more) -> Any:
         if laid := getattr(call, name):
             options[name] = laid.view(laid.memory)
     options |= {"ignore_index": call.ignore_index, **more}
+    if call.kind == "log_probs":
+        return [_log_probs_loss(call, given[0], **options)]
     if call.kind == "codistillation":
         found = kd.codistillation_loss(*given, divergence=shipped(call.divergence), **options)
         return [found] if more else list(found)
@@ -118,7 +121,19 @@ def kdkernels_losses(call: Call, given: list[Any], **more) -> Any:
         if isinstance(call.teacher, Side)
         else call.teacher
     )
-    return [kd.distillation_loss(*given, teacher, divergence=shipped(call.divergence), **options)]
+    found = kd.distillation_loss(*given, teacher, divergence=shipped(call.divergence), **options)
+    if call.kind == "several":
+        found = sum(weight * each for (weight, _), each in zip(call.divergence[1:], found))
+    return [found]
+
+
+def _log_probs_loss(call: Call, student: Any, *, entropy_weight: float, reduction: str, **options) -> Tensor:
+    ids, asks = call.ids.view(call.ids.memory), entropy_weight != 0
+    of = kd.token_log_probs(student, ids, entropy=asks, **options)
+    weights = call.id_weights.to(of.log_probs.dtype)
+    each = torch.where(weights == 0, 0.0, of.log_probs.reshape(weights.shape) * weights)
+    each = -each.sum(-1).reshape(call.leading)
+    return each + entropy_weight * of.entropy if asks else each
 
 
 def _per_token(call: Call) -> tuple[Tensor, Tensor | None, Tensor, float]:
@@ -145,6 +160,14 @@ def plain_losses(call: Call, given: list[Any]) -> list[Tensor]:
     if call.kind == "codistillation":
         values = [torch.nn.functional.cross_entropy(z[1], safe, reduction="none")]
     rows = student.new_zeros(len(student))
+    if call.kind == "log_probs":
+        ids = call.asked_ids()
+        asked = (student / T).log_softmax(-1).gather(-1, ids.where(_is_id(call, ids), 0))
+        some = _is_id(call, ids) & (call.id_weights != 0)
+        rows = -torch.where(some, asked * call.id_weights.to(asked.dtype), 0.0).sum(-1)
+    if weight := options.get("entropy_weight"):
+        log_q = (student / T).log_softmax(-1)
+        rows = rows - weight * (log_q.exp() * log_q).sum(-1)
     if soft := _soft_weight(call):
         rows = rows + soft * _plain_soft(
             call, student, z[1].detach() if call.kind == "codistillation" else None, T
@@ -162,8 +185,12 @@ def plain_losses(call: Call, given: list[Any]) -> list[Tensor]:
     return reduced
 
 
+def _is_id(call: Call, ids: Tensor) -> Tensor:
+    return (ids >= 0) & (ids != call.ignore_index)
+
+
 def _soft_weight(call: Call) -> float:
-    if call.kind == "cross_entropy":
+    if call.kind in ("cross_entropy", "log_probs"):
         return 0.0
     squared = call.options["temperature"] ** 2 if call.options["temperature_squared"] else 1.0
     return call.options["soft_weight"] * squared
@@ -202,8 +229,13 @@ def truth(call: Call):
     numbers_of = {name: call.options.get(name, 0.0) for name in ("hard_weight", "label_smoothing", "z_loss")}
     if call.kind == "cross_entropy":
         numbers_of["hard_weight"] = 1.0
+    if call.ids is not None:
+        ids = call.asked_ids()
+        common["ids"] = torch.where(_is_id(call, ids), ids, -1).numpy()
+        common["id_weights"] = numbers(call.id_weights)
     options = oracle.Options(
         **common,
+        entropy_weight=call.options.get("entropy_weight", 0.0),
         divergence=call.divergence,
         temperature=call.options.get("temperature", 1.0),
         soft_weight=_soft_weight(call),
@@ -249,7 +281,8 @@ def _judge(call: Call, ours, theirs, truths) -> None:
         for i, (grad, plain_grad) in enumerate(zip(grads, plain_grads)):
             if grad is not None:
                 plain_grad = torch.zeros_like(grad) if plain_grad is None else plain_grad
-                _close_gradient(i, grad, plain_grad, slopes[i], FEW * coarse * np.linalg.norm(terms[i]))
+                allowed = (FEW * coarse + _others_product(call, side)) * np.linalg.norm(terms[i])
+                _close_gradient(i, grad, plain_grad, slopes[i], allowed)
 
 
 def _judge_statistics(call: Call, stats: kd.Stats) -> None:
@@ -289,6 +322,15 @@ def _product(call: Call) -> float:
     """One rounding of what a head's product was rounded to."""
     heads = [side for side in (call.student, call.teacher) if isinstance(side, Side) and side.head]
     return max((torch.finfo(side.tensors[0].memory.dtype).eps for side in heads), default=0.0)
+
+
+def _others_product(call: Call, side: Side) -> float:
+    """One rounding of a teacher's product that is coarser than the student's numbers."""
+    teacher = call.teacher
+    if not isinstance(teacher, Side) or teacher is side or not teacher.head:
+        return 0.0
+    theirs, own = (torch.finfo(one.tensors[0].memory.dtype).eps for one in (teacher, side))
+    return theirs if theirs > own else 0.0
 
 
 def _close_gradient(which: int, grad: Tensor, plain: Tensor, truth, allowed: float) -> None:

@@ -144,6 +144,9 @@ DIVERGENCES = {
 def divergence_rows(student: Array, teacher: Array, divergence: tuple, temperature: float):
     """(D [N], dD / d student [N, V])"""
     name, *parameters = divergence
+    if name == "sum":
+        each = [(WIDE(w), divergence_rows(student, teacher, one, temperature)) for w, one in parameters]
+        return tuple(sum(w * part[i] for w, part in each) for i in range(2))
     name, parameters = _ends(name, tuple(parameters))
     lp, lq = log_softmax(teacher / WIDE(temperature)), log_softmax(student / WIDE(temperature))
     phi, q_psi = DIVERGENCES[name](lp, lq, *parameters)
@@ -249,12 +252,32 @@ class Options:
     hard_weight: float = 0.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    entropy_weight: float = 0.0
+    ids: Array | None = None  # [N, K], -1: none
+    id_weights: Array | None = None
     arriving: Array = field(default_factory=lambda: np.ones(1, WIDE))
 
 
 def entropy_rows(z: Array, temperature: float) -> Array:
     log_q = log_softmax(z / WIDE(temperature))
     return -_times(np.exp(log_q), log_q).sum(-1)
+
+
+def entropy_slope(z: Array, temperature: float) -> Array:
+    log_q, entropy = log_softmax(z / WIDE(temperature)), entropy_rows(z, temperature)
+    return -_times(np.exp(log_q), log_q + entropy[:, None]) / WIDE(temperature)
+
+
+def log_prob_rows(z: Array, ids: Array, weights: Array, temperature: float):
+    """(-sum of weights times log-probabilities at the ids [N], its gradient [N, V])"""
+    log_q = log_softmax(z / WIDE(temperature))
+    value, grad = np.zeros(len(z), WIDE), np.zeros_like(log_q)
+    for row, slot in zip(*np.nonzero((ids >= 0) & (weights != 0))):
+        weight = WIDE(weights[row, slot])
+        value[row] -= weight * log_q[row, ids[row, slot]]
+        grad[row] += weight * np.exp(log_q[row])
+        grad[row, ids[row, slot]] -= weight
+    return value, grad / WIDE(temperature)
 
 
 def terms(student, weights: Array) -> list[Array]:
@@ -283,6 +306,11 @@ def losses(student, teacher, labels: Array | None, options: Options):
                 z, teacher.logits() if isinstance(teacher, Head) else wide(teacher), *args
             )
         value, grad = value + options.soft_weight * soft, grad + options.soft_weight * slope
+    if options.ids is not None:
+        value, grad = log_prob_rows(z, options.ids, options.id_weights, options.temperature)
+    if options.entropy_weight:
+        value = value + options.entropy_weight * entropy_rows(z, options.temperature)
+        grad = grad + options.entropy_weight * entropy_slope(z, options.temperature)
     if options.hard_weight:
         safe = np.where(options.live, labels, 0)
         hard, slope = cross_entropy_rows(z, safe, options.label_smoothing, options.z_loss)

@@ -32,6 +32,8 @@ def _mixture(share_of_p: float, lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def divergence(name: str, parameters: list, lp: Tensor, lq: Tensor) -> Tensor:
+    if name == "sum":
+        return sum(w * divergence(one[0], list(one[1:]), lp, lq) for w, one in parameters)
     p, q = lp.exp(), lq.exp()
     share = parameters[0] if parameters else None
     if name == "forward" or (name, share) in {("jsd", 0.0), ("skew", 0.0), ("mixed", 1.0)}:

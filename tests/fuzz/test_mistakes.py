@@ -48,6 +48,20 @@ OTHERS = {
         "w",
         torch.ones(N, device="meta"),
     ],
+    "ids": [
+        None,
+        [1, 2, 3, 4],
+        torch.zeros(N),
+        torch.zeros(N, dtype=torch.int32),
+        torch.zeros(N + 1, dtype=torch.int64),
+        torch.zeros(N, 2, 2, dtype=torch.int64),
+        torch.zeros(N, 0, dtype=torch.int64),
+        torch.full((N,), V),
+        torch.full((N, 2), -7),
+        torch.tensor([[0, -100]] * N),
+        torch.zeros(N, dtype=torch.int64, device="meta"),
+    ],
+    "entropy": [None, "yes", 2, torch.tensor(True)],
     "mask": [[True] * N, torch.ones(N + 1, dtype=torch.bool), "m", torch.full((N,), 2), torch.rand(N)],
 }
 STUDENTS = [
@@ -81,12 +95,20 @@ LOSSES = {
         False,
         {*NUMBERS, *OTHERS} - {"temperature", "soft_weight", "hard_weight", "entropy_weight", "divergence"},
     ),
+    "token_log_probs": (
+        kd.token_log_probs,
+        False,
+        {"ids", "entropy", "temperature", "chunk_bytes", "vocab_size", "ignore_index"},
+    ),
 }
+for name in LOSSES.keys() - {"token_log_probs"}:
+    LOSSES[name][2].difference_update({"ids", "entropy"})
 
 
 def call(name, **changed):
     function, with_teacher, _ = LOSSES[name]
-    given = {"student": torch.randn(N, V), "labels": torch.tensor([1, 2, -100, 3])}
+    names = "ids" if name == "token_log_probs" else "labels"
+    given = {"student": torch.randn(N, V), names: torch.tensor([1, 2, -100, 3])}
     if with_teacher:
         given |= {"teacher": torch.randn(N, V), "hard_weight": 0.5}
     return function(**{**given, **changed})
