@@ -24,10 +24,34 @@ def text(result: dict) -> str:
     return f"{said}\n\n{report.table(result)}\n\nMeasured on {report.machine(result)}."
 
 
+def choice(results: dict[str, dict]) -> str:
+    """What each way gains on the student without a teacher at equal tokens, and what it costs beside it."""
+    titles = [f"`make {name}`: {what}" for name in results for what in ("loss", "KL", "time", "memory")]
+    lines = [f"| way | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for way in (way for way in report.STUDENTS if any(way in each["students"] for each in results.values())):
+        cells = [cell for result in results.values() for cell in beside_plain(result["students"], way)]
+        lines.append(f"| {report.STUDENTS[way]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def beside_plain(students: dict, way: str) -> list[str]:
+    if way not in students:
+        return [""] * 4
+    row, plain = students[way], students["plain"]
+    seconds = [report.training_seconds(each) + each.get("writing_seconds", 0) for each in (row, plain)]
+    return [
+        f"{row['validation_loss'] - plain['validation_loss']:+.3f}",
+        f"{row['kl_to_teacher']:.3f}",
+        f"{seconds[0] / seconds[1]:.1f} x",
+        f"{row['peak_memory_bytes'] / plain['peak_memory_bytes']:.1f} x",
+    ]
+
+
 def committed() -> dict[str, str]:
     """Part of the page -> its text, of every demo whose result is committed."""
-    paths = {path.stem.removesuffix("-cpu"): path for path in sorted(RESULTS.glob("demo*-cpu.json"))}
-    return {name: text(json.loads(path.read_text())) for name, path in paths.items()}
+    paths = {name: RESULTS / f"{name}-cpu.json" for name in DEMOS}
+    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {"demo-choice": choice(results), **{name: text(result) for name, result in results.items()}}
 
 
 def main() -> None:

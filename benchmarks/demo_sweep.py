@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from transformers.utils import logging
+
 from benchmarks import pages
 from kdkernels.trainer import compare, judge, train
 from kdkernels.trainer.command_line import resolve
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a demo's output folder")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     folder, parts = vars(parser.parse_args()).values()
+    logging.disable_progress_bar()
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if folder is not None:
         demo = json.loads((folder / compare.COMPARISON).read_text())

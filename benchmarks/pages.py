@@ -11,6 +11,7 @@ PAGES = {
     "headline": ROOT / "README.md",
     "figures": ROOT / "docs" / "memory-and-speed.md",
     "demo": ROOT / "docs" / "demonstration.md",
+    "demo-choice": ROOT / "docs" / "demonstration.md",
     "demo-real": ROOT / "docs" / "demonstration.md",
     "demo-sweep": ROOT / "docs" / "demonstration.md",
     "integrations": ROOT / "docs" / "trainers.md",

@@ -104,3 +104,11 @@ def test_the_table_leaves_out_what_was_not_measured():
     assert lines[4].startswith("| soft | 4.800 |") and "| 17 s |" in lines[4]
     students = {name: row(5.0, writes={}) for name in ("plain", "soft")}
     assert "what it writes" not in report.table(comparison(**students))
+
+
+def test_the_report_says_that_it_was_not_alone_on_the_machine():
+    where = {"machine": "a CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "cores": 2}
+    alone = report.machine({"seconds": 300.0, "environment": {**where, "load_average": 2.4}})
+    assert alone == "a CPU, 2 threads, torch 2.13, 2026-01-01, 300 s in all after the setup"
+    busy = report.machine({"seconds": None, "environment": {**where, "load_average": 7.5}})
+    assert busy.endswith("2026-01-01, beside other programs (load 7.5 on 2 cores)")

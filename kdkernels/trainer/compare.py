@@ -243,6 +243,8 @@ def environment(settings: Settings) -> dict[str, Any]:
     return {
         "machine": name,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[2], 1) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "kdkernels": kd.__version__,

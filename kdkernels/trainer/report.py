@@ -165,11 +165,14 @@ def _co_teacher(settings: Row) -> str:
 
 
 def machine(comparison: Row) -> str:
+    """Where it was measured; that other programs ran beside it, if they did, since times are then longer than need be."""
     where, seconds = comparison["environment"], comparison["seconds"]
+    load, cores = where.get("load_average") or 0, where.get("cores") or 0
     whole = (
         "" if seconds is None else f", {seconds:.0f} s in all after the setup"
     )  # None: some stages had been run before
-    return f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['date']}{whole}"
+    busy = f", beside other programs (load {load:g} on {cores} cores)" if load > cores + 1 else ""
+    return f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['date']}{whole}{busy}"
 
 
 # -- the picture -------------------------------------------------------------------------------------

@@ -103,21 +103,22 @@ def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
 
 def hard(given: Ingredients) -> ReliableTrainer:
     """The teacher writes (or wrote) and the student imitates: cross entropy on the completions."""
-    start = time.perf_counter()
+    writing_seconds = 0.0
     if given.settings.model.teacher is not None:
         if is_deepspeed_zero3_enabled():
             raise UserError(
                 "hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
                 "then give that run's completions.jsonl as --data and no --teacher"
             )
+        start = time.perf_counter()
         with given.settings.run.main_process_first(desc="completions"):
             path = write_completions(
                 given.settings, given.teacher(), given.tokenizer, given.records, given.train
             )
+        writing_seconds = time.perf_counter() - start
         written = data.read(data.DataSettings(data=[str(path)]))
         given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
         say(f"the teacher's completions: {summary.size(given.train)}")
-    written_at = time.perf_counter()
     trainer = ReliableTrainer(
         given.student(),
         given.settings.run,
@@ -127,7 +128,7 @@ def hard(given: Ingredients) -> ReliableTrainer:
         **given.cut(),
         **given.trainer_options(),
     )
-    trainer.writing_seconds = written_at - start
+    trainer.writing_seconds = writing_seconds
     return trainer
 
 
