@@ -85,15 +85,15 @@ def comparison(**students):
 def test_the_report_says_what_came_out_and_not_more():
     slow = {"tokens_per_second": 50.0}
     said = comparison(plain=row(5.0), longer=row(4.7, tokens=2000), soft=row(4.8, **slow))
-    (done, soft, _, _, limits) = report.sentences(said)
-    assert "1.00 M parameters" in done and "1,000 tokens each" in done and "one seed" in limits
+    (done, soft, _, _) = report.sentences(said)
+    assert "1.00 M parameters" in done and "1,000 tokens each" in done and "one seed" in done
     assert "beats the student without a teacher at equal tokens: validation loss 4.800 against 5.000" in soft
     assert "in 2.0 times the time" in soft
     assert (
         "It does not beat the one without a teacher that trains for that time, on 2,000 tokens: 4.700" in soft
     )
     said = comparison(plain=row(5.0), soft=row(5.0), co=row(4.9, writes={"sampled": 2.0, "greedy": 1.0}))
-    (_, soft, _, writes, co, _) = report.sentences(said)
+    (_, soft, _, writes, co) = report.sentences(said)
     assert "does not beat" in soft and "trained along came to 4.500" in co and "beats" in co
     assert "co 2.000, no teacher 3.000, soft 3.000" in writes
 

@@ -71,7 +71,7 @@ def sentences(comparison: Row) -> list[str]:
         each.append(written(students))
     if "co" in students:
         each.append(along(comparison))
-    return [*each, "It is one seed, one pair of models and one text: measure yours before you choose."]
+    return each
 
 
 def done(comparison: Row) -> str:
@@ -81,7 +81,7 @@ def done(comparison: Row) -> str:
         f"Students of {comparison['student_parameters'] / 1e6:.2f} M parameters, alike in everything but the loss, were "
         f"trained on {tokens} tokens each and measured on {comparison['validation_tokens']:,} others beside a teacher of "
         f"{comparison['teacher']['parameters'] / 1e6:.2f} M parameters ({', '.join(settings['data'])}, sequences of "
-        f"{settings['max_length']} tokens)."
+        f"{settings['max_length']} tokens); it is one seed, one pair of models and one text: measure yours before you choose."
     )
 
 
