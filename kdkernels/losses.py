@@ -1,24 +1,21 @@
-"""The public losses. Each checks its arguments once, makes one request of them, and ties what the operators make of it to autograd."""
+"""The public losses. Each checks its arguments once, makes one request of them, and lets core/evaluate.py solve it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import reference
 from .backends import candidates, chosen_backend, reference_asked
-from .backends.spec import Asked, Output, Result
-from .core import autograd
-from .core.inplace import check_inplace
+from .backends.spec import Output, Result
+from .core.evaluate import evaluate, evaluate_each
 from .core.option_checks import checked
 from .core.request import Call, Terms, Tokens, make
 from .core.several import check_several, checked_divergences
 from .core.sides import Logits, Teacher
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
-from .heads import LinearHead, ShardedLogits
+from .heads import LinearHead
 from .options import CodistillationOptions, CrossEntropyOptions, DistillationOptions, Reduction
 from .targets import SparseTarget
 
@@ -60,103 +57,6 @@ class CodistillationLoss(NamedTuple):
 
     student: Tensor
     teacher: Tensor
-
-
-class _Solved(NamedTuple):
-    """Per-row results, and the gradients that are needed; in place, the student's logits are its gradient."""
-
-    results: Tensor
-    gradients: list[Tensor]
-
-
-def _solve(call: Call, inplace: bool) -> _Solved:
-    """What the operator makes of a call, outside autograd."""
-    student, teacher, *others = call.request.arguments()
-    student, teacher = [t.detach() for t in student], [t.detach() for t in teacher]
-    if inplace and any(call.request.needs_grad):
-        results = autograd.rows_(student[0], teacher, *others[:-2])
-        return _Solved(results, student)
-    results, *gradients = autograd.rows(student, teacher, *others)
-    return _Solved(results, gradients)
-
-
-class _Evaluated(NamedTuple):
-    """The student's loss, attached to it; the teacher's own, where it learns; and the per-row results."""
-
-    student: Tensor
-    teacher: Tensor | None
-    results: Tensor
-
-
-def _evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool = False) -> _Evaluated:
-    """By the oracle, if it is asked for, which takes the models as they were given; else by an operator."""
-    if reference_asked():
-        if call.request.shard or isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits):
-            raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
-        loss, own, results = reference.run(student, teacher, call)
-        return _Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())
-    if not call.terms.teacher_learns:
-        return _alone(call, inplace)
-    if call.request.spec.asked & Asked.SOFT and not call.reduction.per_row:
-        return _both(call)
-    # Nothing to share, or each model's gradient is made when its own tokens' weights arrive.
-    students, teachers = _alone(call.students), _alone(call.teachers)
-    return _Evaluated(students.student, teachers.student, students.results)
-
-
-def _alone(call: Call, inplace: bool = False) -> _Evaluated:
-    """One model's loss."""
-    request, reduction = call.request, call.reduction
-    needed = any(request.needs_grad)
-    if inplace and needed:
-        check_inplace(request.student)
-    if needed and reduction.per_row and request.has_head:
-        if not request.only_hidden_learns:
-            losses, results, *_ = autograd.deferred(*request.arguments())
-            return _Evaluated(reduction.apply(losses[:, 0]), None, results)
-        # A tolerance is of the weighed gradient, whose weights have not arrived.
-        call = replace(call, request=replace(request, gradient_tolerance=0.0))
-    solved = _solve(call, inplace)
-    value = autograd.row_losses(solved.results, request.weights)
-    if not reduction.per_row:
-        value = _attached(reduction.apply(value), request.wanted(), solved.gradients)
-        return _Evaluated(value, None, solved.results)
-    # fp64 stays inside: what is added up in a reduction is rounded once.
-    value = _attached(value.reshape(reduction.leading), request.wanted(), solved.gradients)
-    return _Evaluated(reduction.apply(value), None, solved.results)
-
-
-def _both(call: Call) -> _Evaluated:
-    """Both models' losses from one pass."""
-    request = call.request
-    solved, inputs = _solve(call, inplace=False), request.wanted()
-    split = sum(request.needs_grad[: len(request.student)])
-    own = request.weights[:, Output.TEACHER_LABEL]
-    loss = call.reduction.apply(autograd.row_losses(solved.results, request.weights))
-    theirs = torch.where(own != 0, solved.results[:, Output.TEACHER_LABEL] * own, 0.0)
-    teachers = call.reduction.of(request.teacher).apply(theirs)
-    return _Evaluated(
-        _attached(loss, inputs[:split], solved.gradients[:split]),
-        _attached(teachers, inputs[split:], solved.gradients[split:]),
-        solved.results,
-    )
-
-
-def _each(student: Logits, teacher: Teacher, call: Call) -> tuple[Tensor, ...]:
-    """The token losses of several divergences: a tile is projected once and serves them all. Their gradient is made in
-    the backward, where the weights of each token and divergence arrive."""
-    if not reference_asked():
-        losses, *_ = autograd.deferred(*call.request.arguments())
-        return tuple(call.reduction.apply(each) for each in losses.unbind(1))
-    calls = (
-        replace(call, terms=replace(call.terms, divergence=divergence, also=()), request=request)
-        for divergence, request in zip((call.terms.divergence, *call.terms.also), call.request.each())
-    )
-    return tuple(_evaluate(student, teacher, each).student for each in calls)
-
-
-def _attached(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    return autograd.attach(value, inputs, gradients) if inputs else value
 
 
 def _stats(call: Call, results: Tensor) -> Stats:
@@ -341,8 +241,8 @@ def distillation_loss(
         gradient_tolerance=gradient_tolerance,
     )
     if several:
-        return _each(student, teacher, call)
-    made = _evaluate(student, teacher, call, inplace)
+        return evaluate_each(student, teacher, call)
+    made = evaluate(student, teacher, call, inplace)
     return (made.student, _stats(call, made.results)) if return_stats else made.student
 
 
@@ -444,7 +344,7 @@ def codistillation_loss(
         chunk_bytes=chunk_bytes,
         gradient_tolerance=gradient_tolerance,
     )
-    made = _evaluate(student, teacher, call)
+    made = evaluate(student, teacher, call)
     assert made.teacher is not None
     losses = CodistillationLoss(made.student, made.teacher)
     return (losses, _stats(call, made.results)) if return_stats else losses
@@ -497,7 +397,7 @@ def cross_entropy(
         chunk_bytes=chunk_bytes,
         gradient_tolerance=gradient_tolerance,
     )
-    return _evaluate(student, None, call, inplace).student
+    return evaluate(student, None, call, inplace).student
 
 
 def linear_cross_entropy(
