@@ -36,6 +36,8 @@ PACKAGES = (
     "nvidia-modelopt",
     "speculators",
     "verl",
+    "ms-swift",
+    "unsloth_zoo",
 )
 VOCAB, WIDTH, SLOTS = 65536, 64, 32
 
@@ -167,6 +169,113 @@ def trl_log_probs(tokens: int) -> Pair:
     return on_logits(both(selective_log_softmax_and_entropy), both(dropin), tokens)
 
 
+def trl_fused_log_probs(tokens: int) -> Pair:
+    from trl.kernels import ChunkedLogProbFunction as Theirs
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+
+    from kdkernels.integrations.trl import ChunkedLogProbFunction as Ours
+
+    (h, w), _ = hidden(tokens)
+    given = h[0], w, None, torch.randint(0, VOCAB, (tokens,)), 1.0, CHUNK, None, 1.0, ("entropy",)
+    both = lambda function: lambda: sum(x.sum() for x in function.apply(*given)[:2])  # noqa: E731
+    return Pair(both(Theirs), both(Ours))
+
+
+def trl_self_distillation(tokens: int) -> Pair:
+    from trl.experimental.sdft.loss_utils import compute_topk_self_distillation_loss
+
+    from kdkernels.integrations.trl import topk_self_distillation_loss
+
+    options: dict[str, Any] = dict(
+        distillation_topk=SLOTS, distillation_alpha=0.5, distillation_add_tail=True
+    )
+    summed = lambda loss: lambda s, t, y: loss(s, t, **options).sum()  # noqa: E731
+    return on_logits(summed(compute_topk_self_distillation_loss), summed(topk_self_distillation_loss), tokens)
+
+
+def trl_async(tokens: int) -> Pair:
+    from trl.experimental.async_distillation.async_distillation_trainer import (
+        _CHUNKED_LM_HEAD_CHUNK_SIZE,
+        _chunked_jsd_loss,
+    )
+
+    from kdkernels.integrations.trl import async_chunked_jsd_loss
+
+    (h, w), (th, tw) = hidden(tokens)
+    top = (th[0] @ tw.t()).log_softmax(-1).topk(SLOTS, -1)
+    real = torch.ones(tokens, SLOTS, dtype=torch.bool)
+    told = top.indices, top.values, real, 0.5, 1.0, True, None, 1
+    given = h[0], w, None, 1.0, None, *told, _CHUNKED_LM_HEAD_CHUNK_SIZE
+    return Pair(lambda: _chunked_jsd_loss(*given)[0], lambda: async_chunked_jsd_loss(*given)[0])
+
+
+def trl_iw_opd(tokens: int) -> Pair:
+    from collections import defaultdict
+
+    from trl.experimental.iw_opd import IWOPDTrainer
+
+    from kdkernels.integrations.trl import iw_opd_compute_loss, iw_opd_loss
+
+    s, t, labels = logits(tokens)
+    inputs = dict(input_ids=labels.clamp(min=0), attention_mask=torch.ones(1, tokens), labels=labels)
+    model = lambda input_ids, attention_mask: SimpleNamespace(logits=s)  # noqa: E731
+
+    def loss_of(compute: Callable[..., torch.Tensor], **own: Any) -> Callable[[], torch.Tensor]:
+        trainer: Any = object.__new__(IWOPDTrainer)
+        trainer.__dict__.update(
+            temperature=1.0,
+            distillation_objective="iw_opd",
+            iw_opd_gamma=0.5,
+            iw_opd_epsilon=1e-8,
+            use_teacher_server=False,
+            model=SimpleNamespace(training=True),
+            _metrics=defaultdict(lambda: defaultdict(list)),
+            _raise_if_local_teacher_tokenizer_mismatch=lambda: None,
+            _compute_prompt_length=lambda inputs: 1,
+            _get_teacher_logits=lambda inputs: t,
+            **own,
+        )
+        if own:
+            trainer._compute_iw_opd_loss = iw_opd_loss.__get__(trainer)
+        return lambda: compute(trainer, model, inputs)
+
+    return Pair(loss_of(IWOPDTrainer.compute_loss), loss_of(iw_opd_compute_loss, ours=True))
+
+
+def liger_log_probs(tokens: int) -> Pair:
+    from kdkernels.integrations import liger as dropin
+
+    original = original_module("liger-kernel", "liger_kernel/ops/fused_linear_scaled_cross_entropy.py")
+    (h, w), _ = hidden(tokens)
+    target, ids = torch.randint(0, VOCAB, (tokens,)), torch.arange(SLOTS)
+
+    def both(module: Any) -> Callable[[], torch.Tensor]:
+        function = module.LigerFusedLinearScaledCrossEntropyFunction
+        return lambda: sum(
+            x.sum() for x in function.apply(h[0], w, target, return_entropy=True, selected_token_ids=ids)
+        )
+
+    return Pair(both(original), both(dropin))
+
+
+def swift(tokens: int) -> Pair:
+    from kdkernels.integrations import swift as dropin
+
+    original = original_module("ms-swift", "swift/rlhf_trainers/gkd_loss.py")
+    theirs, ours = (lambda s, t, y, m=m: m.jsd_loss(s[0], t[0], 0.5) for m in (original, dropin))
+    return on_logits(theirs, ours, tokens)
+
+
+def unsloth(tokens: int) -> Pair:
+    from kdkernels.integrations import unsloth as dropin
+
+    original = original_module("unsloth_zoo", "unsloth_zoo/speculative/losses.py")
+    (h, w), (th, tw) = hidden(tokens)
+    given = h, w, torch.randint(0, VOCAB, (1, tokens)), "lk_hybrid", th, tw
+    theirs, ours = (lambda m=m: m.chunked_lm_loss(*given)[0] for m in (original, dropin))
+    return Pair(theirs, ours)
+
+
 def verl(tokens: int) -> Pair:
     from kdkernels.integrations import verl as dropin
 
@@ -270,6 +379,62 @@ CASES = {
             "`trainer.train()`",
             "the same `trl.patch()`",
             "bf16 logits: fp32; at -inf the entropy is finite",
+        ),
+        Case(
+            "TRL's log-probabilities on hidden states",
+            trl_fused_log_probs,
+            2048,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            "under ZeRO-3 it is TRL's own",
+        ),
+        Case(
+            "TRL SDFT, SDPO",
+            trl_self_distillation,
+            512,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            "the mass beside the top k is not clamped at 1e-7",
+        ),
+        Case(
+            "TRL AsyncDistillationTrainer",
+            trl_async,
+            2048,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            "bf16 on a CPU: logits are rounded as the model's lm_head does",
+        ),
+        Case(
+            "TRL IWOPDTrainer",
+            trl_iw_opd,
+            512,
+            "`trainer.train()`",
+            "the same `trl.patch()`",
+            "bf16 logits: fp32",
+        ),
+        Case(
+            "Liger `LigerFusedLinearScaledCrossEntropyFunction`",
+            liger_log_probs,
+            2048,
+            "`from liger_kernel.ops import ...`",
+            f"`{_IMPORT}.liger import ...`",
+            "the entropy is fp32",
+        ),
+        Case(
+            "ms-swift GKD",
+            swift,
+            512,
+            "`trainer.train()`",
+            f"`{_IMPORT} import swift; swift.patch()`",
+            "bf16 logits: rows in fp32; -inf in both models is no term, not NaN",
+        ),
+        Case(
+            "unsloth_zoo `chunked_lm_loss`",
+            unsloth,
+            2048,
+            "`trainer.train()`",
+            f"`{_IMPORT} import unsloth; unsloth.patch()`",
+            "-inf in both models is no term, not NaN",
         ),
         Case(
             "verl `FusedLinearForPPO`",
