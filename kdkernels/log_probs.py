@@ -50,6 +50,7 @@ def token_log_probs(
     vocab_size: int | None = None,
     inplace: bool = False,
     chunk_bytes: int | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> TokenLogProbs:
     """log softmax(student / temperature) at ``ids``, and the entropy of that softmax, both differentiable.
 
@@ -74,6 +75,8 @@ def token_log_probs(
             nobody else may write to them, and a second backward is an error.
         chunk_bytes: budget of the logit tiles, default 512 MiB; on a GPU what 2048 rows need, if that is more
             and no more than a sixteenth of its memory.
+        gradient_tolerance: of a :class:`LinearHead` that learns, in [0, 1): how far the backward's gradient for each
+            chunk's logits may be off, as in :func:`kdkernels.distillation_loss`. With a frozen lm_head dH is exact.
 
     Returns:
         :class:`TokenLogProbs` in fp32 (fp64 for fp64 students), with None for what was not asked for.
@@ -97,6 +100,7 @@ def token_log_probs(
         vocab_size=vocab_size,
         inplace=inplace,
         chunk_bytes=chunk_bytes,
+        gradient_tolerance=gradient_tolerance,
     )
     student = unwrapped("student", student)
     shard = getattr(student, "shard", None)
@@ -127,7 +131,9 @@ class _Call(NamedTuple):
 
     own: Side
     ids: Tensor  # [N, K]
-    static: tuple[Tensor | None, Tensor, str, int, str, int, list[bool]]  # of the operators, in their order
+    static: tuple[
+        Tensor | None, Tensor, str, int, str, int, list[bool], float
+    ]  # of the operators, in their order
 
 
 def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
@@ -158,19 +164,21 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
         per_row("temperature", temperature, own, labels),
         options["chunk_bytes"] or default_chunk_bytes(own.device, vocab),
     )
-    static = labels, at, spec.text(), vocab, "" if place is None else place.text(), budget, needs_grad
+    shard, tolerance = "" if place is None else place.text(), options["gradient_tolerance"]
+    static = labels, at, spec.text(), vocab, shard, budget, needs_grad, tolerance
     return _Call(own, given, static)
 
 
 def _signature(call: _Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group."""
-    _, _, spec, vocab, _, chunk_bytes, needs_grad = call.static
+    _, _, spec, vocab, _, chunk_bytes, needs_grad, gradient_tolerance = call.static
     return {
         "tokens": list(call.own.leading),
         "ids": list(call.ids.shape),
         "outputs": spec,
         "vocabulary": vocab,
         "chunk_bytes": chunk_bytes,
+        "gradient_tolerance": gradient_tolerance,
         "dtypes": [str(t.dtype) for t in call.own.tensors],
         "gradients": needs_grad,
     }

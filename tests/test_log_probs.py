@@ -283,7 +283,7 @@ def test_opcheck(form):
     temperature = torch.ones(1, dtype=torch.float64)
     spec = Spec(tail=Tail.TRUNCATE, asked=Bits.ENTROPY, stats=1).text()
     needs_grad = [t.requires_grad for t in student]
-    shared = spec, VOCAB, "", 2**20, needs_grad
+    shared = spec, VOCAB, "", 2**20, needs_grad, 0.0
     torch.library.opcheck(
         log_prob_operators.log_probs, (student, ids, labels, temperature, *shared, form == "logits")
     )
@@ -295,7 +295,7 @@ def test_opcheck(form):
     torch.library.opcheck(log_prob_operators.log_probs_gradient, (detached, *given, *shared, choice))
     if form == "logits":
         torch.library.opcheck(
-            log_prob_operators.log_probs_gradient_, (detached[0], *given, *shared[:-1], choice)
+            log_prob_operators.log_probs_gradient_, (detached[0], *given, *shared[:-2], choice)
         )
 
 

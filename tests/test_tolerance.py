@@ -56,11 +56,19 @@ def cross_entropy(student, teacher, labels, **options):
     return kd.cross_entropy(student, labels, **options)
 
 
+def policy(student, teacher, labels, **options):
+    """What arrives differs from token to token, and some have nothing."""
+    arriving = torch.linspace(-1.0, 2.0, N).clamp(min=0.0)
+    of = kd.token_log_probs(student, torch.stack([labels, 2 * labels], -1), entropy=True, **options)
+    return -(of.log_probs.sum(-1) + 0.1 * of.entropy) * arriving.to(of.entropy.dtype)
+
+
 LOSSES = {
     "kl": kd.kl_div,
     "jsd": functools.partial(kd.js_divergence, beta=0.3),
     "ce": cross_entropy,
     "z_loss": functools.partial(kd.distillation_loss, hard_weight=0.5, z_loss=0.1),
+    "log_probs": policy,
 }
 
 
@@ -243,14 +251,15 @@ def test_what_is_frozen_gets_nothing(backend, trains):
         assert not train or 1e-3 < (leaf.grad - true).norm() / true.norm() < 0.3
 
 
-def test_token_losses_of_a_frozen_lm_head_are_exact(backend):
+@pytest.mark.parametrize("loss", [functools.partial(kd.kl_div, reduction="none"), policy])
+def test_token_losses_of_a_frozen_lm_head_are_exact(backend, loss):
     """Their gradient is made before it is known what arrives for each token."""
-    problem = Bounds(1.0, kd.kl_div)
+    problem = Bounds(1.0, loss)
     problem.hidden.requires_grad_()
 
     def gradient(**options):
         head = kd.LinearHead(problem.hidden, problem.weight)
-        losses = kd.kl_div(head, problem.teacher, reduction="none", **options)
+        losses = loss(head, problem.teacher, problem.labels, **options)
         return torch.autograd.grad(losses.sum(), problem.hidden)[0]
 
     assert torch.equal(gradient(), gradient(gradient_tolerance=0.3))

@@ -24,20 +24,22 @@ from .log_probs import Finished, Values
 from .request import Request
 from .scaling import tracing
 
-#: As the operators take them: (student, ids, labels, temperature) and (spec, vocab, shard, chunk_bytes, needs_grad).
+#: As the operators take them: (student, ids, labels, temperature) and (spec, vocab, shard, chunk_bytes, needs_grad,
+#: gradient_tolerance).
 Given = tuple[list[Tensor], Tensor, Tensor | None, Tensor]
-Static = tuple[str, int, str, int, list[bool]]
+Static = tuple[str, int, str, int, list[bool], float]
 
 
 def request_of(given: Given, static: Static, backend: str, entropy_weights: Tensor | None = None) -> Request:
     """``entropy_weights`` ``[N]``: what arrives for the entropy, in the backward."""
     student, ids, labels, temperature = given
-    spec, vocab, shard, chunk_bytes, needs_grad = static
+    spec, vocab, shard, chunk_bytes, needs_grad, tolerance = static
     weights = temperature.new_zeros(ids.shape[0], OUTPUTS)
     if entropy_weights is not None:
         weights[:, Output.ENTROPY] = entropy_weights
     tensors = student, [ids], labels, temperature, temperature.new_zeros(1, 2), weights
-    return Request(*tensors, specs_of(spec), vocab, shard, chunk_bytes, needs_grad, backend=backend)
+    limits = chunk_bytes, needs_grad, tolerance
+    return Request(*tensors, specs_of(spec), vocab, shard, *limits, backend=backend)
 
 
 @torch.library.custom_op("kdkernels::log_probs", mutates_args=())
@@ -51,6 +53,7 @@ def log_probs(
     shard: str,
     chunk_bytes: int,
     needs_grad: list[bool],
+    gradient_tolerance: float,
     inplace: bool,
 ) -> list[Tensor]:
     """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.deferred`.
@@ -58,7 +61,8 @@ def log_probs(
     ``inplace``: the backward overwrites given logits with their gradient.
     """
     backend = chosen_backend()
-    given, static = (student, ids, labels, temperature), (spec, vocab, shard, chunk_bytes, needs_grad)
+    given = student, ids, labels, temperature
+    static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = request_of(given, static, backend)
     if backend == "reference":
         values, finished = Values(*reference.log_prob_values(request)), rows.empty(request)[1]
@@ -69,8 +73,21 @@ def log_probs(
 
 
 @log_probs.register_fake
-def _(student, ids, labels, temperature, spec, vocab, shard, chunk_bytes, needs_grad, inplace):
-    given, static = (student, ids, labels, temperature), (spec, vocab, shard, chunk_bytes, needs_grad)
+def _(
+    student,
+    ids,
+    labels,
+    temperature,
+    spec,
+    vocab,
+    shard,
+    chunk_bytes,
+    needs_grad,
+    gradient_tolerance,
+    inplace,
+):
+    given = student, ids, labels, temperature
+    static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = request_of(given, static, "auto")
     values, finished = rows.empty(request)
     return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
@@ -90,12 +107,14 @@ def log_probs_gradient(
     shard: str,
     chunk_bytes: int,
     needs_grad: list[bool],
+    gradient_tolerance: float,
     choice: Tensor,
 ) -> list[Tensor]:
     """The gradients that are needed, for what arrives ``[N, K]`` for the log-probabilities and ``[N]`` for the
     entropy."""
     backend = CHOICES[int(choice)]
-    given, static = (student, ids, labels, temperature), (spec, vocab, shard, chunk_bytes, needs_grad)
+    given = student, ids, labels, temperature
+    static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":
         return reference.log_prob_gradients(request, arriving)
@@ -118,6 +137,7 @@ def _(
     shard,
     chunk_bytes,
     needs_grad,
+    gradient_tolerance,
     choice,
 ):
     wanted = [t for t, needed in zip(student, needs_grad) if needed]
@@ -141,7 +161,7 @@ def log_probs_gradient_(
 ) -> None:
     """The same over given logits."""
     backend = CHOICES[int(choice)]
-    given, static = ([student], ids, labels, temperature), (spec, vocab, shard, chunk_bytes, [True])
+    given, static = ([student], ids, labels, temperature), (spec, vocab, shard, chunk_bytes, [True], 0.0)
     request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":
         student.copy_(reference.log_prob_gradients(request, arriving)[0])
@@ -163,15 +183,15 @@ def _backward(ctx, arriving):
     refuse_batched(arriving)
     tensors, count = saved_tensors(ctx), ctx.count
     student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
-    spec, vocab, shard, chunk_bytes, needs_grad, inplace = ctx.rest
+    spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, inplace = ctx.rest
     given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
     if inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
         log_probs_gradient_(student[0], *given, choice)
         grads = [student[0].detach()]
     else:
-        made = iter(log_probs_gradient(student, *given, needs_grad, choice))
+        made = iter(log_probs_gradient(student, *given, needs_grad, gradient_tolerance, choice))
         grads = [next(made) if needed else None for needed in needs_grad]
-    return (grads, *[None] * 9)
+    return (grads, *[None] * 10)
 
 
 log_probs.register_autograd(_backward, setup_context=_setup)

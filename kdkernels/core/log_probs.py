@@ -133,7 +133,8 @@ def _tiles(
 ) -> tuple[Tiles, Tensor | None]:
     """(the student's tiles, the tokens that an lm_head projects; None: all, or there is no lm_head)."""
     exchange = None if request.place is None else Exchange(request.place)
-    student = rows_of(request.student, request.columns_here, request.needs_grad, grad, exchange)
+    tolerance = request.gradient_tolerance
+    student = rows_of(request.student, request.columns_here, request.needs_grad, grad, exchange, tolerance)
     rows, live = PerRow(request.labels, request.temperature, weights, ids), None
     if student.is_head:
         rows, live = projected([student], rows)

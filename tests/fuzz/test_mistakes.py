@@ -98,7 +98,7 @@ LOSSES = {
     "token_log_probs": (
         kd.token_log_probs,
         False,
-        {"ids", "entropy", "temperature", "chunk_bytes", "vocab_size", "ignore_index"},
+        {"ids", "entropy", "temperature", "chunk_bytes", "vocab_size", "ignore_index", "gradient_tolerance"},
     ),
 }
 for name in LOSSES.keys() - {"token_log_probs"}:
