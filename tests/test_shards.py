@@ -482,6 +482,13 @@ def test_megatrons_cross_entropy(outcomes):
             assert true_gradient.norm() > 1e-3 and relative(gradient, true_gradient) < 1e-6
 
 
+def test_other_projects_losses_of_split_logits(outcomes):
+    for made in of(outcomes, "split logits"):
+        for name, loss, gradient, truth, true_gradient in made:
+            assert torch.allclose(loss, truth, rtol=1e-5), name
+            assert true_gradient.norm() > 1e-3 and relative(gradient, true_gradient) < 1e-5, name
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_is_an_error(tmp_path):
     ranks = [mp.get_context("spawn").Process(target=shard_cases.killed, args=(r, tmp_path)) for r in range(2)]

@@ -24,7 +24,7 @@ import kdkernels as kd
 from kdkernels.backends import eager, native, row_state
 from kdkernels.backends.row_state import hard_results
 from kdkernels.core import exchange
-from kdkernels.integrations import megatron, modelopt
+from kdkernels.integrations import automodel, megatron, modelopt, torchtitan
 from kdkernels.testing import Problem
 
 WORLD = 4
@@ -538,6 +538,40 @@ def megatrons(group):
     return made
 
 
+def of_split_logits(group):
+    """(name, this rank's loss and gradient, those of the formula on the whole) of losses that take DTensors or ranks."""
+    rank, mesh = dist.get_rank(group), DeviceMesh.from_group(group, "cpu")
+    student, teacher = leaf(2, 3, 15), 2 * leaf(2, 3, 15, seed=1).detach()
+    labels = torch.tensor([[0, 4, -100], [5, 10, 14]])
+    here, live = slice(5 * rank, 5 * rank + 5), labels.ne(-100)
+    p, q = (torch.log_softmax(z / 2.0, -1) for z in (teacher, student))
+    kl = 4 * (p.exp() * (p - q)).sum(-1)[live]
+    nll = -student.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0][live].sum()
+    split, local = distribute_tensor(student.detach(), mesh, [Shard(-1)]), student.detach()[..., here].clone()
+    theirs, copied = (
+        distribute_tensor(teacher, mesh, [Shard(-1)]),
+        distribute_tensor(teacher, mesh, [Replicate()]),
+    )
+    given = distribute_tensor(student.detach(), mesh, [Replicate()])
+    kd_loss, ranks = automodel.KDLoss(temperature=2.0), automodel.KDLoss(temperature=2.0, tp_group=group)
+    made = []
+    for name, loss, truth, at in [
+        ("KDLoss, DTensors", lambda s: kd_loss(s, theirs, labels), kl.mean(), split),
+        ("KDLoss, whole DTensors", lambda s: kd_loss(s, copied, labels), kl.mean(), given),
+        ("KDLoss, ranks", lambda s: ranks(s, teacher[..., here], labels, 7), kl.sum() / 7, local),
+        ("cross_entropy_loss", lambda s: torchtitan.cross_entropy_loss(s, labels), nll, split),
+    ]:
+        at = at.detach().requires_grad_()
+        value = loss(at)
+        (own,) = torch.autograd.grad(value, at)
+        (true,) = torch.autograd.grad(truth, student, retain_graph=True)
+        own = own.full_tensor() if isinstance(own, DTensor) else own
+        made.append(
+            (name, value.detach(), own, truth.detach(), true if own.shape == true.shape else true[..., here])
+        )
+    return made
+
+
 def killed(rank, folder):
     """Rank 1 dies between two losses; rank 0 writes what the second one says."""
     dist.init_process_group(
@@ -560,6 +594,7 @@ OTHERS = {
     "mistake in sparse targets": mistaken_sparse,
     "Megatron": megatrons,
     "ModelOpt": modelopt_losses,
+    "split logits": of_split_logits,
     "dtensors": dtensors,
     "refused dtensors": refused_dtensors,
     "compiled": compiled,
