@@ -400,6 +400,7 @@ def start(directory: Path, rank: int, ranks: int, pause: float) -> subprocess.Po
     return subprocess.Popen([sys.executable, "-c", code, str(directory), str(rank), str(ranks), str(pause)])
 
 
+@pytest.mark.slow
 def test_killed_writers_resume_without_a_lost_or_doubled_row(tmp_path):
     """Two real processes write at once, are killed in the middle, and are started again."""
     writers = [start(tmp_path / "c", rank, 2, 0.02) for rank in range(2)]

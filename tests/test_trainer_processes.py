@@ -63,6 +63,7 @@ def dropout_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, dropout_model):
     """Killed in a step, then in the middle of a save, then left to finish: as if nothing had happened."""
     values = dict(
@@ -103,6 +104,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, dropout_model):
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     """Files may not grow beyond a size that optimizer.pt reaches once the momenta exist."""
     script = tmp_path / "full.py"

@@ -19,24 +19,24 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def run(file, which="not slow", **environment):
+def run(file, which="not slow", every=1, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "isolated" / file]
-    command += ["-m", which]
+    command += ["-m", which, f"--every={every}"]
     done = subprocess.run(
         command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
-@pytest.mark.parametrize("file", ["triton_rows.py", "triton_sparse.py", "triton_mutations.py"])
-def test_interpreted(file):
-    run(file, TRITON_INTERPRET="1")
+@pytest.mark.parametrize(("file", "every"), [("triton_rows.py", 2), ("triton_sparse.py", 1)])
+def test_interpreted(file, every):
+    run(file, every=every, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["triton_rows.py", "triton_sparse.py"])
-def test_the_rest_interpreted(file):
-    run(file, which="slow", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", ["triton_rows.py", "triton_sparse.py", "triton_mutations.py"])
+def test_all_interpreted(file):
+    run(file, which="slow or not slow", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
