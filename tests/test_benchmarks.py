@@ -32,6 +32,7 @@ from benchmarks.machine import last_level_cache_bytes
 
 TINY = cases.Case(16, 300, losses=("kl", "rkl", "jsd", "ce"), masked=0.25)
 TINY_HIDDEN = replace(TINY, width=24, teacher_width=40)
+TINY_POLICY = replace(TINY_HIDDEN, losses=("log-probs", "log-probs + entropy"))
 TINY_SPARSE = replace(TINY, masked=0.0, losses=("kl",), top_k=8)
 TINY_CODISTILL = replace(TINY_HIDDEN, losses=("codistill",))
 EVERY_CASE = sorted(
@@ -66,7 +67,7 @@ def test_every_case_of_every_suite_runs_and_is_right(case):
 def test_peers_agree_with_the_oracle():
     """Each installed peer, on cases with masked tokens and unequal widths: its own gradient is right."""
     seen = set()
-    for case in (TINY, TINY_HIDDEN):
+    for case in (TINY, TINY_HIDDEN, TINY_POLICY):
         made, _ = variants.variants_of(case, "cpu")
         for variant, errors in zip(made, accuracy.errors(case, made, "cpu")):
             if variant.package not in ("kdkernels", "torch"):

@@ -17,8 +17,9 @@ from benchmarks.peers import (
     quack,
     torchtune,
     trl,
+    verl,
 )
 
-FAMILIES = (pytorch, trl, liger, torchtune, liger_triton, cut_cross_entropy, quack, fla)
+FAMILIES = (pytorch, trl, liger, torchtune, liger_triton, cut_cross_entropy, quack, fla, verl)
 #: Those that take a sparse teacher.
 SPARSE_FAMILIES = (axolotl,)
