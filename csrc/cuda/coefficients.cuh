@@ -63,7 +63,6 @@ struct Coefficients {
   Normal normal;
   float rest;  // of a sparse target's rest, times its softmax
   Pull hard, teacher_label;
-  EntropyPull entropy;
   float spread;  // of label smoothing, the same in all columns
   double soft_weight;
   bool live;  // whether a weight is not 0

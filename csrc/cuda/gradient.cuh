@@ -79,9 +79,11 @@ KD_DEVICE void student_gradient(const Row& row, const Coefficients& c, const For
     subtract_at_label(c.hard.onehot, row.label() - start - row.lane * kVector, g);
   }
   if constexpr (!Row::Types::kLean) {
-    if (c.entropy.slope != 0) {
+    if (row.plan.flags.shifts) {
+      const EntropyPull entropy = row.shared.entropy;
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) g[k] += c.entropy(s[k]);
+      for (int k = 0; k < kVector; ++k)
+        if (entropy.slope != 0) g[k] += entropy(s[k]);
     }
   }
 }

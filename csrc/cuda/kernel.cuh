@@ -55,7 +55,7 @@ KD_DEVICE void share_coefficients(Row& row) {
     if (!Row::Types::kLean && row.lane == 0) {
       Softmax softmax = {r.student.reference, logs.sum_exp_s, r.student.sum_exp_shift / r.student.sum_exp};
       if (sparse.softmax != nullptr) softmax = sparse.softmax[row.row];
-      row.shared.coefficients.entropy = entropy_pull(row.weights().entropy, softmax, row.temperature());
+      row.shared.entropy = entropy_pull(row.weights().entropy, softmax, row.temperature());
     }
   }
   sync_block();

@@ -35,7 +35,8 @@ struct SharedMemory {
   RowState state, added;               // of the row, and of its second pass
   Parts warp_parts[kMaxWarps], block_parts[2][kMaxCluster + 1];  // the same two of the common case
   Coefficients coefficients;
-  Solved solved;  // of a sparse target
+  EntropyPull entropy;  // beside the coefficients, which kernels keep in registers that some have no more of
+  Solved solved;        // of a sparse target
   Barrier chunks[kMaxWarps][kMaxChunks];
 };
 static_assert(sizeof(SharedMemory) <= kReserved && kReserved % 128 == 0);

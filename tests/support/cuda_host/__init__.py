@@ -64,7 +64,7 @@ MUTATIONS = {
     ),
     "the entropy has no gradient": (
         "gradient.cuh",
-        "for (int k = 0; k < kVector; ++k) g[k] += c.entropy(s[k]);",
+        "if (entropy.slope != 0) g[k] += entropy(s[k]);",
         "",
     ),
     "nor is its sum moved to a new maximum": (
