@@ -26,6 +26,8 @@ PACKAGES = (
     "nvidia-modelopt",
     "speculators",
     "verl",
+    "ms-swift",
+    "unsloth_zoo",
     "cut-cross-entropy",
     "quack-kernels",
     "fla-core",

@@ -13,6 +13,8 @@ frozen nothing of its forward again. What differs from unsloth_zoo 2026.10 (test
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
 TESTED = ((2026, 10), (2026, 11))
+#: unsloth_zoo's own budget for logits.
+_CHUNK_BYTES = 2**28
 LOSS_TYPES = ("ce", "kl_div", "tv", "lk_hybrid")
 
 
@@ -54,7 +58,9 @@ def chunked_lm_loss(
     student = _head(hidden, lm_head_weight, hidden.device, logit_softcap)
     tokens = int((labels != ignore_index).sum())
     with torch.set_grad_enabled(torch.is_grad_enabled() and loss_type == "ce"):
-        of = token_log_probs(student, labels, ignore_index=ignore_index, return_stats=True)
+        of = token_log_probs(
+            student, labels, ignore_index=ignore_index, return_stats=True, chunk_bytes=_CHUNK_BYTES
+        )
     assert of.top1 is not None
     correct = int(((of.top1 == labels) & (labels != ignore_index)).sum())
     if loss_type == "ce":
@@ -71,12 +77,12 @@ def _head(hidden: Tensor, weight: Tensor, device: torch.device, softcap: float |
 
 
 def _divergence(name: str, student: LinearHead, teacher: LinearHead, mask: Tensor, eta: float) -> Tensor:
+    shared: dict[str, Any] = dict(mask=mask, chunk_bytes=_CHUNK_BYTES)
     if name != "lk_hybrid":
         divergence = ForwardKL() if name == "kl_div" else TotalVariation()
-        return distillation_loss(student, teacher, divergence=divergence, mask=mask, reduction="sum")
-    kl, overlap = distillation_loss(
-        student, teacher, divergence=(ForwardKL(), Overlap()), mask=mask, reduction="none"
-    )
+        return distillation_loss(student, teacher, divergence=divergence, reduction="sum", **shared)
+    both = (ForwardKL(), Overlap())
+    kl, overlap = distillation_loss(student, teacher, divergence=both, reduction="none", **shared)
     weight = (-eta * overlap.detach()).exp()
     return (weight * kl + (1 - weight) * (1 - overlap).where(mask, 0.0)).sum()
 
