@@ -11,7 +11,7 @@ from trainer_runs import error_of, run, weights  # noqa: E402
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
-from kdkernels.trainer.settings import UserError  # noqa: E402
+from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,19 @@ def test_tokenizer_mismatch(tmp_path, saved, capsys):
     other.save_pretrained(tmp_path / "other")
     message = error_of(capsys, "soft", tmp_path, student=str(saved), teacher=str(tmp_path / "other"))
     assert "tokenizer mismatch" in message and "300 tokens" in message
+
+
+def test_models_that_tensor_parallelism_cannot_share_out(tmp_path, saved):
+    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(
+        UserError, match=r"tensor_parallel=2: transformers' tp_plan for \S+ \(gpt2\) \S+.*leave it out$"
+    ):
+        models.load_model(
+            str(tmp_path / "gpt2"), None, dtype="float32", seed=0, max_length=32, tensor_parallel=2
+        )
+    settings = ModelSettings(student=str(saved), teacher=str(tmp_path / "gpt2"), tensor_parallel=2)
+    with pytest.raises(UserError, match=r"needs lm_heads of the same size.* has 300, \S+gpt2 has 50257$"):
+        models.check_models(settings, 32)
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys):

@@ -13,6 +13,7 @@ from trainer_runs import (  # noqa: E402
     FSDP_ON_CPU,
     PACKAGE,
     ROOT,
+    TENSOR_PARALLEL_ON_CPU,
     WRITES,
     assert_same_weights,
     flags,
@@ -20,6 +21,7 @@ from trainer_runs import (  # noqa: E402
     process,
     weights,
 )
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from kdkernels.trainer import models, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
@@ -168,6 +170,25 @@ def alone(tmp_path_factory, uneven):
     return folder
 
 
+def assert_same_metrics(ours, theirs):
+    """Of two runs, in every line of their logs."""
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (ours, theirs))
+    for name in (
+        "loss",
+        "soft",
+        "kl",
+        "grad_norm",
+        "eval_loss",
+        "eval_kl",
+        "eval_hard",
+        "num_input_tokens_seen",
+    ):
+        expected = [line[name] for line in theirs if name in line]
+        assert expected and [line[name] for line in ours if name in line] == pytest.approx(
+            expected, rel=2e-5
+        ), name
+
+
 @pytest.mark.parametrize(
     "sharded", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp", marks=pytest.mark.slow)]
 )
@@ -187,24 +208,49 @@ def test_two_processes_do_what_one_does(sharded, alone, uneven, tmp_path):
     assert run.returncode == 0, run.stderr
     for mode in MODES:
         assert (tmp_path / mode / "checkpoint-4" / "pytorch_model_fsdp.bin").exists() == sharded
-        ours, theirs = (read_metrics(folder / mode / "metrics.jsonl") for folder in (tmp_path, alone))
-        for name in (
-            "loss",
-            "soft",
-            "kl",
-            "grad_norm",
-            "eval_loss",
-            "eval_kl",
-            "eval_hard",
-            "num_input_tokens_seen",
-        ):
-            expected = [line[name] for line in theirs if name in line]
-            assert expected and [line[name] for line in ours if name in line] == pytest.approx(
-                expected, rel=2e-5
-            ), name
+        assert_same_metrics(tmp_path / mode, alone / mode)
         ours = weights(tmp_path / mode / "model")
         for name, tensor in weights(alone / mode / "model").items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def untied_models(tmp_path_factory, micro_models):
+    """The same with an lm_head of its own, and 3 rows of padding: 303 rows are 152 and 151."""
+    folders = []
+    for folder in micro_models:
+        config = AutoConfig.from_pretrained(folder, tie_word_embeddings=False, vocab_size=303)
+        torch.manual_seed(len(folders))
+        folders.append(str(tmp_path_factory.mktemp("untied")))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[-1])
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folders[-1])
+    return folders
+
+
+def test_tensor_parallel_processes_do_what_one_does(micro_models, untied_models, uneven, tmp_path):
+    """Every layer and the lm_heads of both models are shared out over 2 processes, which have the same batches."""
+    script = tmp_path / "main.py"
+    script.write_text(TENSOR_PARALLEL_ON_CPU)
+    pairs = {"tied": micro_models, "untied": untied_models}
+
+    def values(folder, name, **more):
+        student, teacher = pairs[name]
+        batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        more = dict(student=student, teacher=teacher, hard_weight=0.5, **batch, **uneven, **more)
+        return options(tmp_path / folder / name, save_only_model=True, per_device_eval_batch_size=2, **more)
+
+    commands = [["train", "soft", *flags(values("shared", name, tensor_parallel=2))] for name in pairs]
+    run = process(json.dumps(commands), torchrun=True, script=script)
+    assert run.returncode == 0, run.stderr
+    assert "2 processes that share the models" in run.stdout and "4 steps of 8 sequences" in run.stdout
+    for name in pairs:
+        train.run(resolve("soft", values("alone", name)))
+        ours, theirs = (tmp_path / folder / name for folder in ("shared", "alone"))
+        assert_same_metrics(ours, theirs)
+        ours, theirs = weights(ours / "model"), weights(theirs / "model")
+        assert ("model/lm_head.weight" in theirs) == (name == "untied")
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=2e-5)
 
 
 SHARDED = {  # name -> mode and options; LoRA on the lm_head is what shards could break first

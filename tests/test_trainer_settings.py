@@ -16,6 +16,8 @@ from kdkernels.trainer import train  # noqa: E402
 from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
 from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
 
+SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_model": True}
+
 
 @pytest.mark.parametrize(
     "mode, values, message",
@@ -103,6 +105,18 @@ from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
         ),
         ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
         ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
+        ("hard", {"tensor_parallel": 2}, "tensor_parallel=2: hard has none, it is of soft"),
+        ("soft", {"tensor_parallel": 0}, "tensor_parallel=0 must be 1 or more"),
+        ("soft", {"tensor_parallel": 2}, "tensor_parallel=2: micro is made from scratch"),
+        ("soft", {**SHARED, "lora_rank": 2}, "tensor_parallel=2 is of whole models"),
+        ("soft", {**SHARED, "teacher": None, "targets": "x"}, "tensor_parallel=2 is of whole models"),
+        ("soft", {**SHARED, "save_only_model": False}, "--save_only_model or --save_strategy no"),
+        ("soft", {**SHARED, "resume": True}, "leave --resume out"),
+        (
+            "soft",
+            SHARED,
+            "there are 1 processes, and all of them share the models: torchrun --nproc_per_node 2",
+        ),
         ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
         ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
         ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),

@@ -24,6 +24,17 @@ def whole(parameter: Any) -> Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
+def replicated(hidden: Tensor, weight: Any) -> Tensor:
+    """Hidden states that every rank has, as a DTensor where the lm_head is one: tensor parallelism leaves it sharded
+    over the vocabulary."""
+    if not hasattr(weight, "full_tensor"):
+        return hidden
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    return DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_map) -> LinearHead:
     """A LinearHead of parameters that may be sharded, or wider than the hidden states (master weights).
 

@@ -3,7 +3,7 @@
 The model runs its own forward, with everything that it takes (images, audio, position ids) and does before its
 lm_head. Only the lm_head's forward is replaced, for the length of one call: it hands hidden states and weight to the
 loss instead of projecting. FSDP, FSDP2 and ZeRO-3 gather weights around a module's forward, so they work, and
-nothing here knows of them.
+nothing here knows of them. A tensor-parallel lm_head stays in shards, and the loss is that of DTensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs
 
 import kdkernels as kd
 
-from .common import whole
+from .common import replicated, whole
 
 #: Of float32 logits. Those of half precision differ by their rounding.
 TOLERANCE = 1e-3
@@ -263,7 +263,9 @@ def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None
 
 def _linear_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHead:
     hidden, weight, bias = head_weights(head, hidden)
-    return kd.LinearHead(hidden, weight, bias, logit_scale=logit_map.scale, softcap=logit_map.softcap)
+    return kd.LinearHead(
+        replicated(hidden, weight), weight, bias, logit_scale=logit_map.scale, softcap=logit_map.softcap
+    )
 
 
 def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -332,11 +334,10 @@ def _check_linear(
     name: str, head: nn.Module, project: Callable[[Tensor], Tensor], linear: kd.LinearHead, hidden: Tensor
 ) -> None:
     """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100."""
-    largest = nn.functional.linear(linear.hidden, linear.weight, linear.bias).abs().max().item()
+    largest = _projected(linear).abs().max().item()
     for factor in (1.0, 100 / max(largest, 1e-3)):
         expected = project(hidden * factor)
-        parts = head_weights(head, hidden * factor)
-        actual = nn.functional.linear(*parts)
+        actual = _projected(_linear_head(head, hidden * factor, LogitMap()))
         if actual.shape != expected.shape:
             raise ValueError(
                 f"{name}'s lm_head ({type(head).__name__}) gives {list(expected.shape)}, its weight {list(actual.shape)}; {_WAY_OUT}"
@@ -349,6 +350,10 @@ def _check_linear(
                 f"{name}'s lm_head ({type(head).__name__}) does more than hidden @ weight.T + bias: logits "
                 f"differ by {error:.1e} of the largest; {_WAY_OUT}"
             )
+
+
+def _projected(linear: kd.LinearHead) -> Tensor:
+    return whole(nn.functional.linear(linear.hidden, linear.weight, linear.bias))
 
 
 def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:

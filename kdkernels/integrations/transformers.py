@@ -285,8 +285,9 @@ class DistillationTrainer(Trainer):
 
         with torch.no_grad(), self.accelerator.autocast():
             sums = self.student_call(model, inputs, rows)
-        # One entry per sequence, so that gather_for_metrics can drop those that only fill up the last batch.
-        sums = self.accelerator.gather_for_metrics(sums)
+        if self.get_tp_size() < self.accelerator.num_processes:  # else all have the same sequences
+            # One entry per sequence, so that gather_for_metrics can drop those that only fill up the last batch.
+            sums = self.accelerator.gather_for_metrics(sums)
         tokens = sums.pop("tokens").sum()
         self._eval_sums.add({name: values.sum() for name, values in sums.items()}, tokens)
         return (sums["loss"].sum() / tokens.clamp(min=1), None, None)

@@ -25,8 +25,15 @@ END_OF_TEXT = "<|endoftext|>"
 
 def check_models(settings: ModelSettings, max_length: int) -> None:
     """Raises :class:`UserError` for a model that is not there or has too few positions. Only configs are read."""
-    for name in settings.pretrained:
-        positions = positions_of(_pretrained(AutoConfig, name, "model").get_text_config())
+    configs = {name: _pretrained(AutoConfig, name, "model").get_text_config() for name in settings.pretrained}
+    sizes = [f"{name} has {config.vocab_size}" for name, config in configs.items()]
+    if settings.tensor_parallel > 1 and len({config.vocab_size for config in configs.values()}) > 1:
+        raise UserError(
+            f"tensor_parallel={settings.tensor_parallel} needs lm_heads of the same size, so that a process has the "
+            f"same tokens of both: {', '.join(sizes)}"
+        )
+    for name, config in configs.items():
+        positions = positions_of(config)
         if positions is not None and max_length > positions:
             raise UserError(
                 f"--max_length {max_length} is more than the {positions} positions of {name}: "
@@ -95,8 +102,12 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
-def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: int) -> Any:
-    """A causal LM by folder or name, or one of :data:`SCRATCH`, whose weights depend on ``seed`` alone."""
+def load_model(
+    name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: int, tensor_parallel: int = 1
+) -> Any:
+    """A causal LM by folder or name, or one of :data:`SCRATCH`, whose weights depend on ``seed`` alone.
+
+    With ``tensor_parallel`` above 1 its layers are shared out over so many processes as it is loaded."""
     if name in SCRATCH:
         hidden, intermediate, layers, heads = SCRATCH[name]
         set_seed(seed)
@@ -114,7 +125,8 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
                 pad_token_id=tokenizer.pad_token_id,
             )
         ).to(getattr(torch, dtype))
-    model = plain(_pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype)))
+    shared: dict[str, Any] = {} if tensor_parallel == 1 else _shared_out(name, tensor_parallel)
+    model = plain(_pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype), **shared))
     weight = model.get_output_embeddings().weight
     vocabulary = getattr(weight, "ds_shape", weight.shape)[
         0
@@ -125,6 +137,21 @@ def load_model(name: str, tokenizer: Any, *, dtype: str, seed: int, max_length: 
             "they do not belong together"
         )
     return model
+
+
+def _shared_out(name: str, processes: int) -> dict[str, Any]:
+    """What has transformers share a model out over the processes. UserError for one that it has no plan for."""
+    from transformers.distributed import DistributedConfig
+
+    config = _pretrained(AutoConfig, name, "model")
+    with torch.device("meta"):
+        plan = AutoModelForCausalLM.from_config(config).tp_plan
+    if "lm_head" not in plan:
+        what = "does not shard its lm_head" if plan else "is not there"
+        raise UserError(
+            f"tensor_parallel={processes}: transformers' tp_plan for {name} ({config.model_type}) {what}; leave it out"
+        )
+    return {"distributed_config": DistributedConfig(tp_size=processes, tp_plan="auto")}
 
 
 def load_trained(folder: str, tokenizer: Any, settings: Settings) -> Any:

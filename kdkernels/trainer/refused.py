@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Callable
 
-from .settings import FIELDS, WAYS, Settings, UserError, default_of, divergence_of, modes_of
+from .settings import FIELDS, SCRATCH, WAYS, Settings, UserError, default_of, divergence_of, modes_of
 
 _Range = tuple[str, Callable[[Any], bool]]
 _COUNT: _Range = ("must be 1 or more", lambda value: value >= 1)
@@ -24,6 +24,7 @@ _RANGES: dict[str, _Range] = {
             "prompt_tokens",
             "generation_batch_size",
             "judged_prompts",
+            "tensor_parallel",
         ),
         _COUNT,
     ),
@@ -112,6 +113,8 @@ def check(settings: Settings) -> None:
             f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
             "(the loss is fused without them)"
         )
+    if settings.model.tensor_parallel > 1:
+        _check_tensor_parallel(settings)
     weights = (
         loss.soft_weight,
         1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
@@ -145,4 +148,30 @@ def check(settings: Settings) -> None:
     if not {"plain", "soft"} <= set(settings.compare.ways):
         raise UserError(
             f"ways={' '.join(settings.compare.ways)}: plain and soft are what all are compared with"
+        )
+
+
+def _check_tensor_parallel(settings: Settings) -> None:
+    """Raises :class:`UserError` for what transformers cannot do, or nobody has tried, where layers are shared out."""
+    run, model = settings.run, settings.model
+    wanted = f"tensor_parallel={model.tensor_parallel}"
+    for name in (model.student, model.teacher):
+        if name in SCRATCH:
+            raise UserError(
+                f"{wanted}: {name} is made from scratch, and models are shared out as they are loaded; "
+                "give a folder or a name"
+            )
+    if model.lora_rank or model.targets is not None:
+        raise UserError(f"{wanted} is of whole models, student and teacher; leave out LoRA and --targets")
+    if run.fsdp or run.deepspeed:
+        raise UserError(f"{wanted} has all processes; leave --fsdp and --deepspeed out")
+    if run.resume or not (run.save_only_model or run.save_strategy == "no"):
+        raise UserError(
+            f"{wanted}: transformers keeps no optimizer of such a run, so none can be resumed; leave --resume out, "
+            "and give --save_only_model or --save_strategy no"
+        )
+    if run.world_size != model.tensor_parallel:
+        raise UserError(
+            f"{wanted}, but there are {run.world_size} processes, and all of them share the models: "
+            f"torchrun --nproc_per_node {model.tensor_parallel}"
         )

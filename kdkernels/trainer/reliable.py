@@ -166,6 +166,13 @@ class ReliableTrainer(DistillationTrainer):
         self._last_inputs = inputs
         return loss
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Once, where processes that share a model all have the same."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        added = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + added // self.get_tp_size()
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):

@@ -80,6 +80,9 @@ class ModelSettings:
     dtype: str = option("float32", "of both models: float32 or bfloat16")
     lora_rank: int = option(0, "train LoRA adapters of this rank on the student; 0 trains all of it")
     lora_modules: list[str] = option(["all-linear"], "what LoRA is put on, such as q_proj v_proj lm_head")
+    tensor_parallel: int = option(
+        1, "processes of torchrun that share every layer and both lm_heads, by transformers' tp_plan"
+    )
 
     @property
     def pretrained(self) -> list[str]:
@@ -213,6 +216,11 @@ class Settings:
     def output_dir(self) -> Path:
         return Path(str(self.run.output_dir))
 
+    @property
+    def replicas(self) -> int:
+        """How many processes, or groups of them that share a model, have batches of their own."""
+        return self.run.world_size // self.model.tensor_parallel
+
     def to_dict(self) -> dict[str, Any]:
         """What --config reads back: every option of the mode's, and of TrainingArguments what is shown or was set."""
         values: dict[str, Any] = {}
@@ -252,7 +260,7 @@ PARTS = {
 FIELDS = {each.name: each for part in PARTS.values() for each in dataclasses.fields(part)}
 #: Options that some modes alone have: a soft term, a teacher that trains, a teacher that writes.
 _MODES_OF: dict[str, tuple[str, ...]] = {
-    "targets": ("soft",),
+    **dict.fromkeys(("targets", "tensor_parallel"), ("soft",)),
     **dict.fromkeys(
         ("divergence", "temperature", "temperature_squared", "soft_weight", "hard_weight"),
         ("soft", "co", "on_policy", "compare"),

@@ -32,9 +32,10 @@ def of_models(settings: Settings, student: Any, teacher: Any, checkpoint: str | 
         say(f"teacher {settings.model.teacher}: {models.parameters(teacher):,} parameters")
     elif settings.model.targets is not None:
         say(f"teacher: what it said is in {settings.model.targets}")
-    processes = f", {args.world_size} processes" if args.world_size > 1 else ""
+    share = " that share the models" if settings.model.tensor_parallel > 1 else ""
+    processes = f", {args.world_size} processes{share}" if args.world_size > 1 else ""
     say(f"backend {backend(settings)} on {args.device.type}{processes}")
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps * settings.replicas
     budget = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     where = f"going on from {checkpoint}" if checkpoint else f"in {settings.output_dir}"
     say(f"{budget} of {batch:,} sequences, {where}")

@@ -38,7 +38,12 @@ class Ingredients:
     def model(self, name: str, seed: int) -> Any:
         settings = self.settings
         return models.load_model(
-            name, self.tokenizer, dtype=settings.model.dtype, seed=seed, max_length=settings.data.max_length
+            name,
+            self.tokenizer,
+            dtype=settings.model.dtype,
+            seed=seed,
+            max_length=settings.data.max_length,
+            tensor_parallel=settings.model.tensor_parallel,
         )
 
     def student(self) -> Any:
@@ -234,7 +239,7 @@ def build(settings: Settings) -> ReliableTrainer:
         raise UserError(
             "fsdp was asked for, but accelerate shards over accelerators only; leave --fsdp out on the CPU"
         )
-    rows, batch = len(trainer.train_dataset), args.train_batch_size * args.world_size  # type: ignore[arg-type]
+    rows, batch = len(trainer.train_dataset), args.train_batch_size * settings.replicas  # type: ignore[arg-type]
     if args.dataloader_drop_last and rows < batch:
         raise UserError(
             f"dataloader_drop_last drops the only batch: {rows} sequences, and a batch takes {batch}"

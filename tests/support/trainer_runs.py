@@ -66,8 +66,17 @@ def start_weights(name, folder, seed):
 WRITES = {"prompts": 12, "prompt_tokens": 4}
 
 
+#: Several commands in one process.
+SEVERAL = """
+import json, sys
+from kdkernels.__main__ import main
+for command in json.loads(sys.argv[1]):
+    main(command)
+"""
+
 #: accelerate shards over accelerators only: here its switch is set by hand, then fully_shard runs over gloo.
-FSDP_ON_CPU = """
+FSDP_ON_CPU = (
+    """
 import accelerate.state, accelerate.utils, json, sys
 original, plugin = accelerate.state.AcceleratorState.__init__, None
 def init(self, *arguments, fsdp_plugin=None, **options):
@@ -77,10 +86,19 @@ def init(self, *arguments, fsdp_plugin=None, **options):
     if plugin is not None:
         self.distributed_type, self.fsdp_plugin = accelerate.utils.DistributedType.FSDP, plugin
 accelerate.state.AcceleratorState.__init__ = init
-from kdkernels.__main__ import main
-for command in json.loads(sys.argv[1]):
-    main(command)
 """
+    + SEVERAL
+)
+
+
+#: accelerate takes tensor parallelism on accelerators only: here its check is left out, and transformers' is over gloo.
+TENSOR_PARALLEL_ON_CPU = (
+    """
+from accelerate import ParallelismConfig
+ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+"""
+    + SEVERAL
+)
 
 
 def flags(values):
