@@ -441,6 +441,20 @@ def test_dtensors_go_in_and_come_out(outcomes):
                 assert true.norm() > 1e-3 and relative(mine, true) < 1e-6
 
 
+def test_dtensors_of_own_tokens(outcomes):
+    for loss, truth, gradients, true_gradients in of(outcomes, "dtensors of own tokens"):
+        assert torch.allclose(loss, truth, rtol=1e-6)
+        for mine, true in zip(gradients, true_gradients, strict=True):
+            assert true.norm() > 1e-3 and relative(mine, true) < 1e-6
+
+
+def test_autocast_on_shards(outcomes):
+    for loss, truth, gradients, true_gradients in of(outcomes, "autocast"):
+        assert torch.allclose(loss.double(), truth.double(), rtol=1e-5)
+        for mine, true in zip(gradients, true_gradients, strict=True):
+            assert mine.dtype == torch.float32 and true.norm() > 1e-3 and relative(mine, true) < 0.01
+
+
 def test_a_mesh_of_two_dimensions(outcomes):
     for loss, truth in of(outcomes, "two dimensions"):
         assert torch.allclose(loss, truth, rtol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..heads import LinearHead, MappedLogits, Shard, ShardedLogits
+from ..heads import LinearHead, MappedLogits, ShardedLogits
 from .exchange import even_shard
 
 _WAYS_OUT = "give DTensors for all of them, or local parts with kd.Shard(group)"
@@ -17,7 +17,8 @@ def unwrapped(role: str, given: Any) -> Any:
     """The same with local parts, and with a :class:`Shard` where DTensors shard the vocabulary.
 
     Logits are ``Shard(-1)`` on one mesh dimension; an lm_head is ``Shard(0)`` on one, with hidden states that are
-    ``Replicate`` on it. On other mesh dimensions tokens may be sharded: then the loss is that of the local ones.
+    ``Replicate`` on it, or shards of the tokens (sequence parallelism, whose gradient of the lm_head is a sum over the
+    ranks). Where any mesh dimension shards the tokens, the loss is that of the local ones.
     """
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:  # nobody has made one
@@ -38,10 +39,11 @@ def unwrapped(role: str, given: Any) -> Any:
     if isinstance(given, LinearHead):
         return _head(role, given)
     logits: Any = given if isinstance(given, Tensor) else given.logits
-    shard = _vocabulary(role, "logits", logits, logits.dim() - 1)
+    dim = _vocabulary(role, "logits", logits, logits.dim() - 1)
     scale, softcap = (given.logit_scale, given.softcap) if isinstance(given, MappedLogits) else (1.0, None)
-    if shard is None:
+    if dim is None:
         return MappedLogits(logits.to_local(), scale, softcap)
+    shard = even_shard(logits.device_mesh.get_group(dim), logits.shape[-1])
     return ShardedLogits(logits.to_local(), shard, scale, softcap)
 
 
@@ -49,46 +51,47 @@ def _head(role: str, given: LinearHead) -> LinearHead:
     hidden: Any = given.hidden
     weight: Any = given.weight
     bias: Any = given.bias
-    shard = _vocabulary(role, "weight", weight, 0)
-    if shard is None or any(not p.is_replicate() for p in weight.placements if not p.is_shard()):
+    dim = _vocabulary(role, "weight", weight, 0)
+    if dim is None or any(not p.is_replicate() for p in weight.placements if not p.is_shard()):
         raise ValueError(
             f"{role}'s weight is a DTensor {_shown(weight)}; it needs Shard(0) on one mesh dimension, or {_WAYS_OUT}"
         )
-    dim = next(at for at, p in enumerate(weight.placements) if p.is_shard())
     if hidden.device_mesh != weight.device_mesh or (
         bias is not None and bias.placements != weight.placements
     ):
         raise ValueError(f"{role}'s hidden, weight and bias are DTensors of different meshes or placements")
-    if not hidden.placements[dim].is_replicate():
+    if _sharded_on(role, "hidden", hidden, hidden.dim() - 1):
         raise ValueError(
-            f"{role}'s hidden is a DTensor {_shown(hidden)} where the lm_head is sharded over the vocabulary; it "
-            "needs Replicate there, or local parts with kd.Shard(group, tokens='sharded')"
+            f"{role}'s hidden is a DTensor {_shown(hidden)}, sharded over H; on a mesh dimension it needs Replicate, or "
+            "shards of the tokens"
         )
+    own_tokens = hidden.placements[dim].is_shard()
+    shard = even_shard(weight.device_mesh.get_group(dim), weight.shape[0], own_tokens)
     own_bias = None if bias is None else bias.to_local()
     return LinearHead(
         hidden.to_local(), weight.to_local(), own_bias, given.logit_scale, given.softcap, shard=shard
     )
 
 
-def _vocabulary(role: str, name: str, tensor: Any, vocabulary: int) -> Shard | None:
-    """How the mesh shares out the dimension ``vocabulary``; None where it does not."""
-    dims = []
-    for at, placement in enumerate(tensor.placements):
-        over_tokens = placement.is_shard() and placement.dim % tensor.dim() != vocabulary
-        if type(placement).__name__ not in ("Shard", "Replicate"):
-            raise ValueError(
-                f"{role}'s {name} is a DTensor {_shown(tensor)}, which is not a shard; redistribute it first"
-            )
-        if placement.is_shard() and not over_tokens:
-            dims.append(at)
-    if not dims:
-        return None
+def _vocabulary(role: str, name: str, tensor: Any, vocabulary: int) -> int | None:
+    """The mesh dimension that shares out the tensor's dimension ``vocabulary``; None where none does."""
+    dims = _sharded_on(role, name, tensor, vocabulary)
     if len(dims) > 1:
         raise ValueError(
             f"{role}'s {name} is a DTensor {_shown(tensor)}, sharded over the vocabulary on more than one mesh "
             "dimension; gather one of them first"
         )
-    return even_shard(tensor.device_mesh.get_group(dims[0]), tensor.shape[vocabulary])
+    return dims[0] if dims else None
+
+
+def _sharded_on(role: str, name: str, tensor: Any, dim: int) -> list[int]:
+    """The mesh dimensions that share out the tensor's dimension ``dim``."""
+    for placement in tensor.placements:
+        if type(placement).__name__ not in ("Shard", "Replicate"):
+            raise ValueError(
+                f"{role}'s {name} is a DTensor {_shown(tensor)}, which is not a shard; redistribute it first"
+            )
+    return [at for at, p in enumerate(tensor.placements) if p.is_shard() and p.dim % tensor.dim() == dim]
 
 
 def _shown(tensor: Any) -> str:

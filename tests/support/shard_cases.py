@@ -456,6 +456,45 @@ def dtensors(group):
     return made
 
 
+def dtensors_of_own_tokens(group):
+    """(this rank's loss, that of one process, gradients and those of one process), of hidden [2, 5, H] sharded over the
+    second dimension: 2, 2 and 1 of 5 positions. The ranks' losses add up to the loss of one process."""
+    mesh, labels = DeviceMesh.from_group(group, "cpu"), torch.arange(10).view(2, 5) * 7 % 10
+    whole = [leaf(2, 5, 6, seed=1), leaf(10, 6, seed=2), leaf(10, seed=3)]
+    teacher = [leaf(2, 5, 6, seed=4).detach(), leaf(10, 6, seed=5).detach(), leaf(10, seed=6).detach()]
+    places = [Shard(1)], [Shard(0)], [Shard(0)]
+
+    def distributed(tensors):
+        return [distribute_tensor(t.detach(), mesh, p) for t, p in zip(tensors, places)]
+
+    parts = [t.requires_grad_() for t in distributed(whole)]
+    mine = distribute_tensor(labels, mesh, places[0]).to_local()
+    options = dict(num_items=10, hard_weight=0.5)
+    loss = kd.distillation_loss(kd.LinearHead(*parts), kd.LinearHead(*distributed(teacher)), mine, **options)
+    gradients = torch.autograd.grad(loss, parts)
+    assert [list(g.placements) for g in gradients] == [list(t.placements) for t in parts]
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=group)
+    true = kd.distillation_loss(kd.LinearHead(*whole), kd.LinearHead(*teacher), labels, **options)
+    return total, true.detach(), [g.full_tensor() for g in gradients], torch.autograd.grad(true, whole)
+
+
+def autocast(group):
+    """(loss and gradients of fp32 shards under autocast to bf16, those of one process with rounded tensors)."""
+    rank, labels = dist.get_rank(group), torch.tensor([0, 4, 9, 14])
+    whole = [leaf(4, 6), leaf(15, 6, seed=1)]
+    leaves = [
+        t.detach()[s].clone().requires_grad_()
+        for t, s in zip(whole, (slice(None), slice(5 * rank, 5 * rank + 5)))
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = kd.cross_entropy(kd.LinearHead(*leaves, shard=kd.Shard(group)), labels)
+    true = kd.cross_entropy(kd.LinearHead(*(t.bfloat16() for t in whole)), labels)
+    expected = list(torch.autograd.grad(true, whole))
+    expected[1] = expected[1][5 * rank : 5 * rank + 5]
+    return loss.detach(), true.detach(), torch.autograd.grad(loss, leaves), expected
+
+
 def two_dimensions(group):
     """The local tokens' loss of logits on a mesh of data and tensor parallel ranks, and of one process."""
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
@@ -474,7 +513,8 @@ def refused_dtensors(group):
     labels, group_shard = torch.tensor([0, 3]), kd.Shard(group)
     for student, pattern in [
         (lambda: kd.LinearHead(torch.randn(2, 6), d(9, 6, at=Shard(0))), "hidden is a plain Tensor"),
-        (lambda: kd.LinearHead(d(2, 6, at=Shard(0)), d(9, 6, at=Shard(0))), "tokens='sharded'"),
+        (lambda: kd.LinearHead(d(2, 6, at=Shard(1)), d(9, 6, at=Shard(0))), "sharded over H"),
+        (lambda: kd.LinearHead(d(2, 6, at=Partial()), d(9, 6, at=Shard(0))), "is not a shard"),
         (lambda: kd.LinearHead(d(2, 6, at=Replicate()), d(9, 6, at=Shard(1))), r"needs Shard\(0\)"),
         (lambda: kd.ShardedLogits(d(2, 9, at=Shard(-1)), group_shard), "say themselves"),
         (lambda: DTensor.from_local(torch.randn(2, 9), mesh, [Partial()]), "is not a shard"),
@@ -596,6 +636,8 @@ OTHERS = {
     "ModelOpt": modelopt_losses,
     "split logits": of_split_logits,
     "dtensors": dtensors,
+    "dtensors of own tokens": dtensors_of_own_tokens,
+    "autocast": autocast,
     "refused dtensors": refused_dtensors,
     "compiled": compiled,
     **{f"trained by {wrapper}": functools.partial(trained, wrapper) for wrapper in ("DDP", "FSDP2")},
