@@ -51,8 +51,42 @@ inline void note_top(SideState& side, Block block, int n, double best, int64_t b
   });
 }
 
+// The sum of a block's exponentials, of which the label's is added in fp64. Beside a label that has nearly
+// all the mass the others are all that its loss is made of, and in a lane with its 1 they would lose their
+// digits.
+template <DType kDType>
+double sum_apart(const char* z, int end, int label, float reference, const Scale& scale) {
+  constexpr int kStep = kLanes * bytes_of(kDType);
+  const Vec low = splat(scale.low);
+  double total = 0;
+  for (int first = 0; first < end; first += kGroup) {
+    Vec group{};
+    for (int i = first; i < std::min(first + kGroup, end); i += kLanes) {
+      Vec e = exp_scaled(vmax(read<kDType>(z + i / kLanes * kStep) - reference, low), scale);
+      if (label >= i && label < i + kLanes) {
+        float lanes[kLanes];
+        store(lanes, e);
+        total += lanes[label - i];
+        lanes[label - i] = 0;
+        e = load(lanes);
+      }
+      group += e;
+    }
+    total += sum(group);
+  }
+  return total;
+}
+
+inline double sum_apart(Block block, int end, int label, float reference, const Scale& scale) {
+  double total = 0;
+  with_dtype(block.dtype,
+             [&]<DType kDType>() { total = sum_apart<kDType>(block.at, end, label, reference, scale); });
+  return total;
+}
+
 // The normaliser at temperature 1, where the temperature is another. Leaves exp(z - reference) in `exps`.
-inline void fold_t1(SideState& side, Block block, int end, float* exps) {
+// `label`: its place in the block, -1 where it is not there.
+inline void fold_t1(SideState& side, Block block, int end, int label, float* exps) {
   const Scale one;
   const float reference = (float)side.reference;
   Vec total{};
@@ -64,7 +98,7 @@ inline void fold_t1(SideState& side, Block block, int end, float* exps) {
       total += e;
     }
   });
-  side.sum_exp_t1 += sum(total);
+  side.sum_exp_t1 += label < 0 ? sum(total) : sum_apart(block, end, label, reference, one);
 }
 
 inline void fold_logits(SideState& side, Block block, int n) {
@@ -171,7 +205,10 @@ class FoldPass {
   static constexpr Fill kExp = kFill ? Fill::kExp : Fill::kNothing;
 
  public:
-  FoldPass(Row<kKind>& row, RowState& state) : row_(row), r_(state) {}
+  FoldPass(Row<kKind>& row, RowState& state)
+      : row_(row),
+        r_(state),
+        label_apart_(!row.spec.tempered && (row.spec.asks(kLabel) || row.spec.asks(kTeacherLabel))) {}
 
   void run() {
     row_.each_block([&](int64_t start, int n, int64_t b) {
@@ -183,13 +220,16 @@ class FoldPass {
         raise_to(student_.highest, teacher_.highest);
         fold_block(start, padded(n));
       }
+      if (label_ >= 0 && label_apart_) set_label_apart(padded(n));
       add();
       row_.scratch.references(b) = {r_.student.reference, r_.teacher.reference};
       if constexpr (kStats) {
         note_top(r_.student, s_, n, student_.highest, row_.job.offset + start);
         if (kTeacher) note_top(r_.teacher, t_, n, teacher_.highest, row_.job.offset + start);
       }
-      if (row_.tempered_hard) fold_t1(r_.student, s_, padded(n), row_.scratch.student_exp_t1() + start);
+      if (row_.tempered_hard)
+        fold_t1(r_.student, s_, padded(n), row_.spec.asks(kLabel) ? label_ : -1,
+                row_.scratch.student_exp_t1() + start);
     });
     if (row_.spec.tempered) return;
     r_.student.sum_exp_t1 = r_.student.sum_exp;
@@ -201,7 +241,8 @@ class FoldPass {
   void load(int64_t start, int n) {
     Scratch& scratch = row_.scratch;
     s_ = row_.student.block(start, n, scratch.student_block());
-    if (row_.label_in(start, n) >= 0) {
+    label_ = row_.label_in(start, n);
+    if (label_ >= 0) {
       const int64_t label = row_.label - row_.job.offset;
       r_.student.label_logit = row_.student.logit(label);
       if (kTeacher) r_.teacher.label_logit = row_.teacher.logit(label);
@@ -259,6 +300,13 @@ class FoldPass {
     return sums;
   }
 
+  // On both sides, so that models that agree have the same sums.
+  void set_label_apart(int end) {
+    const Scale& scale = row_.per_temperature;
+    student_.exp = sum_apart(s_, end, label_, (float)r_.student.reference, scale);
+    if (kTeacher) teacher_.exp = sum_apart(t_, end, label_, (float)r_.teacher.reference, scale);
+  }
+
   void add() {
     r_.student.sum_exp += student_.exp;
     r_.teacher.sum_exp += teacher_.exp;
@@ -270,8 +318,10 @@ class FoldPass {
 
   Row<kKind>& row_;
   RowState& r_;
+  bool label_apart_;  // in the sums at T, which are those at temperature 1
   int64_t next_stored_ = 0;
   // Of the block at hand.
+  int label_ = -1;
   Block s_, t_;
   SideSums student_, teacher_;
 };

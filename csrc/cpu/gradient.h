@@ -89,13 +89,14 @@ class GradientPass {
           whole && weights_.entropy == 0 && (dtype == kFloat || (label < 0 && row_.stored == nullptr));
       float* g = row_.scratch.grad_block();
       if (direct) g = (float*)(to + start * bytes_of(dtype));
+      const double label_logit = label >= 0 ? row_.student.logit(label + start) : 0;
       refresh(b);
       const GradientBlock block{row_.scratch.student_exp() + start, row_.scratch.second() + start,
                                 row_.scratch.student_exp_t1() + start, padded(n), (char*)g};
       with_dtype(direct ? dtype : kFloat, [&]<DType kDType>() { combine<kDType>(block, coefficients_); });
       if (weights_.entropy != 0) add_entropy(start, n, g);
+      if (label >= 0) g[label] = (float)at_label(start + label, label_logit);
       if (row_.stored != nullptr) write_stored(start, n, next, g);
-      if (label >= 0) g[label] -= (float)weights_.label;
       if (row_.student.is_mapped()) through_map(start, n, g);
       if (!direct) store_floats(g, n, to, dtype, start);
     });
@@ -167,13 +168,36 @@ class GradientPass {
            moment(std::exp(shift - softmax_.log_sum_exp), softmax_.mean_shift - shift);
   }
 
+  // The gradient at the label, as one sum: what is left of weight * (1 - q) where q is nearly 1 keeps its
+  // digits.
+  double at_label(int64_t at, double z) const {
+    Scratch& scratch = row_.scratch;
+    const BlockCoefficients& c = coefficients_;
+    const double e = scratch.student_exp()[at];
+    double soft = 0;
+    if (c.scale != 0) soft = (e * c.first - (double)scratch.second()[at] * c.other) * c.scale;
+    if (row_.stored != nullptr && weights_.soft != 0 && state_.student.sum_exp > 0)
+      soft += e * weights_.soft * row_.stored->rest *
+              std::exp(row_.log_share(references_.student, state_.student));
+    return soft + hard_at(z) - weights_.label + entropy_at(z);
+  }
+
+  // What the outputs at temperature 1 pull a logit by, but for the label's own weight.
+  double hard_at(double z) const {
+    if (pull_ == 0) return -spread_;
+    const double below = row_.stored != nullptr
+                             ? z - lse_t1_
+                             : (z - state_.student.reference) - std::log(state_.student.sum_exp_t1);
+    return pull_ * std::exp(below) - spread_;
+  }
+
   void write_stored(int64_t start, int n, int64_t& next, float* g) const {
     const StoredIds& stored = *row_.stored;
     const int64_t begin = row_.job.offset + start;
     stored.each(begin, begin + n, next, [&](int64_t k, int64_t at) {
-      const double soft = weights_.soft == 0 ? 0 : weights_.soft * stored.grad[k];
-      const double hard = pull_ == 0 ? 0 : pull_ * std::exp(stored.logits[k] - lse_t1_);
-      g[at] = (float)(soft + (hard - spread_) + entropy_at(stored.logits[k]));
+      const double soft = weights_.soft == 0 ? 0 : weights_.soft * stored.grad[k], z = stored.logits[k];
+      const double own = begin + at == row_.label ? weights_.label : 0;
+      g[at] = (float)(soft + (hard_at(z) - own) + entropy_at(z));
     });
   }
 

@@ -92,6 +92,19 @@ class _Folded(NamedTuple):
     decay: Tensor  # what sums relative to the old m are multiplied by
 
 
+def _summed(exp: Tensor, tile: Tile, *, apart: bool) -> Tensor:
+    """Each row's sum. With ``apart`` the label's entry is added in fp64: beside a label that has nearly all the mass
+    the others are all that its loss is made of, and next to its 1 they would lose their digits."""
+    if not apart or tile.labels is None:
+        return exp.sum(-1).double()
+    inside, column = _in_chunk(tile.labels, tile.offset, exp.shape[1])
+    own = exp.gather(1, column[:, None])
+    exp.scatter_(1, column[:, None], torch.where(inside[:, None], 0.0, own))
+    others = exp.sum(-1).double()
+    exp.scatter_(1, column[:, None], own)
+    return others + torch.where(inside, own[:, 0], 0.0).double()
+
+
 def _fold_side(side: SideState, z: Tensor, tile: Tile, spec: Spec, hard: bool) -> _Folded:
     """Fold the logits ``z`` into one model's state."""
     old, old_sum = side.reference.clone(), side.sum_exp.clone()
@@ -100,9 +113,11 @@ def _fold_side(side: SideState, z: Tensor, tile: Tile, spec: Spec, hard: bool) -
     below = z - _column(side.reference, z)  # before a temperature divides: that keeps the digits
     shift = below / _column(tile.temperature, z)
     exp, decay = shift.exp(), (-risen).exp()
-    side.sum_exp.mul_(decay).add_(exp.sum(-1).double())
+    # On both sides, so that models that agree have the same sums.
+    apart = bool(spec.asked & (Asked.LABEL | Asked.TEACHER_LABEL))
+    side.sum_exp.mul_(decay).add_(_summed(exp, tile, apart=apart and not spec.tempered))
     if hard and spec.tempered:
-        side.sum_exp_t1.mul_((old - side.reference).exp()).add_(below.exp().sum(-1).double())
+        side.sum_exp_t1.mul_((old - side.reference).exp()).add_(_summed(below.exp(), tile, apart=apart))
     elif hard:
         side.sum_exp_t1.copy_(side.sum_exp)
     folded = _Folded(shift, exp, old_sum, risen, decay)
@@ -237,11 +252,16 @@ class _Hard(NamedTuple):
 def _hard_gradient(z: Tensor, tile: Tile, hard: _Hard) -> Tensor:
     assert tile.labels is not None
     softmax = (z - _column(hard.reference, z) - _column(hard.log_sum_exp, z)).exp()
-    lse = hard.reference + hard.log_sum_exp
+    lse, spread = hard.reference + hard.log_sum_exp, hard.smooth / tile.vocab
     pull = hard.label + hard.smooth + torch.where(hard.lse_squared == 0, 0.0, 2 * lse * hard.lse_squared)
-    grad = softmax * _column(pull, z) - _column(hard.smooth / tile.vocab, z)
+    grad = softmax * _column(pull, z) - _column(spread, z)
     inside, column = _in_chunk(tile.labels, tile.offset, z.shape[1])
-    return grad.scatter_add(1, column[:, None], -_column(torch.where(inside, hard.label, 0.0), z))
+    # At the label in fp64: what is left of weight (1 - q) where q is nearly 1 keeps its digits.
+    own = (z.gather(1, column[:, None])[:, 0].double() - hard.reference - hard.log_sum_exp).exp()
+    own = (pull * own - spread - hard.label)[:, None].to(z.dtype)
+    return grad.scatter(
+        1, column[:, None], torch.where(inside[:, None], own, grad.gather(1, column[:, None]))
+    )
 
 
 def _entropy_gradient(z: Tensor, tile: Tile, side: SideState, sparse: SparseGradient | None) -> Tensor:
