@@ -426,7 +426,7 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
         assert relative(mine, sum(truth) / divisor) < 4e-6
 
 
-@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2", "FSDP2 with tied embeddings"])
 def test_body_and_head_agree_under_data_parallelism(wrapper, outcomes):
     for gradients, truth in of(outcomes, f"trained by {wrapper}"):
         for mine, oracle in zip(gradients, truth, strict=True):

@@ -353,6 +353,27 @@ def trained(wrapper, group):
     return [*local[:-1], last], truth
 
 
+def tied_body():
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 6), torch.nn.Tanh())
+
+
+def trained_with_tied_embeddings(group):
+    """Whole gradients under FSDP2, whose embedding is the lm_head too, and those of one process."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    mesh, ids, labels = DeviceMesh.from_group(group, "cpu"), torch.arange(9) * 5 % 9, torch.arange(9)
+    mine, model, whole_model = slice(*[0, 5, 6, 9][rank : rank + 2]), tied_body(), tied_body()
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    hidden = model(ids[mine])
+    rows = model[0].weight.to_local()  # in shards again, after its forward
+    head = kd.LinearHead(hidden, rows, shard=kd.Shard(group, tokens="sharded"))
+    (ranks * kd.cross_entropy(head, labels[mine], num_items=len(ids))).backward()
+    kd.cross_entropy(kd.LinearHead(whole_model(ids), whole_model[0].weight), labels).backward()
+    gradients = [p.grad.full_tensor() for p in model.parameters()]
+    return gradients, [p.grad for p in whole_model.parameters()]
+
+
 BROKEN = Case(
     "broken",
     dict(student="head", teacher="head"),
@@ -641,6 +662,7 @@ OTHERS = {
     "refused dtensors": refused_dtensors,
     "compiled": compiled,
     **{f"trained by {wrapper}": functools.partial(trained, wrapper) for wrapper in ("DDP", "FSDP2")},
+    "trained by FSDP2 with tied embeddings": trained_with_tied_embeddings,
     "reshard_head": resharded,
     "global_tokens": counted_tokens,
     "nan": nan,
