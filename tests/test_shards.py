@@ -448,6 +448,10 @@ def test_dtensors_of_own_tokens(outcomes):
             assert true.norm() > 1e-3 and relative(mine, true) < 1e-6
 
 
+def test_only_tensor_parallel_ranks_have_the_same_hidden_states(outcomes):
+    assert of(outcomes, "heads of meshes") == [[True, False]] * 3
+
+
 def test_autocast_on_shards(outcomes):
     for loss, truth, gradients, true_gradients in of(outcomes, "autocast"):
         assert torch.allclose(loss.double(), truth.double(), rtol=1e-5)

@@ -25,14 +25,15 @@ def whole(parameter: Any) -> Tensor:
 
 
 def replicated(hidden: Tensor, weight: Any) -> Tensor:
-    """Hidden states that every rank has, as a DTensor where the lm_head is one: tensor parallelism leaves it sharded
-    over the vocabulary."""
-    if not hasattr(weight, "full_tensor"):
+    """Hidden states that every rank has, as a DTensor where tensor parallelism left the lm_head one.
+
+    Ranks of any other mesh (FSDP2's) have hidden states of their own. These stay as they are, which the loss refuses.
+    """
+    if not hasattr(weight, "full_tensor") or weight.device_mesh.mesh_dim_names != ("tp",):
         return hidden
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = weight.device_mesh
-    return DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_map) -> LinearHead:

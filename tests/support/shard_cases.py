@@ -25,6 +25,7 @@ from kdkernels.backends import eager, native, row_state
 from kdkernels.backends.row_state import hard_results
 from kdkernels.core import exchange
 from kdkernels.integrations import automodel, megatron, modelopt, torchtitan
+from kdkernels.integrations.common import replicated
 from kdkernels.testing import Problem
 
 WORLD = 4
@@ -500,6 +501,16 @@ def dtensors_of_own_tokens(group):
     return total, true.detach(), [g.full_tensor() for g in gradients], torch.autograd.grad(true, whole)
 
 
+def heads_of_meshes(group):
+    """Whether hidden states become a DTensor beside the lm_head of a tensor-parallel model, and beside FSDP2's."""
+    found = []
+    for name in ("tp", "fsdp"):
+        mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(name,))
+        weight = distribute_tensor(torch.ones(9, 6), mesh, [Shard(0)])
+        found.append(isinstance(replicated(torch.ones(2, 6), weight), DTensor))
+    return found
+
+
 def autocast(group):
     """(loss and gradients of fp32 shards under autocast to bf16, those of one process with rounded tensors)."""
     rank, labels = dist.get_rank(group), torch.tensor([0, 4, 9, 14])
@@ -659,6 +670,7 @@ OTHERS = {
     "dtensors": dtensors,
     "dtensors of own tokens": dtensors_of_own_tokens,
     "autocast": autocast,
+    "heads of meshes": heads_of_meshes,
     "refused dtensors": refused_dtensors,
     "compiled": compiled,
     **{f"trained by {wrapper}": functools.partial(trained, wrapper) for wrapper in ("DDP", "FSDP2")},
