@@ -15,6 +15,8 @@ from .command_line import resolve
 from .reliable import ReliableTrainer
 from .writing import continued
 
+#: Tokens that a student writes at most after each beginning.
+NEW_TOKENS = 48
 #: Of the calibration error: bins of the probability that a model gives its first choice.
 BINS = 15
 
@@ -91,7 +93,7 @@ def writes(given: train.Ingredients, teacher: Any, student: Any, count: int) -> 
     said: dict[str, float] = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)) if prompts else ():
         torch.manual_seed(settings.run.seed)
-        room = settings.data.max_length - start
+        room = min(settings.data.max_length - start, NEW_TOKENS)
         rows = continued(student, prompts, given.tokenizer, new_tokens=room, temperature=temperature)
         batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in rows])
         batch = {key: tensor.to(device) for key, tensor in batch.items()}

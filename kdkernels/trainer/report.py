@@ -106,7 +106,7 @@ def soft_sentence(comparison: Row) -> str:
 def carried(comparison: Row) -> str:
     plain, soft = comparison["students"]["plain"], comparison["students"]["soft"]
     return (
-        f"The teacher's distribution carries what text does not: the soft student's KL to the teacher is {soft['kl_to_teacher']:.3f} "
+        f"What the teacher's distribution carries beside the text: the soft student's KL to the teacher is {soft['kl_to_teacher']:.3f} "
         f"against {plain['kl_to_teacher']:.3f}, its first choice is the teacher's in {soft['agreement']:.0%} against "
         f"{plain['agreement']:.0%}, its entropy {soft['entropy']:.2f} against {plain['entropy']:.2f} (the teacher's "
         f"{comparison['teacher']['entropy']:.2f}), its calibration error {soft['calibration_error']:.3f} against "
@@ -203,12 +203,9 @@ def draw(path: Path, curves: dict[str, list[Row]], comparison: Row) -> None:
     tokens.legend()
     for name, row in students.items() if all(row["writes"] for row in students.values()) else ():
         bars.barh(STUDENTS[name], row["writes"]["sampled"], color=colors[name])
-    if teacher.get("writes"):
-        bars.axvline(
-            teacher["writes"]["sampled"], color="gray", linestyle="--", label="the teacher's own text"
-        )
-        bars.legend()
+    if teacher["writes"]:
+        bars.axvline(teacher["writes"]["sampled"], color="gray", linestyle="--")
     bars.invert_yaxis()
-    bars.set(xlabel="the teacher's loss on what they write (nats per token)")
+    bars.set(title="the teacher's loss on what they write", xlabel="nats per token (dashed: its own text)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
