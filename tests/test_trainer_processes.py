@@ -227,6 +227,7 @@ def untied_models(tmp_path_factory, micro_models):
     return folders
 
 
+@pytest.mark.slow
 def test_tensor_parallel_processes_do_what_one_does(micro_models, untied_models, uneven, tmp_path):
     """Every layer and the lm_heads of both models are shared out over 2 processes, which have the same batches."""
     script = tmp_path / "main.py"
