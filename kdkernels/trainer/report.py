@@ -186,7 +186,7 @@ def draw(path: Path, curves: dict[str, list[Row]], comparison: Row) -> None:
     import matplotlib.pyplot as plt
 
     students, teacher = comparison["students"], comparison["teacher"]
-    figure, (tokens, seconds, bars) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (tokens, seconds, bars) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     colors = {name: f"C{index}" for index, name in enumerate(students)}
     for name, row in students.items():
         lines = [line for line in curves[name] if "eval_hard" in line]
@@ -199,8 +199,9 @@ def draw(path: Path, curves: dict[str, list[Row]], comparison: Row) -> None:
     for axes in (tokens, seconds):
         axes.axhline(teacher["validation_loss"], color="gray", linestyle="--", label="the teacher")
     tokens.set(xlabel="tokens that the student was trained on", ylabel="validation loss (nats per token)")
+    tokens.xaxis.set_major_formatter(lambda count, _: f"{count / 1000:g}k")
     seconds.set(xlabel="seconds of training")
-    tokens.legend()
+    figure.legend(*tokens.get_legend_handles_labels(), loc="outside lower center", ncols=len(students) + 1)
     for name, row in students.items() if all(row["writes"] for row in students.values()) else ():
         bars.barh(STUDENTS[name], row["writes"]["sampled"], color=colors[name])
     if teacher["writes"]:
