@@ -17,7 +17,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml setup.py $(LOCK) $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	$(PIP) pip
+	$(PIP) --upgrade pip
 	$(PIP) "$(TORCH)" numpy setuptools ninja
 	[ "$$(uname)" != Linux ] || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
 	$(PIP) -e ".[dev,trainer,cache]"
@@ -76,12 +76,12 @@ gpu:
 figures: $(VENV)/.peers
 	$(BIN)/python -m benchmarks publish $(RESULT)
 
-# A teacher and five students from scratch, made for 8 minutes on two cores with the setup. A second run reuses
+# A teacher and five students from scratch, sized for 8 minutes on two cores with the setup. A second run reuses
 # what is in runs/demo; a run that was stopped goes on.
 demo: setup
 	$(BIN)/python -m kdkernels train compare --config kdkernels/trainer/demo.yaml --output_dir runs/demo
 
-# SmolLM2-135M-Instruct without a third of its layers, healed in the same ways, made for half an hour on two cores.
+# SmolLM2-135M-Instruct without a third of its layers, retrained in the same ways, sized for half an hour on two cores.
 REAL = runs/demo-real
 MAKE_STUDENT = $(BIN)/python -m kdkernels make-student --model smollm2
 demo-real: setup

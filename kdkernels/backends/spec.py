@@ -145,7 +145,7 @@ class Spec(NamedTuple):
         return class_of(self.kind).with_parameters(self.kind, numbers)
 
     def why_no_kernel(self) -> str | None:
-        """None for the divergences that kernels know, else why they serve no other."""
+        """None if the kernels have this divergence, else the reason they do not."""
         return (
             None
             if self.kind >= 0

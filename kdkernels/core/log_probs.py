@@ -1,6 +1,6 @@
 """Log-probabilities of given ids, and entropies: values in the forward, the gradient when its weights arrive.
 
-A row is folded without its K ids, whose logits are taken out of the tile first, as a sparse target's are
+A row is folded without its K ids, whose logits are skipped and gathered apart, as a sparse target's are
 (:mod:`..backends.sparse_rows`): so the log-probability of a token that has nearly all the mass keeps its digits. The
 row's state goes from the forward to the backward, which makes each tile again and writes its gradient in one pass.
 With w_k what arrives for the ids, each id once, and v for the entropy,
@@ -28,10 +28,10 @@ from ..backends.spec import OUTPUTS, Asked, Output, Spec
 from .dtypes import wide
 from .exchange import Exchange
 from .layout import flat
-from .request import Request
+from .request import Request, loss_dtype
 from .rows import HeadRows
 from .tiles import SLOT_BYTES, Chunk, PerRow, Tiles, Writer, projected, rows_of
-from .walk import fold
+from .walk import fold_losses
 
 
 class Values(NamedTuple):
@@ -48,9 +48,8 @@ class Finished(NamedTuple):
 
     state: Tensor  # fp64 [N, COLUMNS], without the ids
     stored: Tensor  # [N, K] logits at the distinct ids, mapped
-    others_rows: (
-        Tensor  # [N, H]: the lm_head times the softmax of the ids' others, over T; [0] where more learns
-    )
+    #: [N, H]: the lm_head times the softmax of the ids' others, over T; [0] where more than hidden states learns
+    others_rows: Tensor
     entropy_rows: Tensor  # [N, H]: the lm_head times the entropy's gradient; [0] if not asked either
 
 
@@ -58,7 +57,6 @@ def empty(request: Request) -> tuple[Values, Finished]:
     """Tensors like those that :func:`values` gives."""
     tokens, slots = request.teacher[0].shape
     hidden, numbers = request.student[0], request.weights
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     saved = [tokens, hidden.shape[-1]] if request.only_hidden_learns else [0]
     entropy = saved if request.spec.asked & Asked.ENTROPY else [0]
     return (
@@ -70,7 +68,7 @@ def empty(request: Request) -> tuple[Values, Finished]:
         ),
         Finished(
             numbers.new_zeros(tokens, COLUMNS),
-            numbers.new_zeros(tokens, slots, dtype=wide),
+            numbers.new_zeros(tokens, slots, dtype=loss_dtype(request.student)),
             hidden.new_zeros(saved),
             hidden.new_zeros(entropy),
         ),
@@ -81,24 +79,28 @@ def values(request: Request) -> tuple[Values, Finished]:
     """Of a request whose teacher is [ids ``[N, K]``]."""
     ids, place = distinct_ids(request.teacher[0])
     tiles, live = _tiles(request, ids, request.weights)
-    spec, nothing = student_spec(request.spec), empty(request)
+    spec = student_spec(request.spec)
     backend = tiles.serving(spec)
     _cut(tiles, backend)
     products = _Products(tiles, backend, spec) if request.only_hidden_learns else None
     state = new_state(tiles.student.tokens, ids.device)
-    stored = nothing[1].stored.new_full([len(state), ids.shape[1]], -torch.inf)
+    stored = torch.full(
+        (len(state), ids.shape[1]), -torch.inf, dtype=loss_dtype(request.student), device=ids.device
+    )
     for chunk in tiles.chunks():
         folded = _WithoutIds(chunk, backend, spec, stored[chunk.rows])
-        fold(chunk, [folded])
+        fold_losses(chunk, [folded])
         state[chunk.rows], stored[chunk.rows] = folded.state, folded.stored
         if products is not None:
             products.add(chunk, folded)
-    saved = products.rows() if products is not None else nothing[1][2:]
+    saved = [request.student[0].new_zeros(0) for _ in range(2)] if products is None else products.rows()
     given = request.teacher[0] if live is None else request.teacher[0][live]
     place = place if live is None else place[live]
     read_off, finished = _read_off(tiles, given, place, state, stored), Finished(state, stored, *saved)
     if live is None:
         return read_off, finished
+
+    nothing = empty(request)
 
     def spread(few: Tensor, all_of_them: Tensor) -> Tensor:
         return all_of_them.index_copy_(0, live, few) if all_of_them.numel() else all_of_them

@@ -45,6 +45,9 @@ class RowLoss(Folded, Protocol):
 class DenseLoss:
     """One whose teacher is dense, or none. ``weights`` are its rows' for each output."""
 
+    state: Tensor
+    results: Tensor
+
     def __init__(
         self, chunk: Chunk, backend: Backend, spec: Spec, parameters: Tensor, weights: Tensor
     ) -> None:
@@ -54,7 +57,6 @@ class DenseLoss:
         self.passes = [first_pass(spec, self.given.temperature)]
         if spec.asked & Asked.SOFT and spec.closed_form is None:
             self.passes.append(SECOND_PASS)
-        self.state = self.results = weights
 
     def _own(self, tile: Tile) -> Tile:
         return tile._replace(parameters=self.parameters)
@@ -76,7 +78,7 @@ class DenseLoss:
         self.backend.gradient(self._own(tile), self.weights, self.spec, self.state, gradients)
 
 
-def entropy_beside(chunk: Chunk, backend: Backend) -> DenseLoss:
+def entropy_beside(chunk: Chunk) -> DenseLoss:
     """The student's entropy beside a sparse target, which sees the student through other outcomes, and some at
     another temperature."""
     request = chunk.tiles.request
@@ -86,11 +88,16 @@ def entropy_beside(chunk: Chunk, backend: Backend) -> DenseLoss:
         student_scale=request.spec.student_scale,
         student_softcap=request.spec.student_softcap,
     )
+    backend = chunk.tiles.serving(spec)
     return DenseLoss(chunk, backend, spec, request.parameters[0], chunk.given.weights)
 
 
 class SparseLoss:
     """One whose teacher is a sparse target, through which the student's row is seen as a few outcomes."""
+
+    state: Tensor
+    stored: Tensor
+    results: Tensor
 
     def __init__(self, chunk: Chunk, backend: Backend, spec: Spec) -> None:
         self.chunk, self.given, self.backend = chunk, chunk.given, backend
@@ -98,8 +105,6 @@ class SparseLoss:
         self.target = chunk_outcomes(chunk, spec)
         own = Temperatures.of(spec, self.given.temperature).student
         self.passes = [first_pass(self.inner, own)]
-        self.state = self.results = self.given.weights
-        self.stored = self.target.teacher
         self.slope: SparseGradient | None = None
 
     def fused(self, tile: Tile, gradients: Gradients) -> None:

@@ -66,6 +66,7 @@ def rows_of(
     exchange: Exchange | None = None,
     tolerance: float = 0.0,
 ) -> Rows:
+    """Of logits, whose gradient goes into the buffer ``grad``, or of hidden states, an lm_head and its bias."""
     if len(tensors) > 1:
         return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted, exchange, tolerance)
     return LogitRows(tensors[0], vocab, grad)
@@ -100,8 +101,8 @@ def projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
     return rows, live
 
 
-def _nothing() -> None:
-    """What is left to read once everything has been."""
+def _already_read() -> None:
+    """What is left to read once every tile has been."""
 
 
 class Tiles:
@@ -115,7 +116,7 @@ class Tiles:
         student: Rows,
         teacher: Rows | None,
         rows: PerRow,
-        exchange: Exchange | None = None,
+        exchange: Exchange | None,
     ) -> None:
         self.request, self.student, self.teacher, self.rows = request, student, teacher, rows
         self.exchange = exchange
@@ -177,7 +178,7 @@ class Chunk:
         return self.tiles.plan.one_tile_per_row
 
     def columns(self) -> list[slice]:
-        """On an empty shard one chunk without columns: it has a part in the sum of dH."""
+        """On an empty shard one tile without columns: it has a part in the sum of dH."""
         return list(self.tiles.plan.column_chunks()) or [slice(0, 0)]
 
     def tile(self, columns: slice) -> Tile:
@@ -197,22 +198,22 @@ class Chunk:
             self._only = tile
         return tile
 
-    def read(self, fold: Callable[[Tile], None]) -> None:
+    def read(self, visit: Callable[[Tile], None]) -> None:
         """Every tile that has any columns."""
         for columns in self.columns():
             tile = self.tile(columns)
             if tile.student.shape[1]:
-                fold(tile)
+                visit(tile)
 
-    def fold(self, fold: Callable[[Tile], None], passes: list[tuple[Pass, Tensor]]) -> None:
+    def fold(self, visit: Callable[[Tile], None], passes: list[tuple[Pass, Tensor]]) -> None:
         """Read this rank's tiles into states, and merge them with what the other ranks have read into theirs."""
         if self.exchange is None:
-            self.read(fold)
+            self.read(visit)
             return
         (merger, state), *others = passes
-        self.exchange.merge(partial(self.read, fold), merger, state)
+        self.exchange.merge(partial(self.read, visit), merger, state)
         for merger, state in others:
-            self.exchange.merge(_nothing, merger, state)
+            self.exchange.merge(_already_read, merger, state)
 
     def write(self, columns: slice, writers: list[Writer]) -> None:
         """Let all write their gradient of a tile, and take the sum to where it belongs. The last may write over the
@@ -225,6 +226,7 @@ class Chunk:
         grads = Gradients(student.gradient_tile(tile.student, self.rows, columns), theirs)
         if tile.student.shape[1]:
             others = self._summed(tile, before, needed=grads.student is not None)
+            assert not before or grads.teacher is None, "several losses of a teacher that learns"
             last(tile, grads)
             if others is not None and grads.student is not None:
                 grads.student.add_(others)

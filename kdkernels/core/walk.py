@@ -129,7 +129,7 @@ def _losses(chunk: Chunk, backends: list[Backend]) -> list[RowLoss]:
     if not request.spec.asked & Asked.ENTROPY:
         return [SparseLoss(chunk, backends[0], request.spec)]
     without = request.spec._replace(asked=request.spec.asked & ~Asked.ENTROPY)
-    return [entropy_beside(chunk, backends[0]), SparseLoss(chunk, backends[0], without)]
+    return [entropy_beside(chunk), SparseLoss(chunk, backends[0], without)]
 
 
 def _whole_rows(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
@@ -138,7 +138,7 @@ def _whole_rows(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
 
 
 def _by_vocabulary(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
-    fold(chunk, losses)
+    fold_losses(chunk, losses)
     if chunk.tiles.needs_grad:
         for columns in chunk.columns():
             chunk.write(columns, [loss.gradient for loss in losses])
@@ -153,9 +153,9 @@ def _joined(chunk: Chunk, losses: list[RowLoss]) -> Tensor:
     return torch.stack(results).sum(0) if chunk.tiles.request.spec.tail else torch.cat(results, 1)
 
 
-def fold(chunk: Chunk, losses: Sequence[Folded]) -> None:
-    """All passes of all losses over a chunk's tiles, and what they finish with. Of shards, what a forward has merged
-    its backward does not merge again."""
+def fold_losses(chunk: Chunk, losses: Sequence[Folded]) -> None:
+    """All passes of all losses over a chunk's tiles, and what they finish with. For shards, a backward takes
+    the states that its forward merged."""
     merged = None if chunk.exchange is None else chunk.exchange.merged
     for loss in losses:
         loss.begin()

@@ -98,7 +98,7 @@ def soft_sentence(comparison: Row) -> str:
         return text
     longer = students["longer"]
     return (
-        f"{text} It {_outcome(soft, longer)} the one without a teacher that trains for that time, on "
+        f"{text} It {_outcome(soft, longer)} the one without a teacher that is given that time, on "
         f"{longer['tokens']:,} tokens: {longer['validation_loss']:.3f}."
     )
 
