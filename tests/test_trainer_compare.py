@@ -90,7 +90,7 @@ def test_the_report_says_what_came_out_and_not_more():
     assert "beats the student without a teacher at equal tokens: validation loss 4.800 against 5.000" in soft
     assert "in 2.0 times the time" in soft
     assert (
-        "It does not beat the one without a teacher that trains for that time, on 2,000 tokens: 4.700" in soft
+        "It does not beat the one without a teacher that is given that time, on 2,000 tokens: 4.700" in soft
     )
     said = comparison(plain=row(5.0), soft=row(5.0), co=row(4.9, writes={"sampled": 2.0, "greedy": 1.0}))
     (_, soft, _, writes, co) = report.sentences(said)
