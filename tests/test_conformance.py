@@ -397,7 +397,9 @@ def test_the_ends_of_temperatures(backend, divergence, temperature):
     problem, options = Problem(vocab=60), dict(divergence=divergence, temperature=temperature)
     (value, (grad,)), (truth, (true,)) = problem.run(backend, **options), problem.oracle(**options)
     assert torch.isclose(value.double(), truth, rtol=1e-5, atol=1e-6)
-    assert grad.isfinite().all() and (grad - true).norm() <= 1e-5 * true.norm() + 1e-6 / temperature
+    # Where one token has all the mass, what is left is the rounding of logarithms as large as the divergence.
+    rounding = 1e-6 * max(1.0, truth.item()) / temperature
+    assert grad.isfinite().all() and (grad - true).norm() <= 1e-5 * true.norm() + rounding
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
