@@ -6,13 +6,13 @@ of five. Rows are computed in fp32 whatever ``fp32_upcast`` says, and never held
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..heads import Shard, ShardedLogits
 from ..losses import kl_div
+from .common import is_dtensor
 
 
 class KDLoss(nn.Module):
@@ -76,11 +76,6 @@ class KDLoss(nn.Module):
             num_items=num_batch_labels,
             reduction="mean" if num_batch_labels is None else "sum",
         )
-
-
-def is_dtensor(tensor: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one who has not imported it
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _shards_vocabulary(logits: Any) -> bool:

@@ -17,11 +17,16 @@ def whole(parameter: Any) -> Tensor:
     Its gradient is the mean over ranks, which is data parallelism's rule. With the same data on every rank the mean is
     the gradient itself. Otherwise each rank would use a slice of its own gradient, not reduced over ranks.
     """
-    if not hasattr(parameter, "full_tensor"):
+    if not is_dtensor(parameter):
         return parameter
     from torch.distributed.tensor import Partial
 
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Without importing torch.distributed.tensor, which few callers need."""
+    return hasattr(tensor, "full_tensor")
 
 
 def replicated(hidden: Tensor, weight: Any) -> Tensor:
@@ -29,7 +34,7 @@ def replicated(hidden: Tensor, weight: Any) -> Tensor:
 
     Ranks of any other mesh (FSDP2's) have hidden states of their own. These stay as they are, which the loss refuses.
     """
-    if not hasattr(weight, "full_tensor") or weight.device_mesh.mesh_dim_names != ("tp",):
+    if not is_dtensor(weight) or weight.device_mesh.mesh_dim_names != ("tp",):
         return hidden
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..losses import cross_entropy
-from .automodel import is_dtensor
+from .common import is_dtensor
 
 #: torchtitan's.
 IGNORE_INDEX = -100
