@@ -18,6 +18,8 @@ CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 #: What ``__launch_bounds__`` promises: 512 threads of 65536 registers.
 MOST_REGISTERS = 128
+#: Bytes of a lane's 320 held ones that wait in memory over an exchange, once a row, where a second pass needs registers.
+MOST_STACK_HELD = 192
 _KERNEL = re.compile(r"Compiling entry function '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -31,7 +33,8 @@ class Usage(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.registers <= MOST_REGISTERS and self.stack == 0 and self.spilled == 0
+        stack = MOST_STACK_HELD if "Held" in self.kernel and "ClosedForm" not in self.kernel else 0
+        return self.registers <= MOST_REGISTERS and self.stack <= stack and self.spilled <= 4 * stack
 
 
 def instances(*kernels: tuple[str, str, str]) -> str:

@@ -102,10 +102,14 @@ KD_HD double divergence_value(const RowState& r, Kind kind) {
 // ForwardKL is made of cross_t. SkewKL asks by it whether p and q `disagree`.
 KD_HD constexpr bool needs_cross_t(Kind kind) { return kind == kForwardKL || kind == kSkewKL; }
 
-// Whether KL(p || q) is above 1/2, given log sum_exp of the teacher less the student's. Below, p and q have
-// at least half their mass in common.
+// Whether KL(p || q) is above 1/2, given the mean of x under p, and log sum_exp of the teacher less the
+// student's. Below, p and q have at least half their mass in common.
+template <class T>
+KD_HD bool disagree(T mean_x, T gap) {
+  return !(mean_x - gap <= (T)0.5);
+}
 KD_HD bool disagree(const RowState& r, double gap) {
-  return !(r.pair.cross_t / r.teacher.sum_exp - gap <= 0.5);
+  return disagree(r.pair.cross_t / r.teacher.sum_exp, gap);
 }
 
 // The student's outputs at temperature 1: `lse` is its normaliser there, `gap` its distance to the label's

@@ -44,7 +44,7 @@ namespace KD_ISA {
 KD_HD Vec log_ratio(Vec p, Vec m, Vec d) {
   const Ints k = (as_ints(p) - as_ints(m) + 0x400000) & (int32_t)0xff800000;  // k's bits in an exponent
   const Vec over = select(k == 0, d, p * as_vec(0x3f800000 - k) - m);
-  const Vec h = quotient(over + over, 2.0f * m + over), z = h * h;
+  const Vec h = quotient(over, 0.5f * over + m), z = h * h;
   Vec y = splat(2.37301759e-3f);
   y = y * z + 1.24866157e-2f;
   y = y * z + 8.33336923e-2f;

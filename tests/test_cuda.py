@@ -19,16 +19,30 @@ from benchmarks import compile_cuda
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
 
-#: Chip -> what of the suite runs on it: everything once, and elsewhere what depends on how a row lies.
+#: Name -> chip, and what of the suite runs on it: everything once, and elsewhere what depends on how a row lies.
 LAYOUTS = "widths or adversarial or leading or equal_models or bits or begin_anywhere"
 SUITES = {
     "small": (
+        "small",
         "tests/test_conformance.py tests/test_log_probs.py",
         "native and not float64 and not float16 and not head-logits and not logits-head",
     ),
-    "large": ("tests/test_sparse.py tests/test_entropy.py", "native and not float64 and not float16"),
-    "tiny": ("tests/test_conformance.py tests/test_log_probs.py", f"native and ({LAYOUTS})"),
-    "no clusters": ("tests/test_conformance.py", f"native and ({LAYOUTS} or codistillation)"),
+    "large": (
+        "large",
+        "tests/test_sparse.py tests/test_entropy.py",
+        "native and not float64 and not float16",
+    ),
+    "registers": (
+        "large",
+        "tests/isolated/cuda_wide.py tests/test_conformance.py",
+        f"wide or weight_of_0 or native and ({LAYOUTS} or nan or masked)",
+    ),
+    "tiny": ("tiny", "tests/test_conformance.py tests/test_log_probs.py", f"native and ({LAYOUTS})"),
+    "no clusters": (
+        "no clusters",
+        "tests/test_conformance.py",
+        f"native and ({LAYOUTS} or codistillation)",
+    ),
 }
 
 
@@ -36,6 +50,8 @@ REPRESENTATIVES = [
     ("kForwardKL", "ClosedForm", "PlainBFloat16"),
     ("kJSD", "JSD", "PlainBFloat16"),
     ("kJSD", "JSD", "PlainFloat"),
+    ("kForwardKL", "ClosedForm", "Held<PlainBFloat16>"),
+    ("kJSD", "JSD", "Held<PlainBFloat16>"),
     ("kNone", "ClosedForm", "Anything"),  # it has the other divergences in it, for a sparse target's outcomes
 ]
 
@@ -82,17 +98,15 @@ def suite(chip, files, which, library):
 def running(tmp_path_factory):
     """All begun at once: each is one process on one core."""
     folder, library = tmp_path_factory.mktemp("cuda"), cuda_host.build()
-    made = {
-        chip: Running(suite(chip, *rest, library), folder / f"{chip}.log") for chip, rest in SUITES.items()
-    }
+    made = {name: Running(suite(*rest, library), folder / f"{name}.log") for name, rest in SUITES.items()}
     yield made
     for one in made.values():
         one.process.kill()
 
 
-@pytest.mark.parametrize("chip", SUITES)
-def test_conformance_on_the_host(running, chip):
-    code, said = running[chip].result()
+@pytest.mark.parametrize("name", SUITES)
+def test_conformance_on_the_host(running, name):
+    code, said = running[name].result()
     assert code == 0, said[-20_000:]
 
 
@@ -109,11 +123,11 @@ def test_compiles_without_spills(tmp_path, architecture):
     assert all(usage.fits for usage in found), found
 
 
-def geometry(chip, width, student_bytes, teacher_bytes, rows=8192):
+def geometry(chip, width, student_bytes, teacher_bytes, rows=8192, in_registers=False):
     cuda_host.load(cuda_host.build())
     torch.ops.kdkernels_cuda_host.set_chip(*chip, 1)
     out = torch.zeros(7, dtype=torch.int64)
-    torch.ops.kdkernels_cuda_host.geometry(width, rows, student_bytes, teacher_bytes, out)
+    torch.ops.kdkernels_cuda_host.geometry(in_registers, width, rows, student_bytes, teacher_bytes, out)
     return dict(zip(("cluster", "warps", "span", "chunk", "student", "teacher", "bytes"), out.tolist()))
 
 
@@ -154,6 +168,27 @@ def test_every_layout_covers_the_row_and_fits(chip, sizes):
         assert set(resident) == {(0, 0)}
     elif sizes[1]:
         assert {(1, 1), (1, 0), (0, 0)} == set(resident)
+
+
+@pytest.mark.parametrize(
+    "width, size, found", [(5000, 2, 2), (32000, 2, 2), (128256, 2, 8), (151936, 4, 8), (256000, 2, 0)]
+)
+def test_rows_are_held_in_registers(width, size, found):
+    assert geometry(HOPPER, width, size, size, in_registers=True)["cluster"] == found
+
+
+@pytest.mark.parametrize("chip", [HOPPER, (132, 227 * 1024, 8), (46, 99 * 1024, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 4), (2, 0), (4, 0)], ids=str)
+def test_every_held_row_is_covered_and_fits(chip, sizes):
+    held = []
+    for width in (1, 7, 256, 257, 5000, 32000, 50257, 151936, 262144, 400_000, 2**30):
+        for rows in (1, 100, 8192):
+            found = geometry(chip, width, *sizes, rows=rows, in_registers=True)
+            held.append(found["cluster"] > 0)
+            if held[-1]:
+                assert found["cluster"] * found["warps"] * found["span"] >= width
+                assert found["warps"] <= 15 and found["cluster"] <= 8 and found["bytes"] <= chip[1]
+    assert held[0] and not held[-1]
 
 
 @pytest.mark.slow

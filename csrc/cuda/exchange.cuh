@@ -34,14 +34,14 @@ KD_DEVICE double sum_of_warp(double value) {
 // Adds each of a lane's `count` (a power of two) numbers over the warp. Afterwards lane l's v[0] is the sum
 // of v[l * count / 32], so 32 / count neighbours hold the same one. Each step halves what a lane carries on,
 // so that few numbers cross the warp.
-template <int count, int lanes = kWarp>
-KD_DEVICE void add_across_warp(double* v) {
+template <int count, int lanes = kWarp, class T>
+KD_DEVICE void add_across_warp(T* v) {
   if constexpr (lanes > 1) {
     constexpr int half = count / 2, bit = lanes / 2;
     const bool upper = (thread_index() & bit) != 0;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
-      const double mine = upper ? v[i + half] : v[i], theirs = upper ? v[i] : v[i + half];
+      const T mine = upper ? v[i + half] : v[i], theirs = upper ? v[i] : v[i + half];
       v[i] = mine + from_lane_xor(theirs, bit);
     }
     if constexpr (half == 0) v[0] += from_lane_xor(v[0], bit);

@@ -6,8 +6,7 @@
 // Arithmetic: a pair of logits costs two exponentials here and two when the gradient is written. A
 // multiprocessor's special-function unit makes 16 a clock, so the four take a quarter of a clock. ForwardKL's
 // instructions, counted for sm_90a, take about as much of its 128 issue slots a clock. So a polynomial of
-// FMAs in the place of an exponential would cost what it frees. Storing the exponentials in fp32 would need
-// twice a bf16 pair's shared memory beside the pair.
+// FMAs in the place of an exponential would cost what it frees. held.cuh keeps the exponentials where it can.
 //
 // Numerics: distances to the maximum are taken before they are scaled to powers of two. Logits of 1e4 keep
 // their digits.
@@ -187,9 +186,9 @@ KD_DEVICE void leave_out(const StoredIds& ids, int start, float (&s)[kVector]) {
 template <class Row>
 KD_DEVICE void publish_part(Row& row, const LaneState& lane, float factor) {
   const RowState r = across_lanes<Row::kKind>(lane, factor, 1.0, row.flags());
-  const Parts part = added({{r.student.sum_exp, r.teacher.sum_exp, r.pair.cross_s + r.pair.cross_t},
-                            (float)r.student.reference,
-                            (float)r.teacher.reference});
+  const Parts part = added(Parts{{r.student.sum_exp, r.teacher.sum_exp, r.pair.cross_s + r.pair.cross_t},
+                                 (float)r.student.reference,
+                                 (float)r.teacher.reference});
   if (row.lane == 0) row.shared.warp_parts[row.warp] = part;
 }
 
@@ -218,15 +217,19 @@ KD_DEVICE void publish(Row& row, const LaneState& lane, const StoredIds& ids, fl
   write_fold<Row::kKind>(&row.shared.warps[row.warp], r);
 }
 
+template <class Row>
+KD_DEVICE float label_logit(const Row& row) {
+  if (!row.plan.flags.label || row.label() < 0) return 0;
+  Side memory = row.student();
+  memory.resident = -1;
+  return logit<typename Row::Types>(memory, row.label());
+}
+
 // What the passes after the exchange need of the row.
 template <class Row>
 KD_DEVICE void read_early(Row& row) {
   row.early_weights = row.weights();
-  row.label_logit = 0;
-  if (!row.plan.flags.label || row.label() < 0) return;
-  Side memory = row.student();
-  memory.resident = -1;
-  row.label_logit = logit<typename Row::Types>(memory, row.label());
+  row.label_logit = label_logit(row);
 }
 
 // The state of this warp's columns, into the block's memory.

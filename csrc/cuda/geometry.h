@@ -8,10 +8,14 @@
 // 3. the largest cluster that the chip has.
 // Of a row too wide for that the student alone stays on the chip, by the same rules. Of a still wider one,
 // and where the chip has no clusters, nothing does.
+//
+// A kernel that holds its row in registers (held.cuh) is laid out by held(): there shared memory is where the
+// next rows wait.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 namespace kd {
 
@@ -23,6 +27,11 @@ constexpr int kSlice = 100 * 1024;
 constexpr int kSpanUnit = 256;  // a warp's columns are a multiple of what it takes at once
 constexpr int kMaxChunks = 16;
 constexpr int kChunk = 1024;  // columns that are copied at once, or more where kMaxChunks would not do
+// How many numbers a lane holds (held.cuh), a pair of logits being two, a logit without a teacher one. A
+// multiprocessor has registers for sixteen such warps, one of which holds nothing.
+constexpr int kHeldNumbers = 80;
+// What held.cuh has in shared memory beside the rows, and of every warp of the cluster.
+constexpr int kHeldMemory = 256, kHandedOver = 48;
 
 struct Chip {
   int multiprocessors = 0;
@@ -33,12 +42,15 @@ struct Chip {
 struct Geometry {
   int cluster = 1, warps = 1;
   int span = 0, chunk = 0;  // columns of a warp, and of one of its copies
+  int stages = 1;           // rows that shared memory has room for
+  bool held = false;        // by a kernel that holds its row in registers (held.cuh)
   bool student_resident = false, teacher_resident = false;
   int bytes_per_warp = 0;
   int outcomes_at = kReserved, slices_at = kReserved;  // in shared memory
 
-  int threads() const { return warps * 32; }
-  int64_t shared_bytes() const { return slices_at + (int64_t)warps * bytes_per_warp; }
+  // Kernels that hold their rows have a warp beside those that have columns.
+  int threads() const { return (warps + held) * 32; }
+  int64_t shared_bytes() const { return slices_at + (int64_t)stages * warps * bytes_per_warp; }
 };
 
 inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -55,14 +67,19 @@ inline Geometry laid_out(int64_t width, int cluster, int warps, int bytes, int64
   return g;
 }
 
-// `teacher_bytes` 0: there is none. `outcome_bytes`: what a sparse target needs of each block. `rows`: where
-// they are too few to fill the chip, clusters are larger.
-inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int teacher_bytes,
-                         int64_t outcome_bytes, const Chip& chip) {
-  const int portable = std::min(chip.largest_cluster, kPortableCluster);
+// Where rows are too few to fill the chip, clusters are larger.
+inline int least_cluster(int64_t width, int64_t rows, int portable, const Chip& chip) {
   int least = 1;
   while (least < portable && rows * least < chip.multiprocessors && width > (int64_t)least * 8 * kSpanUnit)
     least *= 2;
+  return least;
+}
+
+// `teacher_bytes` 0: there is none. `outcome_bytes`: what a sparse target needs of each block.
+inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int teacher_bytes,
+                         int64_t outcome_bytes, const Chip& chip) {
+  const int portable = std::min(chip.largest_cluster, kPortableCluster);
+  const int least = least_cluster(width, rows, portable, chip);
   const int sides = teacher_bytes ? 2 : 1;
   for (int resident = chip.largest_cluster > 1 ? sides : 0; resident > 0; --resident) {
     const int bytes = student_bytes + (resident == 2 ? teacher_bytes : 0);
@@ -81,6 +98,28 @@ inline Geometry geometry(int64_t width, int64_t rows, int student_bytes, int tea
     }
   }
   return laid_out(width, portable, kMaxWarps, 0, outcome_bytes);
+}
+
+// The row in registers, if it fits: every warp has as many columns as it can hold, and no more warps are
+// taken than it needs.
+inline std::optional<Geometry> held(int64_t width, int64_t rows, int student_bytes, int teacher_bytes,
+                                    const Chip& chip) {
+  const int portable = std::min(chip.largest_cluster, kPortableCluster);
+  Geometry g;
+  g.held = g.student_resident = true;
+  g.teacher_resident = teacher_bytes > 0;
+  g.span = g.chunk = 32 * kHeldNumbers / (teacher_bytes ? 2 : 1);
+  g.bytes_per_warp = g.span * (student_bytes + teacher_bytes);
+  g.cluster = std::max(2, least_cluster(width, rows, portable, chip));  // a block alone cannot send
+  for (; g.cluster <= portable; g.cluster *= 2) {
+    const int64_t warps = (width - 1) / ((int64_t)g.cluster * g.span) + 1;
+    if (warps > kMaxWarps - 1) continue;
+    g.warps = (int)warps;
+    g.slices_at = (int)rounded_up(kReserved + kHeldMemory + 2 * kHandedOver * (g.cluster * g.warps + 1), 128);
+    for (g.stages = 2; g.stages > 0; --g.stages)
+      if (g.shared_bytes() <= chip.shared_bytes) return g;
+  }
+  return {};
 }
 
 }  // namespace kd

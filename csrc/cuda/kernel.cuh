@@ -1,4 +1,5 @@
-// The CUDA kernel: persistent clusters of blocks, each taking one row after another.
+// The CUDA kernel: persistent clusters of blocks, each taking one row after another. Where the registers of a
+// cluster hold a row, held.cuh is the kernel instead.
 //
 // Reading order: this file (the algorithm), fold.cuh (first pass), value.cuh (second, for divergences without
 // a closed form), gradient.cuh (last), exchange.cuh (how warps' states become the row's), parts.cuh (the same
@@ -18,7 +19,7 @@
 // one: their gradient is exactly 0. The same inputs give the same bits: nothing is added atomically.
 #pragma once
 
-#include "gradient.cuh"
+#include "held.cuh"
 #include "value.cuh"
 
 namespace kd {
@@ -107,26 +108,14 @@ KD_DEVICE void compute(Row& row) {
   if (plan.writes_gradient(row.job)) write_gradient<Divergence>(row);
 }
 
-// Whether a row is computed, or only given zeros.
-KD_DEVICE bool is_computed(const Job& job, const Plan& plan, int row) {
-  if (!job.is_live(row)) return false;
-  if (plan.entry != Entry::kGradient) return true;
-  const RowWeights weights = job.weights_of(row);
-  return weights.any_student() || weights.teacher_label != 0;
-}
-
-KD_DEVICE int next_computed(const Job& job, const Plan& plan, int row, int step) {
-  while (row < plan.rows && !is_computed(job, plan, row)) row += step;
-  return row < plan.rows ? row : plan.rows;
-}
-
-template <Kind kKind, class Divergence, class Types>
-KD_KERNEL(kMaxWarps* kWarp)
-rows_kernel(const KD_GRID_CONSTANT Job job, const KD_GRID_CONSTANT Plan plan) {
-  Slice slice(job, plan.geometry);
-  Row<kKind, Types> row(job, plan, slice);
+// The rows of a cluster, one after another.
+template <class Divergence, class Row>
+KD_DEVICE void rows(Row& row) {
+  const Job& job = row.job;
+  const Plan& plan = row.plan;
+  Slice& slice = row.slice;
   const int cluster = plan.geometry.cluster;
-  const int first = block_index() / cluster, step = grid_blocks() / cluster;
+  const int first = block_index() / cluster, step = plan.clusters;
   int next = next_computed(job, plan, first, step);
   for (int i = 0; next < plan.rows && i < slice.chunks(); ++i) slice.fetch(i, next, lead_of(job, next));
   if (cluster > 1) sync_cluster(false);  // all blocks have begun: their memory can be written to
@@ -142,6 +131,17 @@ rows_kernel(const KD_GRID_CONSTANT Job job, const KD_GRID_CONSTANT Plan plan) {
     compute<Divergence>(row);
   }
   if (cluster > 1) sync_cluster(false);  // a block's memory must outlive what others still write there
+}
+
+template <Kind kKind, class Divergence, class Types>
+KD_KERNEL(kMaxWarps* kWarp)
+rows_kernel(const KD_GRID_CONSTANT Job job, const KD_GRID_CONSTANT Plan plan) {
+  Slice slice(job, plan.geometry);
+  Row<kKind, Types> row(job, plan, slice);
+  if constexpr (Types::kHeld > 0)
+    held_rows<Divergence>(row);
+  else
+    rows<Divergence>(row);
 }
 
 }  // namespace kd

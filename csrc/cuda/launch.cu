@@ -10,11 +10,13 @@
 namespace kd {
 namespace {
 
+// Null where there is none: not every divergence can be computed from what is held.
 template <class Types>
 Kernel kernel_of(const Job& job) {
   Kernel found = nullptr;
-  with_kind(job.spec.kind, job.teacher.data != nullptr,
-            [&]<Kind kKind, class Divergence>() { found = &rows_kernel<kKind, Divergence, Types>; });
+  with_kind(job.spec.kind, job.teacher.data != nullptr, [&]<Kind kKind, class Divergence>() {
+    if constexpr (Types::kHeld == 0 || kCanHold<Divergence>) found = &rows_kernel<kKind, Divergence, Types>;
+  });
   return found;
 }
 
@@ -44,15 +46,6 @@ bool is_lean(const Job& job, const PassFlags& flags) {
          job.teacher_grad.data == nullptr && job.sparse.ids == nullptr;
 }
 
-Kernel kernel_of(const Job& job, const PassFlags& flags) {
-  const auto all_are = [&](DType dtype) {
-    return is_absent_or(dtype, job.student) && is_absent_or(dtype, job.teacher);
-  };
-  if (!is_lean(job, flags)) return kernel_of<Anything>(job);
-  if (all_are(kBFloat16) && is_absent_or(kBFloat16, job.grad)) return kernel_of<PlainBFloat16>(job);
-  return all_are(kFloat) ? kernel_of<PlainFloat>(job) : kernel_of<Anything>(job);
-}
-
 // Whether all rows begin at a multiple of 16 bytes.
 bool rows_are_aligned(const Matrix& m, int64_t rows) {
   return m.data == nullptr || (is_aligned(m.data) && (rows == 1 || m.stride * bytes_of(m.dtype) % 16 == 0));
@@ -65,6 +58,37 @@ int64_t places(const Job& job, int64_t rows) {
   return aligned ? job.width : job.width + kVector - 1;
 }
 
+// Whether the two are aligned, or begin equally far after a multiple of 16 bytes in every row.
+bool begin_alike(const Matrix& a, const Matrix& b, int64_t rows) {
+  if (a.data == nullptr || (rows_are_aligned(a, rows) && rows_are_aligned(b, rows))) return true;
+  const int64_t size = bytes_of(a.dtype);
+  return size == bytes_of(b.dtype) && ((int64_t)a.data - (int64_t)b.data) % 16 == 0 &&
+         (rows == 1 || (a.stride - b.stride) * size % 16 == 0);
+}
+
+struct Kernels {
+  Kernel plain = nullptr;
+  Kernel held = nullptr;  // null: there is none
+};
+template <class Types>
+Kernels common_kernels(const Job& job, const Plan& plan) {
+  const bool held = plan.entry == Entry::kFused && plan.writes_gradient(job) &&
+                    (job.teacher.data == nullptr || job.spec.kind != kNone) &&
+                    begin_alike(job.teacher, job.student, plan.rows) &&
+                    begin_alike(job.grad, job.student, plan.rows);
+  return {kernel_of<Types>(job), held ? kernel_of<Held<Types>>(job) : nullptr};
+}
+
+Kernels kernels_of(const Job& job, const Plan& plan) {
+  const auto all_are = [&](DType dtype) {
+    return is_absent_or(dtype, job.student) && is_absent_or(dtype, job.teacher);
+  };
+  if (is_lean(job, plan.flags) && all_are(kFloat)) return common_kernels<PlainFloat>(job, plan);
+  if (is_lean(job, plan.flags) && all_are(kBFloat16) && is_absent_or(kBFloat16, job.grad))
+    return common_kernels<PlainBFloat16>(job, plan);
+  return {kernel_of<Anything>(job)};
+}
+
 // How many clusters the device holds at once; asking takes longer than a launch.
 int resident(Kernel kernel, const Geometry& g, int device) {
   static std::mutex mutex;
@@ -74,6 +98,25 @@ int resident(Kernel kernel, const Geometry& g, int device) {
   const auto found = known.find(key);
   return found != known.end() ? found->second
                               : known[key] = runtime::resident_clusters((const void*)kernel, g);
+}
+
+// Where a sparse target is solved.
+int64_t outcome_bytes(const Job& job, Entry entry, const Chip& chip) {
+  if (entry != Entry::kFusedSparse) return 0;
+  const int64_t bytes = OutcomeMemory::bytes(job.sparse.slots);
+  if (kReserved + bytes > chip.shared_bytes)
+    throw std::runtime_error(
+        "kdkernels: a sparse target has too many slots for the shared memory of this device");
+  return bytes;
+}
+
+// Whether the kernel fits on the device, and was launched.
+bool launched(Kernel kernel, const Geometry& g, const Job& job, Plan plan, int device, void* stream) {
+  plan.geometry = g;
+  plan.clusters = std::min(plan.rows, resident(kernel, g, device));
+  if (plan.clusters == 0) return false;
+  runtime::launch(kernel, plan.clusters * g.cluster, g, stream, job, plan);
+  return true;
 }
 
 const void* any_kernel() { return (const void*)&rows_kernel<kForwardKL, ClosedForm, PlainBFloat16>; }
@@ -95,23 +138,21 @@ void launch(const Job& job, Entry entry, int64_t rows, int device, void* stream)
   plan.entry = entry;
   plan.flags = flags_of(job.spec);
   plan.rows = (int)rows;
-  const Kernel kernel = kernel_of(job, plan.flags);
   Chip chip = runtime::chip(any_kernel(), device);
+  const Kernels kernels = kernels_of(job, plan);
+  const int student_bytes = bytes_of(job.student.dtype);
   const int teacher_bytes = job.teacher.data == nullptr ? 0 : bytes_of(job.teacher.dtype);
-  const int64_t outcome_bytes = entry == Entry::kFusedSparse ? OutcomeMemory::bytes(job.sparse.slots) : 0;
-  if (kReserved + outcome_bytes > chip.shared_bytes)
-    throw std::runtime_error(
-        "kdkernels: a sparse target has too many slots for the shared memory of this device");
-  int clusters = 0;
-  // The device may refuse a cluster of sixteen. Then half of it is tried.
-  for (; clusters == 0 && chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
-    plan.geometry =
-        geometry(places(job, rows), rows, bytes_of(job.student.dtype), teacher_bytes, outcome_bytes, chip);
-    clusters = resident(kernel, plan.geometry, device);
+  const int64_t width = places(job, rows), outcomes = outcome_bytes(job, entry, chip);
+  if (kernels.held != nullptr && chip.largest_cluster > 1) {
+    const auto g = held(width, rows, student_bytes, teacher_bytes, chip);
+    if (g && launched(kernels.held, *g, job, plan, device, stream)) return;
   }
-  if (clusters == 0) throw std::runtime_error("kdkernels: no block of the CUDA kernel fits on this device");
-  const int blocks = (int)(rows < clusters ? rows : clusters) * plan.geometry.cluster;
-  runtime::launch(kernel, blocks, plan.geometry, stream, job, plan);
+  // The device may refuse a cluster of sixteen. Then half of it is tried.
+  for (; chip.largest_cluster >= 1; chip.largest_cluster /= 2) {
+    const Geometry g = geometry(width, rows, student_bytes, teacher_bytes, outcomes, chip);
+    if (launched(kernels.plain, g, job, plan, device, stream)) return;
+  }
+  throw std::runtime_error("kdkernels: no block of the CUDA kernel fits on this device");
 }
 
 }  // namespace kd

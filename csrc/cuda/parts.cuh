@@ -36,21 +36,30 @@ KD_DEVICE Parts added(const Parts& lane) {
   return all;
 }
 
-// `n` parts of different columns as one, in every lane. sums: of the student's e, the teacher's, and e x with
-// the e of the side `reverse` says, the student's or the teacher's. `factor`: log2(e) / T.
-template <bool reverse>
-KD_DEVICE Parts combined(const Parts* parts, int n, float factor) {
-  const int lane = thread_index() % kWarp;
-  Parts r;
-  if (lane < n) r = parts[lane];
-  const float student = highest_of_warp(r.student), teacher = highest_of_warp(r.teacher);
-  const LaneRise s = rise_to(student, r.student, factor), t = rise_to(teacher, r.teacher, factor);
-  r.sums[2] = moved(r.sums[2], r.sums[reverse ? 0 : 1], reverse ? s.decay : t.decay, s.up - t.up);
-  r.sums[0] *= s.decay;
-  r.sums[1] *= t.decay;
-  r.student = student;
-  r.teacher = teacher;
-  return added(r);
+// `n` parts of different columns as one, in every lane; each lane takes up to kMost of them, which are
+// anything that a Part can be made of. sums: of the student's e, the teacher's, and e x with the e of the
+// side `reverse` says, the student's or the teacher's. `factor`: log2(e) / T.
+template <bool reverse, class Part = Parts, int kMost = 1, class Source>
+KD_DEVICE Part combined(const Source* parts, int n, float factor) {
+  Part each[kMost], all;
+#pragma unroll
+  for (int j = 0; j < kMost; ++j) {
+    const int i = thread_index() % kWarp + j * kWarp;
+    if (i < n) each[j] = parts[i];
+    all.student = fmaxf(all.student, each[j].student);
+    all.teacher = fmaxf(all.teacher, each[j].teacher);
+  }
+  all.student = highest_of_warp(all.student);
+  all.teacher = highest_of_warp(all.teacher);
+#pragma unroll
+  for (int j = 0; j < kMost; ++j) {
+    const Part& r = each[j];
+    const LaneRise s = rise_to(all.student, r.student, factor), t = rise_to(all.teacher, r.teacher, factor);
+    all.sums[0] += r.sums[0] * s.decay;
+    all.sums[1] += r.sums[1] * t.decay;
+    all.sums[2] += moved(r.sums[2], r.sums[reverse ? 0 : 1], reverse ? s.decay : t.decay, s.up - t.up);
+  }
+  return added(all);
 }
 
 template <bool reverse>

@@ -33,7 +33,6 @@ constexpr bool kAsync = false;
 KD_DEVICE int thread_index() { return (int)threadIdx.x; }
 KD_DEVICE int block_threads() { return (int)blockDim.x; }
 KD_DEVICE int block_index() { return (int)blockIdx.x; }
-KD_DEVICE int grid_blocks() { return (int)gridDim.x; }
 
 // The block's memory, 128-byte aligned; its layout is SharedMemory's (staging.cuh).
 KD_DEVICE char* shared_memory() {
@@ -80,6 +79,13 @@ KD_DEVICE uint32_t pack_half(float low, float high) {
   return packed;
 }
 
+// The higher of two bf16 each, in both halves of a word. NaN is passed over.
+KD_DEVICE uint32_t highest_bfloat16x2(uint32_t a, uint32_t b) {
+  uint32_t highest;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(highest) : "r"(a), "r"(b));
+  return highest;
+}
+
 // For what is written once and not read again here: it leaves L2 to the logits.
 KD_DEVICE void store_streaming(void* to, uint4 value) { __stcs((uint4*)to, value); }
 
@@ -119,15 +125,17 @@ KD_DEVICE T* in_block(T* mine, int rank) {
 
 KD_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// An mbarrier, used again and again. A use is complete when one thread has arrived and the bytes that it
-// announced have been copied. A waiter names the use by its parity: 0, 1, 0, 1, ...
+// An mbarrier, used again and again. A use is complete when as many threads have arrived as it was
+// initialised with, and the bytes that they announced have been copied or sent. A waiter names the use by its
+// parity: 0, 1, 0, 1, ...
 struct Barrier {
   uint64_t word;
 };
 
-KD_DEVICE void init(Barrier& barrier) {
+KD_DEVICE void init(Barrier& barrier, int arrivals = 1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals)
+               : "memory");
 #endif
 }
 // Barriers initialised by this thread are seen by the copy engine.
@@ -143,6 +151,14 @@ KD_DEVICE void arrive_expecting(Barrier& barrier, uint32_t bytes) {
                : "memory");
 #endif
 }
+KD_DEVICE void arrive(Barrier& barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+#endif
+}
+// What other blocks sent is acquired for this block alone. In the memory model's words that is too narrow.
+// But no cache stands before shared memory, and the wider scope empties L1 at every wait, a quarter of a
+// row's time.
 KD_DEVICE void wait(Barrier& barrier, uint32_t parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t done = 0;
@@ -155,6 +171,20 @@ KD_DEVICE void wait(Barrier& barrier, uint32_t parity) {
         : "r"(shared_address(&barrier)), "r"(parity)
         : "memory");
   }
+#endif
+}
+// Sixteen bytes into block `rank`'s copy of what `mine` is here. They are among those that its copy of
+// `barrier` expects; no other synchronisation is needed.
+KD_DEVICE void send(void* mine, uint4 value, Barrier& barrier, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t to, signal;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(mine)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(shared_address(&barrier)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          to),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(signal)
+      : "memory");
 #endif
 }
 // This thread's earlier reads and writes of shared memory come before copies that it issues afterwards.

@@ -23,6 +23,7 @@ struct Plan {
   Geometry geometry;
   PassFlags flags;
   int rows = 0;
+  int clusters = 0;  // that share the rows
 
   KD_HD bool whole_rows() const { return entry == Entry::kFused || entry == Entry::kFusedSparse; }
   KD_HD bool folds() const { return whole_rows() || entry == Entry::kAccumulate; }
@@ -158,6 +159,19 @@ struct Row {
   float label_logit = 0;     // read before it: nobody waits for memory there
   bool reversed = false;     // the next pass over what is not resident goes backwards
 };
+
+// Whether a row is computed, or only given zeros.
+KD_DEVICE bool is_computed(const Job& job, const Plan& plan, int row) {
+  if (!job.is_live(row)) return false;
+  if (plan.entry != Entry::kGradient) return true;
+  const RowWeights weights = job.weights_of(row);
+  return weights.any_student() || weights.teacher_label != 0;
+}
+
+KD_DEVICE int next_computed(const Job& job, const Plan& plan, int row, int step) {
+  while (row < plan.rows && !is_computed(job, plan, row)) row += step;
+  return row < plan.rows ? row : plan.rows;
+}
 
 // Both sides' logits of kTile vectors of a step, a vector at each of `columns`; the row ends at `end`.
 template <class Row, int kTile>

@@ -8,6 +8,8 @@
 #pragma once
 
 #include "../job.h"
+#include "../vec.h"
+#include "geometry.h"
 #include "platform.cuh"
 
 namespace kd {
@@ -16,21 +18,30 @@ constexpr int kVector = 8;
 constexpr int kStep = kWarp * kVector;  // columns that a warp takes at once
 
 // What a kernel knows of its call when it is compiled. kLean, the common case: no statistics, entropy, label
-// smoothing, second temperature, sparse target or gradient for the teacher, and no logit is mapped.
+// smoothing, second temperature, sparse target or gradient for the teacher, and no logit is mapped. kHeld:
+// how many numbers a lane keeps of its columns from the first pass to the last (held.cuh); 0: the columns are
+// read again.
 struct PlainBFloat16 {  // all tensors are bf16
   static constexpr bool kLean = true;
+  static constexpr int kHeld = 0;
   static constexpr int kTile = 2;  // vectors that a lane takes at once
   KD_HD static constexpr DType of(DType) { return kBFloat16; }
   KD_HD static constexpr DType of_gradient(DType) { return kBFloat16; }
 };
 struct PlainFloat {  // logits in fp32, an lm_head's tiles as well
   static constexpr bool kLean = true;
+  static constexpr int kHeld = 0;
   static constexpr int kTile = 2;
   KD_HD static constexpr DType of(DType) { return kFloat; }
   KD_HD static constexpr DType of_gradient(DType dtype) { return dtype; }
 };
+template <class Plain>
+struct Held : Plain {
+  static constexpr int kHeld = kHeldNumbers;
+};
 struct Anything {
   static constexpr bool kLean = false;
+  static constexpr int kHeld = 0;
   static constexpr int kTile = 1;
   KD_HD static DType of(DType dtype) { return dtype; }
   KD_HD static DType of_gradient(DType dtype) { return dtype; }

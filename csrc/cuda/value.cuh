@@ -38,7 +38,7 @@ KD_DEVICE void value(Row& row) {
   });
   RowState r;
   if constexpr (Row::Types::kLean) {
-    const Parts part = added({{phi, q_psi, 0}, 0, 0});
+    const Parts part = added(Parts{{phi, q_psi, 0}, 0, 0});
     if (row.lane == 0) row.shared.warp_parts[row.warp] = part;
     const Parts all = exchange(row, 1);
     r.pair.value = all.sums[0];

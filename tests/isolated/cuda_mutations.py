@@ -9,15 +9,17 @@ import kdkernels as kd
 
 
 def check():
-    """Rows over clusters with tails, several turns of the buffers, labels, masks, entropies, and a second pass."""
+    """Rows over clusters with tails, in registers and not, several turns of the buffers, labels, masks, entropies, and a
+    second pass."""
     both = dict(divergence=kd.ForwardKL(), hard_weight=0.5)
     for options in (
         both,
         dict(divergence=kd.JSD(0.5)),
+        dict(divergence=kd.ReverseKL()),
         dict(both, label_smoothing=0.1),
         dict(both, entropy_weight=-0.7),
     ):
-        for vocab in (37, 20001):
+        for vocab in (37, 5001, 20001):
             problem = Problem(vocab=vocab, shape=(8,))
             assert_exact(
                 problem.run("native", **options),

@@ -36,7 +36,11 @@ MUTATIONS = {
         "all = combined<kReverse>(parts, blocks + onto_memory, factor);",
         "all = combined<kReverse>(parts + rank, 1, factor);",
     ),
-    "a part's sums do not decay": ("parts.cuh", "r.sums[0] *= s.decay;", ""),
+    "a part's sums do not decay": (
+        "parts.cuh",
+        "all.sums[0] += r.sums[0] * s.decay;",
+        "all.sums[0] += r.sums[0];",
+    ),
     "a part is not handed over": (
         "parts.cuh",
         "if (i / kPartWords != rank) ((double*)in_block(&parts[rank], i / kPartWords))[i % kPartWords] = "
@@ -80,6 +84,25 @@ MUTATIONS = {
     ),
     "sums are not moved to a new maximum": ("fold.cuh", "side.sum_exp *= decay;", ""),
     "the second pass is not added": ("value.cuh", "state.pair.sum_q_psi += added.pair.sum_q_psi;", ""),
+    "what others found of a held row is not waited for": (
+        "held.cuh",
+        "at.wait_for_all(at.found_barrier());",
+        "",
+    ),
+    "its steward does not wait for room": ("held.cuh", "wait(at.empty(), at.use());", ""),
+    "nor do its readers for the copies": ("held.cuh", "wait(at.full(), at.use());", ""),
+    "its steward copies no rest": ("held.cuh", "copies.rest(student, to_student);", ""),
+    "what is no column of it counts": ("held.cuh", "if (Row::kTeacher) blank(row, teacher);", ""),
+    "its lanes' sums are not added": ("held.cuh", "add_across_warp<4>(sums);", ""),
+    "its warps' maxima are taken for the row's": (
+        "held.cuh",
+        "return {fast_exp2((mine.student - all.student) * factor) * inverse(all.sums[0]), "
+        "fast_exp2((mine.teacher - all.teacher) * factor) * inverse(all.sums[1])};",
+        "return {inverse(all.sums[0]), inverse(all.sums[1])};",
+    ),
+    "its second pass is not added": ("held.cuh", "sums[1] += terms.q_psi;", ""),
+    "it has no hard gradient": ("held.cuh", "g[k] += columns.s[i][k] * w.hard;", ""),
+    "its ReverseKL has no mean": ("held.cuh", "w.mean = mean;", ""),
 }
 
 

@@ -24,10 +24,18 @@ void set_chip(int64_t multiprocessors, int64_t shared_bytes, int64_t largest_clu
 
 void set_mutation(int64_t number) { host::mutation = (int)number; }
 
-// cluster, warps, span, chunk, student resident, teacher resident, bytes of shared memory.
-void geometry_of(int64_t width, int64_t rows, int64_t student_bytes, int64_t teacher_bytes,
+// cluster, warps, span, chunk, student resident, teacher resident, bytes of shared memory. Zeros: the row
+// cannot be held in registers.
+void geometry_of(bool in_registers, int64_t width, int64_t rows, int64_t student_bytes, int64_t teacher_bytes,
                  const Tensor& out) {
-  const Geometry g = geometry(width, rows, (int)student_bytes, (int)teacher_bytes, 0, runtime::host_chip);
+  Geometry g;
+  if (in_registers) {
+    const auto found = held(width, rows, (int)student_bytes, (int)teacher_bytes, runtime::host_chip);
+    if (!found) return;
+    g = *found;
+  } else {
+    g = geometry(width, rows, (int)student_bytes, (int)teacher_bytes, 0, runtime::host_chip);
+  }
   const int64_t found[] = {g.cluster,          g.warps,         g.span, g.chunk, g.student_resident,
                            g.teacher_resident, g.shared_bytes()};
   STD_TORCH_CHECK(out.numel() == 7 && out.scalar_type() == ScalarType::Long, "seven numbers");
@@ -41,7 +49,9 @@ STABLE_TORCH_LIBRARY(kdkernels_cuda_host, m) {
   kd::define_operators(m);
   m.def("set_chip(int multiprocessors, int shared_bytes, int largest_cluster, int clusters) -> ()");
   m.def("set_mutation(int number) -> ()");
-  m.def("geometry(int width, int rows, int student_bytes, int teacher_bytes, Tensor(a!) out) -> ()");
+  m.def(
+      "geometry(bool in_registers, int width, int rows, int student_bytes, int teacher_bytes, Tensor(a!) "
+      "out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda_host, CPU, m) { kd::implement_operators<kd::Host>(m); }

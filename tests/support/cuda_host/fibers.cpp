@@ -101,7 +101,7 @@ struct Fiber {
 };
 
 struct Cluster {
-  int first_block = 0, blocks = 0, grid = 0, threads = 0;
+  int first_block = 0, blocks = 0, threads = 0;
   std::vector<Block> members;
   Meeting meeting;
   std::map<Barrier*, host::Phase> phases;
@@ -119,12 +119,20 @@ const std::function<void()>* body = nullptr;
 size_t running = 0;
 
 // The next that can run: of this block, else of another.
-Fiber* next_fiber() {
+Fiber* runnable() {
   const size_t threads = cluster->threads, mine = current - fibers.data(), block = mine / threads * threads;
   for (size_t i = 1; i <= threads; ++i)
     if (Fiber& f = fibers[block + (mine - block + i) % threads]; f.can_run()) return &f;
   for (size_t i = 0; i < fibers.size(); ++i)
     if (Fiber& f = fibers[(block + threads + i) % fibers.size()]; f.can_run()) return &f;
+  return nullptr;
+}
+
+// Copies that were put off happen at the latest when nobody can do without them.
+Fiber* next_fiber() {
+  if (Fiber* f = runnable()) return f;
+  for (auto& [barrier, copies] : cluster->copies) host::finish_copies(*barrier);
+  if (Fiber* f = runnable()) return f;
   std::fprintf(stderr, "deadlock: every thread of the cluster waits for others\n");
   std::abort();
 }
@@ -167,7 +175,6 @@ int mutation = -1;
 int thread_index() { return current->thread; }
 int block_threads() { return cluster->threads; }
 int block_index() { return cluster->first_block + current->rank; }
-int grid_blocks() { return cluster->grid; }
 int cluster_blocks() { return cluster->blocks; }
 char* shared_memory(int rank) { return cluster->members[rank].aligned; }
 
@@ -195,9 +202,15 @@ uint64_t* exchange(uint64_t mine) {
 Phase& phase(Barrier& barrier) { return cluster->phases[&barrier]; }
 
 void settle(Phase& p) {
-  if (!p.arrived || p.bytes != 0) return;
+  if (p.pending != 0 || p.bytes != 0) return;
   p.parity ^= 1;
-  p.arrived = false;
+  p.pending = p.arrivals;
+}
+
+void arrive_once(Phase& p) {
+  if (--p.pending >= 0) return;
+  std::fprintf(stderr, "a thread arrives at a phase that is complete but for its bytes\n");
+  std::abort();
 }
 
 void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
@@ -264,7 +277,6 @@ void run(int blocks, int threads, int cluster_blocks, int64_t shared_bytes,
     Cluster c;
     c.first_block = first;
     c.blocks = cluster_blocks;
-    c.grid = blocks;
     c.threads = threads;
     cluster = &c;
     prepare(c, shared_bytes);

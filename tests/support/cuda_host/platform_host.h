@@ -27,7 +27,6 @@ extern int mutation;  // which of the tests' mutations is awake
 int thread_index();
 int block_threads();
 int block_index();
-int grid_blocks();
 int cluster_blocks();
 char* shared_memory(int rank_in_cluster);
 void meet_warp();
@@ -41,7 +40,6 @@ uint64_t* exchange(uint64_t mine);
 KD_DEVICE int thread_index() { return host::thread_index(); }
 KD_DEVICE int block_threads() { return host::block_threads(); }
 KD_DEVICE int block_index() { return host::block_index(); }
-KD_DEVICE int grid_blocks() { return host::grid_blocks(); }
 KD_DEVICE int cluster_rank() { return host::block_index() % host::cluster_blocks(); }
 KD_DEVICE char* shared_memory() { return host::shared_memory(cluster_rank()); }
 KD_DEVICE void sync_warp() { host::meet_warp(); }
@@ -109,6 +107,12 @@ inline uint32_t pack_bfloat16(float low, float high) {
 }
 inline uint32_t pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 
+inline float from_bfloat16(uint32_t bits) { return __builtin_bit_cast(float, bits << 16); }
+inline uint32_t highest_bfloat16x2(uint32_t a, uint32_t b) {
+  return pack_bfloat16(fmaxf(from_bfloat16(a & 0xffff), from_bfloat16(b & 0xffff)),
+                       fmaxf(from_bfloat16(a >> 16), from_bfloat16(b >> 16)));
+}
+
 inline void store_streaming(void* to, uint4 value) { *(uint4*)to = value; }
 
 // The same place in another block's memory.
@@ -118,14 +122,14 @@ inline T* in_block(T* mine, int rank) {
   return (T*)(host::shared_memory(rank) + ((char*)mine - shared_memory()));
 }
 
-// A phase is complete when its one arrival has come and no bytes are outstanding.
+// A phase is complete when its arrivals have come and no bytes are outstanding.
 struct Barrier {
   uint64_t word;
 };
 namespace host {
 struct Phase {
   uint32_t parity = 0;
-  bool arrived = false;
+  int arrivals = 1, pending = 1;
   int64_t bytes = 0;
 };
 Phase& phase(Barrier& barrier);
@@ -133,15 +137,26 @@ void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier);
 void finish_copies(Barrier& barrier);
 void wait_for_phase(Barrier& barrier, uint32_t parity);
 void settle(Phase& phase);
+void arrive_once(Phase& phase);
 }  // namespace host
 
-inline void init(Barrier& barrier) { host::phase(barrier) = {}; }
+inline void init(Barrier& barrier, int arrivals = 1) {
+  host::phase(barrier) = {.arrivals = arrivals, .pending = arrivals};
+}
 inline void publish_barriers() {}
 inline void fence_before_copies() {}
 inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
   host::Phase& phase = host::phase(barrier);
-  phase.arrived = true;
+  host::arrive_once(phase);
   phase.bytes += bytes;
+  host::settle(phase);
+}
+inline void arrive(Barrier& barrier) { arrive_expecting(barrier, 0); }
+// At once. Bytes may come before the arrival that expects them.
+inline void send(void* mine, uint4 value, Barrier& barrier, int rank) {
+  *in_block((uint4*)mine, rank) = value;
+  host::Phase& phase = host::phase(*in_block(&barrier, rank));
+  phase.bytes -= sizeof value;
   host::settle(phase);
 }
 inline void wait(Barrier& barrier, uint32_t parity) { host::wait_for_phase(barrier, parity); }
