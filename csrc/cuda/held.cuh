@@ -65,7 +65,7 @@ struct Ticket {
   float factor, inverse_temperature;
   float soft, onehot, squared;  // weights of the outputs
 };
-// While the steward writes row n's, the slowest warp may still read row n - 3's.
+// While the steward writes row n's, the slowest warp may still read row n - 2's; a power of two.
 constexpr int kTickets = 4;
 
 struct HeldMemory {
@@ -161,11 +161,11 @@ KD_DEVICE T all_values(const HeldLayout<Row>& at) {
   add_across_warp<2>(sums);
   return sums[0];
 }
+// NaN logits stay visible, whatever the formula does with them.
 template <class Row>
 KD_DEVICE float sum_q_psi_of(const HeldLayout<Row>& at) {
   const float sums = all_values<float>(at), phi = from_lane(sums, 0);
-  return from_lane(sums, kWarp / 2) +
-         (phi - phi);  // NaN logits stay visible, whatever the formula does with them
+  return from_lane(sums, kWarp / 2) + (phi - phi);
 }
 
 // Calls f(number of a vector, its first column) for all of a lane's vectors. Not only for those that have

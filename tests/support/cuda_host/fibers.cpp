@@ -2,15 +2,16 @@
 //
 // A fiber runs until it meets others; then one does that has nothing to wait for, of the same block as long
 // as there is any: a block gets as far ahead of the others as the barriers let it. Whoever comes last to a
-// meeting opens it. When nobody can run, the kernel has a deadlock, and the program says so.
+// meeting opens it. When nobody can run, the kernel has a deadlock, and its launch fails.
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
 
-#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "platform.cuh"
@@ -117,6 +118,14 @@ Fiber* current = nullptr;
 Context outside;
 const std::function<void()>* body = nullptr;
 size_t running = 0;
+const char* fault = nullptr;  // of a kernel, whose launch then fails
+
+// Leaves the kernel as it stands.
+[[noreturn]] void fail(const char* what) {
+  fault = what;
+  go(current->context, outside);
+  std::abort();
+}
 
 // The next that can run: of this block, else of another.
 Fiber* runnable() {
@@ -133,8 +142,7 @@ Fiber* next_fiber() {
   if (Fiber* f = runnable()) return f;
   for (auto& [barrier, copies] : cluster->copies) host::finish_copies(*barrier);
   if (Fiber* f = runnable()) return f;
-  std::fprintf(stderr, "deadlock: every thread of the cluster waits for others\n");
-  std::abort();
+  fail("deadlock: every thread of the cluster waits for others");
 }
 
 void let_others_run() {
@@ -189,8 +197,7 @@ void reach_block(int rank) {
   bool there = cluster->meeting.round > 0;
   for (int i = 0; i < cluster->threads; ++i) there &= !fibers[first + i].done;
   if (there) return;
-  std::fprintf(stderr, "a thread writes to a block that may not have begun, or has ended\n");
-  std::abort();
+  fail("a thread writes to a block that may not have begun, or has ended");
 }
 uint64_t* exchange(uint64_t mine) {
   Warp& warp = my_warp();
@@ -208,17 +215,15 @@ void settle(Phase& p) {
 }
 
 void arrive_once(Phase& p) {
-  if (--p.pending >= 0) return;
-  std::fprintf(stderr, "a thread arrives at a phase that is complete but for its bytes\n");
-  std::abort();
+  if (p.pending > 0)
+    --p.pending;
+  else
+    fault = "a thread arrived at a phase that lacked nothing but bytes";
 }
 
 void start_copy(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
-  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0) {
-    std::fprintf(stderr, "a bulk copy of %u bytes from %p to %p: all must be multiples of 16\n", bytes, from,
-                 to);
-    std::abort();
-  }
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0)
+    fail("the places and the bytes of a bulk copy must be multiples of 16");
   cluster->copies[&barrier].push_back({to, from, bytes});
   if (cluster->copies_started++ / 2 % 2) finish_copies(barrier);  // two sides are fetched together
 }
@@ -283,6 +288,7 @@ void run(int blocks, int threads, int cluster_blocks, int64_t shared_bytes,
     current = fibers.data();
     running = fibers.size();
     go(outside, current->context);
+    if (const char* found = std::exchange(fault, nullptr)) throw std::runtime_error(found);
   }
 }
 

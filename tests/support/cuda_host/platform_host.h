@@ -1,7 +1,7 @@
 // csrc/cuda/platform.cuh for a host: a CUDA thread is a fiber, and all blocks of a cluster run side by side.
 //
 // What a GPU leaves open is made as bad as it may be: shared memory starts as NaN, a bulk copy happens
-// either at once or only when it is waited for, turn about, and what waits in vain ends the program.
+// either at once or only when it is waited for, turn about, and what waits in vain fails the launch.
 #pragma once
 
 #include <cmath>
