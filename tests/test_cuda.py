@@ -46,6 +46,8 @@ SUITES = {
 }
 
 
+NAMES = {f"test_conformance_on_the_host[{name}]" for name in SUITES}
+
 REPRESENTATIVES = [
     ("kForwardKL", "ClosedForm", "PlainBFloat16"),
     ("kJSD", "JSD", "PlainBFloat16"),
@@ -95,16 +97,19 @@ def suite(chip, files, which, library):
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """All begun at once: each is one process on one core."""
+def running(tmp_path_factory, request):
+    """All that are asked for begun at once: each is one process on one core."""
     folder, library = tmp_path_factory.mktemp("cuda"), cuda_host.build()
-    made = {name: Running(suite(*rest, library), folder / f"{name}.log") for name, rest in SUITES.items()}
+    chosen = {item.callspec.params["name"] for item in request.session.items if item.name in NAMES}
+    made = {name: Running(suite(*SUITES[name], library), folder / f"{name}.log") for name in chosen}
     yield made
     for one in made.values():
         one.process.kill()
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param("tiny", marks=pytest.mark.slow), *sorted({*SUITES} - {"tiny"})]
+)
 def test_conformance_on_the_host(running, name):
     code, said = running[name].result()
     assert code == 0, said[-20_000:]

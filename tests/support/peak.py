@@ -1,5 +1,7 @@
 """Peak resident memory of a step, where the system can tell."""
 
+import gc
+
 import pytest
 
 from benchmarks.memory import resident_peak
@@ -8,6 +10,7 @@ from benchmarks.memory import resident_peak
 def peak_of(run):
     """Bytes above what is there before, what ``run`` returns included; its second run counts."""
     run()  # whatever is loaded and cached once
+    gc.collect()  # other tests' garbage, which would be given back meanwhile
     try:
         with resident_peak() as peak:
             kept = run()
