@@ -18,7 +18,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 #: What ``__launch_bounds__`` promises: 512 threads of 65536 registers.
 MOST_REGISTERS = 128
-#: Bytes of a lane's 320 held ones that wait in memory over an exchange, once a row, where a second pass needs registers.
+#: A lane of held.cuh keeps 320 bytes in registers. Where a second pass needs these, so many may lie on the stack, once a row.
 MOST_STACK_HELD = 192
 _KERNEL = re.compile(r"Compiling entry function '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -50,8 +50,7 @@ def test_kernels_compile_without_spills(target):
         for used in usages(compiled, target):
             names.add(used.kernel)
             assert used.shared <= 48 * 1024 and used.registers > 0
-            # Sixteen bytes: AlphaBeta with every option, by Triton 3.7's compiler for sm_100.
-            assert target.startswith("gfx") or used.spilled <= 16, (used, divergence, tile, options)
+            assert target.startswith("gfx") or used.spilled == 0, (used, divergence, tile, options)
     assert names == {"fused", "fold", "merge", "value", "merge_value", "gradient"}
 
 
