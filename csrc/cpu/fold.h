@@ -153,7 +153,7 @@ __attribute__((noinline)) SideSums fold_side(const SideBlock& block) {
   const Vec low = splat(c.scale.low);  // e is 0 here, and 0 * low is 0 where 0 * -inf is not
   Vec highest = splat(-kInf);
   FoldSums total;
-  const auto fold_vector = [&](int i, FoldSums& sums) {
+  const auto fold_vector = [&](int64_t i, FoldSums& sums) {
     const Vec logits = read<kDType>(c.logits + i * kBytes), z = logits - c.reference;
     highest = vmax(highest, logits);
     const Vec above = vmax(z, low), e = exp_scaled(above, c.scale);
@@ -166,10 +166,10 @@ __attribute__((noinline)) SideSums fold_side(const SideBlock& block) {
     sums.cross += e * x;
     if constexpr (kFill == Fill::kExpX) store(c.exp_x + i, e * x);
   };
-  for (int first = 0; first < c.end; first += kGroup) {
+  for (int64_t first = 0; first < c.end; first += kGroup) {
     FoldSums group;
-    const int end = std::min(first + kGroup, c.end);
-    int i = first;
+    const int64_t end = std::min<int64_t>(first + kGroup, c.end);
+    int64_t i = first;
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {  // at least a cache line, of one prefetch
       __builtin_prefetch(c.ahead + i * kBytes);
       fold_vector(i, group);

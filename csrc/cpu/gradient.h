@@ -30,7 +30,7 @@ template <Soft kSoft, Hard kHard, DType kDType>
 __attribute__((noinline)) void combine(const GradientBlock& block, const BlockCoefficients& coefficients) {
   const GradientBlock b = block;
   const BlockCoefficients c = coefficients;
-  const auto combine_vector = [&](int i) {
+  const auto combine_vector = [&](int64_t i) {
     const Vec e = load(b.exp_s + i);
     Vec v{};
     if constexpr (kSoft == Soft::kWholeFirst) v = (e - load(b.second + i) * c.other) * c.scale;
@@ -39,7 +39,7 @@ __attribute__((noinline)) void combine(const GradientBlock& block, const BlockCo
     if constexpr (kHard == Hard::kAtTAnd1) v += load(b.exp_s_t1 + i) * c.hard_t1;
     write<kDType>(b.to + i * bytes_of(kDType), v);
   };
-  int i = 0;
+  int64_t i = 0;
   for (; i + 2 * kLanes <= b.end; i += 2 * kLanes) {
     __builtin_prefetch(b.exp_s + i + kAhead);
     if constexpr (kSoft != Soft::kNone) __builtin_prefetch(b.second + i + kAhead);

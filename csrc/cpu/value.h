@@ -25,9 +25,9 @@ __attribute__((noinline)) void add_block(PairState& pair, Divergence divergence,
   const PairNumbers c = numbers;
   const float gap = c.log_sum_s - c.log_sum_t;
   Vec phi{}, q_psi{};
-  for (int first = 0; first < end; first += kGroup) {
+  for (int64_t first = 0; first < end; first += kGroup) {
     Vec group_phi{}, group_q_psi{};
-    for (int i = first; i < std::min(first + kGroup, end); i += kLanes) {
+    for (int64_t i = first; i < std::min<int64_t>(first + kGroup, end); i += kLanes) {
       __builtin_prefetch(q + i + kAhead);
       __builtin_prefetch(p + i + kAhead);
       const Vec p_i = rounded_product(load(p + i), share_t), q_i = rounded_product(load(q + i), share_s);
