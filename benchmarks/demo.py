@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks import pages
+from benchmarks import demo_tables, pages
 from kdkernels.trainer import report
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,11 +47,48 @@ def beside_plain(students: dict, way: str) -> list[str]:
     ]
 
 
+def outcomes(results: dict[str, dict]) -> str:
+    """Where each way ends at equal tokens, and what one seed of it is worth."""
+    lines = []
+    for way in (way for way in report.STUDENTS if way != "plain"):
+        gains = {
+            name: result["students"]["plain"]["validation_loss"] - result["students"][way]["validation_loss"]
+            for name, result in results.items()
+            if way in result["students"]
+        }
+        said = [
+            f"{abs(gain):.3f} {'ahead' if gain > 0 else 'behind'} on `make {name}`"
+            for name, gain in gains.items()
+        ]
+        if said:
+            lines.append(f"{report.STUDENTS[way]} ends {' and '.join(said)}")
+    without = [f"`make {name}`" for name, result in results.items() if "co" not in result["students"]]
+    missing = f" The committed run of {' and '.join(without)} has no co." if without else ""
+    return (
+        f"In validation loss, beside the student without a teacher: {'; '.join(lines)}. Each is one seed.{missing}"
+        f"{shared(results)}"
+    )
+
+
+def shared(results: dict[str, dict]) -> str:
+    names = [f"`make {name}`" for name, result in results.items() if "beside" in report.machine(result)]
+    if not names:
+        return ""
+    return f" {' and '.join(names)} shared the cores with other programs, so times and their ratios are rough; losses are unaffected."
+
+
 def committed() -> dict[str, str]:
     """Part of the page -> its text, of every demo whose result is committed."""
     paths = {name: RESULTS / f"{name}-cpu.json" for name in DEMOS}
     results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-    return {"demo-choice": choice(results), **{name: text(result) for name, result in results.items()}}
+    spreads = [spread for spread in map(demo_tables.spread, DEMOS) if spread]
+    if spreads:
+        spreads.insert(0, "Over seeds, mean ± standard deviation:")
+    return {
+        "demo-choice": "\n\n".join([choice(results), outcomes(results), *spreads]),
+        **{name: text(result) for name, result in results.items()},
+        **{f"{name}-sweep": demo_tables.text(name) for name in DEMOS},
+    }
 
 
 def main() -> None:

@@ -1,153 +1,166 @@
-"""``python -m benchmarks.demo_sweep FOLDER PART ...``: what the small demo's settings were chosen by, and its spread over seeds.
+"""``python -m benchmarks.demo_sweep FOLDER PART ...``: what the demos leave open, by runs that differ from a demo's in a few options.
 
-FOLDER is that of a finished ``make demo``: its tokenizer and teacher serve every run here. Each part is a list of runs
-that differ from the demo's in a few options; finished ones are reused. What was measured goes into
-``benchmarks/results/demo-sweep-cpu.json`` and from there into docs/demonstration.md.
+FOLDER is that of a finished ``make demo`` or ``make demo-real``: its tokenizer, text and teacher serve every run, and a
+run in which nothing is different is the demo's own. The parts are in :mod:`benchmarks.demo_runs`. Finished runs are
+reused, a stopped one goes on, and each row is kept as soon as it is measured: in
+``benchmarks/results/demo-sweep-cpu.json`` or ``demo-real-sweep-cpu.json``, from which docs/demonstration.md is filled.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import shutil
+import time
+from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+from transformers import set_seed
 from transformers.utils import logging
 
-from benchmarks import pages
-from kdkernels.trainer import compare, judge, train
+from benchmarks import demo, pages
+from benchmarks.demo_runs import DEMO, NARROW, PARTS, TARGETS, TEXT, Part, Run
+from benchmarks.demo_tables import load, path_of
+from kdkernels.commands import cache
+from kdkernels.teacher_cache import TeacherCache
+from kdkernels.trainer import compare, data, judge, train
 from kdkernels.trainer.command_line import resolve
-from kdkernels.trainer.report import STUDENTS
-from kdkernels.trainer.settings import Settings
+from kdkernels.trainer.reliable import write_whole
+from kdkernels.trainer.settings import SCRATCH, WAYS, Settings
 
-RESULT = Path(__file__).parent / "results" / "demo-sweep-cpu.json"
-WAYS = ("plain", "soft", "hard", "co")
-#: Part -> (the demo's stage, what is different) of every run.
-PARTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "seeds": [(way, {"seed": seed} if seed else {}) for seed in (None, 43, 44) for way in WAYS],
-    "schedules": [
-        ("co", {"soft_schedule": name})
-        for name in ("constant", "linear", "warmup_stable_decay", "teacher_loss")
-    ],
-    "rates": [
-        (way, {"learning_rate": rate, "warmup_steps": warmup})
-        for way in WAYS
-        for rate, warmup in ((1e-3, 0.1), (2e-3, 0.1), (3e-3, 0.1), (2e-3, 0))
-    ],
-    "sizes": [
-        ("plain", {"student": student, "learning_rate": rate, "max_steps": steps})
-        for student in ("tiny", "small")
-        for rate in (1e-3, 2e-3)
-        for steps in (400, 1200)
-    ],
-}
+#: Ids that the cache keeps of the teacher's distribution.
+TOP_K = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="a demo's output folder")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all of the demo's")
     folder, parts = vars(parser.parse_args()).values()
     logging.disable_progress_bar()
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if folder is not None:
-        demo = json.loads((folder / compare.COMPARISON).read_text())
-        options = {name: value for name, value in demo["settings"].items() if name != "mode"}
-        settings = resolve("compare", {**options, "output_dir": str(folder)})
-        result["environment"] = compare.environment(settings)
-        for part in parts or PARTS:
-            result[part] = measured(part, settings)
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    pages.fill("demo-sweep", text(result))
+        finished = Demo(folder)
+        there = PARTS[finished.name]
+        if unknown := set(parts) - set(there):
+            parser.error(f"{finished.name} has no part {', '.join(unknown)}; it has {', '.join(there)}")
+        for part in parts or there:
+            finished.measure(part)
+    for name, text in demo.committed().items():
+        pages.fill(name, text)
 
 
-def measured(part: str, settings: Settings) -> list[dict[str, Any]]:
-    """A row for each of its runs. Where nothing is different, it is the demo's own."""
-    stages, rows = compare.plan(settings), []
-    given = train.ingredients(stages["soft"])
-    for number, (way, changed) in enumerate(PARTS[part], 1):
-        stage = varied(stages[way], part, changed)
-        compare.run_stage(number, len(PARTS[part]), f"{way} {named(changed)}", stage)
-        row: dict[str, Any] = {"way": way, **changed, **compare.speed(stage)}
-        if part == "seeds":
-            row |= judged(given, stage, settings.compare.judged_prompts)
-        else:
-            row["validation_loss"] = json.loads((stage.output_dir / train.RESULT).read_text())["eval_hard"]
-        rows.append(row)
-    return rows
+class Demo:
+    """A finished demo."""
 
+    def __init__(self, folder: Path) -> None:
+        values = json.loads((folder / compare.COMPARISON).read_text())["settings"]
+        options = {name: value for name, value in values.items() if name != "mode"}
+        self.settings = resolve("compare", {**options, "ways": list(WAYS), "output_dir": str(folder)})
+        self.name = "demo" if self.settings.model.teacher in SCRATCH else "demo-real"
+        self.stages = compare.plan(self.settings)
+        if "longer" in options["ways"]:
+            self.stages["longer"] = compare.longer(self.stages)
 
-def varied(stage: Settings, part: str, changed: dict[str, Any]) -> Settings:
-    if not changed:
-        return stage
-    folder = stage.output_dir.parent / "sweep" / part / f"{stage.output_dir.name}-{named(changed)}"
-    resume = (folder / train.CONFIG).exists()
-    return resolve(stage.mode, {**stage.asked, **changed, "output_dir": str(folder), "resume": resume})
+    @cached_property
+    def given(self) -> train.Ingredients:
+        return train.ingredients(self.stages["soft"])
 
+    @cached_property
+    def teacher(self) -> Any:
+        return self.given.teacher()
 
-def named(changed: dict[str, Any]) -> str:
-    return "-".join(f"{name}-{value}" for name, value in changed.items())
+    def measure(self, name: str) -> None:
+        """A row for each run of a part, kept as soon as it is there."""
+        part = PARTS[self.name][name]
+        if name == "cache":
+            self.keep(name, "written", self.write_cache())
+        if name == "sizes":
+            self.write_narrow()
+        for number, run in enumerate(part.runs, 1):
+            stage = self.varied(run, name)
+            compare.run_stage(number, len(part.runs), run.name, stage)
+            self.keep(name, run.name, self.row(stage, part))
 
+    def keep(self, part: str, name: str, value: dict[str, Any]) -> None:
+        result = load(self.name)
+        result["environment"] = compare.environment(self.settings)
+        result.setdefault(part, {})[name] = value
+        write_whole(path_of(self.name), json.dumps(result, indent=1) + "\n")
 
-def judged(given: Any, stage: Settings, prompts: int) -> dict[str, Any]:
-    path = stage.output_dir / compare.JUDGED
-    if not path.exists():
-        row = judge.judged(given, given.teacher(), compare.model_folder(stage), prompts)
-        path.write_text(json.dumps(row, indent=1))
-    return json.loads(path.read_text())
+    def varied(self, run: Run, part: str) -> Settings:
+        stage = self.stages[run.way]
+        changed = {name: self.placed(value) for name, value in run.changed.items()}
+        if all(stage.asked[name] == value for name, value in changed.items()):
+            return stage
+        folder = self.settings.output_dir / "sweep" / part / run.name
+        own = {"output_dir": str(folder), "resume": (folder / train.CONFIG).exists()}
+        return resolve(stage.mode, {**stage.asked, **changed, **own})
 
+    def placed(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.placed(each) for each in value]
+        return value.replace(DEMO, str(self.settings.output_dir)) if isinstance(value, str) else value
 
-# -- on the page --------------------------------------------------------------------------------------
+    def row(self, stage: Settings, part: Part) -> dict[str, Any]:
+        """What a run cost and came to, by the demo's own held-out text."""
+        options = {name: stage.asked[name] for name in part.options if name in stage.to_dict()}
+        row = {"options": options, **compare.speed(stage)}
+        if not part.judged:
+            return {
+                **row,
+                "validation_loss": json.loads((stage.output_dir / train.RESULT).read_text())["eval_hard"],
+            }
+        path = stage.output_dir / compare.JUDGED
+        if not path.exists():
+            prompts = self.settings.compare.judged_prompts
+            judged = judge.judged(self.given, self.teacher, compare.model_folder(stage), prompts)
+            write_whole(path, json.dumps(judged, indent=1))
+        return {**row, **json.loads(path.read_text())}
 
-#: Title -> the number of a row of ``seeds``.
-SPREAD = {
-    "validation loss": lambda row: row["validation_loss"],
-    "KL to teacher": lambda row: row["kl_to_teacher"],
-    "top-1 agreement": lambda row: row["agreement"],
-    "calibration error": lambda row: row["calibration_error"],
-    "teacher's loss on what it writes": lambda row: row["writes"]["sampled"],
-}
+    def write_cache(self) -> dict[str, Any]:
+        """The teacher's targets over as much text as a student reads: what they took and what they take."""
+        text, targets = Path(self.placed(TEXT)), Path(self.placed(TARGETS))
+        done = targets.with_name("written.json")
+        if not done.exists():
+            shutil.rmtree(targets, ignore_errors=True)  # half a cache has no time
+            stage = self.stages["soft"]
+            self.write_text(text)
+            settings = cache.CacheSettings(
+                teacher=str(stage.model.teacher),
+                out=str(targets),
+                top_k=TOP_K,
+                tokenizer=stage.model.tokenizer,
+                dtype=stage.model.dtype,
+            )
+            start = time.perf_counter()
+            cache.run(settings, dataclasses.replace(stage.data, data=[str(text)]))
+            seconds, written = time.perf_counter() - start, TeacherCache(targets)
+            size = {"bytes_per_token": written.bytes / written.tokens, "tokens": written.tokens}
+            write_whole(done, json.dumps({"top_k": TOP_K, "seconds": seconds, **size}))
+        return json.loads(done.read_text())
 
+    def write_narrow(self) -> None:
+        """Students from scratch whose first weights have transformers' deviation, the same for all widths."""
+        for path, size in NARROW.items():
+            folder = Path(self.placed(path))
+            if not folder.exists():
+                model = self.given.model(size, self.settings.run.seed)
+                model.config.initializer_range = type(model.config)().initializer_range
+                set_seed(self.settings.run.seed)
+                type(model)(model.config).save_pretrained(folder)
+                self.given.tokenizer.save_pretrained(folder)
 
-def text(result: dict[str, Any]) -> str:
-    tables = [TABLES[part](result[part]) for part in TABLES if part in result]
-    return "\n\n".join(tables)
+    def write_text(self, path: Path) -> None:
+        """Pieces from all over the demo's training text, each a sequence with its end of text; and the share that is held out."""
+        run, share = self.settings.run, self.settings.data.validation_share
+        batch = run.train_batch_size * run.gradient_accumulation_steps
+        pieces = data.limited(self.given.train, round(run.max_steps * batch / (1 - share)) + 1)
+        texts = [self.given.tokenizer.decode(ids[:-1]) for ids, _ in pieces.rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-
-def spread(rows: list[dict[str, Any]]) -> str:
-    seeds = len(rows) // len({row["way"] for row in rows})
-    lines = [f"| mean ± standard deviation of {seeds} seeds | {' | '.join(SPREAD)} |"]
-    lines.append("|---" * (len(SPREAD) + 1) + "|")
-    for way in dict.fromkeys(row["way"] for row in rows):
-        numbers = [[number(row) for row in rows if row["way"] == way] for number in SPREAD.values()]
-        cells = [f"{mean(values):.3f} ± {stdev(values):.3f}" for values in numbers]
-        lines.append(f"| {STUDENTS[way]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def losses(title: str) -> Any:
-    def table(rows: list[dict[str, Any]]) -> str:
-        options = [
-            name
-            for name in ("student", "soft_schedule", "learning_rate", "warmup_steps", "max_steps")
-            if name in rows[0]
-        ]
-        lines = [f"| {title} | {' | '.join(options)} | validation loss |", "|---" * (len(options) + 2) + "|"]
-        for row in rows:
-            cells = " | ".join(str(row[name]) for name in options)
-            lines.append(f"| {STUDENTS[row['way']]} | {cells} | {row['validation_loss']:.3f} |")
-        return "\n".join(lines)
-
-    return table
-
-
-TABLES = {
-    "seeds": spread,
-    "schedules": losses("soft weight"),
-    "rates": losses("learning rate"),
-    "sizes": losses("model and budget"),
-}
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ PAGES = {
     "demo-choice": ROOT / "docs" / "demonstration.md",
     "demo-real": ROOT / "docs" / "demonstration.md",
     "demo-sweep": ROOT / "docs" / "demonstration.md",
+    "demo-real-sweep": ROOT / "docs" / "demonstration.md",
     "integrations": ROOT / "docs" / "trainers.md",
     "sampled-kl": ROOT / "docs" / "on-policy-and-drafts.md",
     "bias": ROOT / "docs" / "sparse-targets.md",
@@ -22,12 +23,13 @@ PAGES = {
 
 
 def with_part(page: str, name: str, text: str) -> str:
-    """``page`` with ``text`` between the markers of the part ``name``."""
+    """``page`` with ``text``, which may be empty, between the markers of the part ``name``."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin not in page or end not in page:
         raise ValueError(f"the page has no {begin} ... {end} to put the text between")
     before, rest = page.split(begin, 1)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
+    inner = f"{text}\n" if text else ""
+    return f"{before}{begin}\n{inner}{end}{rest.split(end, 1)[1]}"
 
 
 def fill(name: str, text: str) -> None:

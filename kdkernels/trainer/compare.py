@@ -138,15 +138,8 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
     print(
         f"{heading}: {what}; {settings.run.max_steps:,} steps, in {settings.output_dir}{going_on}", flush=True
     )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([train.__name__])
-    process = context.Process(target=_stage, args=(settings.mode, settings.asked))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise UserError(
-            f"{name} did not finish (exit code {process.exitcode}); run the same command again to go on"
-        )
+    if code := exit_code(settings):
+        raise UserError(f"{name} did not finish (exit code {code}); run the same command again to go on")
     result = json.loads((settings.output_dir / train.RESULT).read_text())
     print(
         f"{heading}: done in {result['seconds'] + result['writing_seconds']:.0f} s, "
@@ -154,6 +147,16 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
         flush=True,
     )
     return False
+
+
+def exit_code(settings: Settings) -> int | None:
+    """Of a stage, in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([train.__name__])
+    process = context.Process(target=_stage, args=(settings.mode, settings.asked))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def _stage(mode: str, asked: dict[str, Any]) -> None:

@@ -45,15 +45,15 @@ def table(comparison: Row) -> str:
     """The teacher and every student; no cell where nothing was measured."""
     students = {STUDENTS[name]: row for name, row in comparison["students"].items()}
     columns = {
-        title: cell for title, cell in COLUMNS.items() if any(_cell(cell, row) for row in students.values())
+        title: cell for title, cell in COLUMNS.items() if any(cell_of(cell, row) for row in students.values())
     }
     lines = [f"| student | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in {"*the teacher*": comparison["teacher"], **students}.items():
-        lines.append(f"| {name} | {' | '.join(_cell(cell, row) for cell in columns.values())} |")
+        lines.append(f"| {name} | {' | '.join(cell_of(cell, row) for cell in columns.values())} |")
     return "\n".join(lines)
 
 
-def _cell(cell: Callable[[Row], str], row: Row) -> str:
+def cell_of(cell: Callable[[Row], str], row: Row) -> str:
     try:
         return cell(row)
     except KeyError:  # the teacher has no budget of its own; a way may not have been measured in all respects
