@@ -143,10 +143,6 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     own, _ = exchange.placed(own, None)
     vocab = common_vocab(own, None, options["vocab_size"])
     place = exchange.place(own, None, vocab)
-    if place is not None and place.own_tokens:
-        raise ValueError(
-            "token_log_probs needs the same tokens on all ranks, got a Shard of tokens='sharded'"
-        )
     needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in own.tensors]
     if options["inplace"] and any(needs_grad):
         check_inplace(own.tensors)
@@ -171,10 +167,11 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
 
 def _signature(call: _Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group."""
-    _, _, spec, vocab, _, chunk_bytes, needs_grad, gradient_tolerance = call.static
+    _, _, spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
+    place = exchange.Place.from_text(shard)
     return {
-        "tokens": list(call.own.leading),
-        "ids": list(call.ids.shape),
+        "tokens": None if place is not None and place.own_tokens else list(call.own.leading),
+        "ids": call.ids.shape[-1],
         "outputs": spec,
         "vocabulary": vocab,
         "chunk_bytes": chunk_bytes,

@@ -168,6 +168,22 @@ OWN = [
     Case("three divergences", dict(shape=(15,), **HEADS), THREE, "several", ranks=3),
     Case("sparse", dict(shape=(15,), student="head"), dict(hard_weight=0.5), tail="bucket", ranks=3),
     Case("stored", dict(shape=(15,), student="head"), dict(reduction="none"), tail="conditional", ranks=2),
+    Case(
+        "policies",
+        dict(shape=(15,), softcap=5.0, **HEADS),
+        dict(temperature=per_token(0.5).flatten(), return_stats=True),
+        "token_log_probs",
+        ranks=3,
+    ),
+    Case(
+        "policies, sum",
+        dict(shape=(15,), **HEADS),
+        dict(chunk_bytes=3000, return_stats=True),
+        "token_log_probs",
+        ranks=4,
+        shard=dict(data_parallel="sum"),
+        split="empty",
+    ),
 ]
 DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels", "ids"]
 POLICIES = [
@@ -350,6 +366,14 @@ def test_collectives_are_counted(kind, name, gathers, sums, outcomes):
         assert calls == [("all_gather", size) for size in gathers] + [("all_reduce", size) for size in sums]
 
 
+def test_collectives_of_own_tokens_are_counted(outcomes):
+    """The tokens' number, what is said of them, hidden states and ids; a backward gathers what arrives as well."""
+    tokens = ["all_gather"] * 4
+    for made in of(outcomes, ("own tokens", "policies")):
+        calls = [name for name, _ in made.calls if name != "all_gather_object"]
+        assert calls == [*tokens, "all_gather", "all_reduce", *tokens, "all_gather", "reduce_scatter"]
+
+
 SENT = {
     "`ForwardKL`, `ReverseKL`": [
         Spec(kind=kd.ForwardKL.code, asked=Asked.SOFT),
@@ -410,11 +434,12 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
             teacher = problem.side(
                 [problem.teacher[0][here].double(), *(t.double() for t in problem.teacher[1:])]
             )
+        own = shard_cases.of_tokens(dataclasses.replace(case, options=options), here)
         with kd.use_backend("reference"):
-            (loss,), _ = shard_cases.call(
-                dataclasses.replace(case, options=options), student, teacher, problem.labels[here]
-            )
+            (loss,), stats = shard_cases.call(own, student, teacher, problem.labels[here])
         assert torch.allclose(outcome.losses[0].double(), loss, rtol=1e-5, atol=2e-6)
+        for mine, true in zip(outcome.stats or [], stats or [], strict=True):
+            assert torch.allclose(mine.double(), true.double(), rtol=1e-5)
         hidden, *shard = torch.autograd.grad((loss * shard_cases.arriving(loss)).sum(), leaves)
         mine = outcome.gradients[0][0]
         assert mine.shape == hidden[here].shape
@@ -424,6 +449,14 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
     for at, truth in enumerate(zip(*shards), 1):
         mine = torch.cat([outcome.gradients[0][at] for outcome in parts])
         assert relative(mine, sum(truth) / divisor) < 4e-6
+
+
+def test_own_tokens_of_two_losses_and_of_a_frozen_head(outcomes):
+    for first, truth, of_frozen, second in of(outcomes, "own tokens twice"):
+        for mine, true in zip(first, truth, strict=True):
+            assert true.norm() > 1e-3 or not true.numel()
+            assert not true.numel() or relative(mine, true) < 4e-6
+        assert all(map(torch.equal, first, second)) and torch.equal(of_frozen, first[0])
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2", "FSDP2 with tied embeddings"])

@@ -379,8 +379,11 @@ class OwnTokens:
             return heard
         return torch.cat([part[:count] for part, count in zip(heard.split(max(self.most, 1)), self.counts)])
 
-    def own(self, everybody: Tensor) -> Tensor:
-        return everybody.split(self.counts)[self.rank]
+    @property
+    def rows(self) -> slice:
+        """Where this rank's tokens are among everybody's."""
+        start = sum(self.counts[: self.rank])
+        return slice(start, start + self.counts[self.rank])
 
     def sum_own(self, parts: Tensor) -> Tensor:
         """This rank's tokens of the sum over all ranks of ``parts``."""

@@ -26,12 +26,12 @@ from ..backends.row_state import COLUMNS, RowState, first_pass, new_state
 from ..backends.sparse_rows import WholeRow, gather_stored, top_token, whole_row
 from ..backends.spec import OUTPUTS, Asked, Output, Spec
 from .dtypes import wide
-from .exchange import Exchange
+from .exchange import Exchange, OwnTokens
 from .layout import flat
 from .request import Request, loss_dtype
 from .rows import HeadRows
 from .tiles import SLOT_BYTES, Chunk, PerRow, Tiles, Writer, projected, rows_of
-from .walk import fold_losses
+from .walk import fold_losses, with_everybodys_tokens
 
 
 class Values(NamedTuple):
@@ -51,6 +51,9 @@ class Finished(NamedTuple):
     #: [N, H]: the lm_head times the softmax of the ids' others, over T; [0] where more than hidden states learns
     others_rows: Tensor
     entropy_rows: Tensor  # [N, H]: the lm_head times the entropy's gradient; [0] if not asked either
+
+    def at(self, rows: slice | Tensor) -> Finished:
+        return Finished(*(t[rows] if t.dim() > 1 else t for t in self))
 
 
 def empty(request: Request) -> tuple[Values, Finished]:
@@ -77,8 +80,17 @@ def empty(request: Request) -> tuple[Values, Finished]:
 
 def values(request: Request) -> tuple[Values, Finished]:
     """Of a request whose teacher is [ids ``[N, K]``]."""
+    request, exchange = with_everybodys_tokens(request)
+    made, finished = _values(request, exchange)
+    if exchange is None or exchange.own_tokens is None:
+        return made, finished
+    mine = exchange.own_tokens.rows
+    return Values(*(t[mine].clone() for t in made)), Finished(*(t.clone() for t in finished.at(mine)))
+
+
+def _values(request: Request, exchange: Exchange | None) -> tuple[Values, Finished]:
     ids, place = distinct_ids(request.teacher[0])
-    tiles, live = _tiles(request, ids, request.weights)
+    tiles, live = _tiles(request, exchange, ids, request.weights)
     spec = student_spec(request.spec)
     backend = tiles.serving(spec)
     _cut(tiles, backend)
@@ -113,13 +125,16 @@ def gradients(
 ) -> list[Tensor]:
     """Those that are needed. ``arriving`` ``[N, K]`` is for the log-probabilities; the entropy's is a column of the
     request's weights. ``grad``: a buffer ``[..., V]`` for the gradient of given logits."""
+    request, exchange = with_everybodys_tokens(request)
+    if exchange is not None and exchange.own_tokens is not None:
+        arriving, finished = _gathered(arriving, finished, exchange.own_tokens)
     ids, place = distinct_ids(request.teacher[0])
     weights = _weights(request, arriving, place)
     if request.only_hidden_learns:  # nothing is projected, so nobody waits to know which tokens are live
         return [_hidden_gradient(request, ids, weights, finished)]
-    tiles, live = _tiles(request, ids, weights.rows, grad)
+    tiles, live = _tiles(request, exchange, ids, weights.rows, grad)
     if live is not None:
-        weights, finished = weights.at(live), Finished(*(t[live] if t.dim() > 1 else t for t in finished))
+        weights, finished = weights.at(live), finished.at(live)
     spec = student_spec(request.spec)._replace(stats=0)
     backend = tiles.serving(spec)
     _cut(tiles, backend)
@@ -130,11 +145,20 @@ def gradients(
     return tiles.student.gradients()
 
 
+def _gathered(arriving: Tensor, finished: Finished, own: OwnTokens) -> tuple[Tensor, Finished]:
+    """Of the tokens of all ranks. They travel together: fp64 holds the stored logits' bits."""
+    state, stored = finished.state, finished.stored
+    told = own.gather(torch.cat([arriving, state, stored.double()], 1))
+    parts = told.split([arriving.shape[1], state.shape[1], stored.shape[1]], 1)
+    arriving, state, everybodys = (part.contiguous() for part in parts)
+    gathered = finished._replace(state=state, stored=everybodys.to(stored.dtype))
+    return arriving / own.averaged_over, gathered  # as the request's weights are
+
+
 def _tiles(
-    request: Request, ids: Tensor, weights: Tensor, grad: Tensor | None = None
+    request: Request, exchange: Exchange | None, ids: Tensor, weights: Tensor, grad: Tensor | None = None
 ) -> tuple[Tiles, Tensor | None]:
     """(the student's tiles, the tokens that an lm_head projects; None: all, or there is no lm_head)."""
-    exchange = None if request.place is None else Exchange(request.place)
     tolerance = request.gradient_tolerance
     student = rows_of(request.student, request.columns_here, request.needs_grad, grad, exchange, tolerance)
     rows, live = PerRow(request.labels, request.temperature, weights, ids), None
@@ -244,8 +268,7 @@ def _hidden_gradient(request: Request, ids: Tensor, weights: _Weights, finished:
     given = PerRow(request.labels, request.temperature, request.weights, ids)
     for start in range(0, len(made), step):
         rows = slice(start, start + step)
-        some = Finished(*(t[rows] for t in finished))
-        made[rows] = _hidden_rows(request, weight, given.at(rows), weights.at(rows), some)
+        made[rows] = _hidden_rows(request, weight, given.at(rows), weights.at(rows), finished.at(rows))
     return made
 
 

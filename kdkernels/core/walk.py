@@ -46,12 +46,9 @@ def walk(request: Request, grads: Gradients, merged: Merged | None = None) -> li
 
     ``grads``: buffers ``[..., V]`` for the gradients of given logits; an lm_head's are made here.
     """
-    place = request.place
-    exchange = None if place is None else Exchange(place)
-    own = None if exchange is None else exchange.gather_tokens(len(request.weights), request.weights.device)
-    if own is not None:
-        request = _gathered(request, own)
-    elif exchange is not None:
+    request, exchange = with_everybodys_tokens(request)
+    own = None if exchange is None else exchange.own_tokens
+    if exchange is not None and own is None:
         exchange.merged = merged
     student, teacher = sources(request, grads, exchange)
     sides = [student] if teacher is None else [student, teacher]
@@ -63,13 +60,23 @@ def walk(request: Request, grads: Gradients, merged: Merged | None = None) -> li
         everywhere = results.new_zeros(request.weights.shape[0], results.shape[1])
         results = everywhere.index_copy_(0, live, results)
     if own is not None:
-        results = own.own(results).clone()
+        results = results[own.rows].clone()
     return [results, *(g for side in sides for g in side.gradients())]
 
 
 def _per_row(request: Request) -> PerRow:
     ids, values = request.teacher if request.spec.tail else (None, None)
     return PerRow(request.labels, request.temperature, request.weights, ids, values)
+
+
+def with_everybodys_tokens(request: Request) -> tuple[Request, Exchange | None]:
+    """(the request, the exchanges of its walk; None: the whole vocabulary is here). Where each rank has tokens of its
+    own, the request's are those of all ranks."""
+    if request.place is None:
+        return request, None
+    exchange = Exchange(request.place)
+    own = exchange.gather_tokens(len(request.weights), request.weights.device)
+    return (request if own is None else _gathered(request, own)), exchange
 
 
 def _gathered(request: Request, own: OwnTokens) -> Request:

@@ -8,7 +8,7 @@ import datetime
 import functools
 import os
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,11 +88,16 @@ def part(tensors, bounds, rank, head, shard):
     return leaves, kd.LinearHead(*leaves, shard=shard, **head)
 
 
-def policy_loss(student, teacher, labels, **options):
-    """Of each token: the log-probabilities of two ids, and the entropy."""
+def policy(student, labels, **options):
+    """Of each token: the log-probabilities of two ids and the entropy as a loss, and the statistics."""
     second = torch.where(labels == -100, labels, (7 * labels + 3) % VOCAB)
     made = kd.token_log_probs(student, torch.stack([labels, second], -1), entropy=True, **options)
-    return 0.5 * made.log_probs[..., 1] - made.log_probs[..., 0] - 0.3 * made.entropy
+    loss = 0.5 * made.log_probs[..., 1] - made.log_probs[..., 0] - 0.3 * made.entropy
+    return loss, [made.logsumexp, made.top1]
+
+
+def policy_loss(student, teacher, labels, **options):
+    return policy(student, labels, **options)[0]
 
 
 def several(student, teacher, labels, **options):
@@ -103,7 +108,8 @@ def several(student, teacher, labels, **options):
 def call(case, student, teacher, labels):
     """[losses], statistics."""
     if case.loss == "token_log_probs":
-        return [policy_loss(student, teacher, labels, **case.options)], None
+        loss, stats = policy(student, labels, **case.options)
+        return [loss], stats
     if case.loss == "several":
         return [several(student, teacher, labels, **case.options)], None
     if case.loss == "cross_entropy":
@@ -138,20 +144,20 @@ class counted:
         "all_gather_object",
         "all_gather_single",
         "all_gather_into_tensor",
-        "reduce_scatter_tensor",
     )
 
     def __enter__(self):
         self.calls = []
         self.kept = {(dist, name): getattr(dist, name) for name in self.NAMES if hasattr(dist, name)}
-        self.kept[exchange, "_all_gather"] = exchange._all_gather
+        for name in ("_all_gather", "_reduce_scatter"):
+            self.kept[exchange, name] = getattr(exchange, name)
         for (module, name), function in self.kept.items():
             setattr(module, name, self.noting(name.removeprefix("_"), function))
         return self.calls
 
     def noting(self, name, function):
         def noted(*args, **kwargs):
-            given = args[-1] if name.startswith("all_gather") else args[0]
+            given = args[0] if name == "all_reduce" else args[-1]
             size = given.numel() * given.element_size() if isinstance(given, torch.Tensor) else 0
             self.calls.append((name, size))
             return function(*args, **kwargs)
@@ -300,10 +306,17 @@ def own_target(target, here):
     return kd.SparseTarget(target.ids[here], target.logprobs[here], mask=mask, tail=target.tail)
 
 
+def of_tokens(case, here):
+    """The case, with the numbers of these tokens where they differ by token."""
+    options = {n: v[here] if isinstance(v, torch.Tensor) else v for n, v in case.options.items()}
+    return replace(case, options=options)
+
+
 def own_tokens(case, group):
     """What this rank makes of its own tokens; what arrives differs by token where the losses do."""
     problem, bounds, rank = case.made(), case.bounds(), dist.get_rank(group)
     tokens = slice(*token_bounds(case.ranks)[rank : rank + 2])
+    case = of_tokens(case, tokens)
     shard = kd.Shard(group, tokens="sharded", **case.shard)
     sides = []
     for tensors in (problem.student, problem.teacher):
@@ -312,13 +325,37 @@ def own_tokens(case, group):
         else:
             sides.append(part([tensors[0][tokens], *tensors[1:]], bounds, rank, problem.head, shard))
     with counted() as calls:
-        (loss,), _ = call(case, sides[0][1], sides[1][1], problem.labels[tokens])
+        (loss,), stats = call(case, sides[0][1], sides[1][1], problem.labels[tokens])
         gradients = torch.autograd.grad((loss * arriving(loss)).sum(), sides[0][0])
-    return Outcome([loss.detach()], [list(gradients)], None, calls)
+    return Outcome([loss.detach()], [list(gradients)], stats, calls)
 
 
 def arriving(loss):
     return torch.arange(1, loss.numel() + 1).view(loss.shape) if loss.dim() else 3.0
+
+
+def own_tokens_twice(group):
+    """(dH of this rank's tokens and dW of its shard, those of one process in fp64, dH of a frozen lm_head, the second
+    dH, dW from the same loss) where a policy and its cross entropy use one head."""
+    rank, labels = dist.get_rank(group), torch.tensor([0, 4, -100, 9, 14, 2, 7])
+    mine, part = slice(*[0, 4, 4, 7][rank : rank + 2]), slice(5 * rank, 5 * rank + 5)
+    whole = [leaf(7, 6), leaf(15, 6, seed=1)]
+    hidden, weight = (t.detach()[s].clone().requires_grad_() for t, s in zip(whole, (mine, part)))
+    shard = kd.Shard(group, tokens="sharded", data_parallel="sum")
+
+    def loss(head, labels):
+        each = kd.token_log_probs(head, labels, entropy=True)
+        return (each.entropy - 2 * each.log_probs).sum() + kd.cross_entropy(head, labels, reduction="sum")
+
+    head = kd.LinearHead(hidden, weight, shard=shard)
+    own = loss(head, labels[mine])
+    first, second = (torch.autograd.grad(own, [hidden, weight], retain_graph=again) for again in (True, False))
+    frozen = loss(kd.LinearHead(hidden, weight.detach(), shard=shard), labels[mine])
+    (of_frozen,) = torch.autograd.grad(frozen, hidden)
+    doubles = [t.detach().double().requires_grad_() for t in whole]
+    with kd.use_backend("reference"):
+        truth = torch.autograd.grad(loss(kd.LinearHead(*doubles), labels), doubles)
+    return first, [truth[0][mine], truth[1][part]], of_frozen, second
 
 
 def body():
@@ -679,6 +716,7 @@ OTHERS = {
     "global_tokens": counted_tokens,
     "nan": nan,
     "twice": twice,
+    "own tokens twice": own_tokens_twice,
     "own dH": own_dh,
     "unbroken": functools.partial(sharded, BROKEN),
     **{f"mistake: {mistake}": functools.partial(mistaken, mistake) for mistake in MISTAKES},
