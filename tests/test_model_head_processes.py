@@ -46,6 +46,58 @@ def head_gradient(model, run, labels):
     return getattr(gradient, "full_tensor", lambda: gradient)().clone()
 
 
+def llama(seed, width=32):
+    """With an lm_head of its own, and 49 rows: 25 and 24."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**{**CONFIG, "vocab_size": 49, "hidden_size": width, "head_dim": 8})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gathered(model):
+    return {
+        name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters()
+    }
+
+
+def lm_heads_stay_sharded(rank, ids, labels):
+    """Gradients of a body and its lm_head, of the mean over 6 and 2 tokens, and those of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    mine, kept, seen = {"input_ids": ids[rank : rank + 1]}, labels[rank : rank + 1], []
+    alone, others = [llama(0), llama(1, 16)], [llama(0), llama(1, 16)]
+    for model in others:
+        for unit in (model.lm_head, *model.model.layers, model):
+            fully_shard(unit)
+
+    def loss(models, inputs, labels, keep_sharded, scale=1.0):
+        options = dict(divergence=kd.JSD(0.3), hard_weight=0.5, num_items=8)
+
+        def distil(student, teacher):
+            seen.append(student.vocab_size)
+            return scale * kd.distillation_loss(student, teacher, labels, **options)
+
+        student, teacher = models
+        with torch.no_grad():
+            said = call_through_head(teacher, inputs, lambda head: head, keep_sharded=keep_sharded)
+        return call_through_head(student, inputs, lambda head: distil(head, said), keep_sharded=keep_sharded)
+
+    for _ in range(2):  # gradients of micro-batches add up
+        loss(alone, {"input_ids": ids}, labels, False).backward()
+        loss(others, mine, kept, True, scale=2).backward()
+    assert seen == [49, (25, 24)[rank]] * 2
+    truth, made = gathered(alone[0]), gathered(others[0])
+    for name, gradient in truth.items():
+        assert gradient.norm() > 1e-4, name
+        assert (made[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+    tied, together = capped(), llama(0)
+    for model in (tied, together):
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"fully_shard\(model.lm_head\) before"):
+            call_through_head(model, mine, lambda head: head.hidden.sum(), keep_sharded=True)
+        assert model.lm_head is model.get_output_embeddings() and hasattr(model.lm_head, "weight")
+
+
 def on_rank(rank, store, ids, labels):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mine, kept = {"input_ids": ids[rank : rank + 1]}, labels[rank : rank + 1]
@@ -84,6 +136,9 @@ def on_rank(rank, store, ids, labels):
     wrong = fully_shard(wrong)
     with pytest.raises(ValueError, match="does more than hidden @ weight.T"):
         check_head(wrong)
+    uneven = labels.clone()
+    uneven[1, 2:] = -100
+    lm_heads_stay_sharded(rank, ids, uneven)
     dist.barrier()  # both came here
     dist.destroy_process_group()
 

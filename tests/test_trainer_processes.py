@@ -28,6 +28,16 @@ from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
 from kdkernels.trainer.reliable import STAGING, checkpoints, read_metrics  # noqa: E402
 
+#: Prints how many rows of an lm_head a loss is given of one that stays sharded.
+SAYS_ROWS = """
+import kdkernels.integrations.model_head as model_head
+sharded_head = model_head._sharded_head
+def said(*arguments):
+    head = sharded_head(*arguments)
+    print(f"{head.vocab_size} rows\\n", end="")  # one piece, for both processes write
+    return head
+model_head._sharded_head = said
+"""
 #: Ends the process by SIGKILL: {step} forwards into training, or while {name} is written for the {count}th time.
 KILLER = """
 import os, signal, sys, torch
@@ -252,6 +262,30 @@ def test_tensor_parallel_processes_do_what_one_does(micro_models, untied_models,
         assert ("model/lm_head.weight" in theirs) == (name == "untied")
         for key, tensor in theirs.items():
             torch.testing.assert_close(ours[key], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_lm_heads_that_stay_sharded_do_what_one_process_does(untied_models, uneven, tmp_path):
+    """FSDP2 leaves 152 and 151 rows of both lm_heads where they are, in training and evaluation."""
+    script = tmp_path / "main.py"
+    script.write_text(SAYS_ROWS + FSDP_ON_CPU)
+    student, teacher = untied_models
+
+    def values(folder, **more):
+        more = dict(student=student, teacher=teacher, hard_weight=0.5, **uneven, **more)
+        return options(tmp_path / folder, **more)
+
+    shared = values(
+        "shared", per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True, use_cpu=None
+    )
+    run = process(json.dumps([["train", "soft", *flags(shared)]]), torchrun=True, script=script)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("152 rows") == run.stdout.count("151 rows") > 2 * 2 * 4
+    train.run(resolve("soft", values("alone", per_device_train_batch_size=8)))
+    assert_same_metrics(tmp_path / "shared", tmp_path / "alone")
+    ours, theirs = (weights(tmp_path / folder / "model") for folder in ("shared", "alone"))
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=2e-5)
 
 
 SHARDED = {  # name -> mode and options; LoRA on the lm_head is what shards could break first

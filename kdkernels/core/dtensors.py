@@ -65,8 +65,8 @@ def _head(role: str, given: LinearHead) -> LinearHead:
             f"{role}'s hidden is a DTensor {_shown(hidden)}, sharded over H; on a mesh dimension it needs Replicate, or "
             "shards of the tokens"
         )
-    own_tokens = hidden.placements[dim].is_shard()
-    shard = even_shard(weight.device_mesh.get_group(dim), weight.shape[0], own_tokens)
+    options = {"tokens": "sharded", "data_parallel": "sum"} if hidden.placements[dim].is_shard() else {}
+    shard = even_shard(weight.device_mesh.get_group(dim), weight.shape[0], **options)
     own_bias = None if bias is None else bias.to_local()
     return LinearHead(
         hidden.to_local(), weight.to_local(), own_bias, given.logit_scale, given.softcap, shard=shard

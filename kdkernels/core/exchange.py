@@ -151,14 +151,13 @@ def _joined(told: list[tuple[int | None, int]]) -> tuple[Range, ...]:
 
 
 @functools.cache
-def even_shard(group: Any, vocab: int, own_tokens: bool = False) -> Shard:
-    """The Shard of torch.chunk's parts, which all ranks know without asking. Ranks with tokens of their own are those
-    of sequence parallelism."""
+def even_shard(group: Any, vocab: int, **options: Any) -> Shard:
+    """The Shard of torch.chunk's parts, which all ranks know without asking. ``options``: :class:`Shard`'s."""
     ranks = dist.get_world_size(group)
     each = -(-vocab // ranks)
     ranges = tuple((min(rank * each, vocab), min(rank * each + each, vocab)) for rank in range(ranks))
     start, stop = ranges[dist.get_rank(group)]
-    shard = Shard(group, tokens="sharded", data_parallel="sum") if own_tokens else Shard(group)
+    shard = Shard(group, **options)
     shard.known.update(width=stop - start, ranges=ranges)
     return shard
 

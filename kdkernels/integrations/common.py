@@ -1,10 +1,13 @@
-"""What the drop-ins share: the ignored label, and lm_heads as trainers hold them (sharded, or in another dtype)."""
+"""What the drop-ins share: the ignored label, lm_heads as trainers hold them (sharded, or in another dtype), and a
+module's forward replaced for one call."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..heads import LinearHead
 
@@ -39,6 +42,20 @@ def replicated(hidden: Tensor, weight: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """``module(...)`` runs ``function`` between the module's own hooks."""
+    own = module.__dict__.get("forward")
+    module.forward = function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[assignment]
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_map) -> LinearHead:

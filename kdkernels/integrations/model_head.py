@@ -3,7 +3,8 @@
 The model runs its own forward, with everything that it takes (images, audio, position ids) and does before its
 lm_head. Only the lm_head's forward is replaced, for the length of one call: it hands hidden states and weight to the
 loss instead of projecting. FSDP, FSDP2 and ZeRO-3 gather weights around a module's forward, so they work, and
-nothing here knows of them. A tensor-parallel lm_head stays in shards, and the loss is that of DTensors.
+nothing here knows of them. A tensor-parallel lm_head stays in shards, and the loss is that of DTensors. So does one that
+FSDP2 shards by itself, where that is asked for: another module then stands in its place, whose forward gathers nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from transformers.utils import TransformersKwargs
 
 import kdkernels as kd
 
-from .common import replicated, whole
+from ..core.exchange import even_shard
+from .common import forward_as, is_dtensor, replicated, whole
 
 #: Of float32 logits. Those of half precision differ by their rounding.
 TOLERANCE = 1e-3
@@ -58,6 +60,8 @@ def call_through_head(
     inputs: dict[str, Any],
     function: Callable[[kd.LinearHead], Any],
     with_router: Callable[[Any, Tensor], Any] | None = None,
+    *,
+    keep_sharded: bool = False,
 ) -> Any:
     """``function(LinearHead)`` of a causal LM, called inside its lm_head's forward, in a call of ``model`` itself.
 
@@ -73,10 +77,15 @@ def call_through_head(
         with_router: takes what ``function`` returned and a mixture of experts' load balancing loss, times its
             coefficient, and gives what is returned, as ``torch.add`` does. Called where the model has such a loss,
             which is where its config says ``output_router_logits=True``; without it that loss is left out.
+        keep_sharded: under FSDP2 hand over this rank's rows of the lm_head, as FSDP2 has them, with a
+            ``Shard(tokens="sharded")``: neither the whole weight nor its whole gradient is made. The lm_head must be
+            a unit of its own over all ranks with other tokens, ``fully_shard(model.lm_head)`` before
+            ``fully_shard(model)``. A teacher's head beside it must be handed over so as well.
 
     Raises:
         ValueError: a model whose logits are not those of a linear head (:func:`check_head`, which its first call
-            runs), an input that its forward does not name, a compiled ``model``.
+            runs), an input that its forward does not name, a compiled ``model``; ``keep_sharded`` of an lm_head that is
+            no such unit, tied to embeddings, or adapted.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
@@ -90,14 +99,15 @@ def call_through_head(
     logit_map = _logit_maps.get(causal_lm) or check_head(model)
 
     def forward(hidden: Tensor) -> tuple[Any, Tensor]:
-        linear = _linear_head(head, hidden, logit_map)
+        linear = (_sharded_head if keep_sharded else _linear_head)(head, hidden, logit_map)
         return function(linear), hidden.new_zeros(1, 1, linear.vocab_size)
 
     def finish(result: Any, output: Any) -> Any:
         router = None if with_router is None else _router_loss(causal_lm, output)
         return result if router is None else with_router(result, router)  # type: ignore[misc]
 
-    return _run(model, own, causal_lm, head, inputs, forward, finish)
+    with _replaced(causal_lm, head) if keep_sharded else contextlib.nullcontext(head) as called:
+        return _run(model, own, causal_lm, called, inputs, forward, finish)
 
 
 def check_head(model: nn.Module) -> LogitMap:
@@ -245,17 +255,14 @@ def _router_loss(causal_lm: Any, output: Any) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """``module(...)`` runs ``function`` between the module's own hooks."""
-    own = module.__dict__.get("forward")
-    module.forward = function  # type: ignore[assignment]
+def _replaced(causal_lm: Any, head: nn.Module) -> Iterator[nn.Module]:
+    """An empty module in the lm_head's place: FSDP2's hooks, which gather, are those of the lm_head."""
+    empty = nn.Module()
+    causal_lm.set_output_embeddings(empty)
     try:
-        yield
+        yield empty
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[assignment]
+        causal_lm.set_output_embeddings(head)
 
 
 # -- the lm_head -------------------------------------------------------------------------------------
@@ -266,6 +273,23 @@ def _linear_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHea
     return kd.LinearHead(
         replicated(hidden, weight), weight, bias, logit_scale=logit_map.scale, softcap=logit_map.softcap
     )
+
+
+def _sharded_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHead:
+    """This rank's rows, as FSDP2 has them. Their gradient is a mean over the ranks, as FSDP2's own are."""
+    weight: Any
+    bias: Any
+    weight, bias = _plain_weights(head)
+    if not is_dtensor(weight) or len(weight.placements) > 1 or not weight.placements[0].is_shard(0):
+        how = f"a DTensor {weight.placements}" if is_dtensor(weight) else "gathered with other modules"
+        raise ValueError(
+            f"keep_sharded needs an lm_head that FSDP2 shards by itself over one mesh dimension, and this one is {how}; "
+            "call fully_shard(model.lm_head) before fully_shard(model), with embeddings of their own"
+        )
+    shard = even_shard(weight.device_mesh.get_group(), weight.shape[0], tokens="sharded")
+    rows = weight.to_local().to(hidden.dtype)
+    own_bias = None if bias is None else bias.to_local().to(hidden.dtype)
+    return kd.LinearHead(hidden, rows, own_bias, logit_map.scale, logit_map.softcap, shard)
 
 
 def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ weights around a module's forward (FSDP, FSDP2, ZeRO-3) works.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Callable
 
 import torch
@@ -119,10 +120,13 @@ class DistillationTrainer(Trainer):
             "gradient_tolerance": gradient_tolerance,
         }
         self.tail = tail
+        self.keep_sharded = self._lm_heads_can_stay_sharded(teacher)
         self.teacher = None if teacher is None else self._placed(teacher)
         for each in (self.model, self.teacher):
             if isinstance(each, PreTrainedModel) and weights_are_here(each):
                 check_head(each)  # else their first forward does
+        if self.keep_sharded:
+            self._shard_lm_head(self.model)
         if self.args.torch_compile:
             self._compile_below_the_head()
         self._sums = _Sums()
@@ -137,7 +141,9 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             return None
         with torch.no_grad():
-            return call_through_head(self.teacher, model_inputs(inputs), outliving)
+            return call_through_head(
+                self.teacher, model_inputs(inputs), outliving, keep_sharded=self.keep_sharded
+            )
 
     def student_call(
         self,
@@ -150,7 +156,11 @@ class DistillationTrainer(Trainer):
         target = self.teacher_target(inputs)
         model = getattr(model, "_orig_mod", model)  # see _compile_below_the_head
         return call_through_head(
-            model, model_inputs(inputs), lambda head: function(head, target), with_router
+            model,
+            model_inputs(inputs),
+            lambda head: function(head, target),
+            with_router,
+            keep_sharded=self.keep_sharded,
         )
 
     def batch_loss(self, student: kd.LinearHead, target: Any, labels: Tensor, num_items: Any) -> Tensor:
@@ -315,11 +325,37 @@ class DistillationTrainer(Trainer):
             )
         causal_lm.base_model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
+    def _lm_heads_can_stay_sharded(self, teacher: Any) -> bool:
+        """Under FSDP2, where both models have an lm_head of their own with as many rows: no rank then gathers them."""
+        if not (self.is_fsdp_enabled and self.accelerator.is_fsdp2):
+            return False
+        plugin = self.accelerator.state.fsdp_plugin
+        offloads = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+        several = self.accelerator.torch_device_mesh is not None  # mesh dimensions
+        if plugin.cpu_ram_efficient_loading or offloads or several:
+            return False
+        heads = [_own_lm_head(each) for each in (self.model, teacher) if each is not None]
+        return None not in heads and len({head.weight.shape[0] for head in heads}) == 1  # type: ignore[union-attr]
+
+    def _shard_lm_head(self, model: Any) -> None:
+        """By itself, before accelerate shards it together with the last norm."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        head, policy = (
+            model.get_output_embeddings(),
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy,
+        )
+        if self.accelerator.mixed_precision != "no" and head.weight.requires_grad:
+            head.float()  # as accelerate does with what learns
+        fully_shard(head, mp_policy=policy or MixedPrecisionPolicy())
+
     def _placed(self, teacher: Any) -> nn.Module:
         teacher.requires_grad_(False).eval()
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+            if self.keep_sharded:
+                self._shard_lm_head(teacher)
             return fsdp2_prepare_model(self.accelerator, teacher)
         if _is_partitioned(teacher):
             return _inference_engine(teacher, self.accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -338,13 +374,22 @@ def outliving(head: kd.LinearHead) -> kd.LinearHead:
     returned: DeepSpeed would leave it gathered from then on.
     """
     bias = None if head.bias is None else head.bias.detach()
-    return kd.LinearHead(head.hidden, head.weight.detach(), bias, head.logit_scale, head.softcap)
+    return replace(head, weight=head.weight.detach(), bias=bias)
+
+
+def _own_lm_head(model: Any) -> nn.Linear | None:
+    """An lm_head that is a plain Linear and is not tied to embeddings."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    own = type(head) is nn.Linear and head.weight is not getattr(embeddings, "weight", None)
+    return head if own else None  # type: ignore[return-value]
 
 
 def row_of(head: Any, row: int) -> Any:
     if isinstance(head, kd.SparseTarget):
         return head[row]
-    return kd.LinearHead(head.hidden[row], head.weight, head.bias, head.logit_scale, head.softcap)
+    return replace(head, hidden=head.hidden[row])
 
 
 class _Sums:
