@@ -533,6 +533,14 @@ def test_megatrons_cross_entropy(outcomes):
             assert true_gradient.norm() > 1e-3 and relative(gradient, true_gradient) < 1e-6
 
 
+def test_megatrons_output_layer(outcomes):
+    for made in of(outcomes, "Megatron's output"):
+        for loss, gradients, truth, true_gradients in made:
+            assert torch.allclose(loss, truth, rtol=1e-5)
+            for mine, true in zip(gradients, true_gradients, strict=True):
+                assert true.norm() > 1e-3 and relative(mine, true) < 1e-6
+
+
 def test_other_projects_losses_of_split_logits(outcomes):
     for made in of(outcomes, "split logits"):
         for name, loss, gradient, truth, true_gradient in made:

@@ -349,7 +349,9 @@ def own_tokens_twice(group):
 
     head = kd.LinearHead(hidden, weight, shard=shard)
     own = loss(head, labels[mine])
-    first, second = (torch.autograd.grad(own, [hidden, weight], retain_graph=again) for again in (True, False))
+    first, second = (
+        torch.autograd.grad(own, [hidden, weight], retain_graph=again) for again in (True, False)
+    )
     frozen = loss(kd.LinearHead(hidden, weight.detach(), shard=shard), labels[mine])
     (of_frozen,) = torch.autograd.grad(frozen, hidden)
     doubles = [t.detach().double().requires_grad_() for t in whole]
@@ -647,6 +649,46 @@ def megatrons(group):
     return made
 
 
+def megatrons_output(group):
+    """(token losses [b, s], dH of this rank's tokens, dW and db of its rows, those of the formula on the whole) of an output
+    layer's hook, with all tokens on every rank and under sequence parallelism."""
+    rank, made = dist.get_rank(group), []
+    whole = [leaf(6, 2, 5), leaf(15, 5, seed=1), leaf(15, seed=2)]
+    labels = torch.tensor([[0, 4, 5, -100, 9, 10], [14, 1, 2, 3, -100, 7]])
+    upstream = torch.arange(1.0, 13.0).view(2, 6)
+    hook = megatron.output_processor(
+        lambda head, labels: kd.cross_entropy(head, labels, label_smoothing=0.2, reduction="none")
+    )
+    logits = torch.nn.functional.linear(*whole)
+    truth = torch.nn.functional.cross_entropy(
+        logits.permute(1, 2, 0), labels, label_smoothing=0.2, reduction="none"
+    )
+    true = torch.autograd.grad((truth * upstream).sum(), whole)
+    rows = slice(5 * rank, 5 * rank + 5)
+    for sequence_parallel in (False, True):
+        here = slice(2 * rank, 2 * rank + 2) if sequence_parallel else slice(None)
+        hidden, weight, bias = (
+            t.detach()[at].clone().requires_grad_() for t, at in zip(whole, (here, rows, rows))
+        )
+        layer = SimpleNamespace(
+            weight=None,
+            bias=bias,
+            skip_bias_add=False,
+            tp_group=group,
+            sequence_parallel=sequence_parallel,
+            allreduce_dgrad=not sequence_parallel,
+            config=SimpleNamespace(defer_embedding_wgrad_compute=False),
+        )
+        loss = hook(
+            hidden_states=hidden, output_layer=layer, output_weight=weight, labels=labels, context=None
+        )
+        own = torch.autograd.grad((loss * upstream).sum(), [hidden, weight, bias])
+        made.append((loss.detach(), own, truth.detach(), [true[0][here], true[1][rows], true[2][rows]]))
+    layer.config.defer_embedding_wgrad_compute = True
+    assert "set it to False" in told(lambda: megatron.output_head(hidden, layer), "")[1]
+    return made
+
+
 def of_split_logits(group):
     """(name, this rank's loss and gradient, those of the formula on the whole) of losses that take DTensors or ranks."""
     rank, mesh = dist.get_rank(group), DeviceMesh.from_group(group, "cpu")
@@ -702,6 +744,7 @@ def killed(rank, folder):
 OTHERS = {
     "mistake in sparse targets": mistaken_sparse,
     "Megatron": megatrons,
+    "Megatron's output": megatrons_output,
     "ModelOpt": modelopt_losses,
     "split logits": of_split_logits,
     "dtensors": dtensors,
