@@ -1,11 +1,20 @@
 """Losses whose vocabulary is shared out over 2, 3 and 4 gloo processes, against the fp64 oracle of the whole."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import shard_cases
+import shard_dtensors
+import shard_mistakes
+import shard_own_tokens
+import shard_processes
+import shard_projects
+import shard_properties
+import shard_refusals
+import shard_training
 import torch
 import torch.multiprocessing as mp
 from problems import assert_exact, assert_refused, relative
@@ -221,6 +230,38 @@ REFUSED = [
 ]
 
 
+#: What is no Case: the name, and what each of three ranks makes.
+OTHERS = {
+    "mistake in sparse targets": shard_mistakes.mistaken_sparse,
+    "Megatron": shard_projects.megatrons,
+    "Megatron's output": shard_projects.megatrons_output,
+    "ModelOpt": shard_projects.modelopt_losses,
+    "split logits": shard_projects.of_split_logits,
+    "dtensors": shard_dtensors.dtensors,
+    "dtensors of own tokens": shard_dtensors.dtensors_of_own_tokens,
+    "autocast": shard_properties.autocast,
+    "heads of meshes": shard_dtensors.heads_of_meshes,
+    "refused dtensors": shard_refusals.refused_dtensors,
+    "compiled": shard_properties.compiled,
+    **{
+        f"trained by {wrapper}": functools.partial(shard_training.trained, wrapper)
+        for wrapper in ("DDP", "FSDP2")
+    },
+    "trained by FSDP2 with tied embeddings": shard_training.trained_with_tied_embeddings,
+    "reshard_head": shard_properties.resharded,
+    "global_tokens": shard_properties.counted_tokens,
+    "nan": shard_properties.nan,
+    "twice": shard_properties.twice,
+    "own tokens twice": shard_own_tokens.own_tokens_twice,
+    "own dH": shard_properties.own_dh,
+    "unbroken": functools.partial(shard_cases.sharded, shard_mistakes.BROKEN),
+    **{
+        f"mistake: {mistake}": functools.partial(shard_mistakes.mistaken, mistake)
+        for mistake in shard_mistakes.MISTAKES
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     everything = [
@@ -237,12 +278,12 @@ def outcomes(tmp_path_factory):
         for kind, cases in everything
         for case in cases
     ]
-    given += [(("refused", name), 3, shard_cases.refused, name) for name in REFUSED]
-    given += [(("own tokens", case.name), case.ranks, shard_cases.own_tokens, case) for case in OWN]
-    given += [(("different", name), 3, shard_cases.other_arguments, name) for name in DIFFERENT]
-    given += [("two dimensions", 4, shard_cases.two_dimensions)]
-    given += [(name, 3, function) for name, function in shard_cases.OTHERS.items()]
-    return shard_cases.run(tmp_path_factory.mktemp("shards"), given)
+    given += [(("refused", name), 3, shard_refusals.refused, name) for name in REFUSED]
+    given += [(("own tokens", case.name), case.ranks, shard_own_tokens.own_tokens, case) for case in OWN]
+    given += [(("different", name), 3, shard_refusals.other_arguments, name) for name in DIFFERENT]
+    given += [("two dimensions", 4, shard_dtensors.two_dimensions)]
+    given += [(name, 3, function) for name, function in OTHERS.items()]
+    return shard_processes.run(tmp_path_factory.mktemp("shards"), given)
 
 
 def of(outcomes, key):
@@ -423,24 +464,24 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
     """As if the lm_head were whole on every rank, and its gradient averaged or summed over the ranks."""
     parts, problem = of(outcomes, ("own tokens", case.name)), case.made()
     options = {name: value for name, value in case.options.items() if name != "chunk_bytes"}
-    bounds, shards = shard_cases.token_bounds(case.ranks), []
+    bounds, shards = shard_own_tokens.token_bounds(case.ranks), []
     for rank, outcome in enumerate(parts):
         here = slice(bounds[rank], bounds[rank + 1])
         leaves = [t.double().requires_grad_() for t in problem.student]
         student = problem.side([leaves[0][here], *leaves[1:]])
         if case.tail:
-            teacher = shard_cases.own_target(problem.target, here)
+            teacher = shard_own_tokens.own_target(problem.target, here)
         else:
             teacher = problem.side(
                 [problem.teacher[0][here].double(), *(t.double() for t in problem.teacher[1:])]
             )
-        own = shard_cases.of_tokens(dataclasses.replace(case, options=options), here)
+        own = shard_own_tokens.of_tokens(dataclasses.replace(case, options=options), here)
         with kd.use_backend("reference"):
             (loss,), stats = shard_cases.call(own, student, teacher, problem.labels[here])
         assert torch.allclose(outcome.losses[0].double(), loss, rtol=1e-5, atol=2e-6)
         for mine, true in zip(outcome.stats or [], stats or [], strict=True):
             assert torch.allclose(mine.double(), true.double(), rtol=1e-5)
-        hidden, *shard = torch.autograd.grad((loss * shard_cases.arriving(loss)).sum(), leaves)
+        hidden, *shard = torch.autograd.grad((loss * shard_own_tokens.arriving(loss)).sum(), leaves)
         mine = outcome.gradients[0][0]
         assert mine.shape == hidden[here].shape
         assert not mine.numel() or relative(mine, hidden[here]) < 4e-6
@@ -550,7 +591,9 @@ def test_other_projects_losses_of_split_logits(outcomes):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_an_error(tmp_path):
-    ranks = [mp.get_context("spawn").Process(target=shard_cases.killed, args=(r, tmp_path)) for r in range(2)]
+    ranks = [
+        mp.get_context("spawn").Process(target=shard_processes.killed, args=(r, tmp_path)) for r in range(2)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -586,10 +629,10 @@ def test_dh_is_left_to_the_caller(outcomes):
         assert "all_reduce" not in calls
 
 
-@pytest.mark.parametrize("mistake", shard_cases.MISTAKES)
+@pytest.mark.parametrize("mistake", shard_mistakes.MISTAKES)
 def test_a_mistake_is_seen(mistake, outcomes):
     """The comparison fails where the code is broken on purpose."""
-    parts, case = of(outcomes, f"mistake: {mistake}"), shard_cases.BROKEN
+    parts, case = of(outcomes, f"mistake: {mistake}"), shard_mistakes.BROKEN
     problem = case.made()
     oracle, plain = problem.oracle(**case.options), problem.plain(**case.options)
     with pytest.raises(AssertionError):
@@ -598,14 +641,17 @@ def test_a_mistake_is_seen(mistake, outcomes):
 
 
 def test_a_mistake_in_sparse_targets_is_seen(outcomes):
-    parts, case = of(outcomes, "mistake in sparse targets"), shard_cases.BROKEN_SPARSE
+    parts, case = of(outcomes, "mistake in sparse targets"), shard_mistakes.BROKEN_SPARSE
     truth, _ = case.made().oracle(**case.options)
     assert not torch.allclose(parts[0].losses[0].double(), truth, rtol=1e-2)
 
 
 def test_the_broken_case_is_right_when_whole(outcomes):
-    parts, problem = of(outcomes, "unbroken"), shard_cases.BROKEN.made()
-    oracle, plain = problem.oracle(**shard_cases.BROKEN.options), problem.plain(**shard_cases.BROKEN.options)
+    parts, problem = of(outcomes, "unbroken"), shard_mistakes.BROKEN.made()
+    oracle, plain = (
+        problem.oracle(**shard_mistakes.BROKEN.options),
+        problem.plain(**shard_mistakes.BROKEN.options),
+    )
     (loss,) = same_on_all_ranks(parts)
     assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
 

@@ -1,0 +1,110 @@
+"""Calls that no rank may serve, and what each rank says."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from shard_processes import leaf, patched, told
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import kdkernels as kd
+from kdkernels.backends import eager, native
+
+
+def refused(name, group):
+    """(type of the error, its message, what it should say) of a call that no rank may serve."""
+    rank, shard = dist.get_rank(group), kd.Shard(group)
+    student, labels = kd.ShardedLogits(leaf(3, 5), shard), torch.tensor([0, 6, 14])
+    teacher = kd.ShardedLogits(leaf(3, 5), kd.Shard(group))
+
+    def call():
+        return kd.kl_div(student, teacher, labels)
+
+    pattern = ""
+    if name == "another width":
+        call()
+        student, pattern = kd.ShardedLogits(leaf(3, 6 if rank == 1 else 5), shard), "rank 1|first used for 5"
+    elif name == "a whole teacher":
+        teacher, pattern = leaf(3, 15), "the student is sharded over the vocabulary, the teacher is not"
+    elif name == "another range of the teacher":
+        teacher = kd.ShardedLogits(leaf(3, 7 if rank == 0 else 4), kd.Shard(group))
+        pattern = r"rank 0 has the ids 0\.\.4 of the student and 0\.\.6 of the teacher; .*reshard_head"
+    elif name == "a gap":
+        student, pattern = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, start=6 * rank)), "5 is followed by 6"
+    elif name == "starts on one rank only":
+        student = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, start=0 if rank == 0 else None))
+        pattern = "on all ranks of the group or on none"
+    elif name == "an empty vocabulary":
+        student, pattern = kd.ShardedLogits(leaf(3, 0), kd.Shard(group)), "empty vocabulary"
+    elif name == "a backend that fails on one rank":
+        pattern = "rank 1 of the shard's group failed" if rank != 1 else "out of memory"
+        if rank == 1:
+            with (
+                patched(native, "accumulate", failing),
+                patched(eager, "accumulate", failing),
+            ):
+                return told(call, pattern)
+    elif name == "logits of own tokens":
+        student = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, tokens="sharded"))
+        return told(lambda: kd.cross_entropy(student, labels), "needs hidden states")
+    elif name == "two kinds of shards":
+        teacher = kd.ShardedLogits(leaf(3, 5), kd.Shard(group, reduce_hidden=False))
+        pattern = "two different reduce_hidden"
+    elif name == "the oracle":
+        with kd.use_backend("reference"):
+            return told(call, "whole vocabularies")
+    elif name == "create_graph":
+        loss = call()
+        return told(lambda: torch.autograd.grad(loss, student.logits, create_graph=True), "create_graph")
+    return told(call, pattern)
+
+
+def failing(*args, **kwargs):
+    raise RuntimeError("out of memory")
+
+
+def other_arguments(name, group):
+    """What ranks say that differ in something, with KDKERNELS_CHECK_RANKS=1."""
+    rank = dist.get_rank(group)
+    tokens, options, dtype, pattern = 3, {}, torch.float32, "rank 1 of the shard's group|differ"
+    if name == "tokens" and rank == 1:
+        tokens = 4
+    elif name == "a number" and rank == 1:
+        options = dict(temperature=-1.0)
+    elif name == "an option" and rank == 1:
+        options = dict(chunk_bytes=1000)
+    elif name == "dtype" and rank == 1:
+        dtype = torch.int64
+    elif name == "labels":
+        options = dict(labels=torch.tensor([4, 7, rank]))
+    pattern = pattern if rank != 1 else "differ|temperature must be|needs fp64"
+    os.environ["KDKERNELS_CHECK_RANKS"] = "1"
+    try:
+        logits = torch.zeros(tokens, 5, dtype=dtype)
+        sides = [kd.ShardedLogits(logits, kd.Shard(group)) for _ in range(2)]
+        if name == "ids":
+            ids = torch.zeros(tokens, 1 + (rank == 1), dtype=torch.int64)
+            return told(lambda: kd.token_log_probs(sides[0], ids), pattern)
+        return told(lambda: kd.kl_div(*sides, **options), pattern)
+    finally:
+        del os.environ["KDKERNELS_CHECK_RANKS"]
+
+
+def refused_dtensors(group):
+    mesh, made = DeviceMesh.from_group(group, "cpu"), []
+
+    def d(*shape, at):
+        return distribute_tensor(torch.randn(shape), mesh, [at])
+
+    labels, group_shard = torch.tensor([0, 3]), kd.Shard(group)
+    for student, pattern in [
+        (lambda: kd.LinearHead(torch.randn(2, 6), d(9, 6, at=Shard(0))), "hidden is a plain Tensor"),
+        (lambda: kd.LinearHead(d(2, 6, at=Shard(1)), d(9, 6, at=Shard(0))), "sharded over H"),
+        (lambda: kd.LinearHead(d(2, 6, at=Partial()), d(9, 6, at=Shard(0))), "is not a shard"),
+        (lambda: kd.LinearHead(d(2, 6, at=Replicate()), d(9, 6, at=Shard(1))), r"needs Shard\(0\)"),
+        (lambda: kd.ShardedLogits(d(2, 9, at=Shard(-1)), group_shard), "say themselves"),
+        (lambda: DTensor.from_local(torch.randn(2, 9), mesh, [Partial()]), "is not a shard"),
+    ]:
+        made.append(told(lambda student=student: kd.cross_entropy(student(), labels), pattern))
+    return made
