@@ -119,6 +119,7 @@ def load_model(
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
                 max_position_embeddings=max(max_length, 2048),
+                initializer_range=hidden**-0.5,  # transformers' 0.02 is for widths of thousands
                 tie_word_embeddings=True,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,

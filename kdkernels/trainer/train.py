@@ -208,7 +208,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(),
     }
     if trainer.eval_dataset:
-        result.update(trainer.evaluate())
+        result.update(last_evaluation(trainer) or trainer.evaluate())
     with models.one_line(f"cannot write {folder / 'model'}"):
         trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
@@ -216,6 +216,15 @@ def run(settings: Settings) -> dict[str, Any]:
     summary.of_result(settings, result)
     trainer.accelerator.wait_for_everyone()  # a process that leaves early would break the others' collectives
     return result
+
+
+def last_evaluation(trainer: ReliableTrainer) -> dict[str, Any] | None:
+    """What the last step came to, if it was evaluated and left the weights as they are now."""
+    last = trainer.state.log_history[::-1]
+    if trainer.args.load_best_model_at_end:
+        return None
+    lines = (line for line in last if line["step"] == trainer.state.global_step and "eval_loss" in line)
+    return next(({name: value for name, value in line.items() if name != "step"} for line in lines), None)
 
 
 def begin_deepspeed_on_cpu() -> None:
