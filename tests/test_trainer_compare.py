@@ -10,6 +10,8 @@ from trainer_runs import WRITES, options, run  # noqa: E402
 
 from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
+from kdkernels.trainer.reliable import read_metrics  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH  # noqa: E402
 
 
 def test_co_goes_on_with_a_teacher_that_is_under_way(tmp_path):
@@ -42,7 +44,9 @@ def test_the_calibration_error_is_how_far_confidence_is_from_being_right():
 
 def test_a_student_is_judged_by_the_whole_of_what_it_says(tmp_path):
     """Against plain softmax over the model's logits."""
-    run("soft", tmp_path)
+    result = run("soft", tmp_path)
+    evaluated = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_hard" in line]
+    assert [line["step"] for line in evaluated] == [4]  # once, although it is the last step too
     given = train.ingredients(resolve("soft", {**options(tmp_path), "resume": True}))
     model = models.load_trained(str(tmp_path / "model"), given.tokenizer, given.settings).eval()
     confidence, right, entropy = [], [], []
@@ -57,7 +61,15 @@ def test_a_student_is_judged_by_the_whole_of_what_it_says(tmp_path):
     expected = judge.binned_error(torch.cat(confidence), torch.cat(right))
     assert row["calibration_error"] == pytest.approx(expected, abs=1e-4) and expected > 0
     assert row["entropy"] == pytest.approx(torch.cat(entropy).mean().item(), rel=1e-4)
+    assert row["validation_loss"] == pytest.approx(result["eval_hard"], rel=1e-6)
     assert set(row["writes"]) == {"greedy", "greedy_agreement", "sampled", "sampled_agreement"}
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_first_weights_are_scaled_by_the_width(name, tokenizer):
+    model = models.load_model(name, tokenizer, dtype="float32", seed=0, max_length=32)
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    assert weight.std().item() == pytest.approx(model.config.hidden_size**-0.5, rel=0.1)
 
 
 def row(loss, **values):
