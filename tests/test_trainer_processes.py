@@ -276,7 +276,12 @@ def test_lm_heads_that_stay_sharded_do_what_one_process_does(untied_models, unev
         return options(tmp_path / folder, **more)
 
     shared = values(
-        "shared", per_device_train_batch_size=2, gradient_accumulation_steps=2, fsdp=True, use_cpu=None
+        "shared",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        fsdp=True,
+        use_cpu=None,
+        keep_sharded=True,
     )
     run = process(json.dumps([["train", "soft", *flags(shared)]]), torchrun=True, script=script)
     assert run.returncode == 0, run.stderr

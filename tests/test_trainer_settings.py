@@ -106,6 +106,7 @@ SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_m
         ("co", {"prompts": 3}, "prompts=3: co has none, it is of hard, compare"),
         ("compare", {"targets": "x"}, "targets=x: compare has none, it is of soft"),
         ("hard", {"tensor_parallel": 2}, "tensor_parallel=2: hard has none, it is of soft"),
+        ("co", {"keep_sharded": True}, "keep_sharded=True: co has none, it is of soft"),
         ("soft", {"tensor_parallel": 0}, "tensor_parallel=0 must be 1 or more"),
         ("soft", {"tensor_parallel": 2}, "tensor_parallel=2: micro is made from scratch"),
         ("soft", {**SHARED, "lora_rank": 2}, "tensor_parallel=2 is of whole models"),

@@ -2,10 +2,12 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 import kdkernels as kd
 
@@ -381,3 +383,31 @@ def test_codistillation_reports_the_statistics_of_distillation():
     torch.testing.assert_close(losses.student, loss)
     for ours, theirs in zip(stats, expected):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_lm_heads_that_cannot_stay_sharded(tmp_path):
+    """Those that can are in tests/test_trainer_processes.py."""
+    with pytest.raises(ValueError, match="keep_sharded=True is of FSDP2"):
+        DistillationTrainer(llama(), arguments(tmp_path), teacher=llama(1), keep_sharded=True)
+
+    def check(student, teacher, **plugin):
+        plugin = dict(cpu_ram_efficient_loading=False, cpu_offload=None) | plugin
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+        accelerator = SimpleNamespace(is_fsdp2=True, state=state, torch_device_mesh=None)
+        trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator, model=student)
+        DistillationTrainer._check_lm_heads_can_stay_sharded(trainer, teacher)
+
+    check(llama(), llama(1))
+    check(llama(), None)
+    for given, says in [
+        ((llama(tie_word_embeddings=True), llama()), "the model's lm_head is tied to its embeddings"),
+        ((llama(), llama(tie_word_embeddings=True)), "the teacher's lm_head is tied to its embeddings"),
+        ((llama(), llama(vocab=VOCAB + 1)), "as many rows, got {'model'"),
+        ((torch.nn.Linear(2, 2), llama()), "plain lm_head of the model, and Linear has none"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            check(*given)
+    with pytest.raises(ValueError, match="goes without cpu_ram_efficient_loading"):
+        check(llama(), llama(1), cpu_ram_efficient_loading=True)
+    with pytest.raises(ValueError, match="goes without offload_params"):
+        check(llama(), llama(1), cpu_offload=CPUOffloadPolicy())

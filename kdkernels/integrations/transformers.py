@@ -57,9 +57,12 @@ class DistillationTrainer(Trainer):
             temperature_squared, soft_weight, hard_weight, label_smoothing, z_loss, vocab_size, chunk_bytes and
             gradient_tolerance.
         tail: of the sparse targets in a batch, as of :class:`kdkernels.SparseTarget`.
+        keep_sharded: under FSDP2 leave the lm_heads in their shards, whole they are on no process: hidden states of
+            all processes travel instead. It pays where all processes' tokens of a micro-batch are fewer than the
+            lm_head's rows. Of plain lm_heads of one size, with embeddings of their own.
 
     Raises:
-        ValueError: an option of Trainer that needs logits, DataParallel, a model whose logits are
+        ValueError: an option of Trainer that needs logits, DataParallel, keep_sharded where it cannot be, a model whose logits are
             not those of a linear head (:func:`check_head`; without its weights here, at its first batch),
             a batch without labels or with an input that a model's forward does not name.
 
@@ -92,6 +95,7 @@ class DistillationTrainer(Trainer):
         chunk_bytes: int | None = None,
         gradient_tolerance: float = 0.0,
         tail: Tail = "bucket",
+        keep_sharded: bool = False,
         **trainer: Any,
     ) -> None:
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
@@ -120,12 +124,14 @@ class DistillationTrainer(Trainer):
             "gradient_tolerance": gradient_tolerance,
         }
         self.tail = tail
-        self.keep_sharded = self._lm_heads_can_stay_sharded(teacher)
+        self.keep_sharded = keep_sharded
+        if keep_sharded:
+            self._check_lm_heads_can_stay_sharded(teacher)
         self.teacher = None if teacher is None else self._placed(teacher)
         for each in (self.model, self.teacher):
             if isinstance(each, PreTrainedModel) and weights_are_here(each):
                 check_head(each)  # else their first forward does
-        if self.keep_sharded:
+        if keep_sharded:
             self._shard_lm_head(self.model)
         if self.args.torch_compile:
             self._compile_below_the_head()
@@ -325,17 +331,24 @@ class DistillationTrainer(Trainer):
             )
         causal_lm.base_model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
-    def _lm_heads_can_stay_sharded(self, teacher: Any) -> bool:
-        """Under FSDP2, where both models have an lm_head of their own with as many rows: no rank then gathers them."""
+    def _check_lm_heads_can_stay_sharded(self, teacher: Any) -> None:
+        """ValueError where they cannot."""
         if not (self.is_fsdp_enabled and self.accelerator.is_fsdp2):
-            return False
+            raise ValueError(
+                "keep_sharded=True is of FSDP2: give fsdp=True with fsdp_version 2, or leave it out"
+            )
         plugin = self.accelerator.state.fsdp_plugin
-        offloads = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
-        several = self.accelerator.torch_device_mesh is not None  # mesh dimensions
-        if plugin.cpu_ram_efficient_loading or offloads or several:
-            return False
-        heads = [_own_lm_head(each) for each in (self.model, teacher) if each is not None]
-        return None not in heads and len({head.weight.shape[0] for head in heads}) == 1  # type: ignore[union-attr]
+        for name, given in (
+            ("cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading),
+            ("offload_params", type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"),
+            ("a mesh of several dimensions", self.accelerator.torch_device_mesh is not None),
+        ):
+            if given:
+                raise ValueError(f"keep_sharded=True goes without {name}; leave one of them out")
+        models = {"model": self.model} if teacher is None else {"model": self.model, "teacher": teacher}
+        rows = {name: _own_lm_head(name, each).weight.shape[0] for name, each in models.items()}
+        if len({*rows.values()}) > 1:
+            raise ValueError(f"keep_sharded=True needs lm_heads of as many rows, got {rows}; leave it out")
 
     def _shard_lm_head(self, model: Any) -> None:
         """By itself, before accelerate shards it together with the last norm."""
@@ -377,13 +390,15 @@ def outliving(head: kd.LinearHead) -> kd.LinearHead:
     return replace(head, weight=head.weight.detach(), bias=bias)
 
 
-def _own_lm_head(model: Any) -> nn.Linear | None:
-    """An lm_head that is a plain Linear and is not tied to embeddings."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    own = type(head) is nn.Linear and head.weight is not getattr(embeddings, "weight", None)
-    return head if own else None  # type: ignore[return-value]
+def _own_lm_head(name: str, model: Any) -> nn.Linear:
+    """The lm_head, which FSDP2 can shard by itself. ValueError if it is adapted or tied to embeddings."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is not nn.Linear:
+        what = f"{type(model).__name__} has none" if head is None else f"it is a {type(head).__name__}"
+        raise ValueError(f"keep_sharded=True needs a plain lm_head of the {name}, and {what}; leave it out")
+    if head.weight is getattr(model.get_input_embeddings(), "weight", None):
+        raise ValueError(f"keep_sharded=True: the {name}'s lm_head is tied to its embeddings; leave it out")
+    return head
 
 
 def row_of(head: Any, row: int) -> Any:

@@ -83,6 +83,10 @@ class ModelSettings:
     tensor_parallel: int = option(
         1, "processes of torchrun that share every layer and both lm_heads, by transformers' tp_plan"
     )
+    keep_sharded: bool = option(
+        False,
+        "with --fsdp: lm_heads stay in shards; pays if all processes' tokens of a step are fewer than their rows",
+    )
 
     @property
     def pretrained(self) -> list[str]:
@@ -260,7 +264,7 @@ PARTS = {
 FIELDS = {each.name: each for part in PARTS.values() for each in dataclasses.fields(part)}
 #: Options that some modes alone have: a soft term, a teacher that trains, a teacher that writes.
 _MODES_OF: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("targets", "tensor_parallel"), ("soft",)),
+    **dict.fromkeys(("targets", "tensor_parallel", "keep_sharded"), ("soft",)),
     **dict.fromkeys(
         ("divergence", "temperature", "temperature_squared", "soft_weight", "hard_weight"),
         ("soft", "co", "on_policy", "compare"),

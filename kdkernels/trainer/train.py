@@ -88,6 +88,7 @@ def soft(given: Ingredients) -> ReliableTrainer:
         given.student(),
         given.settings.run,
         teacher=given.teacher(),
+        keep_sharded=given.settings.model.keep_sharded,
         **given.loss_options(),
         **given.trainer_options(),
     )
@@ -101,6 +102,7 @@ def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
         given.student(),
         given.settings.run,
         teacher=None,
+        keep_sharded=given.settings.model.keep_sharded,
         **given.loss_options(),
         **with_targets(targets, given.trainer_options()),
     )
