@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -116,19 +117,28 @@ def extensions():
     from torch.utils.cpp_extension import BuildExtension, CppExtension, library_paths
 
     class PerFileFlags(BuildExtension):
-        """Gives each rows_<isa>.cpp its own -m flags, and goes on without the extension if it fails."""
+        """Gives each rows_<isa>.cpp its own -m flags, compiles files side by side (MAX_JOBS at once, as many as there are
+        cores), and goes on without the extension if it fails."""
 
         def build_extensions(self):
-            original = self.compiler._compile
-
-            def compile_one(obj, src, ext, cc_args, extra_postargs, pp_opts):
-                original(obj, src, ext, cc_args, list(extra_postargs) + isa_flags(src), pp_opts)
-
-            self.compiler._compile = compile_one
             for one in list(self.extensions):
                 if one.name == "kdkernels._cuda":
                     self.add_kernels(one)
-            super().build_extensions()
+            compile_all, original, running = self.compiler.compile, self.compiler._compile, []
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+
+                def begin_one(obj, src, ext, cc_args, extra_postargs, pp_opts):
+                    flags = list(extra_postargs) + isa_flags(src)
+                    running.append(pool.submit(original, obj, src, ext, cc_args, flags, pp_opts))
+
+                def compile_and_wait(*arguments, **options):
+                    objects = compile_all(*arguments, **options)
+                    while running:
+                        running.pop().result()
+                    return objects
+
+                self.compiler._compile, self.compiler.compile = begin_one, compile_and_wait
+                super().build_extensions()
 
         def add_kernels(self, one):
             """Without the kernels the rest is still built."""

@@ -135,12 +135,22 @@ def publish(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for path in [options.result] if options.result else committed():
         result = load(path)
+        if result["suite"] == "shards":
+            return publish_shards(result)
         (RESULTS / f"{result['suite']}.json").write_text(json.dumps(result, indent=1) + "\n")
         written = write_report(result, RESULTS, f"{result['suite']}-", pages.IMAGES)
         print("written:", ", ".join(str(p) for p in written))
     for name, text in report.parts([load(path) for path in committed()]).items():
         pages.fill(name, text)
         print(pages.PAGES[name].name, "has the figures of", ", ".join(path.name for path in committed()))
+    return 0
+
+
+def publish_shards(result: dict[str, Any]) -> int:
+    from benchmarks import pages, shards
+
+    (RESULTS / "shards.json").write_text(json.dumps(result, indent=1) + "\n")
+    pages.fill("shards", shards.page(result))
     return 0
 
 

@@ -12,7 +12,7 @@ from benchmarks.variants import Variant, our_loss
 from kdkernels.testing import relative
 
 #: Rows do not know of each other, so a few at the full vocabulary and width show the error of all.
-TOKENS = 32
+TOKENS = 16
 #: Beyond this a variant computes something else, and its time says nothing about this loss.
 ANOTHER_LOSS = 0.5
 

@@ -35,7 +35,8 @@ class Case:
     ``teacher_width`` for the teacher (None: the same). ``masked`` is the share of tokens whose label
     is -100. ``top_k`` > 0: of the teacher only its so many most probable entries are known, and the
     rest is one bucket. ``compiled`` are the losses whose plain formula is also timed under torch.compile, which
-    costs a compilation each. ``plot`` names the curves that this case is a point of, "tokens" or "vocabulary";
+    costs a compilation each. ``plain`` are those whose plain formula is timed at all (None: every one): at the largest
+    sizes it takes seconds a step. ``plot`` names the curves that this case is a point of, "tokens" or "vocabulary";
     a case that is there for its curves only is no ``headline``, and not in README. ``peers`` False
     leaves the other libraries out. ``peaked``: both heads know how frequent each token is, as a language model's do,
     so that most columns hardly matter; our losses are timed with a gradient_tolerance too.
@@ -51,6 +52,7 @@ class Case:
     masked: float = 0.0
     top_k: int = 0
     compiled: tuple[str, ...] = ()
+    plain: tuple[str, ...] | None = None
     plot: tuple[str, ...] = ()
     headline: bool = True
     peers: bool = True
@@ -112,10 +114,6 @@ def _over_vocab(case: Case, sizes: tuple[int, ...]) -> list[Case]:
     return [replace(case, vocab=v, plot=("vocabulary",), headline=False) for v in sizes]
 
 
-def _over_top_k(case: Case) -> list[Case]:
-    return [replace(case, top_k=k, losses=("kl", "kl conditional")) for k in (8, 64, 256)]
-
-
 _ALL = (*SOFT, "ce")
 _HIDDEN = Case(256, 32768, width=512)
 _GPU = Case(8192, 128256, "bfloat16")
@@ -132,21 +130,29 @@ SUITES: dict[str, list[Case]] = {
         Case(128, 8192, width=256, frozen_head=True, losses=POLICY, peers=False),
     ],
     "cpu": [
-        Case(512, 131072, losses=(*_ALL, "log-probs + entropy"), compiled=("kl",), peers=False),
-        Case(512, 131072, "bfloat16", losses=SOFT, compiled=("kl",), peers=False),
-        replace(_HIDDEN, tokens=512, losses=("kl", "jsd", "ce", *POLICY)),
-        replace(_HIDDEN, dtype="bfloat16", losses=("kl", "jsd")),
-        Case(128, 131072, losses=_ALL),
-        replace(_HIDDEN, teacher_width=768, peers=False),
-        replace(_HIDDEN, frozen_head=True, losses=("kl", *POLICY), peers=False),
+        Case(
+            512,
+            131072,
+            losses=(*_ALL, "log-probs + entropy"),
+            compiled=("kl",),
+            plain=("kl", "jsd"),
+            peers=False,
+        ),
+        Case(512, 131072, "bfloat16", losses=SOFT, compiled=("kl",), plain=("kl",), peers=False),
+        replace(_HIDDEN, tokens=512, losses=("kl", *POLICY), plain=(), peers=False),
+        replace(_HIDDEN, losses=("kl", "jsd", "ce", "log-probs + entropy")),
+        *_over_tokens(Case(0, 32768, peers=False), (64, 512, 2048)),
+        *_over_tokens(Case(0, 32768, width=256, peers=False), (64, 256, 512)),
+        *_over_vocab(Case(256, 0, peers=False), (8192, 32768, 131072)),
+        *_over_vocab(Case(128, 0, width=256, peers=False), (8192, 32768, 131072)),
+        replace(_HIDDEN, frozen_head=True, losses=("kl", *POLICY), plain=("kl",), peers=False),
         replace(_HIDDEN, masked=0.5, peers=False),
         replace(_HIDDEN, losses=("codistill",), peers=False),
-        *_over_top_k(Case(512, 32768)),
-        *_over_top_k(_HIDDEN),
-        *_over_tokens(Case(0, 32768, peers=False), (64, 512, 2048)),
-        *_over_tokens(Case(0, 32768, width=256), (64, 256, 512)),
-        *_over_vocab(Case(256, 0, peers=False), (8192, 32768, 131072, 262144)),
-        *_over_vocab(Case(128, 0, width=256, peers=False), (8192, 32768, 131072)),
+        replace(_HIDDEN, teacher_width=768, peers=False),
+        Case(512, 32768, top_k=64, losses=("kl", "kl conditional")),
+        replace(_HIDDEN, top_k=64, losses=("kl", "kl conditional")),
+        Case(128, 131072, losses=_ALL),
+        replace(_HIDDEN, dtype="bfloat16", peers=False),
     ],
     "gpu": [
         replace(_GPU, vocab=151936, losses=_ALL, compiled=("kl",), plot=("vocabulary",)),

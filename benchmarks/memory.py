@@ -43,6 +43,12 @@ def resident_peak() -> Iterator[Peak]:
     peak.bytes = max(_status("VmHWM") - before, 0)
 
 
+def give_back_free_memory() -> None:
+    """What malloc keeps for later would hide a peak."""
+    if os.name == "posix":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def allocated_peak() -> Iterator[Peak]:
     """The same from torch's CUDA allocator."""
@@ -104,8 +110,8 @@ def peak_of(case: Case, key: tuple[str, str], device: str, threads: int) -> int:
     # The first step loads and compiles; that memory is not counted.
     _one_step(variant, inputs if variant.one_shape else Inputs(case.shrunk(tokens=8), device))
     inputs.restore()
-    if device == "cpu" and os.name == "posix":
-        ctypes.CDLL(None).malloc_trim(0)
+    if device == "cpu":
+        give_back_free_memory()
     with allocated_peak() if device == "cuda" else resident_peak() as peak:
         step = _one_step(variant, inputs)
     kept = [g for g in step.gradients() if g is not None and not variant.inplace]

@@ -15,6 +15,7 @@ PAGES = {
     "demo-real": ROOT / "docs" / "demonstration.md",
     "demo-sweep": ROOT / "docs" / "demonstration.md",
     "demo-real-sweep": ROOT / "docs" / "demonstration.md",
+    "shards": ROOT / "docs" / "distributed.md",
     "integrations": ROOT / "docs" / "trainers.md",
     "sampled-kl": ROOT / "docs" / "on-policy-and-drafts.md",
     "bias": ROOT / "docs" / "sparse-targets.md",

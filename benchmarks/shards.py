@@ -26,7 +26,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks.machine import describe
-from benchmarks.memory import resident_peak
+from benchmarks.memory import give_back_free_memory, resident_peak
 from kdkernels.core import exchange
 
 RANKS = 2
@@ -200,6 +200,7 @@ def _measured(run: Callable[[], tuple[Tensor, ...]], logits: int, rounds: int) -
         before = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - before)
+    give_back_free_memory()
     dist.barrier()
     with resident_peak() as peak:
         kept = run()
@@ -308,15 +309,34 @@ def table(rows: list[dict[str, Any]]) -> str:
         each = row["bytes"] / size["tokens"]
         lines.append(
             f"| {size['tokens']} x {size['vocab']} | {row['loss']} | {row['variant']} | {row['ms']:.1f} | "
-            f"{row['collectives']} | {each:.0f} | {row['peak_bytes_per_logit']:.1f} |"
+            f"{row['collectives']} | {each:.0f} | {row['peak_bytes_per_logit']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def page(result: dict[str, Any]) -> str:
+    """What docs/distributed.md says of a result: the goals' ratios, the table, the machine."""
+    said = []
+    for size in dict.fromkeys(tuple(row["size"].values()) for row in result["rows"]):
+        rows = [row for row in result["rows"] if tuple(row["size"].values()) == size and row["loss"] != "ce"]
+        (ours,), others = (
+            [r for r in rows if (r["variant"] == "kdkernels") is mine] for mine in (True, False)
+        )
+        fastest = min(others, key=lambda row: row["ms"])
+        what = f"{ours['loss']} of {size[0]} x {size[1]} takes {ours['ms'] / fastest['ms']:.2f} times as long as {fastest['variant']}"
+        if not size[2]:
+            least = min(row["peak_bytes_per_logit"] for row in others)
+            what += f", with {ours['peak_bytes_per_logit'] / least:.3f} times the least memory of the others"
+        said.append(what)
+    machine = result["machine"]
+    where = f"Two processes of one thread each on {machine['cpu'].split(',')[0]}, torch {machine['versions']['torch']}, {machine['date'][:10]}."
+    return f"Here {'; '.join(said)}.\n\n{table(result['rows'])}\n\n{where}"
 
 
 def measure(folder: Path, rounds: int, sizes: list[Size] = SIZES) -> int:
     """Measures, prints the table and writes it and the numbers into ``folder``."""
     rows = run(sizes, rounds)
-    result = {"suite": "shards", "ranks": RANKS, "machine": describe("cpu"), "rows": rows}
+    result = {"schema": 1, "suite": "shards", "ranks": RANKS, "machine": describe("cpu"), "rows": rows}
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     (folder / "tables.md").write_text(table(rows) + "\n")
     print(table(rows))

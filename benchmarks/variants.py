@@ -155,6 +155,7 @@ def _plain(case: Case) -> list[Variant]:
     made = [
         Variant(_names(case, loss), loss, lambda step, loss=loss: plain_loss(step, loss), "torch")
         for loss in case.losses
+        if case.plain is None or loss in case.plain
     ]
     for loss in case.compiled:
         compiled = torch.compile(plain_from_logits, dynamic=False)
