@@ -169,9 +169,10 @@ def _signature(call: _Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group."""
     _, _, spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
     place = exchange.Place.from_text(shard)
+    own_tokens = place is not None and place.own_tokens
     return {
-        "tokens": None if place is not None and place.own_tokens else list(call.own.leading),
-        "ids": call.ids.shape[-1],
+        "tokens": None if own_tokens else list(call.own.leading),
+        "ids": None if own_tokens else call.ids.shape[-1],
         "outputs": spec,
         "vocabulary": vocab,
         "chunk_bytes": chunk_bytes,

@@ -177,6 +177,25 @@ OWN = [
     Case("three divergences", dict(shape=(15,), **HEADS), THREE, "several", ranks=3),
     Case("sparse", dict(shape=(15,), student="head"), dict(hard_weight=0.5), tail="bucket", ranks=3),
     Case("stored", dict(shape=(15,), student="head"), dict(reduction="none"), tail="conditional", ranks=2),
+    *(
+        Case(
+            f"another K on each, {given}",
+            dict(shape=(15,), student="head", given=given),
+            dict(hard_weight=0.5, reduction="none"),
+            tail=tail,
+            ranks=3,
+            ragged=True,
+        )
+        for given, tail in [("logprobs", "bucket"), ("weights", "conditional")]
+    ),
+    Case(
+        "policies, another K on each",
+        dict(shape=(15,), softcap=5.0, **HEADS),
+        dict(return_stats=True),
+        "token_log_probs",
+        ranks=3,
+        ragged=True,
+    ),
     Case(
         "policies",
         dict(shape=(15,), softcap=5.0, **HEADS),
@@ -408,7 +427,7 @@ def test_collectives_are_counted(kind, name, gathers, sums, outcomes):
 
 
 def test_collectives_of_own_tokens_are_counted(outcomes):
-    """The tokens' number, what is said of them, hidden states and ids; a backward gathers what arrives as well."""
+    """The tokens' and ids' numbers, what is said of them, hidden states and ids; a backward gathers what arrives as well."""
     tokens = ["all_gather"] * 4
     for made in of(outcomes, ("own tokens", "policies")):
         calls = [name for name, _ in made.calls if name != "all_gather_object"]
@@ -470,7 +489,7 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
         leaves = [t.double().requires_grad_() for t in problem.student]
         student = problem.side([leaves[0][here], *leaves[1:]])
         if case.tail:
-            teacher = shard_own_tokens.own_target(problem.target, here)
+            teacher = shard_own_tokens.own_target(case, problem.target, here)
         else:
             teacher = problem.side(
                 [problem.teacher[0][here].double(), *(t.double() for t in problem.teacher[1:])]

@@ -265,10 +265,10 @@ class Exchange:
         self.own_tokens: OwnTokens | None = None
         self.merged: Merged | None = None
 
-    def gather_tokens(self, tokens: int, device: torch.device) -> OwnTokens | None:
-        """Where each rank has its own tokens, what makes them everybody's."""
+    def gather_tokens(self, tokens: int, slots: int, device: torch.device) -> OwnTokens | None:
+        """Where each rank has its own tokens, what makes them everybody's. ``slots``: K of its ids ``[tokens, K]``."""
         if self.place.own_tokens:
-            self.own_tokens = OwnTokens(self, tokens, device)
+            self.own_tokens = OwnTokens(self, tokens, slots, device)
         return self.own_tokens
 
     def merge(self, here: Callable[[], None], of: Pass, state: Tensor) -> None:
@@ -356,10 +356,10 @@ class Exchange:
 class OwnTokens:
     """Ranks that have tokens of their own: theirs are gathered, and what is made of each goes back to its rank."""
 
-    def __init__(self, exchange: Exchange, tokens: int, device: torch.device) -> None:
+    def __init__(self, exchange: Exchange, tokens: int, slots: int, device: torch.device) -> None:
         self.group, self.ranks = exchange.group, exchange.ranks
-        count = torch.tensor([tokens], device=device)
-        self.counts: list[int] = self._gathered(count).tolist()
+        told: list[list[int]] = self._gathered(torch.tensor([[tokens, slots]], device=device)).T.tolist()
+        self.counts, self.slots = told[0], max(told[1])
         self.most, self.rank = max(self.counts), dist.get_rank(self.group)
         self.averaged_over = self.ranks if exchange.place.averaged else 1
 
@@ -377,6 +377,10 @@ class OwnTokens:
         if min(self.counts) == self.most:
             return heard
         return torch.cat([part[:count] for part, count in zip(heard.split(max(self.most, 1)), self.counts)])
+
+    def padded(self, here: Tensor, empty: float) -> Tensor:
+        """``[tokens, K]`` with the largest K of all ranks. Empty slots come last, as they do among distinct ids."""
+        return torch.nn.functional.pad(here, (0, self.slots - here.shape[1]), value=empty)
 
     @property
     def rows(self) -> slice:

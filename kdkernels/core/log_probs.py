@@ -80,12 +80,16 @@ def empty(request: Request) -> tuple[Values, Finished]:
 
 def values(request: Request) -> tuple[Values, Finished]:
     """Of a request whose teacher is [ids ``[N, K]``]."""
+    slots = request.teacher[0].shape[1]
     request, exchange = with_everybodys_tokens(request)
     made, finished = _values(request, exchange)
     if exchange is None or exchange.own_tokens is None:
         return made, finished
     mine = exchange.own_tokens.rows
-    return Values(*(t[mine].clone() for t in made)), Finished(*(t.clone() for t in finished.at(mine)))
+    made, finished = Values(*(t[mine] for t in made)), finished.at(mine)
+    made = made._replace(log_probs=made.log_probs[:, :slots])  # the slots that padded() added come last
+    finished = finished._replace(stored=finished.stored[:, :slots])
+    return Values(*(t.clone() for t in made)), Finished(*(t.clone() for t in finished))
 
 
 def _values(request: Request, exchange: Exchange | None) -> tuple[Values, Finished]:
@@ -147,7 +151,8 @@ def gradients(
 
 def _gathered(arriving: Tensor, finished: Finished, own: OwnTokens) -> tuple[Tensor, Finished]:
     """Of the tokens of all ranks. They travel together: fp64 holds the stored logits' bits."""
-    state, stored = finished.state, finished.stored
+    state, stored = finished.state, own.padded(finished.stored, -torch.inf)
+    arriving = own.padded(arriving, 0.0)
     told = own.gather(torch.cat([arriving, state, stored.double()], 1))
     parts = told.split([arriving.shape[1], state.shape[1], stored.shape[1]], 1)
     arriving, state, everybodys = (part.contiguous() for part in parts)

@@ -289,13 +289,13 @@ def _signature(call: Call) -> dict[str, Any]:
         "vocabulary": request.vocab,
         "chunk_bytes": request.chunk_bytes,
         "gradient_tolerance": request.gradient_tolerance,
-        "slots": request.teacher[0].shape[-1] if request.spec.tail else 0,
         "dtypes": [str(t.dtype) for t in request.tensors],
         "gradients": request.needs_grad,
         "backend": (chosen_backend(), native.why_not() is None),
     }
     if request.place is not None and not request.place.own_tokens:
         same["tokens"] = list(call.reduction.leading)
+        same["slots"] = request.teacher[0].shape[-1] if request.spec.tail else 0
         labels, weights = request.labels, request.weights
         order = torch.arange(1, len(weights) + 1, device=weights.device)
         same["labels"] = 0 if labels is None else int((labels * order).sum())

@@ -75,7 +75,8 @@ def with_everybodys_tokens(request: Request) -> tuple[Request, Exchange | None]:
     if request.place is None:
         return request, None
     exchange = Exchange(request.place)
-    own = exchange.gather_tokens(len(request.weights), request.weights.device)
+    slots = request.teacher[0].shape[-1] if request.spec.tail else 0
+    own = exchange.gather_tokens(len(request.weights), slots, request.weights.device)
     return (request if own is None else _gathered(request, own)), exchange
 
 
@@ -86,15 +87,23 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
     label = torch.zeros_like(weights[:, 0]) if request.labels is None else request.labels.double()
     temperature = request.temperature.expand(len(weights))
     said = own.gather(torch.cat([torch.stack([label, temperature], 1), weights], 1))
-    sparse = bool(request.spec.tail)
     return replace(
         request,
         student=[own.gather(flat(request.student[0])), *request.student[1:]],
-        teacher=[own.gather(flat(t)) if sparse or not i else t for i, t in enumerate(request.teacher)],
+        teacher=_gathered_teacher(request, own),
         labels=None if request.labels is None else said[:, 0].long(),
         temperature=said[:, 1].contiguous(),
         weights=said[:, 2:] / own.averaged_over,  # dH is multiplied by it again, in a wide dtype
     )
+
+
+def _gathered_teacher(request: Request, own: OwnTokens) -> list[Tensor]:
+    """Hidden states of all tokens beside this rank's lm_head; or ids and values, of which ranks may have more or fewer
+    a token."""
+    if not request.spec.tail:
+        return [t if at else own.gather(flat(t)) for at, t in enumerate(request.teacher)]
+    empty = -1, 0.0 if request.spec.linear else -torch.inf
+    return [own.gather(own.padded(t, nothing)) for t, nothing in zip(request.teacher, empty)]
 
 
 def _results(tiles: Tiles) -> Tensor:

@@ -28,6 +28,9 @@ class Case:
     ranks: int = 2
     backend: str = "auto"
     tail: str | None = None  # of a sparse target
+    ragged: bool = (
+        False  # ranks with tokens of their own have another number of ids for each, by their number
+    )
 
     def made(self) -> Problem:
         torch.manual_seed(len(self.name))
@@ -71,11 +74,13 @@ def part(tensors, bounds, rank, head, shard):
     return leaves, kd.LinearHead(*leaves, shard=shard, **head)
 
 
-def policy(student, labels, **options):
-    """Of each token: the log-probabilities of two ids and the entropy as a loss, and the statistics."""
-    second = torch.where(labels == -100, labels, (7 * labels + 3) % VOCAB)
-    made = kd.token_log_probs(student, torch.stack([labels, second], -1), entropy=True, **options)
-    loss = 0.5 * made.log_probs[..., 1] - made.log_probs[..., 0] - 0.3 * made.entropy
+def policy(student, labels, more=0, **options):
+    """Of each token: the log-probabilities of two ids and ``more`` and the entropy as a loss, and the statistics."""
+    others = [
+        torch.where(labels == -100, labels, (7 * labels + 3 + 5 * at) % VOCAB) for at in range(1 + more)
+    ]
+    made = kd.token_log_probs(student, torch.stack([labels, *others], -1), entropy=True, **options)
+    loss = 0.5 * made.log_probs[..., 1:].sum(-1) - made.log_probs[..., 0] - 0.3 * made.entropy
     return loss, [made.logsumexp, made.top1]
 
 
@@ -91,7 +96,7 @@ def several(student, teacher, labels, **options):
 def call(case, student, teacher, labels):
     """[losses], statistics."""
     if case.loss == "token_log_probs":
-        loss, stats = policy(student, labels, **case.options)
+        loss, stats = policy(student, labels, len(labels) % 3 if case.ragged else 0, **case.options)
         return [loss], stats
     if case.loss == "several":
         return [several(student, teacher, labels, **case.options)], None

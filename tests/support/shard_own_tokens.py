@@ -1,6 +1,8 @@
 """Ranks with tokens of their own: what one of them makes of a case."""
 
+import os
 from dataclasses import replace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,9 +19,13 @@ def token_bounds(ranks):
     return [0, 4, *[4 + 5 * rank for rank in range(ranks - 2)], TOKENS]
 
 
-def own_target(target, here):
-    mask = None if target.mask is None else target.mask[here]
-    return kd.SparseTarget(target.ids[here], target.logprobs[here], mask=mask, tail=target.tail)
+def own_target(case, target, here):
+    """A ragged case's tokens have fewer slots, as many on a rank as its tokens say."""
+    cut = len(target.ids[here]) % 3 if case.ragged else 0
+    names = ("ids", "logprobs", "weights", "mask")
+    given = {name: getattr(target, name) for name in names}
+    given = {name: None if t is None else t[here, cut:] for name, t in given.items()}
+    return kd.SparseTarget(**given, tail=target.tail)
 
 
 def of_tokens(case, here):
@@ -37,10 +43,10 @@ def own_tokens(case, group):
     sides = []
     for tensors in (problem.student, problem.teacher):
         if isinstance(tensors[0], kd.SparseTarget):
-            sides.append(([], own_target(tensors[0], tokens)))
+            sides.append(([], own_target(case, tensors[0], tokens)))
         else:
             sides.append(part([tensors[0][tokens], *tensors[1:]], bounds, rank, problem.head, shard))
-    with counted() as calls:
+    with counted() as calls, mock.patch.dict(os.environ, KDKERNELS_CHECK_RANKS=str(int(case.ragged))):
         (loss,), stats = call(case, sides[0][1], sides[1][1], problem.labels[tokens])
         gradients = torch.autograd.grad((loss * arriving(loss)).sum(), sides[0][0])
     return Outcome([loss.detach()], [list(gradients)], stats, calls)
