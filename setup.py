@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from setuptools import setup
@@ -133,8 +133,10 @@ def extensions():
 
                 def compile_and_wait(*arguments, **options):
                     objects = compile_all(*arguments, **options)
-                    while running:
-                        running.pop().result()
+                    mine, running[:] = running[:], []
+                    wait(mine)
+                    for one in mine:
+                        one.result()
                     return objects
 
                 self.compiler._compile, self.compiler.compile = begin_one, compile_and_wait

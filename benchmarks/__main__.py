@@ -1,7 +1,8 @@
 """``python -m benchmarks``: measures a suite and writes JSON, tables and plots into one folder.
 
 python -m benchmarks [--suite small|cpu|gpu] [--out FOLDER]   measure
-python -m benchmarks --suite shards                            the vocabulary on two processes (shards.py)
+python -m benchmarks --suite shards                            the vocabulary on two processes
+python -m benchmarks.shards RESULT.json                        commit-ready: its figures in docs, results/
 python -m benchmarks --case "logits 2048 151936 bfloat16"     measure a shape of your own
 python -m benchmarks report RESULT.json [--out FOLDER]        tables and plots from a result
 python -m benchmarks publish [RESULT.json]                    commit-ready: README, docs, results/
@@ -135,22 +136,12 @@ def publish(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for path in [options.result] if options.result else committed():
         result = load(path)
-        if result["suite"] == "shards":
-            return publish_shards(result)
         (RESULTS / f"{result['suite']}.json").write_text(json.dumps(result, indent=1) + "\n")
         written = write_report(result, RESULTS, f"{result['suite']}-", pages.IMAGES)
         print("written:", ", ".join(str(p) for p in written))
     for name, text in report.parts([load(path) for path in committed()]).items():
         pages.fill(name, text)
         print(pages.PAGES[name].name, "has the figures of", ", ".join(path.name for path in committed()))
-    return 0
-
-
-def publish_shards(result: dict[str, Any]) -> int:
-    from benchmarks import pages, shards
-
-    (RESULTS / "shards.json").write_text(json.dumps(result, indent=1) + "\n")
-    pages.fill("shards", shards.page(result))
     return 0
 
 

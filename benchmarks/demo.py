@@ -48,26 +48,31 @@ def beside_plain(students: dict, way: str) -> list[str]:
 
 
 def outcomes(results: dict[str, dict]) -> str:
-    """Where each way ends at equal tokens, and what one seed of it is worth."""
-    lines = []
-    for way in (way for way in report.STUDENTS if way != "plain"):
-        gains = {
-            name: result["students"]["plain"]["validation_loss"] - result["students"][way]["validation_loss"]
-            for name, result in results.items()
-            if way in result["students"]
-        }
-        said = [
-            f"{abs(gain):.3f} {'ahead' if gain > 0 else 'behind'} on `make {name}`"
-            for name, gain in gains.items()
-        ]
-        if said:
-            lines.append(f"{report.STUDENTS[way]} ends {' and '.join(said)}")
+    """Where each way ends at equal tokens, where the student without a teacher does in soft's time, and what that is worth."""
+    lines = [
+        f"{report.STUDENTS[way]} ends {said}"
+        for way in report.STUDENTS
+        if way not in ("plain", "longer") and (said := gains(results, way))
+    ]
+    longer = gains(results, "longer")
+    more = f" Given soft's time, and so more tokens, it ends {longer} of itself." if longer else ""
     without = [f"`make {name}`" for name, result in results.items() if "co" not in result["students"]]
     missing = f" The committed run of {' and '.join(without)} has no co." if without else ""
     return (
-        f"In validation loss, beside the student without a teacher: {'; '.join(lines)}. Each is one seed.{missing}"
-        f"{shared(results)}"
+        f"In validation loss at equal tokens, beside the student without a teacher: {'; '.join(lines)}.{more} Each is one "
+        f"seed.{missing}{shared(results)}"
     )
+
+
+def gains(results: dict[str, dict], way: str) -> str:
+    """By how much a way ends ahead of the student without a teacher, in every demo that has it."""
+    said = []
+    for name, result in results.items():
+        if way in result["students"]:
+            students = result["students"]
+            gain = students["plain"]["validation_loss"] - students[way]["validation_loss"]
+            said.append(f"{abs(gain):.3f} {'ahead' if gain > 0 else 'behind'} on `make {name}`")
+    return " and ".join(said)
 
 
 def shared(results: dict[str, dict]) -> str:

@@ -124,8 +124,10 @@ PRETRAINED = {
             Run(
                 "on_policy", {**ON_POLICY, "student_share": 0.5}, "on-policy: it writes half of what it reads"
             ),
-            Run("soft", GOES_ON, "soft, then soft for half as long again"),
-            Run("on_policy", {**ON_POLICY, **GOES_ON}, "soft, then on-policy for half as long again"),
+            Run("soft", GOES_ON, "20 more steps of soft after soft (their cost alone)"),
+            Run(
+                "on_policy", {**ON_POLICY, **GOES_ON}, "20 more steps on-policy after soft (their cost alone)"
+            ),
             Run("on_policy", ON_POLICY, "on-policy: it writes all of it"),
         ],
         (*JUDGED, *COST),

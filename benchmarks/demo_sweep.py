@@ -55,7 +55,8 @@ class Demo:
     """A finished demo."""
 
     def __init__(self, folder: Path) -> None:
-        values = json.loads((folder / compare.COMPARISON).read_text())["settings"]
+        comparison = json.loads((folder / compare.COMPARISON).read_text())
+        self.environment, values = comparison["environment"], comparison["settings"]
         options = {name: value for name, value in values.items() if name != "mode"}
         self.settings = resolve("compare", {**options, "ways": list(WAYS), "output_dir": str(folder)})
         self.name = "demo" if self.settings.model.teacher in SCRATCH else "demo-real"
@@ -80,13 +81,18 @@ class Demo:
             self.write_narrow()
         for number, run in enumerate(part.runs, 1):
             stage = self.varied(run, name)
-            compare.run_stage(number, len(part.runs), run.name, stage)
-            self.keep(name, run.name, self.row(stage, part))
+            reused = compare.run_stage(number, len(part.runs), run.name, stage)
+            self.keep(name, run.name, self.row(stage, part), reused=reused, own=stage in self.stages.values())
 
-    def keep(self, part: str, name: str, value: dict[str, Any]) -> None:
+    def keep(
+        self, part: str, name: str, value: dict[str, Any], *, reused: bool = False, own: bool = False
+    ) -> None:
+        """With the machine that measured it: of a run that was there before, the one that is known already."""
         result = load(self.name)
-        result["environment"] = compare.environment(self.settings)
-        result.setdefault(part, {})[name] = value
+        rows = result.setdefault(part, {})
+        before = rows.get(name, {}).get("environment") or (self.environment if own else None)
+        environment = (before if reused else None) or compare.environment(self.settings)
+        rows[name] = {"environment": environment, **value}
         write_whole(path_of(self.name), json.dumps(result, indent=1) + "\n")
 
     def varied(self, run: Run, part: str) -> Settings:
@@ -138,7 +144,8 @@ class Demo:
             cache.run(settings, dataclasses.replace(stage.data, data=[str(text)]))
             seconds, written = time.perf_counter() - start, TeacherCache(targets)
             size = {"bytes_per_token": written.bytes / written.tokens, "tokens": written.tokens}
-            write_whole(done, json.dumps({"top_k": TOP_K, "seconds": seconds, **size}))
+            where = compare.environment(self.settings)
+            write_whole(done, json.dumps({"top_k": TOP_K, "seconds": seconds, "environment": where, **size}))
         return json.loads(done.read_text())
 
     def write_narrow(self) -> None:
@@ -149,8 +156,10 @@ class Demo:
                 model = self.given.model(size, self.settings.run.seed)
                 model.config.initializer_range = type(model.config)().initializer_range
                 set_seed(self.settings.run.seed)
-                type(model)(model.config).save_pretrained(folder)
-                self.given.tokenizer.save_pretrained(folder)
+                half = folder.with_suffix(".half")
+                type(model)(model.config).save_pretrained(half)
+                self.given.tokenizer.save_pretrained(half)
+                half.rename(folder)
 
     def write_text(self, path: Path) -> None:
         """Pieces from all over the demo's training text, each a sequence with its end of text; and the share that is held out."""

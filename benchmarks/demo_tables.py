@@ -28,7 +28,19 @@ def text(demo: str) -> str:
     said += [
         table(part, result[name]) for name, part in PARTS[demo].items() if name in result and name != "seeds"
     ]
-    return "\n\n".join([*said, f"Measured on {report.machine({**result, 'seconds': None})}."] if said else [])
+    return "\n\n".join([*said, f"Measured on {machines(result)}."] if said else [])
+
+
+def machines(result: dict[str, Any]) -> str:
+    """Where the rows were measured; of the same machine, versions and day the busiest hour."""
+    busiest: dict[tuple, dict[str, Any]] = {}
+    for row in (row for rows in result.values() for row in rows.values()):
+        where = row["environment"]
+        key = tuple(where[name] for name in ("machine", "threads", "torch", "date"))
+        load = (busiest[key] if key in busiest else where).get("load_average") or 0
+        if key not in busiest or (where.get("load_average") or 0) > load:
+            busiest[key] = where
+    return "; ".join(report.machine({"environment": where, "seconds": None}) for where in busiest.values())
 
 
 def table(part: Part, rows: dict[str, Any]) -> str:

@@ -352,8 +352,10 @@ def test_the_suite_of_shards_runs(tmp_path):
     assert counts["kl", "kdkernels"] == counts["ce", "kdkernels"] == 1
     assert counts["kl of hidden states", "kdkernels"] == 2
     assert counts["kl", "NeMo-RL, Fast-LLM"] == 5 and counts["ce", "Megatron"] == 3
-    assert shards.page(command.load(tmp_path / "result.json")).startswith("Here kl of 8 x 100 takes ")
+    assert shards.page(json.loads((tmp_path / "result.json").read_text())).startswith(
+        "Here kl of 8 x 100 takes "
+    )
 
 
 def test_the_committed_result_of_shards_fills_its_page():
-    assert pages.is_filled("shards", shards.page(command.load(command.RESULTS / "shards.json")))
+    assert pages.is_filled("shards", shards.page(json.loads(shards.COMMITTED.read_text())))

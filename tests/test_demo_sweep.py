@@ -123,5 +123,7 @@ def test_a_cached_teacher_and_the_student_s_own_text_beside_the_live_teacher(fin
     assert said.count("| soft |") == 2 and said.count("\n| on-policy: ") == 1
     ran = list(finished.ran)
     assert len(ran) == 3
+    later = {**written["environment"], "date": "another day"}
+    monkeypatch.setattr(compare, "environment", lambda settings: later)
     sweep(monkeypatch, folder, "cache", "on_policy")
     assert finished.ran == ran and demo_tables.load("demo-real")["cache"] == result["cache"]
