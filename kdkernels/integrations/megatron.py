@@ -104,12 +104,25 @@ def output_head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor 
         output_weight: the weight where the layer has none of its own: tied embeddings.
 
     Raises:
-        ValueError: the layer puts off its weight's gradient (``defer_embedding_wgrad_compute``).
+        ValueError: the layer puts off its weight's gradient (``defer_embedding_wgrad_compute``), its gradient would be
+            dropped (``gradient_accumulation_fusion`` beside multi-token prediction), or the model scales what comes out
+            of it (``use_mup``).
     """
-    if output_layer.config.defer_embedding_wgrad_compute:
+    config = output_layer.config
+    if config.defer_embedding_wgrad_compute:
         raise ValueError(
             "defer_embedding_wgrad_compute leaves the output layer's gradient to Megatron, which sees no logits here; "
             "set it to False"
+        )
+    # Multi-token prediction runs the same layer, whose own kernel then marks the weight's gradient as added up already.
+    if config.mtp_num_layers and config.gradient_accumulation_fusion:
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers} with gradient_accumulation_fusion: Megatron would drop the loss's "
+            "gradient for the output layer; set gradient_accumulation_fusion=False"
+        )
+    if getattr(config, "use_mup", False):  # megatron-core 0.16 has no such field
+        raise ValueError(
+            "use_mup scales logits after the output layer, and none are made here; take the loss from the model's logits"
         )
     weight = output_layer.weight if output_weight is None else output_weight
     bias = None if output_layer.skip_bias_add else output_layer.bias

@@ -69,6 +69,7 @@ def megatrons_output(group):
     )
     true = torch.autograd.grad((truth * upstream).sum(), whole)
     rows = slice(5 * rank, 5 * rank + 5)
+    fields = dict(defer_embedding_wgrad_compute=False, mtp_num_layers=None, gradient_accumulation_fusion=True)
     for sequence_parallel in (False, True):
         here = slice(2 * rank, 2 * rank + 2) if sequence_parallel else slice(None)
         hidden, weight, bias = (
@@ -81,15 +82,23 @@ def megatrons_output(group):
             tp_group=group,
             sequence_parallel=sequence_parallel,
             allreduce_dgrad=not sequence_parallel,
-            config=SimpleNamespace(defer_embedding_wgrad_compute=False),
+            config=SimpleNamespace(**fields),
         )
         loss = hook(
             hidden_states=hidden, output_layer=layer, output_weight=weight, labels=labels, context=None
         )
         own = torch.autograd.grad((loss * upstream).sum(), [hidden, weight, bias])
         made.append((loss.detach(), own, truth.detach(), [true[0][here], true[1][rows], true[2][rows]]))
-    layer.config.defer_embedding_wgrad_compute = True
-    assert "set it to False" in told(lambda: megatron.output_head(hidden, layer), "")[1]
+    for refused, way_out in [
+        (dict(defer_embedding_wgrad_compute=True), "set it to False"),
+        (dict(mtp_num_layers=1), "set gradient_accumulation_fusion=False"),
+        (dict(use_mup=True), "from the model's logits"),
+    ]:
+        layer.config = SimpleNamespace(**fields | refused)
+        kind, message, _ = told(lambda: megatron.output_head(hidden, layer, weight), "")
+        assert kind == "ValueError" and message.endswith(way_out) and "\n" not in message, message
+    layer.config = SimpleNamespace(**fields | dict(mtp_num_layers=1, gradient_accumulation_fusion=False))
+    assert megatron.output_head(hidden, layer, weight).weight is weight
     return made
 
 
