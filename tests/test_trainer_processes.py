@@ -38,6 +38,18 @@ def said(*arguments):
     return head
 model_head._sharded_head = said
 """
+#: A callback that samples may call the model between two steps, all of it.
+SAMPLES = """
+import torch
+from kdkernels.trainer.reliable import ReliableTrainer
+training_step = ReliableTrainer.training_step
+def sampled(self, model, inputs, *rest):
+    if self.state.global_step:
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"])
+    return training_step(self, model, inputs, *rest)
+ReliableTrainer.training_step = sampled
+"""
 #: Ends the process by SIGKILL: {step} forwards into training, or while {name} is written for the {count}th time.
 KILLER = """
 import os, signal, sys, torch
@@ -268,7 +280,7 @@ def test_tensor_parallel_processes_do_what_one_does(micro_models, untied_models,
 def test_lm_heads_that_stay_sharded_do_what_one_process_does(untied_models, uneven, tmp_path):
     """FSDP2 leaves 152 and 151 rows of both lm_heads where they are, in training and evaluation."""
     script = tmp_path / "main.py"
-    script.write_text(SAYS_ROWS + FSDP_ON_CPU)
+    script.write_text(SAYS_ROWS + SAMPLES + FSDP_ON_CPU)
     student, teacher = untied_models
 
     def values(folder, **more):

@@ -79,8 +79,9 @@ def call_through_head(
             which is where its config says ``output_router_logits=True``; without it that loss is left out.
         keep_sharded: under FSDP2 hand over this rank's rows of the lm_head, as FSDP2 has them, with a
             ``Shard(tokens="sharded")``: neither the whole weight nor its whole gradient is made. The lm_head must be
-            a unit of its own over all ranks with other tokens, ``fully_shard(model.lm_head)`` before
-            ``fully_shard(model)``. A teacher's head beside it must be handed over so as well.
+            a unit of its own over all ranks with other tokens, ``fully_shard(model.lm_head,
+            reshard_after_forward=True)`` before ``fully_shard(model)``, and ``check_head(model)`` before both: else
+            the first call checks it, and gathers it once. A teacher's head beside it must be handed over so as well.
 
     Raises:
         ValueError: a model whose logits are not those of a linear head (:func:`check_head`, which its first call
@@ -281,10 +282,11 @@ def _sharded_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHe
     bias: Any
     weight, bias = _plain_weights(head)
     if not is_dtensor(weight) or len(weight.placements) > 1 or not weight.placements[0].is_shard(0):
-        how = f"a DTensor {weight.placements}" if is_dtensor(weight) else "gathered with other modules"
+        how = f"a DTensor {weight.placements}" if is_dtensor(weight) else "whole here"
         raise ValueError(
             f"keep_sharded needs an lm_head that FSDP2 shards by itself over one mesh dimension, and this one is {how}; "
-            "call fully_shard(model.lm_head) before fully_shard(model), with embeddings of their own"
+            "call fully_shard(model.lm_head, reshard_after_forward=True) before fully_shard(model), with embeddings of "
+            "their own"
         )
     shard = even_shard(weight.device_mesh.get_group(), weight.shape[0], tokens="sharded")
     rows = weight.to_local().to(hidden.dtype)

@@ -360,7 +360,9 @@ class DistillationTrainer(Trainer):
         )
         if self.accelerator.mixed_precision != "no" and head.weight.requires_grad:
             head.float()  # as accelerate does with what learns
-        fully_shard(head, mp_policy=policy or MixedPrecisionPolicy())
+        # FSDP2 never meets the head in the model's own forward (see model_head). A plain forward between two steps would
+        # make it a root, whose weight stays gathered unless told otherwise.
+        fully_shard(head, reshard_after_forward=True, mp_policy=policy or MixedPrecisionPolicy())
 
     def _placed(self, teacher: Any) -> nn.Module:
         teacher.requires_grad_(False).eval()
