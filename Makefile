@@ -76,7 +76,7 @@ gpu:
 figures: $(VENV)/.peers
 	$(BIN)/python -m benchmarks publish $(RESULT)
 
-# A teacher and five students from scratch, sized for 8 minutes on two cores with the setup. A second run reuses
+# A teacher and five students from scratch: six minutes on two cores after the setup. A second run reuses
 # what is in runs/demo; a run that was stopped goes on.
 demo: setup
 	$(BIN)/python -m kdkernels train compare --config kdkernels/trainer/demo.yaml --output_dir runs/demo
