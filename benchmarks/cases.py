@@ -152,7 +152,7 @@ SUITES: dict[str, list[Case]] = {
         Case(512, 32768, top_k=64, losses=("kl", "kl conditional")),
         replace(_HIDDEN, top_k=64, losses=("kl", "kl conditional")),
         Case(128, 131072, losses=_ALL),
-        replace(_HIDDEN, dtype="bfloat16", peers=False),
+        replace(_HIDDEN, dtype="bfloat16", plain=(), peers=False),
     ],
     "gpu": [
         replace(_GPU, vocab=151936, losses=_ALL, compiled=("kl",), plot=("vocabulary",)),

@@ -160,7 +160,7 @@ _TITLES = {"kl": "forward KL", "rkl": "reverse KL", "jsd": "JSD", "ce": "cross e
 HEADLINES = {
     "cpu": {
         "logits [512, 131072] float32": ("kl", "jsd"),
-        "hidden [512, 512] -> 32768 float32": ("kl",),
+        "hidden [256, 512] -> 32768 float32": ("kl",),
     },
     "gpu": {
         "logits [8192, 151936] bfloat16": ("kl", "jsd"),
