@@ -55,7 +55,11 @@ def outcomes(results: dict[str, dict]) -> str:
         if way not in ("plain", "longer") and (said := gains(results, way))
     ]
     longer = gains(results, "longer")
-    more = f" Given soft's time, and so more tokens, it ends {longer} of itself." if longer else ""
+    more = (
+        f" The student without a teacher, given soft's time and so more tokens, ends {longer}."
+        if longer
+        else ""
+    )
     without = [f"`make {name}`" for name, result in results.items() if "co" not in result["students"]]
     missing = f" The committed run of {' and '.join(without)} has no co." if without else ""
     return (

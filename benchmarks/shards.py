@@ -322,14 +322,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def page(result: dict[str, Any]) -> str:
     """What docs/distributed.md says of a result: the goals' ratios, the table, the machine."""
     said = []
-    for size in dict.fromkeys(tuple(row["size"].values()) for row in result["rows"]):
-        rows = [row for row in result["rows"] if tuple(row["size"].values()) == size and row["loss"] != "ce"]
+    for size in dict.fromkeys(Size(**row["size"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if Size(**row["size"]) == size and row["loss"] != "ce"]
         (ours,), others = (
             [r for r in rows if (r["variant"] == "kdkernels") is mine] for mine in (True, False)
         )
         fastest = min(others, key=lambda row: row["ms"])
-        what = f"{ours['loss']} of {size[0]} x {size[1]} takes {ours['ms'] / fastest['ms']:.2f} times as long as "
-        if size[2]:
+        what = f"{ours['loss']} of {size.tokens} x {size.vocab} takes {ours['ms'] / fastest['ms']:.2f} times as long as "
+        if size.width:
             what += fastest["variant"]
         else:
             least = min(row["peak_bytes_per_logit"] for row in others)

@@ -145,7 +145,8 @@ struct FoldSums {
 
 // Adds up one side's exponentials, and what is weighed by them: two dozen instructions a vector, of which the
 // processor has several vectors under way. Both sides in one loop would not find enough registers. Not
-// inlined, for the same reason.
+// inlined, for the same reason. It counts in 64 bits, as the loops of value.h and gradient.h do: of an int
+// every address is widened first, a sixth of what AVX2 executes here.
 template <Fill kFill, bool kStats, Cross kCross, DType kDType>
 __attribute__((noinline)) SideSums fold_side(const SideBlock& block) {
   constexpr int kBytes = bytes_of(kDType);

@@ -57,7 +57,7 @@ class DistillationTrainer(Trainer):
             temperature_squared, soft_weight, hard_weight, label_smoothing, z_loss, vocab_size, chunk_bytes and
             gradient_tolerance.
         tail: of the sparse targets in a batch, as of :class:`kdkernels.SparseTarget`.
-        keep_sharded: under FSDP2 leave the lm_heads in their shards, whole they are on no process: hidden states of
+        keep_sharded: under FSDP2 leave the lm_heads in their shards. No process holds a whole one; the hidden states of
             all processes travel instead. It pays where all processes' tokens of a micro-batch are fewer than the
             lm_head's rows. Of plain lm_heads of one size, with embeddings of their own.
 
@@ -354,10 +354,8 @@ class DistillationTrainer(Trainer):
         """By itself, before accelerate shards it together with the last norm."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        head, policy = (
-            model.get_output_embeddings(),
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy,
-        )
+        head = model.get_output_embeddings()
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
         if self.accelerator.mixed_precision != "no" and head.weight.requires_grad:
             head.float()  # as accelerate does with what learns
         # FSDP2 never meets the head in the model's own forward (see model_head). A plain forward between two steps would

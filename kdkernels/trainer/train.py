@@ -222,11 +222,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def last_evaluation(trainer: ReliableTrainer) -> dict[str, Any] | None:
     """What the last step came to, if it was evaluated and left the weights as they are now."""
-    last = trainer.state.log_history[::-1]
     if trainer.args.load_best_model_at_end:
         return None
-    lines = (line for line in last if line["step"] == trainer.state.global_step and "eval_loss" in line)
-    return next(({name: value for name, value in line.items() if name != "step"} for line in lines), None)
+    for line in reversed(trainer.state.log_history):
+        if line["step"] == trainer.state.global_step and "eval_loss" in line:
+            return {name: value for name, value in line.items() if name != "step"}
+    return None
 
 
 def begin_deepspeed_on_cpu() -> None:

@@ -110,7 +110,7 @@ class _Tiles:
             # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here.
             heavy = self.flags.kind == ALPHA_BETA.value or self.flags.teacher_label
             heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
-            made["maxnreg"] = 184 if heavy else 128
+            made["maxnreg"] = 184 if heavy else 128  # what AlphaBeta with every option takes on sm_100
         return made
 
     @property
