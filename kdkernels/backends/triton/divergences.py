@@ -34,20 +34,20 @@ TINY = tl.constexpr(1e-30)
 @triton.jit
 def _log_ratio(p, m, d):
     """log(p / m) to a few ulp, relative to the result. d = p - m must be as accurate as p and m are; where
-    d is 0, so is the result. A polynomial (cephes' logf) where p / m is near 1, the hardware's logarithm
-    elsewhere."""
-    inverse = 1.0 / m
-    u = d * inverse
-    y = tl.fma(u, 7.0376836292e-2, -1.1514610310e-1)
-    y = tl.fma(y, u, 1.1676998740e-1)
-    y = tl.fma(y, u, -1.2420140846e-1)
-    y = tl.fma(y, u, 1.4249322787e-1)
-    y = tl.fma(y, u, -1.6668057665e-1)
-    y = tl.fma(y, u, 2.0000714765e-1)
-    y = tl.fma(y, u, -2.4999993993e-1)
-    y = tl.fma(y, u, 3.3333331174e-1)
-    near = u + u * u * tl.fma(y, u, -0.5)
-    return tl.where((u > -0.29) & (u < 0.41), near, tl.log(tl.maximum(p * inverse, TINY)))
+    d is 0, so is the result. m is at least TINY; of a p below it the result is finite, and no more.
+
+    As csrc/vec.h: p / m = 2^k r. The difference of their bits is nearly that of their logarithms, and gives a k that
+    leaves r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), whose numerator and denominator are taken times m. k stays
+    where it is in the bits: ``of_k`` is k's bits in an exponent, and a conversion would be a slow instruction.
+    """
+    of_k = (p.to(tl.int32, bitcast=True) - m.to(tl.int32, bitcast=True) + 0x400000) & -0x800000
+    over = tl.where(of_k == 0, d, p * (0x3F800000 - of_k).to(tl.float32, bitcast=True) - m)
+    h = over / tl.fma(over, 0.5, m)
+    z = h * h
+    y = tl.fma(z, 2.37301759e-3, 1.24866157e-2)
+    y = tl.fma(y, z, 8.33336923e-2)
+    k = ((of_k >> 23) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    return tl.fma(k, 0.693147181, tl.fma(y, z * h, h))
 
 
 @triton.jit
