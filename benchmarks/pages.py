@@ -20,6 +20,8 @@ PAGES = {
     "sampled-kl": ROOT / "docs" / "on-policy-and-drafts.md",
     "bias": ROOT / "docs" / "sparse-targets.md",
     "tolerance": ROOT / "docs" / "tolerance.md",
+    "cache": ROOT / "docs" / "teacher-cache.md",
+    "instructions": ROOT / "docs" / "gpu.md",
 }
 
 

@@ -14,7 +14,7 @@ import cuda_host
 import pytest
 import torch
 
-from benchmarks import compile_cuda
+from benchmarks import compile_cuda, instructions
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
@@ -126,6 +126,19 @@ def test_compiles_without_spills(tmp_path, architecture):
     found = compile_cuda.parsed(said)
     assert len(found) == len(REPRESENTATIVES)
     assert all(usage.fits for usage in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_instructions_are_counted(monkeypatch):
+    """A pair of logits in registers has two exponentials; a loop of them again has two more."""
+    only = {"forward KL": instructions.DIVERGENCES["forward KL"]}
+    monkeypatch.setattr(instructions, "DIVERGENCES", only)
+    held, streamed, _ = instructions.of_cuda()
+    in_triton, _ = instructions.of_triton()
+    assert held["special"] == 2 and streamed["special"] == pytest.approx(4, abs=0.2)
+    assert in_triton["special"] == pytest.approx(4, abs=0.3)
+    assert 10 < held["instructions"] < streamed["instructions"] < in_triton["instructions"] < 60
 
 
 def geometry(chip, width, student_bytes, teacher_bytes, rows=8192, in_registers=False):

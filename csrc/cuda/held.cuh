@@ -348,11 +348,12 @@ KD_DEVICE float soft_gradient(const Weights& w, float s, float t) {
   return (t - rounded_product(s, w.mean)) * w.soft;
 }
 
-// Last pass.
+// Last pass. `whole`: is_whole().
 template <class Row>
-KD_DEVICE void write_columns(const Row& row, const Weights& w, int label, const Columns<Row>& columns) {
+KD_DEVICE void write_columns(const Row& row, const Weights& w, int label, bool whole,
+                             const Columns<Row>& columns) {
   const GradRow grad = row.grad_row(row.job.grad);
-  const bool whole = is_whole(row) && grad.aligned;
+  whole &= grad.aligned;
   each_vector(row, [&](int i, int column) {
     float g[kVector] = {};
     if (Row::kTeacher && w.soft != 0) {
@@ -411,7 +412,7 @@ KD_DEVICE void compute_held(const Row& row, const HeldLayout<Row>& at) {
     mean = sum_q_psi_of(at);
     shares = {1, 1};
   }
-  write_columns(row, weights_of(row, at.ticket(), all, shares, mean), at.ticket().label, columns);
+  write_columns(row, weights_of(row, at.ticket(), all, shares, mean), at.ticket().label, whole, columns);
 }
 
 // All rows of a warp that has columns.
