@@ -32,9 +32,9 @@ def text(demo: str) -> str:
 
 
 def machines(result: dict[str, Any]) -> str:
-    """Where the rows were measured; of the same machine, versions and day the busiest hour."""
+    """Where the tables' rows were measured; of the same machine, versions and day the busiest hour."""
     busiest: dict[tuple, dict[str, Any]] = {}
-    for row in (row for rows in result.values() for row in rows.values()):
+    for row in (row for name, rows in result.items() if name != "seeds" for row in rows.values()):
         where = row["environment"]
         key = tuple(where[name] for name in ("machine", "threads", "torch", "date"))
         load = (busiest[key] if key in busiest else where).get("load_average") or 0

@@ -172,7 +172,8 @@ def machine(comparison: Row) -> str:
         "" if seconds is None else f", {seconds:.0f} s in all after the setup"
     )  # None: some stages had been run before
     busy = f", beside other programs (load {load:g} on {cores} cores)" if load > cores + 1 else ""
-    return f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['date']}{whole}{busy}"
+    threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    return f"{where['machine']}, {threads}, torch {where['torch']}, {where['date']}{whole}{busy}"
 
 
 # -- the picture -------------------------------------------------------------------------------------
