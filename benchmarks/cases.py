@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 import kdkernels as kd
+from benchmarks import real
 
 #: Loss name -> its divergence; None where there is no soft term.
 LOSSES: dict[str, kd.Divergence | None] = {
@@ -38,8 +40,10 @@ class Case:
     costs a compilation each. ``plain`` are those whose plain formula is timed at all (None: every one): at the largest
     sizes it takes seconds a step. ``plot`` names the curves that this case is a point of, "tokens" or "vocabulary";
     a case that is there for its curves only is no ``headline``, and not in README. ``peers`` False
-    leaves the other libraries out. ``peaked``: both heads know how frequent each token is, as a language model's do,
-    so that most columns hardly matter; our losses are timed with a gradient_tolerance too.
+    leaves the other libraries out. ``spectrum`` is what the logits are like where hidden states make them: "random", or
+    "real", those of :mod:`benchmarks.real`, whose width and vocabulary the case then has, or "peaked": random heads that
+    know how frequent each token is. In the latter two most columns hardly matter, as with a language model, and our losses
+    are timed with a gradient_tolerance too.
     """
 
     tokens: int
@@ -56,7 +60,7 @@ class Case:
     plot: tuple[str, ...] = ()
     headline: bool = True
     peers: bool = True
-    peaked: bool = False
+    spectrum: Literal["random", "real", "peaked"] = "random"
 
     def __post_init__(self) -> None:
         unknown = set(self.losses) - set(LOSSES)
@@ -72,7 +76,7 @@ class Case:
         extras += ["frozen head"] if self.frozen_head else []
         extras += [f"{self.masked:.0%} masked"] if self.masked else []
         extras += [f"top {self.top_k}"] if self.top_k else []
-        extras += ["peaked"] if self.peaked else []
+        extras += [self.spectrum] if self.spectrum != "random" else []
         extras += ["co-distillation"] if "codistill" in self.losses else []
         return ", ".join([f"{'hidden' if self.width else 'logits'} {kind} {self.dtype}", *extras])
 
@@ -85,11 +89,16 @@ class Case:
         return self.tokens - round(self.masked * self.tokens)
 
     @property
+    def is_there(self) -> bool:
+        """False while nobody has made the real model's hidden states."""
+        return self.spectrum != "real" or real.FIXTURE.exists()
+
+    @property
     def teacher_trains(self) -> bool:
         return "codistill" in self.losses
 
     def shrunk(self, *, tokens: int, vocab: int | None = None, width: int | None = None) -> Case:
-        """The same case at no more than these sizes: for errors, and for tests."""
+        """The same case at no more than these sizes: for errors, and for tests. A real model's lm_head has one size."""
         less = lambda size, most: size if most is None else min(size, most)  # noqa: E731
         teacher = None if self.teacher_width is None else less(self.teacher_width, width and width + 16)
         return replace(
@@ -99,6 +108,7 @@ class Case:
             width=less(self.width, width),
             teacher_width=teacher,
             top_k=less(self.top_k, vocab and vocab // 8),
+            spectrum="peaked" if self.spectrum == "real" and (vocab or width) else self.spectrum,
         )
 
 
@@ -116,6 +126,7 @@ def _over_vocab(case: Case, sizes: tuple[int, ...]) -> list[Case]:
 
 _ALL = (*SOFT, "ce")
 _HIDDEN = Case(256, 32768, width=512)
+_REAL = Case(1024, real.VOCAB, width=real.WIDTH, losses=("kl", "ce"), plain=(), peers=False, spectrum="real")
 _GPU = Case(8192, 128256, "bfloat16")
 _GPU_HIDDEN = replace(_GPU, width=4096)
 _ON_CURVES = {"plot": ("tokens", "vocabulary")}
@@ -140,6 +151,7 @@ SUITES: dict[str, list[Case]] = {
         ),
         Case(512, 131072, "bfloat16", losses=SOFT, compiled=("kl",), plain=("kl",), peers=False),
         replace(_HIDDEN, tokens=512, losses=("kl", *POLICY), plain=(), peers=False),
+        _REAL,
         replace(_HIDDEN, losses=("kl", "jsd", "ce", "log-probs + entropy")),
         *_over_tokens(Case(0, 32768, peers=False), (64, 512, 2048)),
         *_over_tokens(Case(0, 32768, width=256, peers=False), (64, 256, 512)),
@@ -153,13 +165,14 @@ SUITES: dict[str, list[Case]] = {
         replace(_HIDDEN, top_k=64, losses=("kl", "kl conditional")),
         Case(128, 131072, losses=_ALL),
         replace(_HIDDEN, dtype="bfloat16", plain=(), peers=False),
+        replace(_REAL, dtype="bfloat16"),
     ],
     "gpu": [
         replace(_GPU, vocab=151936, losses=_ALL, compiled=("kl",), plot=("vocabulary",)),
         replace(_GPU_HIDDEN, losses=("kl", "jsd", "ce"), **_ON_CURVES),
         replace(_GPU, losses=_ALL, peers=False, **_ON_CURVES),
         replace(_GPU, vocab=256000, losses=_ALL, peers=False, plot=("vocabulary",)),
-        replace(_GPU_HIDDEN, losses=("kl", "ce"), peaked=True, peers=False),
+        replace(_GPU_HIDDEN, losses=("kl", "ce"), spectrum="peaked", peers=False),
         replace(_GPU_HIDDEN, frozen_head=True, losses=("kl", *POLICY), peers=False),
         replace(_GPU_HIDDEN, masked=0.5, losses=("kl", "ce"), peers=False),
         replace(_GPU_HIDDEN, losses=("codistill",), peers=False),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from benchmarks import real
 from benchmarks.cases import Case
 
 #: Large tensors repeat a random block of this many numbers, or making them would take longer than
@@ -49,9 +50,12 @@ class Inputs:
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case = case
-        self.student = self._side(case.width, device)
-        self.teacher = self._side(case.teacher_width or case.width, device)
-        self.labels = torch.randint(0, case.vocab, (case.tokens,), device=device)
+        if case.spectrum == "real":
+            self._of_a_real_model(device)
+        else:
+            self.student = self._side(case.width, device)
+            self.teacher = self._side(case.teacher_width or case.width, device)
+            self.labels = torch.randint(0, case.vocab, (case.tokens,), device=device)
         if masked := case.tokens - case.live_tokens:
             self.labels[torch.randperm(case.tokens, device=device)[:masked]] = -100
         self.target: kd.SparseTarget | None = None
@@ -69,13 +73,27 @@ class Inputs:
         ids = ids + torch.randint(0, step, (case.tokens, case.top_k), device=device)
         return kd.SparseTarget(ids, logprobs, tail="bucket")
 
+    def _of_a_real_model(self, device: str) -> None:
+        """The teacher, and as its student the teacher without six layers, whose lm_head is the teacher's own."""
+        case, made = self.case, real.read()
+        if (case.vocab, case.width) != made["weight"].shape or case.tokens > len(made["labels"]):
+            raise ValueError(
+                f"{case.name}: a real model's are {real.TOKENS} tokens, {real.WIDTH} -> {real.VOCAB}"
+            )
+        as_case = lambda tensor: tensor.to(device, case.torch_dtype)  # noqa: E731
+        weight = as_case(made["weight"])
+        self.student = [as_case(made["without six layers"])[: case.tokens], weight]
+        self.teacher = [as_case(made["teacher"])[: case.tokens], weight]
+        self.labels = made["labels"][: case.tokens].to(device, copy=True)
+
     def _side(self, width: int, device: str) -> list[Tensor]:
         case = self.case
         if not width:
             return [_random((case.tokens, case.vocab), 2.0, case.torch_dtype, device)]
         shapes = ((case.tokens, width), 1.0), ((case.vocab, width), 2.0 / width**0.5)
         hidden, weight = (_random(shape, scale, case.torch_dtype, device) for shape, scale in shapes)
-        if case.peaked:  # one direction holds how frequent a token is: the logarithm of Zipf's law
+        # One direction holds how frequent a token is: the logarithm of Zipf's law.
+        if case.spectrum == "peaked":
             hidden[:, 0] = 1.0
             weight[:, 0] = -torch.arange(1, case.vocab + 1, device=device).log()
         return [hidden, weight]

@@ -28,6 +28,12 @@ def where(result: Row) -> str:
     return told
 
 
+def not_run(result: dict[str, Any]) -> str:
+    return "Not run, for want of time or of what `python -m benchmarks.real` makes: " + "; ".join(
+        result["not_run"]
+    )
+
+
 def case_table(case: Row) -> str:
     """All that was measured on one case."""
     lines = [
@@ -94,7 +100,7 @@ def full(result: Row) -> str:
     for case in result["cases"]:
         lines += ["", case_table(case)]
     if result["not_run"]:
-        lines += ["", "Not run, the time was up: " + "; ".join(result["not_run"]) + "."]
+        lines += ["", f"{not_run(result)}."]
     return "\n".join(lines) + "\n"
 
 

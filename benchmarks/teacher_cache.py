@@ -2,7 +2,8 @@
 
 Bytes: K=64 of V=152000, with log-probabilities of a stand-in for a teacher whose ids are as skewed as
 BPE's (logits fall with the logarithm of the id, plus a context of rank 64), and with ids that have no
-structure at all, which is the worst case. Encodings of the ids alone are beside them.
+structure at all, which is the worst case; and K=64 of a real teacher, over source text (:mod:`benchmarks.real`). Encodings
+of the ids alone are beside them.
 
 Speed: the demo's shapes (its student, vocabulary, lengths and batch), where the student trains on what
 the reader gives. Prints tables and writes JSON (``--out``).
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 import kdkernels as kd
+from benchmarks import pages, real
 from benchmarks.machine import describe
 from kdkernels.targets.records import distillkit_bytes
 from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, stack
@@ -55,6 +57,11 @@ def unstructured(target: kd.SparseTarget, vocab: int) -> kd.SparseTarget:
     return kd.SparseTarget(ids, target.logprobs)
 
 
+def smollm2() -> kd.SparseTarget:
+    made = real.read()
+    return kd.top_k_target(kd.LinearHead(made["teacher"], made["weight"]), K)
+
+
 def write(directory: Path, target: kd.SparseTarget, length: int, vocab: int, values: str) -> TeacherCache:
     count = len(target.ids) // length
     manifest = Manifest(
@@ -74,11 +81,11 @@ def write(directory: Path, target: kd.SparseTarget, length: int, vocab: int, val
     return TeacherCache(directory)
 
 
-def sizes(name: str, target: kd.SparseTarget) -> list[dict]:
+def sizes(name: str, target: kd.SparseTarget, *, length: int, vocab: int) -> list[dict]:
     rows = []
     for values in ("uint8", "bfloat16", "float32"):
         with tempfile.TemporaryDirectory() as folder:
-            cache = write(Path(folder, "cache"), target, LENGTH, VOCAB, values)
+            cache = write(Path(folder, "cache"), target, length, vocab, values)
             rows.append(
                 {
                     "ids": name,
@@ -180,11 +187,38 @@ def _batches(cache: TeacherCache, order, size: int) -> Iterator[list]:
             records = []
 
 
+def table(result: dict) -> str:
+    """Bytes per token, a row for each teacher and a column for each type of the stored values."""
+    case, where = result["case"], result["environment"]
+    names = {
+        "skewed": f"a stand-in, vocabulary {case['vocab']}",
+        "unstructured": "the same on ids without any structure",
+        "SmolLM2's": f"SmolLM2-135M-Instruct on source text, vocabulary {real.VOCAB}",
+    }
+    sizes = {(row["ids"], row["values"]): row["bytes_per_token"] for row in result["sizes"]}
+    values = list(dict.fromkeys(kind for _, kind in sizes))
+    lines = [f"| teacher | {' | '.join(values)} |", "|---" * (len(values) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(f"{sizes[ids, kind]:.0f}" for kind in values) + " |"
+        for ids, name in names.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Bytes per token, K = {case['k']}; ids and values as they are in memory take {result['raw_bytes_per_token']}. "
+            f"{where['date'][:10]}.",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_cache", description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/teacher-cache.md")
     parser.add_argument("--steps", type=int, default=20, help="turns of reader and student")
     options = parser.parse_args()
+    real.read()  # says at once that it is not there
     target = skewed(VOCAB, LENGTH * SEQUENCES)
     targets = {"skewed": target, "unstructured": unstructured(target, VOCAB)}
     published = {
@@ -193,7 +227,10 @@ def main() -> None:
     result = {
         "environment": describe("cpu"),
         "case": {"k": K, "vocab": VOCAB, "length": LENGTH, "sequences": SEQUENCES},
-        "sizes": [row for name, each in targets.items() for row in sizes(name, each)],
+        "sizes": [
+            *(row for name, each in targets.items() for row in sizes(name, each, length=LENGTH, vocab=VOCAB)),
+            *sizes("SmolLM2's", smollm2(), length=real.LENGTH, vocab=real.VOCAB),
+        ],
         "raw_bytes_per_token": 8 * K,
         "distillkit_bytes_per_token": {name: sum(parts) + ids for name, (parts, ids) in published.items()},
         "id_encodings": [row for name, each in targets.items() for row in id_encodings(name, each)],
@@ -221,6 +258,8 @@ def main() -> None:
     )
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    if options.docs:
+        pages.fill("cache", table(result))
 
 
 if __name__ == "__main__":

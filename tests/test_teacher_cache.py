@@ -19,6 +19,8 @@ pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 import kdkernels.teacher_cache.writer as writer_module  # noqa: E402
+from benchmarks import pages  # noqa: E402
+from benchmarks import teacher_cache as benchmark  # noqa: E402
 from kdkernels import SparseTarget  # noqa: E402
 from kdkernels.teacher_cache import (  # noqa: E402
     CacheWriter,
@@ -437,3 +439,8 @@ def test_stacked_targets_mean_the_same():
             torch.equal(dense(row)[: len(target.ids)], dense(target))
             and not dense(row)[len(target.ids) :].any()
         )
+
+
+def test_bytes_in_docs_are_the_committed_ones():
+    committed = json.loads((pages.ROOT / "benchmarks" / "results" / "cpu-cache.json").read_text())
+    assert pages.is_filled("cache", benchmark.table(committed))
