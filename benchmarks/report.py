@@ -29,8 +29,9 @@ def where(result: Row) -> str:
 
 
 def not_run(result: dict[str, Any]) -> str:
-    return "Not run, for want of time or of what `python -m benchmarks.real` makes: " + "; ".join(
-        result["not_run"]
+    return (
+        "Not run, for want of time, of bf16 arithmetic, or of what `python -m benchmarks.real` makes: "
+        + "; ".join(result["not_run"])
     )
 
 

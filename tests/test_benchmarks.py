@@ -85,6 +85,15 @@ def test_a_case_whose_inputs_nobody_has_made_is_named(monkeypatch, tmp_path):
     assert result["cases"] == [] and result["not_run"] == [case.name]
 
 
+def test_large_bf16_products_are_left_to_processors_that_have_them(monkeypatch):
+    large = cases.Case(256, 32768, "bfloat16", width=512)
+    small, logits = replace(large, tokens=16), replace(large, width=0)
+    for there in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
+        assert run.can_run(large, "cpu") == there
+        assert all(run.can_run(*each) for each in ((small, "cpu"), (logits, "cpu"), (large, "cuda")))
+
+
 def test_peers_agree_with_the_oracle():
     """Each installed peer, on cases with masked tokens and unequal widths: its own gradient is right."""
     seen = set()

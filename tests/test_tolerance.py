@@ -343,6 +343,13 @@ def test_the_benchmark(tmp_path):
         errors = case["errors"]
         assert errors[0]["kept"] >= errors[-1]["kept"] and errors[0]["dH"] <= errors[-1]["dH"] < 0.5
         assert errors[-1]["dW"] > 1e-4 and min(case["seconds"].values()) > 0
-    assert "2^-8" in figures.speed(result)
+    assert "2^-8" in figures.table(result) and set(figures.ratios(case)) == {
+        "exact",
+        "10",
+        "9",
+        "8",
+        "7",
+        "6",
+    }
     figures.picture(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
