@@ -194,10 +194,8 @@ class ShardedLogits:
     Args:
         logits: ``[..., V_rank]`` (fp64, fp32, bf16, fp16); V_rank may be 0.
         shard: where these columns lie.
-        logit_scale, softcap: numbers; logits are scaled, then capped.
-
-    Raises:
-        ValueError: a number is out of range. TypeError: something is no Tensor, no Shard or no number.
+        logit_scale: multiplies the logits.
+        softcap: caps the scaled logits; None does not.
 
     Raises:
         TypeError, ValueError: something is no Tensor or no Shard, logits are a scalar, a number is out of range.

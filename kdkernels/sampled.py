@@ -60,8 +60,9 @@ def sampled_kl(
     Args:
         student_log_probs: floating ``[...]``, log q of the drawn tokens; :func:`kdkernels.token_log_probs` makes them.
         teacher_log_probs: the same of the teacher, in any floating dtype; a constant.
-        estimator, gradient: the tables above. The defaults have the value and the gradient of KL(q, p) in the
-            mean; so has "k2" with "value", but for its value.
+        estimator: of the first table above. The defaults of this and the next have the value and the gradient of
+            KL(q, p) in the mean; so has "k2" with "value", but for its value.
+        gradient: of the second table.
         sampling_log_probs: log q_old of the drawn tokens, a constant; for "ratio", and only there.
         clip_ratio: 0 <= low <= 1 <= high, bounds of q / q_old; None clips nothing.
 
