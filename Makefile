@@ -54,7 +54,7 @@ lock: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q . || { echo "ruff format . would change these"; exit 1; }
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests benchmarks -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 	$(BIN)/mypy
 
 # Into site/; a link that leads nowhere is an error.

@@ -173,6 +173,15 @@ def call_sparse(
     launch.gradient(given, weights, spec, state, Gradients(grad, None), sparse)
 
 
+def cuobjdump(option: str, binary: bytes) -> str:
+    """What the tool in Triton's package says of NVIDIA's machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def usage(kernel, target: str) -> Usage:
     name = kernel.metadata.name
     if "cubin" not in kernel.asm:
@@ -183,13 +192,7 @@ def usage(kernel, target: str) -> Usage:
         }
         spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
         return Usage(name, target, found["vgpr_count"], spilled, kernel.metadata.shared)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = cuobjdump("-res-usage", kernel.asm["cubin"])
     read = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL", "SHARED")}  # type: ignore[index]
     return Usage(name, target, read["REG"], read["STACK"] + read["LOCAL"], kernel.metadata.shared)
 

@@ -14,8 +14,6 @@ from benchmarks.cases import Case
 from benchmarks.variants import Variant, variants_of
 
 SCHEMA = 1
-#: Multiplications of a bf16 product that take seconds where the processor has none for bf16.
-_MOST_BY_HAND = 10**9
 
 
 def run_case(case: Case, device: str, *, rounds: int = measure.ROUNDS) -> dict[str, Any]:
@@ -57,13 +55,6 @@ def _add_floors(rows: list[dict[str, Any]]) -> None:
             row["percent_of_floor"] = 100 / row["to_floor"]
 
 
-def can_run(case: Case, device: str) -> bool:
-    """False where its inputs are not there, or a CPU without bf16 arithmetic would take minutes for each of its products."""
-    products = case.tokens * case.width * case.vocab
-    slow = device == "cpu" and case.dtype == "bfloat16" and products > _MOST_BY_HAND
-    return case.is_there and not (slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def run_suite(
     suite: str,
     cases: list[Case],
@@ -85,7 +76,7 @@ def run_suite(
     }
     for case in cases:
         late = seconds is not None and time.perf_counter() - start > 0.9 * seconds
-        if late or not can_run(case, device):
+        if late or not case.can_run(device):
             result["not_run"].append(case.name)
             continue
         result["cases"].append(run_case(case, device, rounds=rounds))

@@ -15,7 +15,7 @@ def device_of(config):
 
 def pytest_generate_tests(metafunc):
     device = device_of(metafunc.config)
-    cases = [case for case in SUITES[metafunc.config.getoption("--suite")] if case.is_there]
+    cases = [case for case in SUITES[metafunc.config.getoption("--suite")] if case.can_run(device)]
     pairs = [(case, variant) for case in cases for variant in variants_of(case, device)[0]]
     names = [f"{case.name}-{variant.loss}-{variant.label}" for case, variant in pairs]
     metafunc.parametrize("case, variant", pairs, ids=names)

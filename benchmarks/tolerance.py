@@ -3,9 +3,8 @@
     python -m benchmarks.real                           # once: hidden states and lm_head of SmolLM2
     python -m benchmarks.tolerance [--out JSON] [--docs] [--picture PNG]
 
-Teacher and students are those of :mod:`benchmarks.real`. Errors are relative to
-the exact gradients' norms and do not depend on the machine; times do, and stand beside the bare GEMMs of the same run.
-``--docs`` writes the table into docs/tolerance.md.
+Teacher and students are those of :mod:`benchmarks.real`. Errors are relative to the exact gradients' norms and do not
+depend on the machine; times do, and stand beside the bare GEMMs of the same run. ``--docs`` writes the table into docs/tolerance.md.
 """
 
 from __future__ import annotations
