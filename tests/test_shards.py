@@ -622,6 +622,12 @@ def test_a_rank_that_dies_is_an_error(tmp_path):
     assert kind in ("RuntimeError", "DistBackendError")
 
 
+def test_no_group_outlives_its_end(tmp_path):
+    """The threads of one that does can abort the process at its end."""
+    mp.spawn(shard_processes.ended, (tmp_path,), 2)
+    assert torch.load(tmp_path / "gone")
+
+
 def test_a_head_moves_to_the_students_rows(outcomes):
     for moved, truth in of(outcomes, "reshard_head"):
         assert torch.equal(moved, truth)

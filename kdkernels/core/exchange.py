@@ -23,6 +23,11 @@ from ..checks import require
 from ..heads import Shard
 from .sides import Side
 
+# The defaults of its functions are the group that is there when it is imported, and torch imports it with its compiler:
+# at the first loss, say. Such a group outlives destroy_process_group, and its threads can abort the process at its end.
+if dist.is_available():
+    import torch.distributed.nn.functional
+
 # torch 2.13 has renamed them.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = (
@@ -150,7 +155,6 @@ def _joined(told: list[tuple[int | None, int]]) -> tuple[Range, ...]:
     return found
 
 
-@functools.cache
 def even_shard(group: Any, vocab: int, **options: Any) -> Shard:
     """The Shard of torch.chunk's parts, which all ranks know without asking. ``options``: :class:`Shard`'s."""
     ranks = dist.get_world_size(group)
