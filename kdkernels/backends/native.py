@@ -79,7 +79,7 @@ def instruction_set() -> str | None:
     """ "avx512bf16", "avx512", "avx2" or "baseline": what the CPU's row loops were dispatched to. None without a native backend.
 
     >>> import kdkernels as kd
-    >>> kd.instruction_set() in ("avx512", "avx2", "baseline", None)
+    >>> kd.instruction_set() in ("avx512bf16", "avx512", "avx2", "baseline", None)
     True
     """
     if _problem:
