@@ -13,6 +13,13 @@
 namespace kd {
 namespace KD_ISA {
 
+// Whether exp_scaled takes any finite x: 0 comes out far below scale.low too.
+#if defined(__AVX512F__)
+constexpr bool kScalesAnyExponent = true;
+#else
+constexpr bool kScalesAnyExponent = false;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -128,15 +135,21 @@ KD_HD Vec quotient(Vec a, Vec b) {
 #endif
 }
 
+// In pairs: a chain of additions would take as long as eight vectors of a row.
 KD_HD double sum(Vec v) {
-  double total = 0.0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  double lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = v[i];
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
+// Of lanes without NaN.
 KD_HD float max_lane(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
-  return best;
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] < lanes[i + half] ? lanes[i + half] : lanes[i];
+  return lanes[0];
 }
 
 }  // namespace KD_ISA

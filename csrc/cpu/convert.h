@@ -8,7 +8,14 @@ namespace kd {
 namespace KD_ISA {
 
 KD_HD Vec from_bfloat16(const uint16_t* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512BW__)
+  // One shuffle puts each half into the upper part of its word.
+  alignas(64) static constexpr uint16_t kFrom[32] = {0,  0,  1,  1,  2,  2,  3,  3,  4,  4,  5,
+                                                     5,  6,  6,  7,  7,  8,  8,  9,  9,  10, 10,
+                                                     11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+  const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(kFrom), halves);
+#elif defined(__AVX2__)
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   Halves h;

@@ -113,78 +113,117 @@ inline void fold_logits(SideState& side, Block block, int n) {
   side.sum_logits += total;
 }
 
-// What a side's fold adds up of the pair, with x as in row_state.h: nothing, or its exponentials times x.
-enum class Cross { kNone, kStudent, kTeacher };
+// How the two sides of a block are folded: a student without a teacher, each side by itself, or with the sum
+// of one side's exponentials times x, x as in row_state.h.
+enum class Pairing { kAlone, kApart, kByStudent, kByTeacher };
 
-// What is left in the scratch: nothing, the exponentials, or these and beside them the exponentials times x.
-enum class Fill { kNothing, kExp, kExpX };
+constexpr Pairing pairing_of(Kind kind) {
+  if (kind == kNone) return Pairing::kAlone;
+  if (kind == kReverseKL) return Pairing::kByStudent;
+  return needs_cross_t(kind) ? Pairing::kByTeacher : Pairing::kApart;
+}
 
-// One side of a block, and the other where the pair counts.
+// One side of a block.
 struct SideBlock {
-  const char* logits;
-  int end;
+  const char* logits = nullptr;
   // The next block, fetched while this one is computed: else memory would wait for arithmetic. A prefetch
   // past the end of the matrix is harmless.
-  const char* ahead;
-  float reference;
+  const char* ahead = nullptr;
+  float reference = 0;
+  float* left = nullptr;  // where the scratch is filled
+};
+
+struct PairBlock {
+  SideBlock student, teacher;
+  int end;
   Scale scale;
-  float *exp, *exp_x;
-  const char* other = nullptr;
-  float other_reference = 0;
 };
 
 // Shift and cross are of logits, before the temperature divides.
 struct SideSums {
-  double exp = 0, shift = 0, cross = 0;
+  double exp = 0, shift = 0;
   double highest = -kInf;  // logit
 };
 
-struct FoldSums {
-  Vec exp{}, shift{}, cross{};
+struct BlockSums {
+  SideSums student, teacher;
+  double cross = 0;
+
+  bool finite() const { return std::isfinite(student.exp + teacher.exp + cross); }
 };
 
-// Adds up one side's exponentials, and what is weighed by them: two dozen instructions a vector, of which the
-// processor has several vectors under way. Both sides in one loop would not find enough registers. Not
-// inlined, for the same reason. It counts in 64 bits, as the loops of value.h and gradient.h do: of an int
-// every address is widened first, a sixth of what AVX2 executes here.
-template <Fill kFill, bool kStats, Cross kCross, DType kDType>
-__attribute__((noinline)) SideSums fold_side(const SideBlock& block) {
-  constexpr int kBytes = bytes_of(kDType);
-  const SideBlock c = block;
-  const Vec low = splat(c.scale.low);  // e is 0 here, and 0 * low is 0 where 0 * -inf is not
-  Vec highest = splat(-kInf);
-  FoldSums total;
-  const auto fold_vector = [&](int64_t i, FoldSums& sums) {
-    const Vec logits = read<kDType>(c.logits + i * kBytes), z = logits - c.reference;
-    highest = vmax(highest, logits);
-    const Vec above = vmax(z, low), e = exp_scaled(above, c.scale);
-    sums.exp += e;
-    if constexpr (kStats) sums.shift += e * above;
-    if constexpr (kFill != Fill::kNothing) store(c.exp + i, e);
-    if constexpr (kCross == Cross::kNone) return;
-    const Vec other = read<kDType>(c.other + i * kBytes) - c.other_reference;
-    const Vec x = select(e > 0.0f, kCross == Cross::kTeacher ? z - other : other - z, Vec{});
-    sums.cross += e * x;
-    if constexpr (kFill == Fill::kExpX) store(c.exp_x + i, e * x);
+// One side in the loop. `kBounded`: see fold_pair.
+template <bool kStats, bool kBounded, DType kDType>
+class SideLoop {
+ public:
+  struct Term {
+    Vec z, e;
   };
-  for (int64_t first = 0; first < c.end; first += kGroup) {
-    FoldSums group;
-    const int64_t end = std::min<int64_t>(first + kGroup, c.end);
-    int64_t i = first;
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {  // at least a cache line, of one prefetch
-      __builtin_prefetch(c.ahead + i * kBytes);
-      fold_vector(i, group);
-      fold_vector(i + kLanes, group);
-    }
-    if (i < end) fold_vector(i, group);
-    total.exp += group.exp;
-    total.shift += group.shift;
-    total.cross += group.cross;
+
+  SideLoop(const SideBlock& block, const Scale& scale)
+      : block_(block), scale_(scale), low_(splat(scale.low)), highest_(splat(-kInf)) {}
+
+  Term fold(int64_t i) {
+    __builtin_prefetch(block_.ahead + i * kBytes, 0, 2);
+    const Vec logits = read<kDType>(block_.logits + i * kBytes), z = logits - block_.reference;
+    highest_ = vmax(highest_, logits);
+    const Vec above = kBounded ? vmax(z, low_) : z, e = exp_scaled(above, scale_);
+    group_exp_ += e;
+    if constexpr (kStats) group_shift_ += e * above;
+    return {z, e};
   }
-  SideSums out{.exp = sum(total.exp), .highest = max_lane(highest)};
-  if constexpr (kStats) out.shift = sum(total.shift);
-  if constexpr (kCross != Cross::kNone) out.cross = sum(total.cross);
-  return out;
+  void leave(int64_t i, Vec v) const { store(block_.left + i, v); }
+  void end_group() {
+    exp_ += group_exp_;
+    shift_ += group_shift_;
+    group_exp_ = group_shift_ = Vec{};
+  }
+  SideSums sums() const { return {sum(exp_), kStats ? sum(shift_) : 0, max_lane(highest_)}; }
+
+ private:
+  static constexpr int kBytes = bytes_of(kDType);
+  const SideBlock block_;
+  const Scale scale_;
+  const Vec low_;  // e is 0 here, and 0 * low is 0 where 0 * -inf is not
+  Vec highest_, exp_{}, shift_{}, group_exp_{}, group_shift_{};
+};
+
+// Adds up both sides' exponentials, and what is weighed by them, in one loop: what is read and converted of a
+// logit serves both. Not inlined: on its own the loop has enough registers. It counts in 64 bits, as the
+// loops of value.h and gradient.h do: of an int every address is widened first, a sixth of what AVX2 executes
+// here.
+//
+// `kBounded` holds for all logits: exponents are kept from falling below scale.low, and x counts for nothing
+// where e is 0. Without it a logit of -inf, or far below any that matters, can leave NaN or inf in the sums,
+// never a wrong finite number. The caller looks.
+template <bool kFill, bool kStats, bool kBounded, Pairing kPairing, DType kDType>
+__attribute__((noinline)) BlockSums fold_pair(const PairBlock& block) {
+  const int64_t whole = block.end;
+  SideLoop<kStats, kBounded, kDType> student(block.student, block.scale), teacher(block.teacher, block.scale);
+  Vec cross{};
+  for (int64_t first = 0; first < whole; first += kGroup) {
+    Vec group_cross{};
+    const int64_t end = std::min<int64_t>(first + kGroup, whole);
+    for (int64_t i = first; i < end; i += kLanes) {
+      const auto s = student.fold(i);
+      if constexpr (kFill) student.leave(i, s.e);
+      if constexpr (kPairing == Pairing::kAlone) continue;
+      const auto t = teacher.fold(i);
+      constexpr bool kByStudent = kPairing == Pairing::kByStudent;
+      Vec left = t.e;
+      if constexpr (kPairing != Pairing::kApart) {
+        const Vec e = kByStudent ? s.e : t.e, apart = t.z - s.z;
+        const Vec weighted = e * (kBounded ? select(e > 0.0f, apart, Vec{}) : apart);
+        group_cross += weighted;
+        if constexpr (kByStudent) left = weighted;
+      }
+      if constexpr (kFill) teacher.leave(i, left);
+    }
+    student.end_group();
+    teacher.end_group();
+    cross += group_cross;
+  }
+  return {student.sums(), teacher.sums(), sum(cross)};
 }
 
 // The block with -inf for the stored ids: a copy, since it may be the caller's own memory.
@@ -203,12 +242,12 @@ Block without_stored(Row<kKind>& row, Block s, int64_t start, int n, int64_t& ne
 template <bool kFill, bool kStats, Kind kKind>
 class FoldPass {
   static constexpr bool kTeacher = kKind != kNone;
-  static constexpr Fill kExp = kFill ? Fill::kExp : Fill::kNothing;
 
  public:
   FoldPass(Row<kKind>& row, RowState& state)
       : row_(row),
         r_(state),
+        bounded_(kStats || !kScalesAnyExponent || row.stored != nullptr),
         label_apart_(!row.spec.tempered && (row.spec.asks(kLabel) || row.spec.asks(kTeacherLabel))) {}
 
   void run() {
@@ -217,16 +256,20 @@ class FoldPass {
       if (r_.student.reference == kNoReference || (kTeacher && r_.teacher.reference == kNoReference))
         raise_to(highest(s_, padded(n)), kTeacher ? highest(t_, padded(n)) : kNoReference);
       fold_block(start, padded(n));
-      if (student_.highest > r_.student.reference || teacher_.highest > r_.teacher.reference) {
-        raise_to(student_.highest, teacher_.highest);
+      if (sums_.student.highest > r_.student.reference || sums_.teacher.highest > r_.teacher.reference) {
+        raise_to(sums_.student.highest, sums_.teacher.highest);
+        fold_block(start, padded(n));
+      }
+      if (!bounded_ && !sums_.finite()) {
+        bounded_ = true;  // a row that has such logits mostly has more of them
         fold_block(start, padded(n));
       }
       if (label_ >= 0 && label_apart_) set_label_apart(padded(n));
       add();
       row_.scratch.references(b) = {r_.student.reference, r_.teacher.reference};
       if constexpr (kStats) {
-        note_top(r_.student, s_, n, student_.highest, row_.job.offset + start);
-        if (kTeacher) note_top(r_.teacher, t_, n, teacher_.highest, row_.job.offset + start);
+        note_top(r_.student, s_, n, sums_.student.highest, row_.job.offset + start);
+        if (kTeacher) note_top(r_.teacher, t_, n, sums_.teacher.highest, row_.job.offset + start);
       }
       if (row_.tempered_hard)
         fold_t1(r_.student, s_, padded(n), row_.spec.asks(kLabel) ? label_ : -1,
@@ -264,67 +307,43 @@ class FoldPass {
 
   void fold_block(int64_t start, int end) {
     Scratch& scratch = row_.scratch;
-    SideBlock s{s_.at,
-                end,
-                row_.student.at(start + kBlock),
-                (float)r_.student.reference,
-                row_.per_temperature,
-                scratch.student_exp() + start,
-                scratch.second() + start};
-    if constexpr (!kTeacher) {
-      student_ = fold_side<kExp, Cross::kNone>(s);
-    } else {
-      SideBlock t{t_.at,
-                  end,
-                  row_.teacher.at(start + kBlock),
-                  (float)r_.teacher.reference,
-                  row_.per_temperature,
-                  scratch.second() + start,
-                  nullptr};
-      s.other = t.logits, s.other_reference = t.reference;
-      t.other = s.logits, t.other_reference = s.reference;
-      if constexpr (kKind == kReverseKL) {
-        teacher_ = fold_side<Fill::kNothing, Cross::kNone>(t);
-        student_ = fold_side<kFill ? Fill::kExpX : Fill::kNothing, Cross::kStudent>(s);
-      } else {
-        student_ = fold_side<kExp, Cross::kNone>(s);
-        teacher_ = fold_side<kExp, needs_cross_t(kKind) ? Cross::kTeacher : Cross::kNone>(t);
-      }
-    }
-  }
-
-  template <Fill kLeft, Cross kCross>
-  SideSums fold_side(const SideBlock& block) const {
-    SideSums sums;
-    with_dtype(s_.dtype,
-               [&]<DType kDType>() { sums = KD_ISA::fold_side<kLeft, kStats, kCross, kDType>(block); });
-    return sums;
+    PairBlock block{.end = end, .scale = row_.per_temperature};
+    block.student = {s_.at, row_.student.at(start + kBlock), (float)r_.student.reference,
+                     scratch.student_exp() + start};
+    if (kTeacher)
+      block.teacher = {t_.at, row_.teacher.at(start + kBlock), (float)r_.teacher.reference,
+                       scratch.second() + start};
+    with_dtype(s_.dtype, [&]<DType kDType>() {
+      sums_ = bounded_ ? fold_pair<kFill, kStats, true, pairing_of(kKind), kDType>(block)
+                       : fold_pair<kFill, false, !kScalesAnyExponent, pairing_of(kKind), kDType>(block);
+    });
   }
 
   // On both sides, so that models that agree have the same sums.
   void set_label_apart(int end) {
     const Scale& scale = row_.per_temperature;
-    student_.exp = sum_apart(s_, end, label_, (float)r_.student.reference, scale);
-    if (kTeacher) teacher_.exp = sum_apart(t_, end, label_, (float)r_.teacher.reference, scale);
+    sums_.student.exp = sum_apart(s_, end, label_, (float)r_.student.reference, scale);
+    if (kTeacher) sums_.teacher.exp = sum_apart(t_, end, label_, (float)r_.teacher.reference, scale);
   }
 
   void add() {
-    r_.student.sum_exp += student_.exp;
-    r_.teacher.sum_exp += teacher_.exp;
-    r_.student.sum_exp_shift += student_.shift / row_.temperature;
-    r_.teacher.sum_exp_shift += teacher_.shift / row_.temperature;
-    r_.pair.cross_s += student_.cross / row_.temperature;
-    r_.pair.cross_t += teacher_.cross / row_.temperature;
+    r_.student.sum_exp += sums_.student.exp;
+    r_.teacher.sum_exp += sums_.teacher.exp;
+    r_.student.sum_exp_shift += sums_.student.shift / row_.temperature;
+    r_.teacher.sum_exp_shift += sums_.teacher.shift / row_.temperature;
+    double& cross = kKind == kReverseKL ? r_.pair.cross_s : r_.pair.cross_t;
+    cross += sums_.cross / row_.temperature;
   }
 
   Row<kKind>& row_;
   RowState& r_;
+  bool bounded_;
   bool label_apart_;  // in the sums at T, which are those at temperature 1
   int64_t next_stored_ = 0;
   // Of the block at hand.
   int label_ = -1;
   Block s_, t_;
-  SideSums student_, teacher_;
+  BlockSums sums_;
 };
 
 template <bool kFill, bool kStats, Kind kKind>
