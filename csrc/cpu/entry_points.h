@@ -84,6 +84,39 @@ void solve(Row<kKind>& row, const RowWeights& weights, const Matrix& grad, int64
   if (grad.data) write_gradient(row, r, weights, grad, i);
 }
 
+// The state to fold a row again that has the state `r`: with its references no block raises them.
+inline RowState unfolded(const RowState& r) {
+  RowState begun;
+  begun.student.reference = r.student.reference;
+  begun.teacher.reference = r.teacher.reference;
+  return begun;
+}
+
+// Row i's gradient from a state that is known: block by block.
+template <class Divergence, Kind kKind>
+void write_again(Row<kKind>& row, const RowState& r, const RowWeights& weights, const Matrix& grad,
+                 int64_t i) {
+  if (!weights.any_student()) return write_zeros(grad, i, row.job.width);
+  row.by_block = true;
+  RowState folded = unfolded(r), valued = r;
+  FoldPass<true, false, kKind> fold(row, folded);
+  GradientPass<kKind> write(row, r, weights, grad.row(i), grad.dtype);
+  const auto each = [&](auto&& between) {
+    row.each_block([&](int64_t start, int n, int64_t b) {
+      fold.block(start, n, b);
+      between(start, n, b);
+      write.block(start, n, b);
+    });
+  };
+  if constexpr (!kHasClosedForm<Divergence>) {
+    if (weights.soft != 0) {
+      ValuePass<Divergence, kKind> value(row, valued);
+      return each([&](int64_t start, int n, int64_t b) { value.block(start, n, b); });
+    }
+  }
+  each([](int64_t, int, int64_t) {});
+}
+
 inline void fused(const Job& job, int64_t begin, int64_t end) {
   RowRange range(job);
   for (int64_t i = begin; i < end; ++i) {
@@ -133,8 +166,8 @@ inline void accumulate_value(const Job& job, int64_t begin, int64_t end) {
     with_kind(job.spec.kind, true, [&]<Kind kKind, class Divergence>() {
       if constexpr (!kHasClosedForm<Divergence>) {
         auto row = range.row<kKind>(i);
-        RowState chunk;
-        fold<true, false>(row, chunk);
+        RowState folded = unfolded(range.state(i));
+        fold<true, false>(row, folded);
         value<Divergence>(row, range.state(i));
       }
     });
@@ -148,27 +181,17 @@ inline void gradient(const Job& job, int64_t begin, int64_t end) {
     const RowState& r = range.state(i);
     with_kind(job.spec.kind, job.teacher.data != nullptr, [&]<Kind kKind, class Divergence>() {
       if (!job.grad.data) return;
-      if (!weights.any_student()) return write_zeros(job.grad, i, job.width);
       auto row = range.row<kKind>(i);
       const StoredIds stored = range.stored(i);
-      if (stored.ids) row.leave_out(stored);
-      RowState chunk;
-      fold<true, false>(row, chunk);
-      if constexpr (!kHasClosedForm<Divergence>) {
-        if (weights.soft != 0) {
-          RowState again = r;
-          value<Divergence>(row, again);
-        }
-      }
-      write_gradient(row, r, weights, job.grad, i);
+      if (stored.ids && weights.any_student()) row.leave_out(stored);
+      write_again<Divergence>(row, r, weights, job.grad, i);
     });
     if (!job.teacher_grad.data) continue;
     auto teacher = range.teacher_row(i);
-    RowState chunk, own;
-    fold<true, false>(teacher, chunk);
+    RowState own;
     own.student.reference = r.teacher.reference;
     own.student.sum_exp = own.student.sum_exp_t1 = r.teacher.sum_exp_t1;
-    write_gradient(teacher, own, RowRange::teacher_weights(weights), job.teacher_grad, i);
+    write_again<ClosedForm>(teacher, own, RowRange::teacher_weights(weights), job.teacher_grad, i);
   }
 }
 

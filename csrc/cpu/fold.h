@@ -250,31 +250,31 @@ class FoldPass {
         bounded_(kStats || !kScalesAnyExponent || row.stored != nullptr),
         label_apart_(!row.spec.tempered && (row.spec.asks(kLabel) || row.spec.asks(kTeacherLabel))) {}
 
-  void run() {
-    row_.each_block([&](int64_t start, int n, int64_t b) {
-      load(start, n);
-      if (r_.student.reference == kNoReference || (kTeacher && r_.teacher.reference == kNoReference))
-        raise_to(highest(s_, padded(n)), kTeacher ? highest(t_, padded(n)) : kNoReference);
+  void block(int64_t start, int n, int64_t b) {
+    load(start, n);
+    if (r_.student.reference == kNoReference || (kTeacher && r_.teacher.reference == kNoReference))
+      raise_to(highest(s_, padded(n)), kTeacher ? highest(t_, padded(n)) : kNoReference);
+    fold_block(start, padded(n));
+    if (sums_.student.highest > r_.student.reference || sums_.teacher.highest > r_.teacher.reference) {
+      raise_to(sums_.student.highest, sums_.teacher.highest);
       fold_block(start, padded(n));
-      if (sums_.student.highest > r_.student.reference || sums_.teacher.highest > r_.teacher.reference) {
-        raise_to(sums_.student.highest, sums_.teacher.highest);
-        fold_block(start, padded(n));
-      }
-      if (!bounded_ && !sums_.finite()) {
-        bounded_ = true;  // a row that has such logits mostly has more of them
-        fold_block(start, padded(n));
-      }
-      if (label_ >= 0 && label_apart_) set_label_apart(padded(n));
-      add();
-      row_.scratch.references(b) = {r_.student.reference, r_.teacher.reference};
-      if constexpr (kStats) {
-        note_top(r_.student, s_, n, sums_.student.highest, row_.job.offset + start);
-        if (kTeacher) note_top(r_.teacher, t_, n, sums_.teacher.highest, row_.job.offset + start);
-      }
-      if (row_.tempered_hard)
-        fold_t1(r_.student, s_, padded(n), row_.spec.asks(kLabel) ? label_ : -1,
-                row_.scratch.student_exp_t1() + start);
-    });
+    }
+    if (!bounded_ && !sums_.finite()) {
+      bounded_ = true;  // a row that has such logits mostly has more of them
+      fold_block(start, padded(n));
+    }
+    if (label_ >= 0 && label_apart_) set_label_apart(padded(n));
+    add();
+    row_.scratch.references(b) = {r_.student.reference, r_.teacher.reference};
+    if constexpr (kStats) {
+      note_top(r_.student, s_, n, sums_.student.highest, row_.job.offset + start);
+      if (kTeacher) note_top(r_.teacher, t_, n, sums_.teacher.highest, row_.job.offset + start);
+    }
+    if (row_.tempered_hard)
+      fold_t1(r_.student, s_, padded(n), row_.spec.asks(kLabel) ? label_ : -1, row_.student_exp_t1(start));
+  }
+
+  void end() {
     if (row_.spec.tempered) return;
     r_.student.sum_exp_t1 = r_.student.sum_exp;
     r_.teacher.sum_exp_t1 = r_.teacher.sum_exp;
@@ -306,13 +306,12 @@ class FoldPass {
   }
 
   void fold_block(int64_t start, int end) {
-    Scratch& scratch = row_.scratch;
     PairBlock block{.end = end, .scale = row_.per_temperature};
     block.student = {s_.at, row_.student.at(start + kBlock), (float)r_.student.reference,
-                     scratch.student_exp() + start};
+                     row_.student_exp(start)};
     if (kTeacher)
       block.teacher = {t_.at, row_.teacher.at(start + kBlock), (float)r_.teacher.reference,
-                       scratch.second() + start};
+                       row_.second(start)};
     with_dtype(s_.dtype, [&]<DType kDType>() {
       sums_ = bounded_ ? fold_pair<kFill, kStats, true, pairing_of(kKind), kDType>(block)
                        : fold_pair<kFill, false, !kScalesAnyExponent, pairing_of(kKind), kDType>(block);
@@ -348,7 +347,9 @@ class FoldPass {
 
 template <bool kFill, bool kStats, Kind kKind>
 void fold(Row<kKind>& row, RowState& r) {
-  FoldPass<kFill, kStats, kKind>(row, r).run();
+  FoldPass<kFill, kStats, kKind> pass(row, r);
+  row.each_block([&](int64_t start, int n, int64_t b) { pass.block(start, n, b); });
+  pass.end();
 }
 
 // The same, with statistics only where they are asked for.

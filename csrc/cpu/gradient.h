@@ -67,8 +67,9 @@ class GradientPass {
   static constexpr bool kTeacher = kKind != kNone;
 
  public:
-  GradientPass(Row<kKind>& row, const RowState& state, const RowWeights& weights)
-      : row_(row), state_(state), weights_(weights) {
+  // `to`: the row of the gradient, of this chunk's width.
+  GradientPass(Row<kKind>& row, const RowState& state, const RowWeights& weights, char* to, DType dtype)
+      : row_(row), state_(state), weights_(weights), to_(to), dtype_(dtype) {
     softmax_ = row.stored != nullptr ? row.stored->softmax : state.student.softmax();
     if (!weights.any_hard()) return;
     lse_t1_ = row.stored != nullptr ? row.stored->lse_t1 : state.student.lse_t1();
@@ -77,29 +78,24 @@ class GradientPass {
     spread_ = weights.smooth / (double)row.job.vocab;
   }
 
-  // `to`: the row of the gradient, of this chunk's width.
-  void write(char* to, DType dtype) {
-    int64_t next = 0;
-    row_.each_block([&](int64_t start, int n, int64_t b) {
-      const int label = weights_.label != 0 ? row_.label_in(start, n) : -1;
-      const bool whole = n % kLanes == 0 && !row_.student.is_mapped();
-      // What is still to be changed is changed in fp32, and logits that may lie there are read before they
-      // are overwritten.
-      const bool direct =
-          whole && weights_.entropy == 0 && (dtype == kFloat || (label < 0 && row_.stored == nullptr));
-      float* g = row_.scratch.grad_block();
-      if (direct) g = (float*)(to + start * bytes_of(dtype));
-      const double label_logit = label >= 0 ? row_.student.logit(label + start) : 0;
-      refresh(b);
-      const GradientBlock block{row_.scratch.student_exp() + start, row_.scratch.second() + start,
-                                row_.scratch.student_exp_t1() + start, padded(n), (char*)g};
-      with_dtype(direct ? dtype : kFloat, [&]<DType kDType>() { combine<kDType>(block, coefficients_); });
-      if (weights_.entropy != 0) add_entropy(start, n, g);
-      if (label >= 0) g[label] = (float)at_label(start + label, label_logit);
-      if (row_.stored != nullptr) write_stored(start, n, next, g);
-      if (row_.student.is_mapped()) through_map(start, n, g);
-      if (!direct) store_floats(g, n, to, dtype, start);
-    });
+  void block(int64_t start, int n, int64_t b) {
+    const int label = weights_.label != 0 ? row_.label_in(start, n) : -1;
+    const bool whole = n % kLanes == 0 && !row_.student.is_mapped();
+    // What is still to be changed is changed in fp32, and logits that may lie there are read before they
+    // are overwritten.
+    const bool direct =
+        whole && weights_.entropy == 0 && (dtype_ == kFloat || (label < 0 && row_.stored == nullptr));
+    float* g = direct ? (float*)(to_ + start * bytes_of(dtype_)) : row_.scratch.grad_block();
+    const double label_logit = label >= 0 ? row_.student.logit(label + start) : 0;
+    refresh(b);
+    const GradientBlock block{row_.student_exp(start), row_.second(start), row_.student_exp_t1(start),
+                              padded(n), (char*)g};
+    with_dtype(direct ? dtype_ : kFloat, [&]<DType kDType>() { combine<kDType>(block, coefficients_); });
+    if (weights_.entropy != 0) add_entropy(start, n, g);
+    if (label >= 0) g[label] = (float)at_label(start, label, label_logit);
+    if (row_.stored != nullptr) write_stored(start, n, g);
+    if (row_.student.is_mapped()) through_map(start, n, g);
+    if (!direct) store_floats(g, n, to_, dtype_, start);
   }
 
  private:
@@ -147,7 +143,7 @@ class GradientPass {
   // own reference.
   void add_entropy(int64_t start, int n, float* g) const {
     const float *z = row_.student.floats(start, n, row_.scratch.student_block()),
-                *exp_s = row_.scratch.student_exp() + start;
+                *exp_s = row_.student_exp(start);
     const double moved = (references_.student - softmax_.reference) / row_.temperature;
     const double share = weights_.entropy / row_.temperature * std::exp(moved - softmax_.log_sum_exp);
     const float mean = (float)(share * (softmax_.mean_shift - moved)),
@@ -170,12 +166,11 @@ class GradientPass {
 
   // The gradient at the label, as one sum: what is left of weight * (1 - q) where q is nearly 1 keeps its
   // digits.
-  double at_label(int64_t at, double z) const {
-    Scratch& scratch = row_.scratch;
+  double at_label(int64_t start, int at, double z) const {
     const BlockCoefficients& c = coefficients_;
-    const double e = scratch.student_exp()[at];
+    const double e = row_.student_exp(start)[at];
     double soft = 0;
-    if (c.scale != 0) soft = (e * c.first - (double)scratch.second()[at] * c.other) * c.scale;
+    if (c.scale != 0) soft = (e * c.first - (double)row_.second(start)[at] * c.other) * c.scale;
     if (row_.stored != nullptr && weights_.soft != 0 && state_.student.sum_exp > 0)
       soft += e * weights_.soft * row_.stored->rest *
               std::exp(row_.log_share(references_.student, state_.student));
@@ -191,10 +186,10 @@ class GradientPass {
     return pull_ * std::exp(below) - spread_;
   }
 
-  void write_stored(int64_t start, int n, int64_t& next, float* g) const {
+  void write_stored(int64_t start, int n, float* g) {
     const StoredIds& stored = *row_.stored;
     const int64_t begin = row_.job.offset + start;
-    stored.each(begin, begin + n, next, [&](int64_t k, int64_t at) {
+    stored.each(begin, begin + n, next_stored_, [&](int64_t k, int64_t at) {
       const double soft = weights_.soft == 0 ? 0 : weights_.soft * stored.grad[k], z = stored.logits[k];
       const double own = begin + at == row_.label ? weights_.label : 0;
       g[at] = (float)(soft + (hard_at(z) - own) + entropy_at(z));
@@ -216,6 +211,9 @@ class GradientPass {
   Row<kKind>& row_;
   const RowState& state_;
   const RowWeights weights_;
+  char* const to_;
+  const DType dtype_;
+  int64_t next_stored_ = 0;
   // At temperature 1 the gradient is pull * exp(z - lse_t1) - spread, and the label's weight less at the
   // label.
   double lse_t1_ = 0, pull_ = 0, spread_ = 0;
@@ -232,7 +230,8 @@ template <Kind kKind>
 void write_gradient(Row<kKind>& row, const RowState& state, const RowWeights& weights, const Matrix& grad,
                     int64_t i) {
   if (!weights.any_student()) return write_zeros(grad, i, row.job.width);
-  GradientPass<kKind>(row, state, weights).write(grad.row(i), grad.dtype);
+  GradientPass<kKind> pass(row, state, weights, grad.row(i), grad.dtype);
+  row.each_block([&](int64_t start, int n, int64_t b) { pass.block(start, n, b); });
 }
 
 }  // namespace KD_ISA

@@ -10,7 +10,8 @@
 //
 // Traffic: each logit comes from memory once. The fold leaves exp(s - m) and exp(t - m) in scratch (two rows
 // of fp32, which stay in L2), and the gradient is made of them without another exponential. A second pass
-// goes over the scratch while it is still in cache.
+// goes over the scratch while it is still in cache. Where the row's state is known already, all passes are
+// made over a block before the next, and the scratch is a block's, in L1.
 //
 // Numerics: the maximum is subtracted before anything is divided by the temperature, which costs nothing
 // (exp_scaled, vec_host.h). A block's exponentials are relative to the running maximum at that block; what
@@ -106,6 +107,12 @@ struct Row {
   Scale per_temperature;
   bool tempered_hard;  // the student's outputs at temperature 1 have sums of their own
   const StoredIds* stored = nullptr;
+  bool by_block = false;  // the scratch holds the block at hand instead of the row
+
+  // What the scratch has of the block that begins at column `start`.
+  float* student_exp(int64_t start) const { return scratch.student_exp() + (by_block ? 0 : start); }
+  float* second(int64_t start) const { return scratch.second() + (by_block ? 0 : start); }
+  float* student_exp_t1(int64_t start) const { return scratch.student_exp_t1() + (by_block ? 0 : start); }
 };
 
 }  // namespace KD_ISA

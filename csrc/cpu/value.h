@@ -52,31 +52,55 @@ __attribute__((noinline)) void add_block(PairState& pair, Divergence divergence,
   pair.sum_q_psi += sum(q_psi);
 }
 
+// The second pass over a row, a block at a time, from the first pass's finished state.
 template <class Divergence, Kind kKind>
-void value(Row<kKind>& row, RowState& r) {
-  Scratch& scratch = row.scratch;
-  const double log_sum_s = std::log(r.student.sum_exp), log_sum_t = std::log(r.teacher.sum_exp);
-  const PairNumbers numbers{(float)r.student.reference, (float)r.teacher.reference, (float)log_sum_s,
-                            (float)log_sum_t, row.per_temperature.scale};
-  const Divergence divergence(row.job.parameters, kKind == kSkewKL && disagree(r, log_sum_t - log_sum_s));
-  r.pair.value += 0 * (r.student.sum_exp + r.teacher.sum_exp);  // NaN logits stay NaN, whatever the formula
-  References references;
-  float share_s = 0, share_t = 0;
-  row.each_block([&](int64_t start, int n, int64_t b) {
+class ValuePass {
+ public:
+  ValuePass(Row<kKind>& row, RowState& state)
+      : row_(row),
+        r_(state),
+        log_sum_s_(std::log(state.student.sum_exp)),
+        log_sum_t_(std::log(state.teacher.sum_exp)),
+        numbers_{(float)state.student.reference, (float)state.teacher.reference, (float)log_sum_s_,
+                 (float)log_sum_t_, row.per_temperature.scale},
+        divergence_(row.job.parameters, kKind == kSkewKL && disagree(state, log_sum_t_ - log_sum_s_)) {
+    r_.pair.value += 0 * (r_.student.sum_exp + r_.teacher.sum_exp);  // NaN stays NaN, whatever the formula
+  }
+
+  void block(int64_t start, int n, int64_t b) {
     const float *s = nullptr, *t = nullptr;
     if constexpr (!Divergence::kFromProbabilities) {
-      s = row.student.floats(start, n, scratch.student_block());
-      t = row.teacher.floats(start, n, scratch.teacher_block());
+      s = row_.student.floats(start, n, row_.scratch.student_block());
+      t = row_.teacher.floats(start, n, row_.scratch.teacher_block());
     }
-    if (b == 0 || references != scratch.references(b)) {
-      references = scratch.references(b);
-      share_s = (float)std::exp(row.log_share(references.student, r.student));
-      share_t = (float)std::exp(row.log_share(references.teacher, r.teacher));
+    if (b == 0 || references_ != row_.scratch.references(b)) {
+      references_ = row_.scratch.references(b);
+      share_s_ = (float)std::exp(row_.log_share(references_.student, r_.student));
+      share_t_ = (float)std::exp(row_.log_share(references_.teacher, r_.teacher));
     }
-    add_block(r.pair, divergence, numbers, scratch.student_exp() + start, share_s, scratch.second() + start,
-              share_t, s, t, padded(n));
-  });
-  if (r.pair.value != r.pair.value) r.pair.sum_q_psi = r.pair.value;  // NaN in the gradient too
+    add_block(r_.pair, divergence_, numbers_, row_.student_exp(start), share_s_, row_.second(start), share_t_,
+              s, t, padded(n));
+  }
+
+  void end() {
+    if (r_.pair.value != r_.pair.value) r_.pair.sum_q_psi = r_.pair.value;  // NaN in the gradient too
+  }
+
+ private:
+  Row<kKind>& row_;
+  RowState& r_;
+  const double log_sum_s_, log_sum_t_;
+  const PairNumbers numbers_;
+  const Divergence divergence_;
+  References references_;
+  float share_s_ = 0, share_t_ = 0;
+};
+
+template <class Divergence, Kind kKind>
+void value(Row<kKind>& row, RowState& r) {
+  ValuePass<Divergence, kKind> pass(row, r);
+  row.each_block([&](int64_t start, int n, int64_t b) { pass.block(start, n, b); });
+  pass.end();
 }
 
 }  // namespace KD_ISA
