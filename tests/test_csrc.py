@@ -77,19 +77,21 @@ def rounded_by_the_instruction(x):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_conversions(tmp_path, isa):
     """Every upper half of a float with the lower ones that rounding looks at, against torch; and bf16 against the
-    instruction that AVX512_BF16 has for it, which runs on no machine of ours."""
-    if isa == "avx2" and kd.instruction_set() in (None, "baseline"):
-        pytest.skip("this machine has no AVX2")
+    instruction that AVX512_BF16 has for it."""
+    if ISAS.index(isa) > ISAS.index(kd.instruction_set() or "baseline"):
+        pytest.skip(f"this machine has no {isa}")
     high = torch.arange(1 << 16)
     high = high[(high >> 7 & 0xFF) > 0]  # without subnormals: the processor flushes them meanwhile (RowRange)
     # The lowest bits that bf16 and fp16 drop: ties, and one beside a tie.
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x0FFF, 0x1000, 0x1001, 0x3000])
     x = (high[:, None] << 16 | low).flatten().to(torch.int32).view(torch.float32)
     x = torch.cat([x, x.new_zeros(-len(x) % 4096)])
-    flags = ["-mavx2", "-mfma", "-mf16c"] if isa == "avx2" else []
+    flags = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}.get(isa, ["-march=native"])
+    if isa == "avx512":
+        flags += ["-mno-avx512bf16"]
     program = row_loops.compile("c++", tmp_path, row_loops.HERE / "conversions.cpp", flags=flags)
     out = bytearray(
         subprocess.run([program], input=row_loops.as_bytes(x), capture_output=True, check=True).stdout
