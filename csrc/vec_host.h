@@ -13,13 +13,6 @@
 namespace kd {
 namespace KD_ISA {
 
-// Whether exp_scaled takes any finite x: 0 comes out far below scale.low too.
-#if defined(__AVX512F__)
-constexpr bool kScalesAnyExponent = true;
-#else
-constexpr bool kScalesAnyExponent = false;
-#endif
-
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -76,11 +69,15 @@ KD_HD Vec load(const float* p) {
 KD_HD void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // A factor of exp's argument, and the lowest x that exp_scaled may be given: exp(low * scale) comes out as 0.
+// `kTakesLower`: it may be given lower ones too. They come out as 0; below -1e15 / scale, where the steps
+// between floats are too wide for the polynomial, as 0, inf or NaN.
 struct Scale {
 #if defined(__AVX512F__)
   static constexpr double kLeast = -300;
+  static constexpr bool kTakesLower = true;
 #else
   static constexpr double kLeast = -127;  // 2^-127 is the exponent of 0
+  static constexpr bool kTakesLower = false;
 #endif
   float scale = 1, log2 = 1.44269504088896341f;  // log2: times log2 e
   float low = bound(kLeast / 1.44269504088896341);
@@ -135,7 +132,7 @@ KD_HD Vec quotient(Vec a, Vec b) {
 #endif
 }
 
-// In pairs: a chain of additions would take as long as eight vectors of a row.
+// In pairs: in a chain each addition would wait for the one before it.
 KD_HD double sum(Vec v) {
   double lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = v[i];

@@ -373,9 +373,7 @@ def compare(
         # In fp64 the oracle rounds as well. Where its terms cancel (the reverse KL to a teacher's logit of 1e4)
         # it is 6e-15 from the truth in 80 bits, twice as far as ours. The plain formula shows how far: it uses
         # softmax instead of the oracle's exp(log_softmax), so it rounds differently.
-        # In fp32 its error is a matter of luck as well, and of the processor: of 15 rows it is now and then a third of
-        # what it mostly is.
-        few_ulp = {torch.float64: 16, torch.float32: 8}.get(dtype, 4) * ulp
+        few_ulp = (16 if dtype == torch.float64 else 4) * ulp
         # The plain formula may fail, in half precision or by overflow. That does not allow ours to fail.
         plain_error = relative(theirs, truth) * unit if theirs.isfinite().all() else math.nan
         allowed = min(2 * plain_error, 0.1) if plain_error == plain_error else 0.1

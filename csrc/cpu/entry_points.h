@@ -84,7 +84,7 @@ void solve(Row<kKind>& row, const RowWeights& weights, const Matrix& grad, int64
   if (grad.data) write_gradient(row, r, weights, grad, i);
 }
 
-// The state to fold a row again that has the state `r`: with its references no block raises them.
+// The state to fold a row with once more that has the state `r`: none of its blocks raises these references.
 inline RowState unfolded(const RowState& r) {
   RowState begun;
   begun.student.reference = r.student.reference;
@@ -92,29 +92,23 @@ inline RowState unfolded(const RowState& r) {
   return begun;
 }
 
-// Row i's gradient from a state that is known: block by block.
+// Row i's gradient, where its state `r` is known.
 template <class Divergence, Kind kKind>
-void write_again(Row<kKind>& row, const RowState& r, const RowWeights& weights, const Matrix& grad,
+void write_known(Row<kKind>& row, const RowState& r, const RowWeights& weights, const Matrix& grad,
                  int64_t i) {
   if (!weights.any_student()) return write_zeros(grad, i, row.job.width);
-  row.by_block = true;
-  RowState folded = unfolded(r), valued = r;
+  row.known = true;
+  RowState folded = unfolded(r);
   FoldPass<true, false, kKind> fold(row, folded);
   GradientPass<kKind> write(row, r, weights, grad.row(i), grad.dtype);
-  const auto each = [&](auto&& between) {
-    row.each_block([&](int64_t start, int n, int64_t b) {
-      fold.block(start, n, b);
-      between(start, n, b);
-      write.block(start, n, b);
-    });
-  };
   if constexpr (!kHasClosedForm<Divergence>) {
     if (weights.soft != 0) {
+      RowState valued = r;
       ValuePass<Divergence, kKind> value(row, valued);
-      return each([&](int64_t start, int n, int64_t b) { value.block(start, n, b); });
+      return row.walk(fold, value, write);
     }
   }
-  each([](int64_t, int, int64_t) {});
+  row.walk(fold, write);
 }
 
 inline void fused(const Job& job, int64_t begin, int64_t end) {
@@ -166,9 +160,12 @@ inline void accumulate_value(const Job& job, int64_t begin, int64_t end) {
     with_kind(job.spec.kind, true, [&]<Kind kKind, class Divergence>() {
       if constexpr (!kHasClosedForm<Divergence>) {
         auto row = range.row<kKind>(i);
-        RowState folded = unfolded(range.state(i));
-        fold<true, false>(row, folded);
-        value<Divergence>(row, range.state(i));
+        row.known = true;
+        RowState &r = range.state(i), folded = unfolded(r);
+        FoldPass<true, false, kKind> fold(row, folded);
+        ValuePass<Divergence, kKind> value(row, r);
+        row.walk(fold, value);
+        value.end();
       }
     });
   }
@@ -184,14 +181,14 @@ inline void gradient(const Job& job, int64_t begin, int64_t end) {
       auto row = range.row<kKind>(i);
       const StoredIds stored = range.stored(i);
       if (stored.ids && weights.any_student()) row.leave_out(stored);
-      write_again<Divergence>(row, r, weights, job.grad, i);
+      write_known<Divergence>(row, r, weights, job.grad, i);
     });
     if (!job.teacher_grad.data) continue;
     auto teacher = range.teacher_row(i);
     RowState own;
     own.student.reference = r.teacher.reference;
     own.student.sum_exp = own.student.sum_exp_t1 = r.teacher.sum_exp_t1;
-    write_again<ClosedForm>(teacher, own, RowRange::teacher_weights(weights), job.teacher_grad, i);
+    write_known<ClosedForm>(teacher, own, RowRange::teacher_weights(weights), job.teacher_grad, i);
   }
 }
 

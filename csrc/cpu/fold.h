@@ -198,12 +198,11 @@ class SideLoop {
 // never a wrong finite number. The caller looks.
 template <bool kFill, bool kStats, bool kBounded, Pairing kPairing, DType kDType>
 __attribute__((noinline)) BlockSums fold_pair(const PairBlock& block) {
-  const int64_t whole = block.end;
   SideLoop<kStats, kBounded, kDType> student(block.student, block.scale), teacher(block.teacher, block.scale);
   Vec cross{};
-  for (int64_t first = 0; first < whole; first += kGroup) {
+  for (int64_t first = 0; first < block.end; first += kGroup) {
     Vec group_cross{};
-    const int64_t end = std::min<int64_t>(first + kGroup, whole);
+    const int64_t end = std::min<int64_t>(first + kGroup, block.end);
     for (int64_t i = first; i < end; i += kLanes) {
       const auto s = student.fold(i);
       if constexpr (kFill) student.leave(i, s.e);
@@ -247,7 +246,8 @@ class FoldPass {
   FoldPass(Row<kKind>& row, RowState& state)
       : row_(row),
         r_(state),
-        bounded_(kStats || !kScalesAnyExponent || row.stored != nullptr),
+        // Stored ids are -inf; and statistics have one loop, to compile half as many.
+        bounded_(kStats || !Scale::kTakesLower || row.stored != nullptr),
         label_apart_(!row.spec.tempered && (row.spec.asks(kLabel) || row.spec.asks(kTeacherLabel))) {}
 
   void block(int64_t start, int n, int64_t b) {
@@ -285,13 +285,13 @@ class FoldPass {
   void load(int64_t start, int n) {
     Scratch& scratch = row_.scratch;
     s_ = row_.student.block(start, n, scratch.student_block());
-    label_ = row_.label_in(start, n);
+    label_ = row_.known ? -1 : row_.label_in(start, n);
     if (label_ >= 0) {
       const int64_t label = row_.label - row_.job.offset;
       r_.student.label_logit = row_.student.logit(label);
       if (kTeacher) r_.teacher.label_logit = row_.teacher.logit(label);
     }
-    if (row_.spec.asks(kSmooth)) fold_logits(r_.student, s_, n);
+    if (row_.spec.asks(kSmooth) && !row_.known) fold_logits(r_.student, s_, n);
     if (row_.stored != nullptr) s_ = without_stored(row_, s_, start, n, next_stored_);
     if constexpr (kTeacher) t_ = row_.teacher.block(start, n, scratch.teacher_block());
     if (!kTeacher || s_.dtype == t_.dtype) return;
@@ -314,7 +314,7 @@ class FoldPass {
                        row_.second(start)};
     with_dtype(s_.dtype, [&]<DType kDType>() {
       sums_ = bounded_ ? fold_pair<kFill, kStats, true, pairing_of(kKind), kDType>(block)
-                       : fold_pair<kFill, false, !kScalesAnyExponent, pairing_of(kKind), kDType>(block);
+                       : fold_pair<kFill, false, !Scale::kTakesLower, pairing_of(kKind), kDType>(block);
     });
   }
 
@@ -348,7 +348,7 @@ class FoldPass {
 template <bool kFill, bool kStats, Kind kKind>
 void fold(Row<kKind>& row, RowState& r) {
   FoldPass<kFill, kStats, kKind> pass(row, r);
-  row.each_block([&](int64_t start, int n, int64_t b) { pass.block(start, n, b); });
+  row.walk(pass);
   pass.end();
 }
 

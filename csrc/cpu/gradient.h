@@ -231,7 +231,7 @@ void write_gradient(Row<kKind>& row, const RowState& state, const RowWeights& we
                     int64_t i) {
   if (!weights.any_student()) return write_zeros(grad, i, row.job.width);
   GradientPass<kKind> pass(row, state, weights, grad.row(i), grad.dtype);
-  row.each_block([&](int64_t start, int n, int64_t b) { pass.block(start, n, b); });
+  row.walk(pass);
 }
 
 }  // namespace KD_ISA

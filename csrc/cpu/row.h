@@ -79,11 +79,12 @@ struct Row {
     }
   }
 
-  // Calls f(first column, columns, number of the block) for each block of the chunk.
-  template <class F>
-  void each_block(F&& f) const {
+  // Makes the passes over one block of the chunk after the other: block(first column, columns, number of the
+  // block).
+  template <class... Passes>
+  void walk(Passes&... passes) const {
     for (int64_t start = 0, b = 0; start < job.width; start += kBlock, ++b)
-      f(start, (int)std::min<int64_t>(kBlock, job.width - start), b);
+      (passes.block(start, (int)std::min<int64_t>(kBlock, job.width - start), b), ...);
   }
 
   // The label's place in the n columns from `start`, -1 where it is not there.
@@ -107,12 +108,14 @@ struct Row {
   Scale per_temperature;
   bool tempered_hard;  // the student's outputs at temperature 1 have sums of their own
   const StoredIds* stored = nullptr;
-  bool by_block = false;  // the scratch holds the block at hand instead of the row
+  // Whether its state is known before the first pass: that then leaves no more than the exponentials, and the
+  // scratch holds the block at hand instead of the row.
+  bool known = false;
 
   // What the scratch has of the block that begins at column `start`.
-  float* student_exp(int64_t start) const { return scratch.student_exp() + (by_block ? 0 : start); }
-  float* second(int64_t start) const { return scratch.second() + (by_block ? 0 : start); }
-  float* student_exp_t1(int64_t start) const { return scratch.student_exp_t1() + (by_block ? 0 : start); }
+  float* student_exp(int64_t start) const { return scratch.student_exp() + (known ? 0 : start); }
+  float* second(int64_t start) const { return scratch.second() + (known ? 0 : start); }
+  float* student_exp_t1(int64_t start) const { return scratch.student_exp_t1() + (known ? 0 : start); }
 };
 
 }  // namespace KD_ISA

@@ -99,7 +99,7 @@ class ValuePass {
 template <class Divergence, Kind kKind>
 void value(Row<kKind>& row, RowState& r) {
   ValuePass<Divergence, kKind> pass(row, r);
-  row.each_block([&](int64_t start, int n, int64_t b) { pass.block(start, n, b); });
+  row.walk(pass);
   pass.end();
 }
 

@@ -23,8 +23,9 @@ from ..checks import require
 from ..heads import Shard
 from .sides import Side
 
-# The defaults of its functions are the group that is there when it is imported, and torch imports it with its compiler:
-# at the first loss, say. Such a group outlives destroy_process_group, and its threads can abort the process at its end.
+# Its functions have a default argument: the process group of the moment in which the module is imported. torch imports
+# it late, with its compiler, when there is a group. That group would outlive destroy_process_group, and its threads can
+# abort the process when Python ends. Imported here, it most often finds none.
 if dist.is_available():
     import torch.distributed.nn.functional
 
