@@ -108,15 +108,14 @@ def token_log_probs(
         call = _call(student, ids, options)
     else:
         call = exchange.agreed(shard, lambda: _call(student, ids, options), _signature)
-    own, static = call.own, call.static
+    own = call.own
     if reference_asked():
         if shard is not None or isinstance(student, ShardedLogits):
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
-        given = own.tensors, call.ids, *static[:2]
-        request = operators.request_of(given, static[2:], "reference")
+        request = operators.request_of(call.given, call.static, "reference")
         made = Values(*reference.log_prob_values(request, student))
     else:
-        made = Values(*operators.log_probs(own.tensors, call.ids, *static, inplace)[: len(Values._fields)])
+        made = operators.differentiable(call.given, call.static, inplace)
     leading, dtype = own.leading, loss_dtype(own.tensors)
     return TokenLogProbs(
         made.log_probs.reshape(ids.shape).to(dtype),
@@ -130,10 +129,8 @@ class _Call(NamedTuple):
     """What the operators take."""
 
     own: Side
-    ids: Tensor  # [N, K]
-    static: tuple[
-        Tensor | None, Tensor, str, int, str, int, list[bool], float
-    ]  # of the operators, in their order
+    given: operators.Given
+    static: operators.Static
 
 
 def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
@@ -146,7 +143,7 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in own.tensors]
     if options["inplace"] and any(needs_grad):
         check_inplace(own.tensors)
-    given, labels = live_ids(ids, own, vocab, options["ignore_index"])
+    ids, labels = live_ids(ids, own, vocab, options["ignore_index"])
     temperature = options["temperature"]
     spec = Spec(
         tail=Tail.TRUNCATE,
@@ -156,23 +153,20 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
         student_scale=own.logit_map.scale,
         student_softcap=own.logit_map.softcap,
     )
-    at, budget = (
-        per_row("temperature", temperature, own, labels),
-        options["chunk_bytes"] or default_chunk_bytes(own.device, vocab),
-    )
+    given = own.tensors, ids, labels, per_row("temperature", temperature, own, labels)
+    budget = options["chunk_bytes"] or default_chunk_bytes(own.device, vocab)
     shard, tolerance = "" if place is None else place.text(), options["gradient_tolerance"]
-    static = labels, at, spec.text(), vocab, shard, budget, needs_grad, tolerance
-    return _Call(own, given, static)
+    return _Call(own, given, (spec.text(), vocab, shard, budget, needs_grad, tolerance))
 
 
 def _signature(call: _Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group."""
-    _, _, spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
+    spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
     place = exchange.Place.from_text(shard)
     own_tokens = place is not None and place.own_tokens
     return {
         "tokens": None if own_tokens else list(call.own.leading),
-        "ids": None if own_tokens else call.ids.shape[-1],
+        "ids": None if own_tokens else call.given[1].shape[-1],
         "outputs": spec,
         "vocabulary": vocab,
         "chunk_bytes": chunk_bytes,

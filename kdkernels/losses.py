@@ -324,7 +324,7 @@ def codistillation_loss(
     if labels is None:
         raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
     terms = Terms(
-        divergence,
+        checked(divergence=divergence)["divergence"],
         temperature,
         temperature_squared,
         soft_weight,
@@ -525,7 +525,9 @@ def explain(
     >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
     'eager: serves this call'
     """
-    terms = Terms(NoDivergence()) if teacher is None else Terms(divergence, soft_weight=1.0)
+    terms = Terms(NoDivergence())
+    if teacher is not None:
+        terms = Terms(checked(divergence=divergence)["divergence"], soft_weight=1.0)
     request = make(student, teacher, terms, Tokens(), vocab_size=vocab_size, chunk_bytes=None).request
     if reference_asked():
         return "reference: serves this call"

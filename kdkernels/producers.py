@@ -22,6 +22,7 @@ from .core.schedule import DEFAULT_CHUNK_BYTES
 from .core.sides import common_vocab, side
 from .core.tiles import rows_of
 from .heads import LinearHead
+from .operators import operator
 from .targets import SparseTarget, Tail
 
 #: Samples per token in Gemma 2 and 3 (arXiv 2408.00118, 2503.19786): ``sample_target(teacher, GEMMA_SAMPLES)``.
@@ -125,7 +126,7 @@ def _collect(given: _Given, nothing: float, select: _Select, least: int = 1) -> 
 # Operators, because a compiler could not follow: shapes decide how many chunks there are, values how many slots.
 
 
-@torch.library.custom_op("kdkernels::top_k", mutates_args=())
+@operator("top_k")
 def _top_k(
     teacher: list[Tensor], logit_map: list[float], vocab: int, chunk_bytes: int, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -134,12 +135,12 @@ def _top_k(
     return _collect(given, -torch.inf, lambda logits, _: _top(logits, k), least=k)
 
 
-@_top_k.register_fake
+@torch.library.register_fake(_top_k)
 def _(teacher, logit_map, vocab, chunk_bytes, k):
     return _unfilled(teacher, k)
 
 
-@torch.library.custom_op("kdkernels::target_at", mutates_args=())
+@operator("target_at")
 def _target_at(
     teacher: list[Tensor], logit_map: list[float], vocab: int, chunk_bytes: int, ids: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ def _target_at(
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select, least=ids.shape[-1])
 
 
-@_target_at.register_fake
+@torch.library.register_fake(_target_at)
 def _(teacher, logit_map, vocab, chunk_bytes, ids):
     return _unfilled(teacher, ids.shape[-1])
 
@@ -173,7 +174,7 @@ def _first_of_each(ids: Tensor) -> Tensor:
     return ids.masked_fill(torch.zeros_like(again).scatter_(-1, order, again), -1)
 
 
-@torch.library.custom_op("kdkernels::top_p", mutates_args=())
+@operator("top_p")
 def _top_p(
     teacher: list[Tensor], logit_map: list[float], vocab: int, chunk_bytes: int, p: float, most: int
 ) -> tuple[Tensor, Tensor]:
@@ -191,12 +192,12 @@ def _top_p(
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select)
 
 
-@_top_p.register_fake
+@torch.library.register_fake(_top_p)
 def _(teacher, logit_map, vocab, chunk_bytes, p, most):
     return _unfilled(teacher, torch.library.get_ctx().new_dynamic_size(min=1))
 
 
-@torch.library.custom_op("kdkernels::sample", mutates_args=())
+@operator("sample")
 def _sample(
     teacher: list[Tensor],
     logit_map: list[float],
@@ -217,7 +218,7 @@ def _sample(
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), 0.0, select)
 
 
-@_sample.register_fake
+@torch.library.register_fake(_sample)
 def _(teacher, logit_map, vocab, chunk_bytes, draws, proposal_temperature):
     return _unfilled(teacher, torch.library.get_ctx().new_dynamic_size(min=1))
 

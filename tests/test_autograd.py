@@ -161,9 +161,7 @@ def test_opcheck(form):
 
     detached = [t.detach() for t in tensors(True)], *arguments(tensors(True), torch.randn(4, 20))[1:]
     torch.library.opcheck(autograd.rows, detached)
-    torch.library.opcheck(autograd.deferred, arguments(tensors(True), torch.randn(4, 20)))
-    gradients = [torch.randn_like(t) for t in tensors(False)]
-    torch.library.opcheck(autograd.attach, (torch.randn(()), tensors(True), gradients))
+    torch.library.opcheck(autograd.values, detached)
     labels, mask = torch.tensor([[1, -100, 2]]), torch.tensor([[1, 1, 0]])
     for given in ((labels, None), (labels, mask), (None, mask)):
         torch.library.opcheck(checked.checked_labels, (*given, 20, -100))

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..backends import outcomes
 from ..backends.spec import Spec
 from ..checks import require, warn
+from ..operators import operator
 from .option_checks import LEAST_TEMPERATURE, MOST_TEMPERATURE, TEMPERATURES
 
 
-@torch.library.custom_op("kdkernels::checked_labels", mutates_args=())
+@operator("checked_labels")
 def checked_labels(labels: Tensor | None, mask: Tensor | None, vocab: int, ignore_index: int) -> Tensor:
     """Labels ``[N]`` with -1 for every token that ``ignore_index`` or the mask takes out, 0 for the others where
     there is a mask alone."""
@@ -44,13 +45,13 @@ def _warn_of_a_mask(labels: Tensor) -> None:
         warn("labels hold nothing but 0 and 1, and are taken as class ids; a mask of tokens goes in mask=")
 
 
-@checked_labels.register_fake
+@torch.library.register_fake(checked_labels)
 def _(labels, mask, vocab, ignore_index):
     given = mask if labels is None else labels
     return given.new_empty(given.numel(), dtype=torch.int64)
 
 
-@torch.library.custom_op("kdkernels::checked_ids", mutates_args=())
+@operator("checked_ids")
 def checked_ids(ids: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(ids ``[N, K]`` with -1 for none, labels ``[N]``: -1 for a token that ``ignore_index`` masks, else 0)."""
     ignored = ids == ignore_index
@@ -71,12 +72,12 @@ def checked_ids(ids: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Ten
     return torch.where(ignored, -1, ids), torch.where(masked, -1, 0)
 
 
-@checked_ids.register_fake
+@torch.library.register_fake(checked_ids)
 def _(ids, vocab, ignore_index):
     return torch.empty_like(ids), ids.new_empty(ids.shape[0])
 
 
-@torch.library.custom_op("kdkernels::checked_numbers", mutates_args=())
+@operator("checked_numbers")
 def checked_numbers(values: Tensor, labels: Tensor | None, name: str) -> Tensor:
     """``values`` ``[N]`` in fp64: finite, and what a temperature may be where they are temperatures. Where a label is -1 they may be
     anything, and are 1."""
@@ -90,12 +91,12 @@ def checked_numbers(values: Tensor, labels: Tensor | None, name: str) -> Tensor:
     return numbers.clone()
 
 
-@checked_numbers.register_fake
+@torch.library.register_fake(checked_numbers)
 def _(values, labels, name):
     return torch.empty_like(values, dtype=torch.float64, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("kdkernels::checked_items", mutates_args=())
+@operator("checked_items")
 def checked_items(num_items: Tensor, weights: Tensor) -> Tensor:
     """``num_items`` (0-dim) as a divisor, fp64 on the device of the tokens' ``weights``: > 0 and finite, or 0 where
     every weight is 0."""
@@ -107,12 +108,12 @@ def checked_items(num_items: Tensor, weights: Tensor) -> Tensor:
     return torch.where(nothing, 1.0, items)
 
 
-@checked_items.register_fake
+@torch.library.register_fake(checked_items)
 def _(num_items, weights):
     return weights.new_empty((), dtype=torch.float64)
 
 
-@torch.library.custom_op("kdkernels::checked_target", mutates_args=())
+@operator("checked_target")
 def checked_target(
     ids: Tensor, values: Tensor, mask: Tensor | None, labels: Tensor | None, vocab: int, spec: str
 ) -> Tensor:
@@ -122,6 +123,6 @@ def checked_target(
     return outcomes.check(ids, values, mask, labels, static, vocab).contiguous()
 
 
-@checked_target.register_fake
+@torch.library.register_fake(checked_target)
 def _(ids, values, mask, labels, vocab, spec):
     return ids.new_empty(ids.numel() // ids.shape[-1], ids.shape[-1])

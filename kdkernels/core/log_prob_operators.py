@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import CHOICES, chosen_backend
 from ..backends.spec import OUTPUTS, Output, specs_of
+from ..operators import operator
 from . import log_probs as rows
 from .autograd import (
     new_gradient,
@@ -42,7 +43,7 @@ def request_of(given: Given, static: Static, backend: str, entropy_weights: Tens
     return Request(*tensors, specs_of(spec), vocab, shard, *limits, backend=backend)
 
 
-@torch.library.custom_op("kdkernels::log_probs", mutates_args=())
+@operator("log_probs")
 def log_probs(
     student: list[Tensor],
     ids: Tensor,
@@ -54,12 +55,8 @@ def log_probs(
     chunk_bytes: int,
     needs_grad: list[bool],
     gradient_tolerance: float,
-    inplace: bool,
 ) -> list[Tensor]:
-    """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.deferred`.
-
-    ``inplace``: the backward overwrites given logits with their gradient.
-    """
+    """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.values`."""
     backend = chosen_backend()
     given = student, ids, labels, temperature
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
@@ -72,7 +69,7 @@ def log_probs(
     return [*values, *finished, choice]
 
 
-@log_probs.register_fake
+@torch.library.register_fake(log_probs)
 def _(
     student,
     ids,
@@ -84,7 +81,6 @@ def _(
     chunk_bytes,
     needs_grad,
     gradient_tolerance,
-    inplace,
 ):
     given = student, ids, labels, temperature
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
@@ -93,7 +89,7 @@ def _(
     return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
 
 
-@torch.library.custom_op("kdkernels::log_probs_gradient", mutates_args=())
+@operator("log_probs_gradient")
 def log_probs_gradient(
     student: list[Tensor],
     ids: Tensor,
@@ -123,7 +119,7 @@ def log_probs_gradient(
     return [g.view(t.shape) for g, t in zip(made, request.wanted())]
 
 
-@log_probs_gradient.register_fake
+@torch.library.register_fake(log_probs_gradient)
 def _(
     student,
     ids,
@@ -170,28 +166,31 @@ def log_probs_gradient_(
     student[..., vocab:].zero_()
 
 
-def _setup(ctx, inputs, output) -> None:
-    student, ids, labels, temperature, *ctx.rest = inputs
-    ctx.count = len(student)
-    ctx.mark_non_differentiable(*output[2:])
-    save_tensors(ctx, [*student, ids, labels, temperature, *output[len(Values._fields) :]])
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inplace: bool, static: Static, others: tuple[Tensor | None, ...], *student: Tensor):
+        made = log_probs(list(student), *others, *static)
+        ctx.mark_non_differentiable(*made[2:])
+        ctx.inplace, ctx.static, ctx.count = inplace, static, len(student)
+        save_tensors(ctx, [*student, *others, *made[len(Values._fields) :]])
+        return tuple(made)
 
-
-def _backward(ctx, arriving):
-    arriving, entropy_weights = arriving[:2]
-    refuse_double_backward(tracing(arriving))
-    refuse_batched(arriving)
-    tensors, count = saved_tensors(ctx), ctx.count
-    student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
-    spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, inplace = ctx.rest
-    given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
-    if inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
-        log_probs_gradient_(student[0], *given, choice)
-        grads = [student[0].detach()]
-    else:
+    @staticmethod
+    def backward(ctx, arriving, entropy_weights, *_):
+        refuse_double_backward(tracing(arriving))
+        refuse_batched(arriving)
+        tensors, count = saved_tensors(ctx), ctx.count
+        student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
+        spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = ctx.static
+        given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
+        if ctx.inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
+            log_probs_gradient_(student[0], *given, choice)
+            return None, None, None, student[0].detach()
         made = iter(log_probs_gradient(student, *given, needs_grad, gradient_tolerance, choice))
-        grads = [next(made) if needed else None for needed in needs_grad]
-    return (grads, *[None] * 10)
+        return None, None, None, *(next(made) if needed else None for needed in needs_grad)
 
 
-log_probs.register_autograd(_backward, setup_context=_setup)
+def differentiable(given: Given, static: Static, inplace: bool) -> Values:
+    """The values, whose gradients are made in the backward. ``inplace``: over given logits."""
+    student, *others = given
+    return Values(*_LogProbs.apply(inplace, static, tuple(others), *student)[: len(Values._fields)])

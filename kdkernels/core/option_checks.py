@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_number_tensor, check_one_number, flag, integer, number, positive_integer, shown
-from ..divergences import JSD, Divergence
+from ..divergences import JSD, Divergence, simplified
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 #: A number that may change while training: Python's, or a tensor with one entry or one for each token.
@@ -21,12 +21,13 @@ TEMPERATURES = f"[{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}]"
 
 
 def _divergence(name: str, given: Any) -> Divergence:
+    """In its simplest form."""
     if isinstance(given, type) and issubclass(given, Divergence):
         raise TypeError(f"{name} must be a divergence, not its class; write kd.{given.__name__}(...)")
     if not isinstance(given, Divergence):
         raise TypeError(f"{name} must be a kd.Divergence such as kd.ForwardKL(), got {shown(given)}")
     given.check()
-    return given
+    return simplified(given)
 
 
 def _number_or_tensor(name: str, given: Any) -> Number:

@@ -13,7 +13,7 @@ from ..backends import chosen_backend, native
 from ..backends.outcomes import check_divergence
 from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail, text_of
 from ..checks import DTYPES
-from ..divergences import Divergence, NoDivergence, simplified
+from ..divergences import Divergence, NoDivergence
 from ..targets import SparseTarget
 from . import exchange, tokens
 from .checked import checked_items, checked_target
@@ -27,7 +27,7 @@ from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_t
 class Terms:
     """What of a row the loss is made of; the options' meaning is that of :func:`kdkernels.distillation_loss`."""
 
-    divergence: Divergence
+    divergence: Divergence  # checked
     temperature: Number = 1.0
     temperature_squared: bool = False
     soft_weight: Number = 0.0
@@ -40,12 +40,8 @@ class Terms:
     also: tuple[Divergence, ...] = ()  # others of the same models, whose token losses come beside the first's
 
     def checked(self) -> Terms:
-        """The same with its options checked, and the divergence in its simplest form."""
-        given = {name: getattr(self, name) for name in _CHECKED}
-        divergence = self.divergence
-        if not isinstance(divergence, NoDivergence):
-            divergence = simplified(checked(divergence=divergence)["divergence"])
-        return replace(self, divergence=divergence, **checked(**given))
+        """The same with its options checked."""
+        return replace(self, **checked(**{name: getattr(self, name) for name in _CHECKED}))
 
     @property
     def has_hard_term(self) -> bool:
@@ -456,11 +452,9 @@ def _weights(
         columns[Output.ENTROPY] = each * entropy
     if terms.teacher_learns:
         columns[Output.TEACHER_LABEL] = each
-    zeros = torch.zeros(math.prod(student.leading), dtype=torch.float64, device=student.device)
-    return torch.stack([_filled(column, zeros) for column in columns * (1 + len(terms.also))], 1)
-
-
-def _filled(column: Tensor | float | None, zeros: Tensor) -> Tensor:
-    if isinstance(column, Tensor):
-        return column.expand_as(zeros)
-    return zeros if column is None else zeros + column  # as in tokens.constants, for compiled code
+    size = math.prod(student.leading), OUTPUTS
+    weights = torch.zeros(size, dtype=torch.float64, device=student.device)
+    for at, column in enumerate(columns):
+        if column is not None:
+            weights[:, at].add_(column)  # a number stays a symbol in compiled code, as in tokens.constants
+    return weights.repeat(1, 1 + len(terms.also)) if terms.also else weights

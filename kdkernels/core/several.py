@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends.spec import Asked
-from ..divergences import Divergence, simplified
+from ..divergences import Divergence
 from ..targets import SparseTarget
 from .option_checks import checked
 from .request import Terms, Tokens
@@ -15,11 +15,11 @@ from .sides import Teacher
 
 
 def checked_divergences(given: Any) -> tuple[Divergence, ...]:
-    """One, or a tuple of them, each in its simplest form."""
+    """One, or a tuple of them."""
     each = given if isinstance(given, tuple) else (given,)
     if not each:
         raise ValueError("divergence is an empty tuple; name one or more, such as (kd.ForwardKL(),)")
-    return tuple(simplified(checked(divergence=divergence)["divergence"]) for divergence in each)
+    return tuple(checked(divergence=divergence)["divergence"] for divergence in each)
 
 
 def check_several(terms: Terms, given: Tokens, teacher: Teacher, inplace: bool) -> None:

@@ -169,7 +169,8 @@ class Chunk:
     """Some tokens, and their tiles. Where a whole row is one tile, that tile is made once."""
 
     def __init__(self, tiles: Tiles, rows: slice) -> None:
-        self.tiles, self.rows, self.given = tiles, rows, tiles.rows.at(rows)
+        self.tiles, self.rows = tiles, rows
+        self.given = tiles.rows if rows == slice(0, tiles.plan.tokens) else tiles.rows.at(rows)
         self.exchange = tiles.exchange
         self._only: Tile | None = None
 

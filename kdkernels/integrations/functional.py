@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ..core import scaling
+from ..operators import operator
 
 #: Elements of a piece. On a CPU a piece stays in cache; elsewhere it is large enough to hide the kernel launches.
 _PIECE = {"cpu": 2**20}
@@ -99,7 +100,7 @@ def _(x, t, mask, name, summed):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("kdkernels::slopes", mutates_args=())
+@operator("slopes")
 def _slopes(
     x: Tensor, t: Tensor, mask: Tensor | None, arriving: Tensor, name: str, wants: list[bool]
 ) -> list[Tensor]:
@@ -112,7 +113,7 @@ def _slopes(
     return made
 
 
-@_slopes.register_fake
+@torch.library.register_fake(_slopes)
 def _(x, t, mask, arriving, name, wants):
     return [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
 
