@@ -45,7 +45,7 @@ struct SparseJob {
   Spec outcome_spec;                                   // of the divergence between outcomes
   Matrix stored_grad;                // [rows, slots] fp32: the soft gradient, before weights
   const double* rest = nullptr;      // [rows]: the same of all ids that are not stored
-  const double* lse_t1 = nullptr;    // [rows]: the whole row's normaliser at temperature 1
+  const Normaliser* at_1 = nullptr;  // [rows]: the whole row's at temperature 1
   const Softmax* softmax = nullptr;  // [rows]: the whole row's at T; only where an entropy is asked for
 };
 

@@ -165,7 +165,7 @@ struct Operators {
                        const Tensor& temperature, const Tensor& parameters, const Tensor& weights,
                        const Tensor& spec, int64_t offset, int64_t vocab, const Tensor& state,
                        const MaybeTensor& grad, const MaybeTensor& teacher_grad, const MaybeTensor& ids,
-                       const MaybeTensor& rest, const MaybeTensor& stored, const MaybeTensor& lse_t1,
+                       const MaybeTensor& rest, const MaybeTensor& stored, const MaybeTensor& at_1,
                        const MaybeTensor& softmax) {
     Arguments a(student);
     a.set_spec(spec);
@@ -176,11 +176,10 @@ struct Operators {
     a.set_gradients(weights, grad, teacher_grad);
     a.set_ids(ids);
     if (ids) {
-      STD_TORCH_CHECK(rest && stored && lse_t1,
-                      "kdkernels: a sparse target's gradient comes in four tensors");
+      STD_TORCH_CHECK(rest && stored && at_1, "kdkernels: a sparse target's gradient comes in four tensors");
       a.job.spec.asked |= 1 << kSoft;  // `rest` and `stored` are its gradient
       a.job.sparse.rest = a.doubles(*rest);
-      a.job.sparse.lse_t1 = a.doubles(*lse_t1);
+      a.job.sparse.at_1 = (const Normaliser*)a.doubles(*at_1, 2);
       STD_TORCH_CHECK(softmax || !a.job.spec.asks(kEntropy), "kdkernels: an entropy needs the row's softmax");
       if (softmax) a.job.sparse.softmax = (const Softmax*)a.doubles(*softmax, 3);
       a.job.sparse.stored_grad = a.float_matrix(*stored, a.job.sparse.slots);
@@ -228,7 +227,7 @@ void define_operators(Library& m) {
       "gradient(Tensor(a!) student, Tensor(b!)? teacher, Tensor? labels, Tensor temperature, "
       "Tensor parameters, Tensor weights, Tensor spec, int offset, int vocab, Tensor state, "
       "Tensor(c!)? grad, Tensor(d!)? teacher_grad, Tensor? ids, Tensor? rest, Tensor? stored, "
-      "Tensor? lse_t1, Tensor? softmax) -> ()");
+      "Tensor? at_1, Tensor? softmax) -> ()");
   m.def(
       "fused_sparse(Tensor(a!) student, Tensor ids, Tensor teacher, Tensor scale, Tensor constant, "
       "Tensor? labels, Tensor temperature, Tensor parameters, Tensor weights, Tensor spec, "

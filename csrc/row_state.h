@@ -20,6 +20,15 @@ namespace kd {
 // The reference of no logits. It is finite, so that reference - reference is 0.
 constexpr double kNoReference = -3.4028234663852886e38;
 
+// A row's normaliser, log sum exp(z), in two parts: of logits far from 0 it has no digits left for the sum,
+// and what counts is its distance to other logits.
+struct Normaliser {
+  double reference = 0, log_sum_exp = 0;
+
+  KD_HD double lse() const { return reference + log_sum_exp; }
+  KD_HD double above(double z) const { return (reference - z) + log_sum_exp; }
+};
+
 // A row's softmax at T: q = exp((z - reference) / T - log_sum_exp), and the mean of (z - reference) / T under
 // q. The entropy is log_sum_exp - mean_shift, and its derivative q (mean_shift - (z - reference) / T) / T:
 // the normaliser cancels out of it.
@@ -38,11 +47,7 @@ struct SideState {
   double top_logit = kNoReference;  // the maximum and its first column; only with statistics
   double top_index = 0;
 
-  KD_HD double lse(double temperature) const { return reference / temperature + log(sum_exp); }
-  KD_HD double lse_t1() const { return reference + log(sum_exp_t1); }
-  // The maximum's distance to the label first: both may be far from 0, where a sum of them has no digits left
-  // for a small difference.
-  KD_HD double label_loss() const { return (reference - label_logit) + log(sum_exp_t1); }
+  KD_HD Normaliser at_1() const { return {reference, log(sum_exp_t1)}; }
   KD_HD Softmax softmax() const { return {reference, log(sum_exp), sum_exp_shift / sum_exp}; }
   KD_HD double entropy() const { return log(sum_exp) - sum_exp_shift / sum_exp; }
 };
@@ -112,21 +117,19 @@ KD_HD bool disagree(const RowState& r, double gap) {
   return disagree(r.pair.cross_t / r.teacher.sum_exp, gap);
 }
 
-// The student's outputs at temperature 1: `lse` is its normaliser there, `gap` its distance to the label's
-// logit.
-KD_HD void hard_results(const SideState& student, double lse, double gap, const Spec& spec, int64_t vocab,
+// The student's outputs at temperature 1: `at_1` is its normaliser there.
+KD_HD void hard_results(const SideState& student, const Normaliser& at_1, const Spec& spec, int64_t vocab,
                         double* results) {
-  if (spec.asks(kLabel)) results[kLabel] = gap;
-  if (spec.asks(kSmooth)) results[kSmooth] = lse - student.sum_logits / (double)vocab;
-  if (spec.asks(kLseSquared)) results[kLseSquared] = lse * lse;
+  if (spec.asks(kLabel)) results[kLabel] = at_1.above(student.label_logit);
+  if (spec.asks(kSmooth)) results[kSmooth] = at_1.above(student.sum_logits / (double)vocab);
+  if (spec.asks(kLseSquared)) results[kLseSquared] = at_1.lse() * at_1.lse();
 }
 
 // What is asked of a finished row. `teacher`: whether there is one.
 KD_HD void finish(const RowState& r, const Spec& spec, bool teacher, int64_t vocab, double* results) {
   if (teacher && spec.asks(kSoft)) results[kSoft] = divergence_value(r, spec.kind);
-  if (spec.asks_hard())
-    hard_results(r.student, r.student.lse_t1(), r.student.label_loss(), spec, vocab, results);
-  if (spec.asks(kTeacherLabel)) results[kTeacherLabel] = r.teacher.label_loss();
+  if (spec.asks_hard()) hard_results(r.student, r.student.at_1(), spec, vocab, results);
+  if (spec.asks(kTeacherLabel)) results[kTeacherLabel] = r.teacher.at_1().above(r.teacher.label_logit);
   if (spec.asks(kEntropy)) results[kEntropy] = r.student.entropy();
   if (!spec.stats) return;
   results[kStudentEntropy] = r.student.entropy();

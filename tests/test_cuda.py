@@ -29,7 +29,7 @@ SUITES = {
     ),
     "large": (
         "large",
-        "tests/test_sparse.py tests/test_entropy.py",
+        "tests/test_sparse.py tests/test_entropy.py tests/test_far_logits.py",
         "native and not float64 and not float16",
     ),
     "registers": (

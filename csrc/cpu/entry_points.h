@@ -55,7 +55,7 @@ class RowRange {
     if (s.rest == nullptr) return stored;
     stored.grad = (const float*)s.stored_grad.row(i);
     stored.rest = s.rest[i];
-    stored.lse_t1 = s.lse_t1[i];
+    stored.at_1 = s.at_1[i];
     if (s.softmax != nullptr) stored.softmax = s.softmax[i];
     return stored;
   }
@@ -128,7 +128,7 @@ inline void fused(const Job& job, int64_t begin, int64_t end) {
     auto teacher = range.teacher_row(i);
     RowState own;
     fold<true, false>(teacher, own);
-    range.results(i)[kTeacherLabel] = own.student.label_loss();
+    range.results(i)[kTeacherLabel] = own.student.at_1().above(own.student.label_logit);
     if (job.teacher_grad.data)
       write_gradient(teacher, own, RowRange::teacher_weights(weights), job.teacher_grad, i);
   }

@@ -72,9 +72,9 @@ class GradientPass {
       : row_(row), state_(state), weights_(weights), to_(to), dtype_(dtype) {
     softmax_ = row.stored != nullptr ? row.stored->softmax : state.student.softmax();
     if (!weights.any_hard()) return;
-    lse_t1_ = row.stored != nullptr ? row.stored->lse_t1 : state.student.lse_t1();
+    at_1_ = row.stored != nullptr ? row.stored->at_1 : state.student.at_1();
     pull_ = weights.label + weights.smooth;
-    if (weights.lse_squared != 0) pull_ += 2 * lse_t1_ * weights.lse_squared;
+    if (weights.lse_squared != 0) pull_ += 2 * at_1_.lse() * weights.lse_squared;
     spread_ = weights.smooth / (double)row.job.vocab;
   }
 
@@ -131,7 +131,7 @@ class GradientPass {
     double hard = 0;
     if (row_.stored != nullptr && weights_.soft != 0 && student.sum_exp > 0)
       hard = weights_.soft * row_.stored->rest * std::exp(log_share);
-    const double pull = pull_ == 0 ? 0 : pull_ * std::exp(references_.student - lse_t1_);
+    const double pull = pull_ == 0 ? 0 : pull_ * std::exp(-at_1_.above(references_.student));
     if (!row_.tempered_hard) hard += pull;
     c.hard = (float)hard;
     c.hard_t1 = row_.tempered_hard ? (float)pull : 0.0f;
@@ -178,13 +178,7 @@ class GradientPass {
   }
 
   // What the outputs at temperature 1 pull a logit by, but for the label's own weight.
-  double hard_at(double z) const {
-    if (pull_ == 0) return -spread_;
-    const double below = row_.stored != nullptr
-                             ? z - lse_t1_
-                             : (z - state_.student.reference) - std::log(state_.student.sum_exp_t1);
-    return pull_ * std::exp(below) - spread_;
-  }
+  double hard_at(double z) const { return (pull_ == 0 ? 0 : pull_ * std::exp(-at_1_.above(z))) - spread_; }
 
   void write_stored(int64_t start, int n, float* g) {
     const StoredIds& stored = *row_.stored;
@@ -214,9 +208,9 @@ class GradientPass {
   char* const to_;
   const DType dtype_;
   int64_t next_stored_ = 0;
-  // At temperature 1 the gradient is pull * exp(z - lse_t1) - spread, and the label's weight less at the
-  // label.
-  double lse_t1_ = 0, pull_ = 0, spread_ = 0;
+  // At temperature 1 the gradient is pull * exp(z - lse) - spread, and the label's weight less at the label.
+  Normaliser at_1_;
+  double pull_ = 0, spread_ = 0;
   References references_;
   BlockCoefficients coefficients_;
   Softmax softmax_;  // of the row, stored ids included

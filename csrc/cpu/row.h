@@ -43,8 +43,9 @@ struct StoredIds {
   int64_t count = 0;
   double* logits = nullptr;     // of the ids in this chunk, mapped; see leave_out()
   const float* grad = nullptr;  // of the soft output
-  double rest = 0, lse_t1 = 0;  // the same for the rest as a whole; the row's normaliser at temperature 1
-  Softmax softmax;              // the row's at T, stored ids included; where an entropy is asked for
+  double rest = 0;              // the same for the rest as a whole
+  Normaliser at_1;              // the row's at temperature 1, stored ids included
+  Softmax softmax;              // the same at T; where an entropy is asked for
 
   // Calls f(k, column) for each id in columns [begin, end) of the vocabulary; `next` walks along the row.
   template <class F>

@@ -23,15 +23,18 @@ class OutcomeRow {
     if (job.grad.data) problem_.grad = {(char*)grad_.data(), kFloat, 0};
   }
 
-  // `logits`: the stored ids', still to be divided by `inner`; `rest`: log-mass of all other ids, already
-  // so divided; `teacher`: the K + 1 log-masses. The outcomes are compared at temperature `outer`.
+  // `logits`: the stored ids', still to be divided by `inner`; `rest`: the normaliser at `inner` of all other
+  // ids; `teacher`: the K + 1 log-masses. The outcomes are compared at temperature `outer`.
   // results() are theirs, not scaled; grad() is for the undivided logits and is multiplied by `scale`.
-  void solve(const double* logits, double rest, const char* teacher, double inner, double outer,
+  void solve(const double* logits, const Normaliser& rest, const char* teacher, double inner, double outer,
              double scale) {
-    double peak = std::max(rest, kNoReference);
-    for (int64_t k = 0; k < slots_; ++k) peak = std::max(peak, logits[k] / inner);
-    for (int64_t k = 0; k < slots_; ++k) student_[k] = (float)(logits[k] / inner - peak);
-    student_[slots_] = (float)(rest - peak);
+    double peak = rest.reference;
+    for (int64_t k = 0; k < slots_; ++k) peak = std::max(peak, logits[k]);
+    const double rest_mass = (rest.reference - peak) / inner + rest.log_sum_exp;
+    double most = std::max(rest_mass, kNoReference);
+    for (int64_t k = 0; k < slots_; ++k) most = std::max(most, (logits[k] - peak) / inner);
+    for (int64_t k = 0; k < slots_; ++k) student_[k] = (float)((logits[k] - peak) / inner - most);
+    student_[slots_] = (float)(rest_mass - most);
     problem_.teacher = {(char*)teacher, kFloat, 0};
     std::fill(results_, results_ + kResults, 0.0);
     with_kind(problem_.spec.kind, true, [&]<Kind kKind, class Divergence>() {
@@ -52,13 +55,13 @@ class OutcomeRow {
   double results_[kResults] = {};
 };
 
-// log(e^lse + sum e^logits)
-inline double log_add(double lse, const double* logits, int64_t count) {
-  double peak = std::max(lse, kNoReference);
+// The normaliser at temperature 1 of a row that is `logits` and what `rest` was folded from.
+inline Normaliser at_1_with(const SideState& rest, const double* logits, int64_t count) {
+  double peak = rest.reference;
   for (int64_t k = 0; k < count; ++k) peak = std::max(peak, logits[k]);
-  double total = std::exp(lse - peak);
+  double total = rest.sum_exp_t1 * std::exp(rest.reference - peak);
   for (int64_t k = 0; k < count; ++k) total += std::exp(logits[k] - peak);
-  return peak + std::log(total);
+  return {peak, std::log(total)};
 }
 
 // Whether the student's top-1 token (of the stored ones under "conditional") is the teacher's.
@@ -90,8 +93,8 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
       fold<false>(row, r);
     const SideState& student = r.student;  // of all ids that are not stored
     const float* teacher = (const float*)job.sparse.teacher.row(i);
-    const double lse = student.sum_exp == 0 ? -(double)kInf : student.lse(row.temperature);
-    const double rest = spec.tail == kConditional ? (double)teacher[stored.count] : lse;
+    const Normaliser rest = {student.reference, spec.tail == kConditional ? (double)teacher[stored.count]
+                                                                          : std::log(student.sum_exp)};
     const double scale = job.sparse.scale[i];
     outcomes.solve(stored.logits, rest, (const char*)teacher, row.temperature,
                    job.temperature_of(i, job.sparse.outcome_spec), scale);
@@ -101,8 +104,8 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
     double* results = range.results(i);
     if (spec.asks(kSoft)) results[kSoft] = scale * outcomes.results()[kSoft] + job.sparse.constant[i];
     if (spec.asks_hard()) {
-      stored.lse_t1 = log_add(student.lse_t1(), stored.logits, stored.count);
-      hard_results(student, stored.lse_t1, stored.lse_t1 - student.label_logit, spec, job.vocab, results);
+      stored.at_1 = at_1_with(student, stored.logits, stored.count);
+      hard_results(student, stored.at_1, spec, job.vocab, results);
     }
     if (spec.stats) {
       results[kStudentEntropy] = outcomes.results()[kStudentEntropy];

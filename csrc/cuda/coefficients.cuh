@@ -25,19 +25,17 @@ struct Normal {
   float soft;       // what the divergence's gradient is multiplied by
 };
 
-// The gradient of an output at temperature 1: weight * e^(logit - lse_t1), and `onehot` less at the label.
-// lse_t1 is in two parts, since the distance to it decides, and not its own size.
+// The gradient of an output at temperature 1: weight * e^(logit - lse), and `onehot` less at the label.
 struct Pull {
-  float weight = 0, lse_t1 = 0, lse_t1_rest = 0, onehot = 0;  // lse_t1_rest: negative, times log2 e
+  float weight = 0, reference = 0, log2_sum_exp = 0, onehot = 0;
 
   KD_DEVICE float operator()(float logit) const {
-    return weight == 0 ? 0.0f : weight * fast_exp2((logit - lse_t1) * kLog2e + lse_t1_rest);
+    return weight == 0 ? 0.0f : weight * fast_exp2((logit - reference) * kLog2e - log2_sum_exp);
   }
 };
 
-KD_DEVICE Pull pull(double weight, double onehot, double lse_t1) {
-  const float near = (float)lse_t1;
-  return {(float)weight, near, (float)((near - lse_t1) * kLog2eExact), (float)onehot};
+KD_DEVICE Pull pull(double weight, double onehot, const Normaliser& at_1) {
+  return {(float)weight, (float)at_1.reference, (float)(at_1.log_sum_exp * kLog2eExact), (float)onehot};
 }
 
 // The entropy's gradient: q_j (mean_shift - shift_j) / T times the weight, from which the normaliser cancels
@@ -106,16 +104,17 @@ KD_DEVICE Normal normal(const RowState& r, const Logs& logs, Kind kind, double t
   return n;
 }
 
-// `lse_t1`: the student's normaliser at temperature 1. `rest`: of a sparse target, 0 without.
+// `at_1`: the student's normaliser at temperature 1. `rest`: of a sparse target, 0 without.
 KD_DEVICE Coefficients coefficients(const RowState& r, const Logs& logs, Kind kind, double temperature,
-                                    const RowWeights& weights, double lse_t1, double rest, int64_t vocab) {
+                                    const RowWeights& weights, const Normaliser& at_1, double rest,
+                                    int64_t vocab) {
   Coefficients c;
   c.normal = normal(r, logs, kind, temperature, weights.soft);
   c.rest = r.student.sum_exp > 0 && weights.soft != 0 ? (float)(weights.soft * rest) : 0.0f;
-  const double squared = weights.lse_squared == 0 ? 0 : 2 * lse_t1 * weights.lse_squared;
-  c.hard = pull(weights.label + weights.smooth + squared, weights.label, lse_t1);
+  const double squared = weights.lse_squared == 0 ? 0 : 2 * at_1.lse() * weights.lse_squared;
+  c.hard = pull(weights.label + weights.smooth + squared, weights.label, at_1);
   c.teacher_label =
-      pull(weights.teacher_label, weights.teacher_label, r.teacher.reference + logs.sum_exp_t1_t);
+      pull(weights.teacher_label, weights.teacher_label, {r.teacher.reference, logs.sum_exp_t1_t});
   c.spread = (float)(weights.smooth / (double)vocab);
   c.soft_weight = weights.soft;
   c.live = weights.any_student() || weights.teacher_label != 0;

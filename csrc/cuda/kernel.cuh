@@ -44,14 +44,15 @@ KD_DEVICE void share_coefficients(Row& row) {
     const Solved& solved = row.shared.solved;
     const Logs logs = logs_of(r);
     const bool here = !Row::Types::kLean && row.plan.entry == Entry::kFusedSparse;
-    double lse_t1 = r.student.reference + logs.sum_exp_t1_s, rest = 0;
-    if (here || (!Row::Types::kLean && sparse.lse_t1 != nullptr))
-      lse_t1 = here ? solved.lse_t1 : sparse.lse_t1[row.row];
+    Normaliser at_1 = {r.student.reference, logs.sum_exp_t1_s};
+    double rest = 0;
+    if (here || (!Row::Types::kLean && sparse.at_1 != nullptr))
+      at_1 = here ? solved.at_1 : sparse.at_1[row.row];
     if (here || (!Row::Types::kLean && sparse.rest != nullptr))
       rest = here ? solved.rest : sparse.rest[row.row];
     const Coefficients c =
         coefficients(r, logs, Row::kKind, row.temperature(),
-                     Row::Types::kLean ? row.early_weights : row.weights(), lse_t1, rest, job.vocab);
+                     Row::Types::kLean ? row.early_weights : row.weights(), at_1, rest, job.vocab);
     if (row.lane == 0) row.shared.coefficients = c;
     if (!Row::Types::kLean && row.lane == 0) {
       Softmax softmax = {r.student.reference, logs.sum_exp_s, r.student.sum_exp_shift / r.student.sum_exp};

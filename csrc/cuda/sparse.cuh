@@ -59,13 +59,13 @@ KD_DEVICE int first_highest(const float* v, int64_t n) {
   return at < n ? at : 0;
 }
 
-// log(e^lse + sum e^logits), by a warp.
-KD_DEVICE double log_add(double lse, const float* logits, int64_t n) {
+// The normaliser at temperature 1 of a row that is `logits` and what `rest` was folded from, by a warp.
+KD_DEVICE Normaliser at_1_with(const SideState& rest, const float* logits, int64_t n) {
   const double stored = highest_of(n, [&](int64_t i) { return (double)logits[i]; });
-  const double peak = stored > lse ? stored : lse;
-  double total = thread_index() % kWarp == 0 ? exp(lse - peak) : 0;
+  const double peak = stored > rest.reference ? stored : rest.reference;
+  double total = thread_index() % kWarp == 0 ? rest.sum_exp_t1 * exp(rest.reference - peak) : 0;
   for (int64_t i = thread_index() % kWarp; i < n; i += kWarp) total += exp(logits[i] - peak);
-  return peak + log(sum_of_warp(total));
+  return {peak, log(sum_of_warp(total))};
 }
 
 // The dense problem of `n` columns by a warp: the state, and where asked the gradient times `weight`.
@@ -130,17 +130,17 @@ KD_DEVICE void solve_outcomes(Row& row) {
   const float* teacher = (const float*)sparse.teacher.row(row.row);
   const double inner = row.temperature(), outer = job.temperature_of(row.row, sparse.outcome_spec);
   float* u = memory.logits(row.turn);
-  const double lse = student.sum_exp == 0 ? -INFINITY : student.lse(inner);
-  const double rest = spec.tail == kConditional ? (double)teacher[slots] : lse;
-  const double t1 = student.sum_exp_t1 == 0 ? -INFINITY : student.lse_t1();
-  const double lse_t1 = spec.asks_hard() ? log_add(t1, u, slots) : 0;
+  const Normaliser at_1 = spec.asks_hard() ? at_1_with(student, u, slots) : Normaliser{};
   const bool agreement = spec.stats && agrees(ids, u, teacher, slots, student, spec.tail);
   // Only differences count: what is near 0 keeps its digits in fp32.
-  const double stored = highest_of(slots, [&](int64_t i) { return u[i] / inner; });
-  const double peak = rest > stored ? rest : stored;
+  const double stored = highest_of(slots, [&](int64_t i) { return (double)u[i]; });
+  const double peak = stored > student.reference ? stored : student.reference;
+  const double rest = (student.reference - peak) / inner +
+                      (spec.tail == kConditional ? (double)teacher[slots] : log(student.sum_exp));
+  const double most = rest > (stored - peak) / inner ? rest : (stored - peak) / inner;
   sync_warp();
-  for (int64_t k = row.lane; k < slots; k += kWarp) u[k] = (float)(u[k] / inner - peak);
-  if (row.lane == 0) u[slots] = (float)(rest - peak);
+  for (int64_t k = row.lane; k < slots; k += kWarp) u[k] = (float)((u[k] - peak) / inner - most);
+  if (row.lane == 0) u[slots] = (float)(rest - most);
   sync_warp();
   const double scale = sparse.scale[row.row];
   float* const grad = job.grad.data == nullptr ? nullptr : memory.grad();
@@ -153,9 +153,8 @@ KD_DEVICE void solve_outcomes(Row& row) {
     finish(*scratch, sparse.outcome_spec, true, slots + 1, solved.results);
     if (spec.asks(kSoft)) solved.results[kSoft] = scale * solved.results[kSoft] + sparse.constant[row.row];
     if (spec.stats) solved.results[kAgreement] = agreement;
-    if (spec.asks_hard())
-      hard_results(student, lse_t1, lse_t1 - student.label_logit, spec, job.vocab, solved.results);
-    solved.lse_t1 = lse_t1;
+    if (spec.asks_hard()) hard_results(student, at_1, spec, job.vocab, solved.results);
+    solved.at_1 = at_1;
     solved.rest = grad == nullptr ? 0 : grad[slots];
   }
   sync_warp();

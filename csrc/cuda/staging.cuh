@@ -16,8 +16,8 @@ namespace kd {
 
 // What is solved of a sparse target between the passes (sparse.cuh).
 struct Solved {
-  double lse_t1;  // the student's normaliser at temperature 1, stored ids included
-  double rest;    // the gradient for the rest as a whole
+  Normaliser at_1;  // the student's at temperature 1, stored ids included
+  double rest;      // the gradient for the rest as a whole
   double results[kResults];
 };
 

@@ -172,7 +172,7 @@ def gradient(
     gradients: Gradients,
     sparse: SparseGradient | None = None,
 ) -> None:
-    solved = (None,) * 5 if sparse is None else (sparse.ids, sparse.rest, sparse.stored, sparse.lse_t1, None)
+    solved = (None,) * 5 if sparse is None else (sparse.ids, sparse.rest, sparse.stored, sparse.at_1, None)
     if sparse is not None and spec.asked & Asked.ENTROPY:
         solved = (*solved[:-1], sparse.softmax)
     _ops.gradient(

@@ -61,8 +61,9 @@ class SparseGradient(NamedTuple):
         return torch.stack([self.reference, self.log_sum_exp, self.mean_shift], 1)
 
     @property
-    def lse_t1(self) -> Tensor:
-        return self.reference + self.log_sum_exp_t1
+    def at_1(self) -> Tensor:
+        """``[n, 2]``: ``struct Normaliser`` of csrc."""
+        return torch.stack([self.reference, self.log_sum_exp_t1], 1)
 
 
 class Backend(Protocol):

@@ -23,6 +23,17 @@ from .spec import RESULTS, Asked, Output, Result, Spec
 NO_REFERENCE = -3.4028234663852886e38
 
 
+class Normaliser(NamedTuple):
+    """log sum exp(z) of rows, in two parts: of logits far from 0 it has no digits left for the sum, and what counts is its
+    distance to other logits."""
+
+    reference: Tensor  # [rows]
+    log_sum_exp: Tensor
+
+    def above(self, logits: Tensor) -> Tensor:
+        return (self.reference - logits) + self.log_sum_exp
+
+
 class SideState(NamedTuple):
     """One model's part; each field a view ``[rows]`` of the state."""
 
@@ -41,15 +52,8 @@ class SideState(NamedTuple):
         return self.sum_exp.log()
 
     @property
-    def lse_t1(self) -> Tensor:
-        """The normaliser at temperature 1."""
-        return self.reference + self.sum_exp_t1.log()
-
-    @property
-    def label_loss(self) -> Tensor:
-        """The normaliser at 1 less the label's logit. The reference's distance to the label comes first: both may be
-        far from 0, where a sum has no digits left."""
-        return (self.reference - self.label_logit) + self.sum_exp_t1.log()
+    def at_1(self) -> Normaliser:
+        return Normaliser(self.reference, self.sum_exp_t1.log())
 
     @property
     def mean_shift(self) -> Tensor:
@@ -217,16 +221,14 @@ def _decayed(total: Tensor, sum_exp: Tensor, moved: Tensor, risen: Tensor) -> Te
     return torch.where(decay == 0, 0.0, shifted * decay)
 
 
-def hard_results(
-    results: Tensor, side: SideState, lse: Tensor, label_loss: Tensor, asked: int, vocab: int
-) -> None:
-    """The student's outputs at temperature 1 into ``results``; ``lse`` is its normaliser there."""
+def hard_results(results: Tensor, side: SideState, at_1: Normaliser, asked: int, vocab: int) -> None:
+    """The student's outputs at temperature 1 into ``results``; ``at_1`` is its normaliser there."""
     if asked & Asked.LABEL:
-        results[:, Output.LABEL] = label_loss
+        results[:, Output.LABEL] = at_1.above(side.label_logit)
     if asked & Asked.SMOOTH:
-        results[:, Output.SMOOTH] = lse - side.sum_logits / vocab
+        results[:, Output.SMOOTH] = at_1.above(side.sum_logits / vocab)
     if asked & Asked.LSE_SQUARED:
-        results[:, Output.LSE_SQUARED] = lse * lse
+        results[:, Output.LSE_SQUARED] = (at_1.reference + at_1.log_sum_exp).square()
 
 
 def finish(state: Tensor, spec: Spec, labels: Tensor | None, vocab: int) -> Tensor:
@@ -241,9 +243,9 @@ def finish(state: Tensor, spec: Spec, labels: Tensor | None, vocab: int) -> Tens
         if spec.kind:
             results[:, Result.TEACHER_ENTROPY] = row.teacher.entropy
             results[:, Result.AGREEMENT] = (row.student.top_index == row.teacher.top_index).double()
-    hard_results(results, row.student, row.student.lse_t1, row.student.label_loss, spec.asked, vocab)
+    hard_results(results, row.student, row.student.at_1, spec.asked, vocab)
     if spec.asked & Asked.TEACHER_LABEL:
-        results[:, Output.TEACHER_LABEL] = row.teacher.label_loss
+        results[:, Output.TEACHER_LABEL] = row.teacher.at_1.above(row.teacher.label_logit)
     if labels is not None:
         results = torch.where((labels >= 0)[:, None], results, 0.0)
     return results

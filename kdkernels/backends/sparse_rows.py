@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .outcomes import Outcomes, outcome_spec, student_spec
 from .protocol import Gradients, SparseGradient, Tile
-from .row_state import NO_REFERENCE, RowState, SideState, hard_results, new_state
+from .row_state import NO_REFERENCE, Normaliser, RowState, SideState, hard_results, new_state
 from .spec import OUTPUTS, Asked, LogitMap, Output, Result, Spec, Tail
 
 
@@ -116,8 +116,7 @@ def solve(
     if spec.asked & Asked.HARD:
         at_1 = side.sum_exp_t1 * (side.reference - highest).exp()
         log_sum_exp_t1 = (at_1 + below.exp().sum(-1)).log()
-        lse, label_loss = highest + log_sum_exp_t1, (highest - side.label_logit) + log_sum_exp_t1
-        hard_results(results, side, lse, label_loss, spec.asked, tile.vocab)
+        hard_results(results, side, Normaliser(highest, log_sum_exp_t1), spec.asked, tile.vocab)
     if tile.labels is not None:
         results = torch.where((tile.labels >= 0)[:, None], results, 0.0)
     return Solved(

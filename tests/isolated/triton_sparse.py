@@ -9,6 +9,7 @@ import torch
 import triton
 from problems import assert_exact, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
+from test_far_logits import test_a_teacher_that_learns, test_losses  # noqa: F401
 from test_sparse import (  # noqa: F401
     conforms,
     test_hard_term_where_the_rest_is_nothing,

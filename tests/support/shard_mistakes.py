@@ -21,8 +21,8 @@ def rank_times_width(given):
     return tuple((rank * width, rank * width + width) for rank, width in enumerate(widths))
 
 
-def mean_of_the_shard(results, side, lse, label_loss, asked, vocab):
-    return hard_results(results, side, lse, label_loss, asked, 20)
+def mean_of_the_shard(results, side, at_1, asked, vocab):
+    return hard_results(results, side, at_1, asked, 20)
 
 
 def summed_twice(self, total):

@@ -25,14 +25,17 @@ from .divergences import REVERSE_KL, load_parameters
 from .rows import (
     GradRows,
     Matrix,
+    Normaliser,
     Row,
     Side,
     Softmax,
     Span,
     Stored,
     Weights,
+    above,
     divergence,
     fold_row,
+    normaliser,
     row_pointer,
     value_row,
     write_gradient,
@@ -65,12 +68,6 @@ def _entropy(side):
 
 
 @triton.jit
-def _label_loss(side):
-    """The reference's distance to the label first: both may be far from 0, where a sum has no digits left."""
-    return (side.reference - side.label_logit) + tl.log(side.sum_exp_t1)
-
-
-@triton.jit
 def _results(F: tl.constexpr, r, vocab):
     """In the order of Output and Result; 0 where nobody asked."""
     s, t = r.student, r.teacher
@@ -80,17 +77,15 @@ def _results(F: tl.constexpr, r, vocab):
     if F.kind:
         soft = divergence(F, r)
     if F.label:
-        label = _label_loss(s)
-    if F.smooth or F.lse_squared:
-        lse = s.reference + tl.log(s.sum_exp_t1)
-        if F.smooth:
-            smooth = lse - s.sum_logits / vocab
-        if F.lse_squared:
-            lse_squared = lse * lse
+        label = above(normaliser(s), s.label_logit)
+    if F.smooth:
+        smooth = above(normaliser(s), s.sum_logits / vocab)
+    if F.lse_squared:
+        lse_squared = above(normaliser(s), 0.0) * above(normaliser(s), 0.0)
     if F.entropy:
         entropy = _entropy(s)
     if F.teacher_label:
-        teacher_label = _label_loss(t)
+        teacher_label = above(normaliser(t), t.label_logit)
     if F.stats:
         student_entropy = _entropy(s)
         if F.teacher:
@@ -230,7 +225,7 @@ def fused(
         g_rows, h_rows = Matrix(grad, grad_stride), Matrix(teacher_grad, teacher_grad_stride)
         grads = _gradient_rows(F, g_rows, h_rows, i, row.student)
         span, nothing = Span(0, columns, 0, columns), Softmax(0.0, 0.0, 0.0)
-        stored = Stored(row.student.row, 0, row.student.row, 0.0, 0.0, nothing)
+        stored = Stored(row.student.row, 0, row.student.row, 0.0, Normaliser(0.0, 0.0), nothing)
         results_row = results + i * RESULTS
         if live:
             r = fold_row(F, row, stored, span, LANES, K)
@@ -264,7 +259,7 @@ def _stored_ids(F: tl.constexpr, ids, slots, row, student):
     at = student.row
     if F.sparse:
         at = ids + slots.to(tl.int64) * row
-    return Stored(at, slots, at, 0.0, 0.0, Softmax(0.0, 0.0, 0.0))
+    return Stored(at, slots, at, 0.0, Normaliser(0.0, 0.0), Softmax(0.0, 0.0, 0.0))
 
 
 @_kernel
@@ -413,7 +408,7 @@ def gradient(
     stored,
     stored_stride,
     rest,
-    lse1,
+    at_1,
     softmax,
     state,
     columns,
@@ -446,7 +441,9 @@ def gradient(
             solved = stored + stored_stride.to(tl.int64) * i
             of_row = softmax + 3 * i.to(tl.int64)
             whole = Softmax(tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 2))
-            at = Stored(at.ids, slots, solved, tl.load(rest + i), tl.load(lse1 + i), whole)
+            of_row = at_1 + 2 * i.to(tl.int64)
+            whole_t1 = Normaliser(tl.load(of_row), tl.load(of_row + 1))
+            at = Stored(at.ids, slots, solved, tl.load(rest + i), whole_t1, whole)
         write_gradient(F, r, row, w, at, span, grads, LANES, K)
     else:
         write_zeros(F, span, grads, LANES, K)

@@ -292,7 +292,7 @@ def _value(tiles: _Tiles, state: Tensor) -> None:
 def _solved(sparse: SparseGradient | None) -> dict:
     """The solved outcomes of a sparse target."""
     if sparse is None:
-        return dict(ids=None, slots=0, stored=None, stored_stride=0, rest=None, lse1=None, softmax=None)
+        return dict(ids=None, slots=0, stored=None, stored_stride=0, rest=None, at_1=None, softmax=None)
     stored = _adjacent(sparse.stored)
     return dict(
         ids=sparse.ids.contiguous(),
@@ -300,7 +300,7 @@ def _solved(sparse: SparseGradient | None) -> dict:
         stored=stored,
         stored_stride=stored.stride(0),
         rest=sparse.rest.contiguous(),
-        lse1=sparse.lse_t1.contiguous(),
+        at_1=sparse.at_1,
         softmax=sparse.softmax,
     )
 

@@ -108,8 +108,27 @@ class Stored(NamedTuple):
     slots: tl.tensor
     gradient: tl.tensor  # this and what follows for the last pass only
     rest: tl.tensor
-    lse1: tl.tensor
+    at_1: "Normaliser"
     softmax: "Softmax"
+
+
+class Normaliser(NamedTuple):
+    """log sum exp(z) of a row in two parts, as in row_state.py; fp64."""
+
+    reference: tl.tensor
+    log_sum_exp: tl.tensor
+
+
+@triton.jit
+def normaliser(side):
+    """At temperature 1."""
+    return Normaliser(side.reference, tl.log(side.sum_exp_t1))
+
+
+@triton.jit
+def above(at_1, z):
+    """The normaliser's distance to logits."""
+    return (at_1.reference - z) + at_1.log_sum_exp
 
 
 class Softmax(NamedTuple):
@@ -460,17 +479,13 @@ def _factor_t1(F: tl.constexpr, factor):
 
 
 @triton.jit
-def _student_hard(F: tl.constexpr, r, w, vocab, factor, lse1):
-    side = r.student
-    reference, per_sum = side.reference.to(tl.float32), 1.0 / side.sum_exp_t1
-    lse = side.reference + tl.log(side.sum_exp_t1)
+def _student_hard(F: tl.constexpr, r, w, vocab, factor, whole):
+    at_1, per_sum = normaliser(r.student), 1.0 / r.student.sum_exp_t1
     if F.sparse:  # whose state is the rest's: the stored ids may be far above its reference
-        lse = lse1
-        reference = lse.to(tl.float32)
-        per_sum = tl.exp(reference.to(tl.float64) - lse)
-    pull = w.label + w.smooth + times(w.lse_squared, 2.0 * lse)
+        at_1, per_sum = whole, tl.exp(-whole.log_sum_exp)
+    pull = w.label + w.smooth + times(w.lse_squared, 2.0 * (at_1.reference + at_1.log_sum_exp))
     return Hard(
-        reference=reference,
+        reference=at_1.reference.to(tl.float32),
         factor=_factor_t1(F, factor),
         pull=times(pull, per_sum).to(tl.float32),
         spread=(w.smooth / vocab).to(tl.float32),
@@ -538,7 +553,7 @@ def write_gradient(
     soft = _soft(F, r, weights.soft, row.temperature, stored.rest)
     student, teacher = Hard(0.0, 0.0, 0.0, 0.0, 0.0), Hard(0.0, 0.0, 0.0, 0.0, 0.0)
     if F.hard:
-        student = _student_hard(F, r, weights, span.vocab, row.factor, stored.lse1)
+        student = _student_hard(F, r, weights, span.vocab, row.factor, stored.at_1)
     if F.teacher_grad:
         teacher = _teacher_hard(F, r, weights, row.factor)
     entropy = Entropy(0.0, 0.0, 0.0)
