@@ -101,10 +101,7 @@ def _(
     shard,
     chunk_bytes,
     needs_grad,
-    gradient_tolerance,
-    choice=None,
-    state=None,
-    stored=None,
+    *_,
 ):
     results = _empty_results(weights)
     wanted = [t for t, needed in zip(student + teacher, needs_grad) if needed]
@@ -227,23 +224,9 @@ def values(
 
 
 @torch.library.register_fake(values)
-def _(
-    student,
-    teacher,
-    labels,
-    temperature,
-    parameters,
-    weights,
-    spec,
-    vocab,
-    shard,
-    chunk_bytes,
-    needs_grad,
-    gradient_tolerance,
-):
+def _(student, teacher, labels, temperature, parameters, weights, spec, *others):
     choice = torch.empty((), dtype=torch.uint8, device="cpu")
-    given = student, teacher, labels, temperature, parameters, weights
-    request = Request(*given, specs_of(spec), vocab, shard, chunk_bytes, needs_grad)
+    request = Request(student, teacher, labels, temperature, parameters, weights, specs_of(spec), *others)
     merged, losses = merged_for(request), weights.new_empty(weights.shape[0], len(request.specs))
     return losses, _empty_results(weights), choice, merged.state, merged.stored
 

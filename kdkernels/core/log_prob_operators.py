@@ -70,21 +70,8 @@ def log_probs(
 
 
 @torch.library.register_fake(log_probs)
-def _(
-    student,
-    ids,
-    labels,
-    temperature,
-    spec,
-    vocab,
-    shard,
-    chunk_bytes,
-    needs_grad,
-    gradient_tolerance,
-):
-    given = student, ids, labels, temperature
-    static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
-    request = request_of(given, static, "auto")
+def _(student, ids, labels, temperature, *static):
+    request = request_of((student, ids, labels, temperature), static, "auto")
     values, finished = rows.empty(request)
     return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
 
@@ -133,8 +120,7 @@ def _(
     shard,
     chunk_bytes,
     needs_grad,
-    gradient_tolerance,
-    choice,
+    *_,
 ):
     wanted = [t for t, needed in zip(student, needs_grad) if needed]
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
