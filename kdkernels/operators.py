@@ -1,4 +1,4 @@
-"""How an operator is defined that overwrites nothing and has no derivative of its own."""
+"""How operators are defined. None has a derivative of its own: what has one is a torch.autograd.Function of operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _library = torch.library.Library("kdkernels", "FRAGMENT")
 _untraced = functools.cache(torch.compiler.disable)
 
 
-def operator(name: str) -> Callable[[Callable], Any]:
+def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
     """Makes ``kdkernels::name`` of a function, for tensors on any device.
 
     torch.library.custom_op would do. It has room for a derivative and imports torch's compiler at its first call: 27 us
@@ -27,7 +27,7 @@ def operator(name: str) -> Callable[[Callable], Any]:
             with torch.no_grad():
                 return called(*given)
 
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")
         return getattr(torch.ops.kdkernels, name).default

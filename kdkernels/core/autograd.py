@@ -108,7 +108,7 @@ def _(
     return [results] + [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
 
-@torch.library.custom_op("kdkernels::rows_", mutates_args=("student",))
+@operator("rows_", mutates_args=("student",))
 def rows_(
     student: Tensor,
     teacher: list[Tensor],
@@ -135,7 +135,7 @@ def rows_(
     return results
 
 
-@rows_.register_fake
+@torch.library.register_fake(rows_)
 def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, shard, chunk_bytes):
     return _empty_results(weights)
 

@@ -126,7 +126,7 @@ def _(
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
 
-@torch.library.custom_op("kdkernels::log_probs_gradient_", mutates_args=("student",))
+@operator("log_probs_gradient_", mutates_args=("student",))
 def log_probs_gradient_(
     student: Tensor,
     ids: Tensor,
@@ -150,6 +150,11 @@ def log_probs_gradient_(
         return
     rows.gradients(request, arriving, Finished(*finished), student)
     student[..., vocab:].zero_()
+
+
+@torch.library.register_fake(log_probs_gradient_)
+def _(*_):
+    """It gives nothing."""
 
 
 class _LogProbs(torch.autograd.Function):
