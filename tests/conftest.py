@@ -12,6 +12,10 @@ from kdkernels.commands.verify import DIVERGENCES
 from kdkernels.core import autograd
 
 
+#: Not searched for examples, which would import them: what serves processes of their own changes Triton, for one.
+collect_ignore = ["isolated", "support"]
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the conformance suite's tensors are, e.g. cuda")
     parser.addoption("--every", type=int, default=1, help="run one test of so many: a sample")
