@@ -11,7 +11,6 @@ from kdkernels.backends import native
 from kdkernels.commands.verify import DIVERGENCES
 from kdkernels.core import autograd
 
-
 #: Not searched for examples, which would import them: what serves processes of their own changes Triton, for one.
 collect_ignore = ["isolated", "support"]
 

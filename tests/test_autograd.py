@@ -161,7 +161,9 @@ def test_opcheck(form):
 
     detached = [t.detach() for t in tensors(True)], *arguments(tensors(True), torch.randn(4, 20))[1:]
     torch.library.opcheck(autograd.rows, detached)
-    torch.library.opcheck(autograd.values, detached)
+    torch.library.opcheck(autograd.deferred, arguments(tensors(True), torch.randn(4, 20)))
+    gradients = [torch.randn_like(t) for t in tensors(False)]
+    torch.library.opcheck(autograd.attach, (torch.randn(()), tensors(True), gradients))
     labels, mask = torch.tensor([[1, -100, 2]]), torch.tensor([[1, 1, 0]])
     for given in ((labels, None), (labels, mask), (None, mask)):
         torch.library.opcheck(checked.checked_labels, (*given, 20, -100))
@@ -251,19 +253,53 @@ class Exported(torch.nn.Module):
         if self.head is not None:
             student = kd.LinearHead(student, self.head.weight, self.head.bias)
         losses = kd.distillation_loss(student, teacher, labels, hard_weight=0.5, reduction="none")
-        return losses, kd.kl_div(student, teacher), kd.kl_div(student, teacher, labels, reduction="batchmean")
+        log_probs = kd.token_log_probs(student, labels).log_probs
+        mean, batchmean = (
+            kd.kl_div(student, teacher),
+            kd.kl_div(student, teacher, labels, reduction="batchmean"),
+        )
+        return losses, log_probs, mean, batchmean
 
 
 @pytest.mark.parametrize("form", ["logits", "head"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_any_number_of_tokens(form, strict):
+    def given(tokens):
+        student = torch.randn(tokens, 6 if form == "head" else 10, requires_grad=True)
+        return student, torch.randn(tokens, 10), torch.arange(tokens) % 10
+
     module, tokens = Exported(form), torch.export.Dim("tokens")
-    given = lambda n: (torch.randn(n, 6 if form == "head" else 10), torch.randn(n, 10), torch.arange(n) % 10)  # noqa: E731
-    program = torch.export.export(module, given(4), dynamic_shapes=({0: tokens},) * 3, strict=strict)
+    program = torch.export.export(module, given(4), dynamic_shapes=({0: tokens},) * 3, strict=strict).module()
     for n in (3, 17):
         arguments = given(n)
-        for mine, expected in zip(program.module()(*arguments), module(*arguments), strict=True):
+        for mine, expected in zip(program(*arguments), module(*arguments), strict=True):
             assert torch.equal(mine, expected) and expected.norm() > 1e-3
+            grads = [torch.autograd.grad(each.sum(), arguments[0])[0] for each in (mine, expected)]
+            assert torch.equal(*grads) and grads[0].norm() > 1e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_autograd(reduction, compiled):
+    """The backward is compiled, whether the forward is or not."""
+    weight, teacher = torch.randn(10, 6, requires_grad=True), torch.randn(4, 10)
+
+    def gradients(hidden, compiles):
+        def losses():
+            head = kd.LinearHead(hidden, weight)
+            both = kd.kl_div(head, teacher, reduction=reduction), kd.kl_div(hidden @ weight.T, teacher)
+            return both[0].sum() + both[1] + kd.token_log_probs(head, torch.arange(4)).log_probs.sum()
+
+        run = torch.compile(losses, backend="aot_eager") if compiled and compiles else losses
+        with torch._dynamo.config.patch(compiled_autograd=compiles):
+            torch.compile(lambda: run().backward(), backend="aot_eager")() if compiles else run().backward()
+        grads = hidden.grad, weight.grad
+        hidden.grad = weight.grad = None
+        return grads
+
+    hidden = torch.randn(4, 6, requires_grad=True)
+    for mine, expected in zip(gradients(hidden, True), gradients(hidden, False)):
+        assert torch.allclose(mine, expected, atol=1e-6) and expected.norm() > 1e-3
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

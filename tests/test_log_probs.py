@@ -284,11 +284,13 @@ def test_opcheck(form):
     spec = Spec(tail=Tail.TRUNCATE, asked=Bits.ENTROPY, stats=1).text()
     needs_grad = [t.requires_grad for t in student]
     shared = spec, VOCAB, "", 2**20, needs_grad, 0.0
-    detached = [t.detach() for t in student]
-    torch.library.opcheck(log_prob_operators.log_probs, (detached, ids, labels, temperature, *shared))
-    made = log_prob_operators.log_probs(detached, ids, labels, temperature, *shared)
-    finished, choice = made[4:8], made[8]
+    torch.library.opcheck(
+        log_prob_operators.log_probs, (student, ids, labels, temperature, *shared, form == "logits")
+    )
+    made = log_prob_operators.log_probs(student, ids, labels, temperature, *shared, False)
+    finished, choice = [t.detach() for t in made[4:8]], made[8]
     arriving = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    detached = [t.detach() for t in student]
     given = ids, *arriving, labels, temperature, finished
     torch.library.opcheck(log_prob_operators.log_probs_gradient, (detached, *given, *shared, choice))
     if form == "logits":

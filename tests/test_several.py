@@ -181,7 +181,7 @@ def test_compiled_and_checked():
         [True, True, True, False],
         0.0,
     )
-    torch.library.opcheck(torch.ops.kdkernels.values.default, arguments)
+    torch.library.opcheck(torch.ops.kdkernels.deferred.default, arguments)
 
 
 def test_the_oracle_can_be_differentiated_twice():

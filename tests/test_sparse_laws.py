@@ -300,7 +300,7 @@ def test_opcheck(tail):
     for student in ([torch.randn(4, 20)], [torch.randn(4, 6), torch.randn(20, 6)]):
         given = arguments([t.requires_grad_() for t in student], target)
         torch.library.opcheck(autograd.rows, ([t.detach() for t in student], *given[1:]))
-        torch.library.opcheck(autograd.values, given)
+        torch.library.opcheck(autograd.deferred, given)
     _, (ids, values), labels, *_, spec, vocab, _, _, _, _ = given
     torch.library.opcheck(checked.checked_target, (ids, values, ids > 3, labels, vocab, spec))
     torch.library.opcheck(autograd.rows_, (torch.randn(4, 20), *given[1:-2]))

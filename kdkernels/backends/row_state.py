@@ -30,6 +30,10 @@ class Normaliser(NamedTuple):
     reference: Tensor  # [rows]
     log_sum_exp: Tensor
 
+    @property
+    def lse(self) -> Tensor:
+        return self.reference + self.log_sum_exp
+
     def above(self, logits: Tensor) -> Tensor:
         return (self.reference - logits) + self.log_sum_exp
 
@@ -228,7 +232,7 @@ def hard_results(results: Tensor, side: SideState, at_1: Normaliser, asked: int,
     if asked & Asked.SMOOTH:
         results[:, Output.SMOOTH] = at_1.above(side.sum_logits / vocab)
     if asked & Asked.LSE_SQUARED:
-        results[:, Output.LSE_SQUARED] = (at_1.reference + at_1.log_sum_exp).square()
+        results[:, Output.LSE_SQUARED] = at_1.lse.square()
 
 
 def finish(state: Tensor, spec: Spec, labels: Tensor | None, vocab: int) -> Tensor:

@@ -114,8 +114,8 @@ def solve(
         results[:, Result.AGREEMENT] = _agreement(target, stored, side, spec)
     log_sum_exp_t1 = nothing = torch.zeros_like(highest)
     if spec.asked & Asked.HARD:
-        at_1 = side.sum_exp_t1 * (side.reference - highest).exp()
-        log_sum_exp_t1 = (at_1 + below.exp().sum(-1)).log()
+        rest = side.sum_exp_t1 * (side.reference - highest).exp()
+        log_sum_exp_t1 = (rest + below.exp().sum(-1)).log()
         hard_results(results, side, Normaliser(highest, log_sum_exp_t1), spec.asked, tile.vocab)
     if tile.labels is not None:
         results = torch.where((tile.labels >= 0)[:, None], results, 0.0)

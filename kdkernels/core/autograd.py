@@ -1,18 +1,16 @@
 """The operators: one that computes losses and gradients, one in place, and their autograd.
 
 ``kdkernels::rows`` (and ``rows_``, which overwrites the student's logits) walks a request and returns per-row
-results with the gradients that are needed. Two functions connect these to autograd:
+results with the gradients that are needed. Two more connect these to autograd:
 
 * ``attach``: the gradients were made in the forward. The backward multiplies them by what arrives, in place
   when nobody can ask for them again.
-* ``deferred``: only the ``values`` were made; the backward walks the tiles with the arriving weights. It serves an
+* ``deferred``: only the values were made; the backward walks the tiles with the arriving weights. It serves an
   lm_head that learns from tokens' losses that meet autograd one by one (``reduction="none"``, fp16): dW depends on
   every weight. The gradient for the hidden states of a frozen one does not, and is attached.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,40 +157,46 @@ def refuse_double_backward(compiling: bool) -> None:
         )
 
 
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor, inputs: int, *tensors: Tensor) -> Tensor:
-        ctx.gradients = list(tensors[inputs:])
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, arriving: Tensor):
-        compiling = tracing(arriving)
-        refuse_double_backward(compiling)
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "this loss was already differentiated and its gradient handed over; "
-                "pass retain_graph=True to the first backward"
-            )
-        gradients = ctx.gradients
-        # torch has no public name for whether retain_graph=True was given.
-        if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
-        if compiling or batched(arriving):
-            factor = arriving.unsqueeze(-1) if arriving.dim() else arriving
-            made = [(g * factor).to(g.dtype) for g in gradients]
-        else:
-            made = [scaled(g, arriving, reuse=ctx.gradients is None) for g in gradients]
-        return None, None, *made, *[None] * len(gradients)
-
-
+@operator("attach")
 def attach(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
     """``value``, with ``gradients`` as its derivative for ``inputs``."""
-    return _Attached.apply(value, len(inputs), *inputs, *gradients)
+    return value.clone()
 
 
-@operator("values")
-def values(
+@torch.library.register_fake(attach)
+def _(value, inputs, gradients):
+    return torch.empty_like(value)
+
+
+def _attach_setup(ctx, inputs, output) -> None:
+    ctx.gradients = list(inputs[2])
+
+
+def _attach_backward(ctx, arriving):
+    compiling = tracing(arriving)
+    refuse_double_backward(compiling)
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "this loss was already differentiated and its gradient handed over; "
+            "pass retain_graph=True to the first backward"
+        )
+    gradients = ctx.gradients
+    # torch has no public name for whether retain_graph=True was given.
+    if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
+    if compiling or batched(arriving):
+        factor = arriving.unsqueeze(-1) if arriving.dim() else arriving
+        made = [(g * factor).to(g.dtype) for g in gradients]
+    else:
+        made = [scaled(g, arriving, reuse=ctx.gradients is None) for g in gradients]
+    return None, made, [None] * len(gradients)
+
+
+torch.library.register_autograd(attach, _attach_backward, setup_context=_attach_setup)
+
+
+@operator("deferred")
+def deferred(
     student: list[Tensor],
     teacher: list[Tensor],
     labels: Tensor | None,
@@ -206,7 +210,8 @@ def values(
     needs_grad: list[bool],
     gradient_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(the student's losses ``[N, D]`` fp64, results, choice, state, stored). State and stored are :class:`Merged`'s.
+    """(the student's losses ``[N, D]`` fp64, results, choice, state, stored): the student's gradient is made in the
+    backward. State and stored are :class:`Merged`'s.
 
     ``choice`` is the backend that served, as its place in CHOICES: a thread of autograd's has not chosen one.
     A tensor, since compiled code hands nothing else from its forward to its backward.
@@ -223,7 +228,7 @@ def values(
     return losses, results, choice, merged.state, merged.stored
 
 
-@torch.library.register_fake(values)
+@torch.library.register_fake(deferred)
 def _(student, teacher, labels, temperature, parameters, weights, spec, *others):
     choice = torch.empty((), dtype=torch.uint8, device="cpu")
     request = Request(student, teacher, labels, temperature, parameters, weights, specs_of(spec), *others)
@@ -238,11 +243,18 @@ def row_losses(results: Tensor, weights: Tensor) -> Tensor:
     return (results * weights).masked_fill_(weights == 0, 0.0).sum(1)
 
 
+def _deferred_setup(ctx, inputs, output) -> None:
+    student, teacher, labels, temperature, parameters, weights, *ctx.rest = inputs
+    ctx.sizes = len(student), len(teacher)
+    _, results, choice, state, stored = output
+    ctx.mark_non_differentiable(results, choice, state, stored)
+    save_tensors(ctx, [choice, state, stored, labels, temperature, parameters, weights, *student, *teacher])
+
+
 def save_tensors(ctx, tensors: list[Tensor | None]) -> None:
     # A teacher's tensors often come from inference mode; autograd does not save those, and nobody can
     # overwrite them outside of it.
-    compiling = torch.compiler.is_compiling()  # which knows no such tensors
-    ctx.constants = [t if t is not None and not compiling and t.is_inference() else None for t in tensors]
+    ctx.constants = [t if t is not None and t.is_inference() else None for t in tensors]
     ctx.save_for_backward(*(t if c is None else None for t, c in zip(tensors, ctx.constants)))
 
 
@@ -251,38 +263,29 @@ def saved_tensors(ctx) -> list[Tensor | None]:
 
 
 def refuse_batched(arriving: Tensor) -> None:
-    if not tracing(arriving) and batched(arriving):
+    if batched(arriving):
         raise RuntimeError(
             "kdkernels takes gradients that are made in the backward one at a time; without is_grads_batched=True or "
             "vmap, or with kd.use_backend('reference')"
         )
 
 
-class _Deferred(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, students: int, backward_spec: str, others: tuple[Any, ...], *tensors: Tensor):
-        made = values(list(tensors[:students]), list(tensors[students:]), *others)
-        ctx.mark_non_differentiable(*made[1:])
-        labels, temperature, parameters, weights, _, *rest = others
-        ctx.students, ctx.rest = students, (backward_spec, *rest)
-        save_tensors(ctx, [*made[2:], labels, temperature, parameters, weights, *tensors])
-        return made
-
-    @staticmethod
-    def backward(ctx, arriving, *_):
-        refuse_double_backward(tracing(arriving))
-        refuse_batched(arriving)
-        choice, state, stored, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
-        student, teacher, needs_grad = tensors[: ctx.students], tensors[ctx.students :], ctx.rest[-2]
-        weights = torch.where(weights != 0, weights * arriving.repeat_interleave(OUTPUTS, 1), 0.0)
-        given = student, teacher, labels, temperature, parameters, weights
-        made = iter(rows(*given, *ctx.rest, choice, state, stored)[1:])
-        grads = [next(made) if needed else None for needed in needs_grad]
-        return None, None, None, *grads
+def _deferred_backward(ctx, arriving, *_):
+    refuse_double_backward(tracing(arriving))
+    refuse_batched(arriving)
+    choice, state, stored, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
+    n, m = ctx.sizes
+    spec, *rest = ctx.rest
+    needs_grad = rest[-2]
+    weights = torch.where(weights != 0, weights * arriving.repeat_interleave(OUTPUTS, 1), 0.0)
+    given = tensors[:n], tensors[n:], labels, temperature, parameters, weights
+    made = iter(rows(*given, _without_stats(spec), *rest, choice, state, stored)[1:])
+    grads = [next(made) if needed else None for needed in needs_grad]
+    return (grads[:n], [None] * m) + (None,) * 10
 
 
-def deferred(request: Request) -> tuple[Tensor, Tensor]:
-    """(the student's losses ``[N, D]`` fp64, results): the student's gradient is made in the backward."""
-    student, teacher, *others = request.arguments()
-    without_stats = text_of(tuple(one._replace(stats=0) for one in request.specs))
-    return _Deferred.apply(len(student), without_stats, tuple(others), *student, *teacher)[:2]
+def _without_stats(spec: str) -> str:
+    return text_of(tuple(one._replace(stats=0) for one in specs_of(spec)))
+
+
+torch.library.register_autograd(deferred, _deferred_backward, setup_context=_deferred_setup)

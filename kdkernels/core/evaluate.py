@@ -69,7 +69,7 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
         check_inplace(request.student)
     if needed and reduction.per_row and request.has_head:
         if not request.only_hidden_learns:
-            losses, results = autograd.deferred(request)
+            losses, results, *_ = autograd.deferred(*request.arguments())
             return Evaluated(reduction.apply(losses[:, 0]), None, results)
         # A tolerance is of the weighed gradient, whose weights have not arrived.
         call = replace(call, request=replace(request, gradient_tolerance=0.0))
@@ -103,7 +103,7 @@ def evaluate_each(student: Logits, teacher: Teacher, call: Call) -> tuple[Tensor
     """The token losses of several divergences: a tile is projected once and serves them all. Their gradient is made in
     the backward, where the weights of each token and divergence arrive."""
     if not reference_asked():
-        losses, _ = autograd.deferred(call.request)
+        losses, *_ = autograd.deferred(*call.request.arguments())
         return tuple(call.reduction.apply(each) for each in losses.unbind(1))
     calls = (
         replace(call, terms=replace(call.terms, divergence=divergence, also=()), request=request)

@@ -55,8 +55,12 @@ def log_probs(
     chunk_bytes: int,
     needs_grad: list[bool],
     gradient_tolerance: float,
+    inplace: bool,
 ) -> list[Tensor]:
-    """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.values`."""
+    """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.deferred`.
+
+    ``inplace``: the backward overwrites given logits with their gradient.
+    """
     backend = chosen_backend()
     given = student, ids, labels, temperature
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
@@ -71,7 +75,7 @@ def log_probs(
 
 @torch.library.register_fake(log_probs)
 def _(student, ids, labels, temperature, *static):
-    request = request_of((student, ids, labels, temperature), static, "auto")
+    request = request_of((student, ids, labels, temperature), static[:-1], "auto")
     values, finished = rows.empty(request)
     return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
 
@@ -157,31 +161,28 @@ def _(*_):
     """It gives nothing."""
 
 
-class _LogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, inplace: bool, static: Static, others: tuple[Tensor | None, ...], *student: Tensor):
-        made = log_probs(list(student), *others, *static)
-        ctx.mark_non_differentiable(*made[2:])
-        ctx.inplace, ctx.static, ctx.count = inplace, static, len(student)
-        save_tensors(ctx, [*student, *others, *made[len(Values._fields) :]])
-        return tuple(made)
+def _setup(ctx, inputs, output) -> None:
+    student, ids, labels, temperature, *ctx.rest = inputs
+    ctx.count = len(student)
+    ctx.mark_non_differentiable(*output[2:])
+    save_tensors(ctx, [*student, ids, labels, temperature, *output[len(Values._fields) :]])
 
-    @staticmethod
-    def backward(ctx, arriving, entropy_weights, *_):
-        refuse_double_backward(tracing(arriving))
-        refuse_batched(arriving)
-        tensors, count = saved_tensors(ctx), ctx.count
-        student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
-        spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = ctx.static
-        given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
-        if ctx.inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
-            log_probs_gradient_(student[0], *given, choice)
-            return None, None, None, student[0].detach()
+
+def _backward(ctx, arriving):
+    arriving, entropy_weights = arriving[:2]
+    refuse_double_backward(tracing(arriving))
+    refuse_batched(arriving)
+    tensors, count = saved_tensors(ctx), ctx.count
+    student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
+    spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, inplace = ctx.rest
+    given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
+    if inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
+        log_probs_gradient_(student[0], *given, choice)
+        grads = [student[0].detach()]
+    else:
         made = iter(log_probs_gradient(student, *given, needs_grad, gradient_tolerance, choice))
-        return None, None, None, *(next(made) if needed else None for needed in needs_grad)
+        grads = [next(made) if needed else None for needed in needs_grad]
+    return (grads, *[None] * 10)
 
 
-def differentiable(given: Given, static: Static, inplace: bool) -> Values:
-    """The values, whose gradients are made in the backward. ``inplace``: over given logits."""
-    student, *others = given
-    return Values(*_LogProbs.apply(inplace, static, tuple(others), *student)[: len(Values._fields)])
+torch.library.register_autograd(log_probs, _backward, setup_context=_setup)

@@ -77,7 +77,8 @@ def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -
     """Terms of two tensors of one shape, piece by piece: their sum if ``summed``, else each. Where ``mask`` (of that
     shape) is False a term is 0, whatever the tensors hold there.
 
-    It is an operator because a compiler would unroll the loop over pieces.
+    It is an operator because a compiler would unroll the loop over pieces. Only the two tensors are saved for the
+    backward, which goes over them again and allocates nothing but the gradients.
     """
     dtype, terms = torch.promote_types(x.dtype, t.dtype), _TERMS[name]
     if not summed:
@@ -117,35 +118,27 @@ def _(x, t, mask, arriving, name, wants):
     return [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s, want in zip((x, t), wants) if want]
 
 
-class _Terms(torch.autograd.Function):
-    """Only the two tensors are saved for the backward, which goes over them again and allocates nothing but the
-    gradients."""
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, t, mask, ctx.name, _ = inputs
+    ctx.save_for_backward(x, t, mask)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -> Tensor:
-        ctx.save_for_backward(x, t, mask)
-        ctx.name = name
-        return _terms(x, t, mask, name, summed)
 
-    @staticmethod
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
-        tracing = scaling.tracing(arriving)
-        if torch.is_grad_enabled() and not tracing:
-            raise RuntimeError(
-                "this gradient cannot be differentiated again (create_graph=True); F.kl_div's can"
-            )
-        x, t, mask = ctx.saved_tensors
-        wants = list(ctx.needs_input_grad[:2])
-        arriving = arriving.expand(x.shape)
-        if not tracing and scaling.batched(
-            arriving
-        ):  # is_grads_batched=True has rules for torch's own functions only
-            slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
-            made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
-        else:
-            made = iter(_slopes(x, t, mask, arriving, ctx.name, wants))
-        to_x, to_t = (next(made) if want else None for want in wants)
-        return to_x, to_t, None, None, None
+def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not scaling.tracing(arriving):
+        raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
+    x, t, mask = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:2])
+    arriving = arriving.expand(x.shape)
+    if scaling.batched(arriving):  # is_grads_batched=True has rules for torch's own functions only
+        slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
+        made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
+    else:
+        made = iter(_slopes(x, t, mask, arriving, ctx.name, wants))
+    to_x, to_t = (next(made) if want else None for want in wants)
+    return to_x, to_t, None, None, None
+
+
+torch.library.register_autograd(_terms, _backward, setup_context=_setup)
 
 
 def kl_div(
@@ -203,7 +196,7 @@ def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Tensor | None
     batch = x.shape[0] if x.dim() else 1
     x, t = torch.broadcast_tensors(x, t)
     mask = None if rows is None else rows[..., None].expand(x.shape)
-    value = _Terms.apply(x, t, mask, name, reduction != "none")
+    value = _terms(x, t, mask, name, reduction != "none")
     if reduction == "mean":
         value = value / x.numel()
     elif reduction == "batchmean" and batch:

@@ -35,6 +35,7 @@ from .rows import (
     above,
     divergence,
     fold_row,
+    lse,
     normaliser,
     row_pointer,
     value_row,
@@ -81,7 +82,7 @@ def _results(F: tl.constexpr, r, vocab):
     if F.smooth:
         smooth = above(normaliser(s), s.sum_logits / vocab)
     if F.lse_squared:
-        lse_squared = above(normaliser(s), 0.0) * above(normaliser(s), 0.0)
+        lse_squared = lse(normaliser(s)) * lse(normaliser(s))
     if F.entropy:
         entropy = _entropy(s)
     if F.teacher_label:
@@ -441,9 +442,9 @@ def gradient(
             solved = stored + stored_stride.to(tl.int64) * i
             of_row = softmax + 3 * i.to(tl.int64)
             whole = Softmax(tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 2))
-            of_row = at_1 + 2 * i.to(tl.int64)
-            whole_t1 = Normaliser(tl.load(of_row), tl.load(of_row + 1))
-            at = Stored(at.ids, slots, solved, tl.load(rest + i), whole_t1, whole)
+            row_at_1 = at_1 + 2 * i.to(tl.int64)
+            whole_at_1 = Normaliser(tl.load(row_at_1), tl.load(row_at_1 + 1))
+            at = Stored(at.ids, slots, solved, tl.load(rest + i), whole_at_1, whole)
         write_gradient(F, r, row, w, at, span, grads, LANES, K)
     else:
         write_zeros(F, span, grads, LANES, K)

@@ -126,6 +126,11 @@ def normaliser(side):
 
 
 @triton.jit
+def lse(at_1):
+    return at_1.reference + at_1.log_sum_exp
+
+
+@triton.jit
 def above(at_1, z):
     """The normaliser's distance to logits."""
     return (at_1.reference - z) + at_1.log_sum_exp
@@ -479,11 +484,11 @@ def _factor_t1(F: tl.constexpr, factor):
 
 
 @triton.jit
-def _student_hard(F: tl.constexpr, r, w, vocab, factor, whole):
+def _student_hard(F: tl.constexpr, r, w, vocab, factor, whole_at_1):
     at_1, per_sum = normaliser(r.student), 1.0 / r.student.sum_exp_t1
     if F.sparse:  # whose state is the rest's: the stored ids may be far above its reference
-        at_1, per_sum = whole, tl.exp(-whole.log_sum_exp)
-    pull = w.label + w.smooth + times(w.lse_squared, 2.0 * (at_1.reference + at_1.log_sum_exp))
+        at_1, per_sum = whole_at_1, tl.exp(-whole_at_1.log_sum_exp)
+    pull = w.label + w.smooth + times(w.lse_squared, 2.0 * lse(at_1))
     return Hard(
         reference=at_1.reference.to(tl.float32),
         factor=_factor_t1(F, factor),
