@@ -94,11 +94,18 @@ FEW = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in CASES]
-)
+EACH = [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_as_one_graph(name):
     assert_compiled(*CASES[name])
+
+
+@pytest.mark.parametrize("name", [each for each in EACH if "DistillationLoss" not in each.values])
+def test_with_symbols(name):
+    """All sizes and numbers are, but not those that a module keeps: the compiler makes tensors of them."""
+    assert_compiled(*CASES[name], dynamic=True)
 
 
 @pytest.mark.slow

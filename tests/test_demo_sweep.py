@@ -106,8 +106,11 @@ def test_a_cached_teacher_and_the_student_s_own_text_beside_the_live_teacher(fin
     live, cached = (result["cache"][f"soft-{title}"] for title in ("live-teacher", "from-the-cache"))
     written = result["cache"]["written"]
     assert abs(live["validation_loss"] - cached["validation_loss"]) < 0.02  # 200 of 300 ids, in 8 bits
-    assert live["tokens"] == cached["tokens"] == 4 * 4 * 32
-    assert 512 <= written["tokens"] < 600 and written["seconds"] > 0  # as many as a student reads
+    tokens = live["tokens"]
+    assert (
+        cached["tokens"] == tokens and 15 * 32 < tokens <= 16 * 32
+    )  # the text's last sequence may be a shorter one
+    assert tokens <= written["tokens"] < 600 and written["seconds"] > 0  # as many as a student reads
     assert 200 <= written["bytes_per_token"] < 200 * 3
     stage = train.yaml.safe_load((folder / "sweep/cache/soft-from-the-cache/config.yaml").read_text())
     assert stage["teacher"] is None and stage["targets"] == str(folder / "sweep/cache/targets")
@@ -118,7 +121,8 @@ def test_a_cached_teacher_and_the_student_s_own_text_beside_the_live_teacher(fin
     said = finished.filled["demo-real-sweep"]
     assert said.startswith(f"The teacher's top 200 over {written['tokens']:,} tokens were written in ")
     assert (
-        f"| from the cache | {cached['validation_loss']:.3f} | {cached['kl_to_teacher']:.3f} | 512 |" in said
+        f"| from the cache | {cached['validation_loss']:.3f} | {cached['kl_to_teacher']:.3f} | {tokens} |"
+        in said
     )
     assert said.count("| soft |") == 2 and said.count("\n| on-policy: ") == 1
     ran = list(finished.ran)

@@ -153,14 +153,24 @@ class Spec(NamedTuple):
         )
 
     def text(self) -> str:
-        """The form that crosses an operator: a constant of the graph that it is compiled into."""
-        return " ".join(str(field) if isinstance(field, float) else str(int(field)) for field in self)
+        """The form that crosses an operator: a constant of the graph that it is compiled into. A float is a ratio of
+        integers: that is exact, and what compiled code tells of one that it takes for a symbol (dynamic=True)."""
+        return " ".join(
+            "{}/{}".format(*field.as_integer_ratio()) if isinstance(field, float) else f"{int(field)}"
+            for field in self
+        )
 
     @staticmethod
     @functools.cache
     def from_text(text: str) -> Spec:
-        fields = zip(text.split(), Spec._field_defaults.values())
-        return Spec._make(float(word) if isinstance(like, float) else int(word) for word, like in fields)
+        return Spec._make(map(_number, text.split()))
+
+
+def _number(word: str) -> int | float:
+    if "/" not in word:
+        return int(word)
+    numerator, denominator = map(int, word.split("/"))
+    return numerator / denominator
 
 
 def text_of(specs: tuple[Spec, ...]) -> str:

@@ -26,11 +26,11 @@ def outcome(function, leaves):
 
 
 def assert_compiled(
-    function, leaves, *, backend="aot_eager", fullgraph=True, around=lambda function: function
+    function, leaves, *, backend="aot_eager", fullgraph=True, dynamic=None, around=lambda function: function
 ):
     """``around`` is what is done to either function that is not to be compiled."""
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend=backend, fullgraph=fullgraph)
+    compiled = torch.compile(function, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     with unwritten_memory_is_nan():
         values, gradients = outcome(around(compiled), leaves)
     their_values, their_gradients = outcome(around(function), leaves)
