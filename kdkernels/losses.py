@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends import candidates, chosen_backend, reference_asked
 from .backends.spec import Output, Result
 from .core.evaluate import evaluate, evaluate_each
-from .core.option_checks import checked
+from .core.option_checks import checked, checked_divergence
 from .core.request import Call, Terms, Tokens, make
 from .core.several import check_several, checked_divergences
 from .core.sides import Logits, Teacher
@@ -324,7 +324,7 @@ def codistillation_loss(
     if labels is None:
         raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
     terms = Terms(
-        checked(divergence=divergence)["divergence"],
+        checked_divergence(divergence),
         temperature,
         temperature_squared,
         soft_weight,
@@ -527,7 +527,7 @@ def explain(
     """
     terms = Terms(NoDivergence())
     if teacher is not None:
-        terms = Terms(checked(divergence=divergence)["divergence"], soft_weight=1.0)
+        terms = Terms(checked_divergence(divergence), soft_weight=1.0)
     request = make(student, teacher, terms, Tokens(), vocab_size=vocab_size, chunk_bytes=None).request
     if reference_asked():
         return "reference: serves this call"

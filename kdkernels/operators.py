@@ -16,14 +16,15 @@ _untraced = functools.cache(torch.compiler.disable)
 def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
     """Makes ``kdkernels::name`` of a function, for tensors on any device.
 
-    torch.library.custom_op would do. It imports torch's compiler at its first call, which takes seconds, and a call of an
-    operator without a derivative takes 27 us more. ``torch.library.register_autograd`` gives it one, which exported and
-    compiled graphs keep; a torch.autograd.Function would be lost in the former.
+    torch.library.custom_op does this too, but imports torch's compiler at its first call, which takes seconds, and each call
+    costs more. ``torch.library.register_autograd`` gives an operator a derivative. A torch.autograd.Function around it
+    would be shorter, but exported programs lose that.
     """
 
     def define(function: Callable) -> Any:
         def run(*given: Any) -> Any:
-            # The compiler follows what Python runs, and would follow it, beneath a dispatcher that it does not see.
+            # Where torch's compiler is at work it traces all Python that runs. This is beneath an operator, which is what
+            # its graphs hold.
             called = _untraced(function) if "torch._dynamo" in sys.modules else function
             with torch.no_grad():
                 return called(*given)

@@ -107,9 +107,8 @@ def test_a_cached_teacher_and_the_student_s_own_text_beside_the_live_teacher(fin
     written = result["cache"]["written"]
     assert abs(live["validation_loss"] - cached["validation_loss"]) < 0.02  # 200 of 300 ids, in 8 bits
     tokens = live["tokens"]
-    assert (
-        cached["tokens"] == tokens and 15 * 32 < tokens <= 16 * 32
-    )  # the text's last sequence may be a shorter one
+    # Sixteen sequences, of which the text's last may be shorter.
+    assert cached["tokens"] == tokens and 15 * 32 < tokens <= 16 * 32
     assert tokens <= written["tokens"] < 600 and written["seconds"] > 0  # as many as a student reads
     assert 200 <= written["bytes_per_token"] < 200 * 3
     stage = train.yaml.safe_load((folder / "sweep/cache/soft-from-the-cache/config.yaml").read_text())

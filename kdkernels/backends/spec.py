@@ -154,7 +154,8 @@ class Spec(NamedTuple):
 
     def text(self) -> str:
         """The form that crosses an operator: a constant of the graph that it is compiled into. A float is a ratio of
-        integers: that is exact, and what compiled code tells of one that it takes for a symbol (dynamic=True)."""
+        integers, which is exact. Compiled code may hold a float as a symbol (dynamic=True): it cannot print one, but knows
+        its ratio."""
         return " ".join(
             "{}/{}".format(*field.as_integer_ratio()) if isinstance(field, float) else f"{int(field)}"
             for field in self

@@ -86,24 +86,16 @@ def rows(
     return compute(request, Merged(state, stored, ready=True) if merged else None)  # type: ignore[arg-type]
 
 
+def _request(student, teacher, labels, temperature, parameters, weights, spec, *others):
+    """Of what :meth:`Request.arguments` gives."""
+    return Request(student, teacher, labels, temperature, parameters, weights, specs_of(spec), *others)
+
+
 @torch.library.register_fake(rows)
-def _(
-    student,
-    teacher,
-    labels,
-    temperature,
-    parameters,
-    weights,
-    spec,
-    vocab,
-    shard,
-    chunk_bytes,
-    needs_grad,
-    *_,
-):
-    results = _empty_results(weights)
-    wanted = [t for t, needed in zip(student + teacher, needs_grad) if needed]
-    return [results] + [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
+def _(*given):
+    request = _request(*given[:12])  # without choice, state and stored
+    wanted = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in request.wanted()]
+    return [_empty_results(request.weights), *wanted]
 
 
 @operator("rows_", mutates_args=("student",))
@@ -134,7 +126,7 @@ def rows_(
 
 
 @torch.library.register_fake(rows_)
-def _(student, teacher, labels, temperature, parameters, weights, spec, vocab, shard, chunk_bytes):
+def _(student, teacher, labels, temperature, parameters, weights, *_):
     return _empty_results(weights)
 
 
@@ -229,9 +221,10 @@ def deferred(
 
 
 @torch.library.register_fake(deferred)
-def _(student, teacher, labels, temperature, parameters, weights, spec, *others):
+def _(*given):
     choice = torch.empty((), dtype=torch.uint8, device="cpu")
-    request = Request(student, teacher, labels, temperature, parameters, weights, specs_of(spec), *others)
+    request = _request(*given)
+    weights = request.weights
     merged, losses = merged_for(request), weights.new_empty(weights.shape[0], len(request.specs))
     return losses, _empty_results(weights), choice, merged.state, merged.stored
 

@@ -111,21 +111,8 @@ def log_probs_gradient(
 
 
 @torch.library.register_fake(log_probs_gradient)
-def _(
-    student,
-    ids,
-    arriving,
-    entropy_weights,
-    labels,
-    temperature,
-    finished,
-    spec,
-    vocab,
-    shard,
-    chunk_bytes,
-    needs_grad,
-    *_,
-):
+def _(student, ids, arriving, entropy_weights, labels, temperature, finished, *static):
+    spec, vocab, shard, chunk_bytes, needs_grad, *_ = static
     wanted = [t for t, needed in zip(student, needs_grad) if needed]
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 

@@ -106,6 +106,11 @@ def checked(**options) -> dict[str, Any]:
     return {name: _OPTIONS[name](name, given) for name, given in options.items()}
 
 
+def checked_divergence(given: Any) -> Divergence:
+    """In its simplest form."""
+    return _divergence("divergence", given)
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Those of them that are not one tensor for each call."""
     checked(**{name: given for name, given in options.items() if name in _OPTIONS})

@@ -27,7 +27,7 @@ from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_t
 class Terms:
     """What of a row the loss is made of; the options' meaning is that of :func:`kdkernels.distillation_loss`."""
 
-    divergence: Divergence  # checked, and in its simplest form: option_checks.checked
+    divergence: Divergence  # as option_checks.checked_divergence gives it
     temperature: Number = 1.0
     temperature_squared: bool = False
     soft_weight: Number = 0.0

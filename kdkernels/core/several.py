@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends.spec import Asked
 from ..divergences import Divergence
 from ..targets import SparseTarget
-from .option_checks import checked
+from .option_checks import checked_divergence
 from .request import Terms, Tokens
 from .sides import Teacher
 
@@ -19,7 +19,7 @@ def checked_divergences(given: Any) -> tuple[Divergence, ...]:
     each = given if isinstance(given, tuple) else (given,)
     if not each:
         raise ValueError("divergence is an empty tuple; name one or more, such as (kd.ForwardKL(),)")
-    return tuple(checked(divergence=divergence)["divergence"] for divergence in each)
+    return tuple(checked_divergence(divergence) for divergence in each)
 
 
 def check_several(terms: Terms, given: Tokens, teacher: Teacher, inplace: bool) -> None:

@@ -25,24 +25,33 @@ from .divergences import REVERSE_KL, load_parameters
 from .rows import (
     GradRows,
     Matrix,
-    Normaliser,
     Row,
     Side,
     Softmax,
     Span,
     Stored,
     Weights,
-    above,
     divergence,
     fold_row,
-    lse,
-    normaliser,
     row_pointer,
     value_row,
     write_gradient,
     write_zeros,
 )
-from .state import COLUMNS, LOG2E, SUM_Q_PSI, VALUE, load_state, merged, store_state, with_value
+from .state import (
+    COLUMNS,
+    LOG2E,
+    SUM_Q_PSI,
+    VALUE,
+    Normaliser,
+    above,
+    load_state,
+    lse,
+    merged,
+    normaliser,
+    store_state,
+    with_value,
+)
 
 SOFT = tl.constexpr(spec.Output.SOFT)
 LABEL = tl.constexpr(spec.Output.LABEL)

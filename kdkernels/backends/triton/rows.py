@@ -15,6 +15,7 @@ from .state import (
     LN2,
     LOG2E,
     NO_COLUMN,
+    Normaliser,
     RowState,
     SideState,
     across_lanes,
@@ -22,6 +23,8 @@ from .state import (
     exponent,
     fold_pair,
     fold_side,
+    lse,
+    normaliser,
     times,
 )
 
@@ -108,32 +111,8 @@ class Stored(NamedTuple):
     slots: tl.tensor
     gradient: tl.tensor  # this and what follows for the last pass only
     rest: tl.tensor
-    at_1: "Normaliser"
+    at_1: Normaliser
     softmax: "Softmax"
-
-
-class Normaliser(NamedTuple):
-    """log sum exp(z) of a row in two parts, as in row_state.py; fp64."""
-
-    reference: tl.tensor
-    log_sum_exp: tl.tensor
-
-
-@triton.jit
-def normaliser(side):
-    """At temperature 1."""
-    return Normaliser(side.reference, tl.log(side.sum_exp_t1))
-
-
-@triton.jit
-def lse(at_1):
-    return at_1.reference + at_1.log_sum_exp
-
-
-@triton.jit
-def above(at_1, z):
-    """The normaliser's distance to logits."""
-    return (at_1.reference - z) + at_1.log_sum_exp
 
 
 class Softmax(NamedTuple):

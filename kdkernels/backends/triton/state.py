@@ -302,3 +302,27 @@ def store_state(pointer, r, mask):
         tl.store(pointer + SIDE + i, r.teacher[i], mask)
     for i in tl.static_range(PAIR):
         tl.store(pointer + 2 * SIDE + i, r.pair[i], mask)
+
+
+class Normaliser(NamedTuple):
+    """log sum exp(z) of a row in two parts, as in row_state.py; fp64."""
+
+    reference: tl.tensor
+    log_sum_exp: tl.tensor
+
+
+@triton.jit
+def normaliser(side):
+    """At temperature 1."""
+    return Normaliser(side.reference, tl.log(side.sum_exp_t1))
+
+
+@triton.jit
+def lse(at_1):
+    return at_1.reference + at_1.log_sum_exp
+
+
+@triton.jit
+def above(at_1, z):
+    """The normaliser's distance to logits."""
+    return (at_1.reference - z) + at_1.log_sum_exp
