@@ -75,12 +75,13 @@ $(VENV)/.real: $(VENV)/.ready
 runs/smollm2.pt: benchmarks/real.py | $(VENV)/.real
 	$(BIN)/python -m benchmarks.real
 
-# On a machine with a card: STAGE=check, measure or tune, at most nine minutes each, everything into OUT.
+# On a machine with a card: STAGE=check, measure or tune, at most MINUTES each, everything into OUT.
 # No installation: whatever python there has torch. REHEARSE=--rehearse runs the same steps on a CPU.
 STAGE ?= check
 OUT ?= runs/gpu-$(STAGE)
+MINUTES ?= 9
 gpu:
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(STAGE) --out $(OUT) $(REHEARSE)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(STAGE) --out $(OUT) --minutes $(MINUTES) $(REHEARSE)
 
 # RESULT=runs/.../result.json makes that result the committed one; without it the figures are drawn again.
 figures: $(VENV)/.peers

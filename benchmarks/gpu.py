@@ -4,9 +4,10 @@ check    builds the extension for the card, then correctness (shortest first) an
 measure  the gpu suite of benchmarks beside the floors and the peers
 tune     candidates for Triton's launch table, and ncu's counters of the headline kernels
 
-A stage takes at most nine minutes. Every step is a process with a limit of its own and a log FOLDER/STEP.log; one that
-fails or takes too long does not stop the next. What needs no quiet card runs at once. The last lines say how each step ended. ``--rehearse`` runs the same
-steps on a CPU with small shapes, so that no minute of a card is spent on a typing error.
+A stage takes at most nine minutes, or ``--minutes``: what comes last is left out first. Every step is a process with a
+limit of its own and a log FOLDER/STEP.log; one that fails or takes too long does not stop the next. What needs no quiet
+card runs at once. The last lines say how each step ended. ``--rehearse`` runs the same steps on a CPU with small shapes,
+so that no minute of a card is spent on a typing error.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 @dataclass(frozen=True)
 class Step:
-    """``tool``, if there is one, is a program of CUDA's that runs the command; a rehearsal goes without."""
+    """``tool``, if there is one, is a program of CUDA's that runs the command; a rehearsal goes without. In the command,
+    {out} stands for the stage's folder and {minutes} for what is left of its time."""
 
     name: str
     command: tuple[str, ...]
@@ -83,7 +85,9 @@ def check(device: str) -> list[list[Step]]:
 
 def measure(device: str) -> list[list[Step]]:
     suite = (
-        ("--suite", "gpu", "--minutes", "8") if device == "cuda" else ("--suite", "small", "--rounds", "1")
+        ("--suite", "gpu", "--minutes", "{minutes}")
+        if device == "cuda"
+        else ("--suite", "small", "--rounds", "1")
     )
     return [
         [Step("suite", (*PYTHON, "benchmarks", *suite, "--out", "{out}/suite", f"--device={device}"), 530)]
@@ -113,14 +117,15 @@ STAGES = {"check": check, "measure": measure, "tune": tune}
 class Running:
     """A step's process; ``end`` waits for it and says in a word or two how it ended."""
 
-    def __init__(self, step: Step, folder: Path, rehearse: bool) -> None:
+    def __init__(self, step: Step, folder: Path, seconds: float, rehearse: bool) -> None:
         self.step, self.begin = step, time.monotonic()
         self.problem, self.process = None, None
         if step.tool and shutil.which(step.tool[0]) is None and not rehearse:
             self.problem = f"not run: no {step.tool[0]} here"
             return
         words = (*(() if rehearse else step.tool), *step.command)
-        command = [word.replace("{out}", str(folder)) for word in words]
+        left = f"{seconds / 60:.2f}"
+        command = [word.replace("{out}", str(folder)).replace("{minutes}", left) for word in words]
         log = open(folder / f"{step.name}.log", "w")
         log.write(f"{' '.join(command)}\n")
         log.flush()
@@ -160,8 +165,10 @@ def run(wave: list[Step], folder: Path, seconds: float, rehearse: bool) -> dict[
     if seconds < 5:
         return {step.name: "not run: the time was up" for step in wave}
     if rehearse:
-        return {step.name: Running(step, folder, rehearse).end(seconds) for step in wave}
-    running = [Running(step, folder, rehearse) for step in sorted(wave, key=lambda step: step.seconds)]
+        return {step.name: Running(step, folder, seconds, rehearse).end(seconds) for step in wave}
+    running = [
+        Running(step, folder, seconds, rehearse) for step in sorted(wave, key=lambda step: step.seconds)
+    ]
     return {each.step.name: each.end(seconds) for each in running}
 
 
