@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("kdkernels", "FRAGMENT")
 _untraced = functools.cache(torch.compiler.disable)
+
+
+def _own_dtypes(given: tuple) -> contextlib.AbstractContextManager:
+    """What autocast is to make narrower was, before an operator; its own products keep their tensors' dtypes."""
+    device = next(
+        t for one in given for t in (one if isinstance(one, list) else [one]) if isinstance(t, Tensor)
+    ).device
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
@@ -26,7 +38,7 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
             # Where torch's compiler is at work it traces all Python that runs. This is beneath an operator, which is what
             # its graphs hold.
             called = _untraced(function) if "torch._dynamo" in sys.modules else function
-            with torch.no_grad():
+            with torch.no_grad(), _own_dtypes(given):
                 return called(*given)
 
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)

@@ -328,6 +328,31 @@ def test_autocast(backend):
         assert mine.dtype == torch.float32 and relative(mine, true) < 0.05
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda head, t, ids: kd.kl_div(head, t, gradient_tolerance=0.25, chunk_bytes=50_000),
+        lambda head, t, ids: kd.kl_div(head, kd.top_k_target(t, 5, tail="conditional")),
+        lambda head, t, ids: kd.cross_entropy(head, ids, reduction="none").sum(),
+        lambda head, t, ids: kd.token_log_probs(head, ids).log_probs.sum(),
+    ],
+    ids=["tolerance", "conditional", "deferred", "log-probs"],
+)
+def test_autocast_around_a_backward_changes_nothing(loss, backend):
+    """Its cast is made before an operator; the operator's own products are of the tensors that it was given."""
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32, requires_grad=True)
+    teacher = torch.randn(64, 500).index_fill_(1, torch.arange(50), 9.0)
+    ids = torch.randint(500, (64,))
+    value = loss(kd.LinearHead(hidden, weight), teacher, ids)
+    expected = torch.autograd.grad(value, [hidden, weight], retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(value, [hidden, weight])
+        narrow = loss(kd.LinearHead(hidden, weight), teacher, ids)
+    by_hand = loss(kd.LinearHead(hidden.bfloat16(), weight.bfloat16()), teacher, ids)
+    for mine, theirs in zip([*found, narrow], [*expected, by_hand]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_fp16_gradients_survive_a_late_loss_scale(backend):
     """A GradScaler's factor arrives in the backward: small gradients must not be zero by then."""
     n, v = 256, 4000
