@@ -250,15 +250,28 @@ def test_what_lora_cannot_do_is_refused(tmp_path):
         trainer.compute_loss(student, batch())
 
 
+def with_shift_labels(rows):
+    """The same rows with labels that are shifted already, and no others."""
+    shifted = lambda labels: F.pad(torch.as_tensor(labels)[1:], (0, 1), value=-100).tolist()  # noqa: E731
+    return [
+        {
+            "shift_labels" if name == "labels" else name: shifted(v) if name == "labels" else v
+            for name, v in row.items()
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("given", [list, with_shift_labels])
 @pytest.mark.parametrize("size, accumulate", [(4, 2), (2, 4), (1, 8)])
-def test_weights_do_not_depend_on_the_micro_batch(size, accumulate, tmp_path):
+def test_weights_do_not_depend_on_the_micro_batch(size, accumulate, given, tmp_path):
     def trained(size, accumulate):
         student = llama()
         options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
         args = arguments(
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **options
         )
-        rows = rows_of(batch(rows=8)) + rows_of(batch(rows=8, seed=2))
+        rows = given(rows_of(batch(rows=8)) + rows_of(batch(rows=8, seed=2)))
         DistillationTrainer(student, args, teacher=llama(seed=7), train_dataset=rows, hard_weight=0.5).train()
         return torch.cat([p.detach().flatten() for p in student.parameters()])
 
@@ -365,6 +378,19 @@ def test_errors_name_the_way_out(tmp_path):
         DistillationTrainer(student, arguments(tmp_path), teacher=None).compute_loss(student, batch())
     with pytest.raises(ValueError, match="never held"):
         trainer.compute_loss(student, batch(), return_outputs=True)
+
+
+def test_targets_in_the_data_set_reach_the_loss(tmp_path):
+    """Trainer removes the columns that the model's forward does not take; the loss's stay."""
+    rows = rows_of(batch())
+    for row in rows:
+        size = len(row["input_ids"])
+        row["target_ids"] = torch.randint(VOCAB, (size, 3)).tolist()
+        row["target_logprobs"] = torch.full((size, 3), -3.0).tolist()
+    args = arguments(tmp_path, max_steps=1, logging_steps=1, remove_unused_columns=True)
+    trainer = DistillationTrainer(llama(), args, teacher=None, hard_weight=0.5, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["soft"] > 0
 
 
 def test_shift_labels_are_taken_as_they_are():

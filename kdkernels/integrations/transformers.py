@@ -140,6 +140,15 @@ class DistillationTrainer(Trainer):
 
     # -- the loss -------------------------------------------------------------------------------
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        # Trainer counts where there are labels; a padding-free collator may give shift_labels alone.
+        return super()._get_num_items_in_batch([{"labels": None, **batch} for batch in batch_samples], device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Columns that the model's forward does not take are removed from data sets; the loss takes more.
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *_LOSS_KEYS]))
+
     def teacher_target(self, inputs: dict[str, Any]) -> kd.LinearHead | kd.SparseTarget | None:
         """What the teacher says about a batch, in any form that distillation_loss takes."""
         if "target_ids" in inputs:
