@@ -169,6 +169,17 @@ class Divergence:
         )
 
 
+def pointwise(divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``divergence.phi`` of a chunk's columns. A formula that sums them itself would be counted once a column."""
+    terms = divergence.phi(p, q, log_p, log_q)
+    if terms.shape != p.shape:
+        raise TypeError(
+            f"{type(divergence).__name__}.phi must be pointwise: of tensors {tuple(p.shape)} it made "
+            f"{tuple(terms.shape)}; return the terms, which are summed for you"
+        )
+    return terms
+
+
 def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """That of a pointwise function for the last of ``tensors``.
 

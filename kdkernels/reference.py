@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends.outcomes import LEAST_TAIL
 from .backends.spec import OUTPUTS, Asked, LogitMap, Output, Tail
-from .divergences import Divergence
+from .divergences import Divergence, pointwise
 from .heads import LinearHead, MappedLogits
 from .targets import SparseTarget
 
@@ -58,7 +58,7 @@ def divergence_rows(student: Tensor, teacher: Tensor, divergence: Divergence, te
     """The divergence of each row of logits ``[N, V]`` at a temperature ``[N, 1]``, ``[N]``."""
     log_q = (student / temperature).log_softmax(-1)
     log_p = (teacher.detach() / temperature).log_softmax(-1)
-    return divergence.phi(log_p.exp(), log_q.exp(), log_p, log_q).sum(-1)
+    return pointwise(divergence, log_p.exp(), log_q.exp(), log_p, log_q).sum(-1)
 
 
 def hard_outputs(z: Tensor, labels: Tensor, asked: int) -> list[Tensor]:

@@ -249,3 +249,19 @@ def test_the_docs_example():
     for block in blocks:
         exec(block, scope)
     assert len(blocks) == 2
+
+
+class Summed(kd.Divergence):
+    def phi(self, p, q, log_p, log_q):
+        return (p - q).square().sum(-1)
+
+
+@pytest.mark.parametrize("name", ["eager", "reference"])
+def test_a_formula_that_sums_is_refused(name):
+    """It would be added up once more, over the rows."""
+    s, t = torch.randn(6, 50), torch.randn(6, 50)
+    with (
+        kd.use_backend(name),
+        pytest.raises(TypeError, match=r"Summed.phi must be pointwise.*\(6, 50\).*\(6,\)"),
+    ):
+        kd.distillation_loss(s, t, divergence=Summed())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergences import SkewKL
+from ..divergences import SkewKL, pointwise
 from .outcomes import Outcomes
 from .protocol import Gradients, SparseGradient, Tile
 from .row_state import NO_REFERENCE, PairState, RowState, SideState, finish, new_state
@@ -215,7 +215,7 @@ def _q_psi(tile: Tile, spec: Spec, row: RowState, at: _Distributions) -> Tensor:
 def accumulate_value(tile: Tile, spec: Spec, state: Tensor) -> None:
     row = RowState.of(state)
     at = _distributions(tile, spec, row)
-    row.pair.value.add_(spec.divergence(tile.parameters).phi(*at).sum(-1).double())
+    row.pair.value.add_(pointwise(spec.divergence(tile.parameters), *at).sum(-1).double())
     total = _q_psi(tile, spec, row, at).sum(-1).double()
     # NaN logits stay visible in the gradient, whatever the formula does with them.
     row.pair.sum_q_psi.add_(torch.where(row.pair.value.isnan(), torch.nan, total))

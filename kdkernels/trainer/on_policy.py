@@ -69,15 +69,30 @@ class OnPolicyTrainer(ReliableTrainer):
             raise UserError(
                 "on_policy: a student in shards cannot write; run it without --fsdp and --deepspeed"
             )
-        if policy.judge == "sampled" and self.cut["gradient_tolerance"]:
-            raise UserError(
-                f"gradient_tolerance={self.cut['gradient_tolerance']:g}: judge=sampled has none; leave it out"
-            )
+        if policy.judge == "sampled":
+            self._refuse_beside_sampled()
         self.policy = policy
         self._sizes = {name: self.cut[name] for name in ("vocab_size", "chunk_bytes")}
         rank = args.process_index
         self._written = Path(args.output_dir, WRITTEN if rank == 0 else f"{rank}-{WRITTEN}")
         self.add_callback(LinesUntil(self._written))
+
+    def _refuse_beside_sampled(self) -> None:
+        """What :func:`kdkernels.sampled_kl`, the reverse KL of the two models as they are, would pass over."""
+        asked = {
+            "gradient_tolerance": (self.cut["gradient_tolerance"], 0.0),
+            "divergence": (self.divergence, kd.ReverseKL()),
+            "hard_weight": (self.hard_weight, 0.0),
+            "temperature": (self.soft_options["temperature"], 1.0),
+            "label_smoothing": (self.hard_options["label_smoothing"], 0.0),
+            "z_loss": (self.hard_options["z_loss"], 0.0),
+        }
+        for name, (given, only) in asked.items():
+            if given != only:
+                raise UserError(
+                    f"{name}={given}: judge=sampled estimates the reverse KL of the tokens that were drawn, and has "
+                    "no other term or option; leave it out"
+                )
 
     # -- the student writes ---------------------------------------------------------------------
 

@@ -209,10 +209,11 @@ def run(settings: Settings) -> dict[str, Any]:
         "writing_seconds": trainer.writing_seconds,
         "peak_memory_bytes": peak_memory(),
     }
-    if trainer.eval_dataset:
-        result.update(last_evaluation(trainer) or trainer.evaluate())
+    # First: an evaluation in half precision (bf16_full_eval) leaves the model in it.
     with models.one_line(f"cannot write {folder / 'model'}"):
         trainer.save_model(str(folder / "model"))
+    if trainer.eval_dataset:
+        result.update(last_evaluation(trainer) or trainer.evaluate())
     if trainer.is_world_process_zero():
         write_whole(folder / RESULT, json.dumps(result, indent=1))
     summary.of_result(settings, result)
