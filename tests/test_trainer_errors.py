@@ -1,5 +1,8 @@
 """``python -m kdkernels train``: errors of a run: one line, exit status 1, nothing lost."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -170,3 +173,36 @@ def test_an_unknown_backend_in_the_environment_is_one_line(command, monkeypatch)
         main([command])
     assert caught.value.code.startswith("error: KDKERNELS_BACKEND: unknown backend 'bogus'; there are ")
     assert "\n" not in caught.value.code
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "model", "result.json", "comparison.json"])
+def test_what_no_run_of_ours_left_is_not_overwritten(name, tmp_path, capsys):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    for mode in ("soft", "hard"):
+        assert f"holds {name}, but no config.yaml" in error_of(capsys, mode, tmp_path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_a_comparison_does_not_go_into_a_run(tmp_path, capsys):
+    run("soft", tmp_path / "run", max_steps=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "holds a run: it is not overwritten" in error_of(capsys, "compare", tmp_path)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("mode", ["soft", "co"])
+def test_the_best_checkpoint_is_found_where_the_folder_is_now(mode, tmp_path):
+    """Resumed after the folder was moved; the best is not the last."""
+    best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1}
+    run(mode, tmp_path / "old", max_steps=2, **best)
+    (tmp_path / "old").rename(tmp_path / "new")
+    shutil.rmtree(tmp_path / "new" / "model")
+    state = tmp_path / "new" / "checkpoint-2" / "trainer_state.json"
+    values = json.loads(state.read_text()) | {"best_global_step": 1}
+    values["best_model_checkpoint"] = values["best_model_checkpoint"].replace("checkpoint-2", "checkpoint-1")
+    state.write_text(json.dumps(values))
+    run(mode, tmp_path / "new", max_steps=2, resume=True, **best)
+    found, first, last = (
+        list(weights(tmp_path / "new" / name).values()) for name in ("model", "checkpoint-1", "checkpoint-2")
+    )
+    assert all(map(torch.equal, found, first)) and not all(map(torch.equal, found, last))

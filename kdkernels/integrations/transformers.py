@@ -147,7 +147,8 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Columns that the model's forward does not take are removed from data sets; the loss takes more.
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *_LOSS_KEYS]))
+        names: Any = self._signature_columns
+        self._signature_columns = list(dict.fromkeys([*names, *_LOSS_KEYS]))  # type: ignore[assignment]
 
     def teacher_target(self, inputs: dict[str, Any]) -> kd.LinearHead | kd.SparseTarget | None:
         """What the teacher says about a batch, in any form that distillation_loss takes."""

@@ -44,6 +44,10 @@ def compare(settings: Settings) -> None:
         raise UserError("compare needs --max_steps: the budget that every student gets")
     if not settings.data.validation_share > 0:
         raise UserError("compare needs text that no student has seen: --validation_share above 0")
+    if (settings.output_dir / train.CONFIG).exists():
+        raise UserError(
+            f"--output_dir {settings.output_dir} holds a run: it is not overwritten, choose another folder"
+        )
     models.check_models(settings.model, settings.data.max_length)
     start = time.perf_counter()
     stages = plan(settings)

@@ -122,6 +122,14 @@ class ReliableTrainer(DistillationTrainer):
             if str(old) != self.state.best_model_checkpoint:
                 shutil.rmtree(old.rename(staged.parent))  # renamed first: nor is one ever half deleted
 
+    def _init_training_state(self, *arguments: Any, **options: Any) -> Any:
+        made = super()._init_training_state(*arguments, **options)
+        # The path in a checkpoint is as --output_dir was spelt, and where the folder was, when it was written.
+        best = self._folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return made
+
     def _last_good(self) -> str:
         last = get_last_checkpoint(self._folder)
         return f"the last good one is {last}" if last else "there is no checkpoint yet"

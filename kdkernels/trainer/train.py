@@ -271,6 +271,12 @@ def claim_folder(settings: Settings) -> bool:
     if path.exists():
         check_same_settings(settings)
         return False
+    names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", "comparison.json"]
+    if others := [name for name in names if (settings.output_dir / name).exists()]:
+        raise UserError(
+            f"--output_dir {settings.output_dir} holds {others[0]}, but no {CONFIG} of a run: it is not overwritten, "
+            "choose another folder"
+        )
     if settings.run.resume:
         say(f"nothing to resume in {settings.output_dir}: a new run begins")
     with one_line(f"cannot write to --output_dir {settings.output_dir}"):
