@@ -9,10 +9,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import error_of, run, weights  # noqa: E402
+from trainer_runs import error_of, options, run, weights  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
+from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
 from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
 
@@ -206,3 +207,15 @@ def test_the_best_checkpoint_is_found_where_the_folder_is_now(mode, tmp_path):
         list(weights(tmp_path / "new" / name).values()) for name in ("model", "checkpoint-1", "checkpoint-2")
     )
     assert all(map(torch.equal, found, first)) and not all(map(torch.equal, found, last))
+
+
+@pytest.mark.parametrize("metric, greater", [("eval_kl", False), ("hard", False), ("eval_agreement", True)])
+def test_the_best_model_has_the_least_divergence(metric, greater, tmp_path):
+    asked = {"load_best_model_at_end": True, "metric_for_best_model": metric, "eval_steps": 2}
+    assert resolve("soft", options(tmp_path, **asked)).run.greater_is_better is greater
+
+
+def test_a_line_separator_within_a_string_ends_no_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8")
+    assert [record["text"] for record in data._read_one(str(path), "text")] == ["a\u2028b\x85c", "d"]

@@ -184,6 +184,9 @@ class RunSettings(TrainingArguments):
     def __post_init__(self) -> None:
         # Where there is only a CPU, accelerate takes each process of torchrun for the only one unless it is told.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # transformers takes all but losses for better when larger.
+            self.greater_is_better = self.metric_for_best_model.endswith("agreement")
         super().__post_init__()
 
 
