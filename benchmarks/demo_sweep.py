@@ -55,7 +55,7 @@ class Demo:
     """A finished demo."""
 
     def __init__(self, folder: Path) -> None:
-        comparison = json.loads((folder / compare.COMPARISON).read_text())
+        comparison = json.loads((folder / train.COMPARISON).read_text())
         self.environment, values = comparison["environment"], comparison["settings"]
         options = {name: value for name, value in values.items() if name != "mode"}
         self.settings = resolve("compare", {**options, "ways": list(WAYS), "output_dir": str(folder)})

@@ -16,7 +16,8 @@ _untraced = functools.cache(torch.compiler.disable)
 
 
 def _own_dtypes(given: tuple) -> contextlib.AbstractContextManager:
-    """What autocast is to make narrower was, before an operator; its own products keep their tensors' dtypes."""
+    """Autocast off: callers have already cast an operator's tensors as it asks, and a backward that runs inside of autocast
+    must multiply in the dtypes that its forward had."""
     device = next(
         t for one in given for t in (one if isinstance(one, list) else [one]) if isinstance(t, Tensor)
     ).device

@@ -76,7 +76,7 @@ def test_a_sweep_that_is_stopped_keeps_its_rows_and_goes_on(finished, monkeypatc
     assert seeds == ["plain-seed-43", "soft-seed-43"] and "tiny-with-0.02" in sizes
     assert rates == [f"co-learning_rate-{rate}-max_steps-2" for rate in (0.001, 0.002)]
     result = demo_tables.load("demo")
-    own = json.loads((folder / compare.COMPARISON).read_text())["students"]
+    own = json.loads((folder / train.COMPARISON).read_text())["students"]
     for way in ("plain", "soft"):
         assert result["seeds"][f"{way}-seed-42"]["validation_loss"] == own[way]["validation_loss"]
     other = json.loads((folder / "sweep/rates/co-learning_rate-0.002-max_steps-2/result.json").read_text())

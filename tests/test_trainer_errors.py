@@ -219,3 +219,8 @@ def test_a_line_separator_within_a_string_ends_no_line(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8")
     assert [record["text"] for record in data._read_one(str(path), "text")] == ["a\u2028b\x85c", "d"]
+
+
+def test_an_evaluation_in_half_precision_does_not_narrow_the_saved_model(tmp_path):
+    run("soft", tmp_path, max_steps=1, bf16_full_eval=True, eval_strategy="no")
+    assert {tensor.dtype for tensor in weights(tmp_path / "model").values()} == {torch.float32}

@@ -253,13 +253,7 @@ def test_what_lora_cannot_do_is_refused(tmp_path):
 def with_shift_labels(rows):
     """The same rows with labels that are shifted already, and no others."""
     shifted = lambda labels: F.pad(torch.as_tensor(labels)[1:], (0, 1), value=-100).tolist()  # noqa: E731
-    return [
-        {
-            "shift_labels" if name == "labels" else name: shifted(v) if name == "labels" else v
-            for name, v in row.items()
-        }
-        for row in rows
-    ]
+    return [{"shift_labels": shifted(row.pop("labels")), **row} for row in map(dict, rows)]
 
 
 @pytest.mark.parametrize("given", [list, with_shift_labels])

@@ -26,7 +26,6 @@ from .command_line import resolve
 from .reliable import read_metrics, write_whole
 from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode
 
-COMPARISON = "comparison.json"
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"
 #: Stages that are no way of distillation -> what they do.
@@ -57,12 +56,12 @@ def compare(settings: Settings) -> None:
         stages["longer"] = longer(stages)
         reused.append(run_stage(count, count, "longer", stages["longer"]))
     folder = settings.output_dir
-    if all(reused) and (folder / COMPARISON).exists():
-        comparison = json.loads((folder / COMPARISON).read_text())
+    if all(reused) and (folder / train.COMPARISON).exists():
+        comparison = json.loads((folder / train.COMPARISON).read_text())
     else:
         comparison = measured(settings, stages)
         comparison["seconds"] = None if any(reused) else time.perf_counter() - start
-        write_whole(folder / COMPARISON, json.dumps(comparison, indent=1))
+        write_whole(folder / train.COMPARISON, json.dumps(comparison, indent=1))
     curves = {name: read_metrics(stage.output_dir / train.METRICS) for name, stage in stages.items()}
     lines = [json.dumps({"run": name, **line}) + "\n" for name, metrics in curves.items() for line in metrics]
     write_whole(folder / train.METRICS, "".join(lines))

@@ -46,7 +46,9 @@ def _read_one(name: str, text_field: str) -> Iterator[Record]:
             for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
                 yield _record(row, text_field, f"{path} row {i}")
         elif path.suffix == ".jsonl":
-            for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 ends none
+            for i, line in enumerate(
+                path.read_text(encoding="utf-8").split("\n"), 1
+            ):  # splitlines splits at U+2028 too
                 if line.strip():
                     yield _record(json.loads(line), text_field, f"{path} line {i}")
         elif path.suffix == ".txt":

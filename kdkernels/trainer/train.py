@@ -23,6 +23,8 @@ from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, wr
 from .settings import Settings, UserError, divergence_of, for_mode, one_line
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
+#: What `compare` leaves in its folder.
+COMPARISON = "comparison.json"
 
 
 @dataclass
@@ -209,7 +211,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "writing_seconds": trainer.writing_seconds,
         "peak_memory_bytes": peak_memory(),
     }
-    # First: an evaluation in half precision (bf16_full_eval) leaves the model in it.
+    # Before the evaluation, which leaves the model in half precision under bf16_full_eval.
     with models.one_line(f"cannot write {folder / 'model'}"):
         trainer.save_model(str(folder / "model"))
     if trainer.eval_dataset:
@@ -271,7 +273,7 @@ def claim_folder(settings: Settings) -> bool:
     if path.exists():
         check_same_settings(settings)
         return False
-    names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", "comparison.json"]
+    names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", COMPARISON]
     if others := [name for name in names if (settings.output_dir / name).exists()]:
         raise UserError(
             f"--output_dir {settings.output_dir} holds {others[0]}, but no {CONFIG} of a run: it is not overwritten, "
