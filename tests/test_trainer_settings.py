@@ -118,6 +118,18 @@ SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_m
             SHARED,
             "there are 1 processes, and all of them share the models: torchrun --nproc_per_node 2",
         ),
+        *(
+            (
+                mode,
+                {"save_only_model": True, "resume": mode != "compare"},
+                f"no run goes on from them; {way_out}",
+            )
+            for mode, way_out in (
+                ("soft", "leave --resume out"),
+                ("co", "leave --resume out"),
+                ("compare", "compare's stages go on from theirs; leave it out"),
+            )
+        ),
         ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
         ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
         ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),

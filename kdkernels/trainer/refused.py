@@ -115,6 +115,16 @@ def check(settings: Settings) -> None:
         )
     if settings.model.tensor_parallel > 1:
         _check_tensor_parallel(settings)
+    if run.save_only_model and (run.resume or mode == "compare"):
+        way_out = (
+            "compare's stages go on from theirs; leave it out"
+            if mode == "compare"
+            else "leave --resume out, and choose another --output_dir"
+        )
+        raise UserError(
+            f"save_only_model={run.save_only_model}: such checkpoints hold neither optimizer nor schedule, and no run "
+            f"goes on from them; {way_out}"
+        )
     weights = (
         loss.soft_weight,
         1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
