@@ -42,11 +42,16 @@ struct SparseJob {
   int64_t slots = 0;
   Matrix teacher;                                      // [rows, slots + 1] log-masses, fp32
   const double *scale = nullptr, *constant = nullptr;  // [rows], the soft output is scale * D + constant
+  const bool* rounding = nullptr;                      // [rows], see rest_is_none
   Spec outcome_spec;                                   // of the divergence between outcomes
   Matrix stored_grad;                // [rows, slots] fp32: the soft gradient, before weights
   const double* rest = nullptr;      // [rows]: the same of all ids that are not stored
   const Normaliser* at_1 = nullptr;  // [rows]: the whole row's at temperature 1
   const Softmax* softmax = nullptr;  // [rows]: the whole row's at T; only where an entropy is asked for
+
+  // Whether the rest is no outcome: the student has none (`sum_exp` is of it), and the teacher's may be
+  // rounding.
+  KD_HD bool rest_is_none(int64_t row, double sum_exp) const { return rounding[row] && sum_exp == 0; }
 };
 
 struct Job {

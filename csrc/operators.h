@@ -191,9 +191,10 @@ struct Operators {
   }
 
   static void fused_sparse(const Tensor& student, const Tensor& ids, const Tensor& teacher,
-                           const Tensor& scale, const Tensor& constant, const MaybeTensor& labels,
-                           const Tensor& temperature, const Tensor& parameters, const Tensor& weights,
-                           const Tensor& spec, const Tensor& results, const MaybeTensor& grad) {
+                           const Tensor& scale, const Tensor& constant, const Tensor& rounding,
+                           const MaybeTensor& labels, const Tensor& temperature, const Tensor& parameters,
+                           const Tensor& weights, const Tensor& spec, const Tensor& results,
+                           const MaybeTensor& grad) {
     Arguments a(student);
     a.set_spec(spec);
     a.set_labels(labels);
@@ -204,6 +205,7 @@ struct Operators {
     a.job.sparse.teacher = a.float_matrix(teacher, a.job.sparse.slots + 1);
     a.job.sparse.scale = a.doubles(scale);
     a.job.sparse.constant = a.doubles(constant);
+    a.job.sparse.rounding = a.numbers<bool>(rounding, ScalarType::Bool);
     a.job.sparse.outcome_spec = outcome_spec_of(a.job.spec);
     a.job.spec = student_spec_of(a.job.spec);
     a.job.results = a.doubles(results, kResults);
@@ -230,7 +232,7 @@ void define_operators(Library& m) {
       "Tensor? at_1, Tensor? softmax) -> ()");
   m.def(
       "fused_sparse(Tensor(a!) student, Tensor ids, Tensor teacher, Tensor scale, Tensor constant, "
-      "Tensor? labels, Tensor temperature, Tensor parameters, Tensor weights, Tensor spec, "
+      "Tensor rounding, Tensor? labels, Tensor temperature, Tensor parameters, Tensor weights, Tensor spec, "
       "Tensor(b!) results, Tensor(c!)? grad) -> ()");
 }
 

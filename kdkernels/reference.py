@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .backends.outcomes import LEAST_TAIL
+from .backends.outcomes import LEAST_TAIL, missing_mass
 from .backends.spec import OUTPUTS, Asked, LogitMap, Output, Tail
 from .divergences import Divergence, pointwise
 from .heads import LinearHead, MappedLogits
@@ -89,13 +89,14 @@ class SparseOracle:
             log_t.scatter_(1, at, torch.logaddexp(log_t.gather(1, at), value))
         self.log_t, self.is_stored, self.tail = log_t, log_t > -torch.inf, target.tail
         self.some = self.is_stored.any(-1)
+        self.slack = missing_mass(log_t, target.values.dtype)[1]
 
     def grouped(self, z: Tensor, rest_of_teacher: Tensor) -> tuple[Tensor, Tensor]:
         """(student, teacher) logits of V + 1 outcomes: the stored ids, and last the rest."""
         others = z.masked_fill(self.is_stored, -torch.inf)
-        everything = self.is_stored.all(-1)
-        rest = torch.where(everything[:, None], 0.0, others).logsumexp(-1)
-        rest, log_rest = (r.masked_fill(everything, -torch.inf) for r in (rest, rest_of_teacher.log()))
+        none = (others == -torch.inf).all(-1)
+        rest = torch.where(none[:, None], 0.0, others).logsumexp(-1).masked_fill(none, -torch.inf)
+        log_rest = rest_of_teacher.log().masked_fill(none & (rest_of_teacher <= self.slack), -torch.inf)
         return (
             torch.cat([z.masked_fill(~self.is_stored, -torch.inf), rest[:, None]], 1),
             torch.cat([self.log_t, log_rest[:, None]], 1),

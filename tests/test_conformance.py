@@ -405,11 +405,12 @@ def test_the_ends_of_temperatures(backend, divergence, temperature):
     assert grad.isfinite().all() and (grad - true).norm() <= 1e-5 * true.norm() + rounding
 
 
+@pytest.mark.parametrize("columns,value", [(slice(5, 6), torch.nan), (slice(None), -torch.inf)])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_nan_logits_are_seen(backend, divergence, side):
-    """In the row's loss and in its gradient, and nowhere else."""
+def test_rows_without_a_softmax_are_seen(backend, divergence, side, columns, value):
+    """NaN logits, and nothing but -inf, in the row's loss and in its gradient, and nowhere else."""
     student, teacher = torch.randn(3, 300), torch.randn(3, 300)
-    (student if side == "student" else teacher)[1, 5] = torch.nan
+    (student if side == "student" else teacher)[1, columns] = value
     student.requires_grad_()
     loss = kd.distillation_loss(student, teacher, divergence=divergence, reduction="none")
     loss.sum().backward()

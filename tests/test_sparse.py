@@ -175,6 +175,49 @@ def test_ties_at_a_temperature(backend, tail, temperature):
     assert stats.agreement == 0
 
 
+def masked_alike(values=torch.float32, share=1.0):
+    """Both models masked to the eight ids that are stored, which have ``share`` of the teacher's mass."""
+    problem = SparseProblem(tail="bucket", vocab=40, slots=8, messy=False, ignored=0)
+    ids, student = problem.target.ids, problem.student[0]
+    kept = torch.zeros_like(student).scatter_(-1, ids, 1.0).bool()
+    problem.student[0] = torch.where(kept, student, -torch.inf)
+    logprobs = problem.target.logprobs.log_softmax(-1) + torch.tensor(share).log()
+    problem.target = kd.SparseTarget(ids, logprobs=logprobs.to(values), tail="bucket")
+    problem.teacher = [problem.target]
+    return problem
+
+
+@pytest.mark.parametrize("values", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_bucket_where_both_models_are_masked(backend, divergence, values):
+    """What rounding leaves of the teacher's mass is no outcome where the student has none either."""
+    problem = masked_alike(values)
+    conforms(problem, backend, divergence=divergence, temperature=1.5, hard_weight=0.5)
+    value, (grad,) = problem.run(backend, divergence=divergence, labels=False)
+    assert value.isfinite() and grad.isfinite().all()
+
+
+def test_bucket_where_both_models_are_masked_is_dense(backend):
+    """The loss, its gradient and the metrics are those of the teacher's whole distribution."""
+    problem, given = masked_alike(torch.float64), []
+    target = problem.target
+    dense = torch.full_like(problem.student[0], -torch.inf).scatter_(-1, target.ids, target.logprobs.float())
+    for teacher in (target, dense):
+        with kd.use_backend(backend):
+            student = problem.student[0].clone().requires_grad_()
+            loss, stats = kd.distillation_loss(student, teacher, divergence=kd.JSD(0.3), return_stats=True)
+            given.append((loss, *stats, *torch.autograd.grad(loss, student)))
+    for mine, truth in zip(*given):
+        assert torch.allclose(mine, truth, rtol=1e-5, atol=1e-6)
+
+
+def test_bucket_where_only_the_student_is_masked(backend):
+    """A rest that the teacher has and the student has not is an infinite forward KL, as with dense targets."""
+    problem = masked_alike(share=0.9)
+    assert problem.run(backend, labels=False)[0] == torch.inf
+    conforms(problem, backend, divergence=kd.JSD(0.3))
+
+
 def test_bucket_without_a_rest_needs_all_mass():
     """Every id of the vocabulary is stored, but a tenth is missing: no outcome is left that could have it."""
     target = kd.SparseTarget(torch.tensor([[2, 0, 1, 1]]), weights=torch.tensor([[0.3, 0.3, 0.2, 0.1]]))

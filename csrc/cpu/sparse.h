@@ -16,7 +16,6 @@ class OutcomeRow {
  public:
   explicit OutcomeRow(const Job& job)
       : slots_(job.sparse.slots), student_(padded(slots_ + 1)), grad_(student_.size()), scratch_(slots_ + 1) {
-    problem_.width = problem_.vocab = slots_ + 1;
     problem_.spec = job.sparse.outcome_spec;
     problem_.parameters = job.parameters;
     problem_.student = {(char*)student_.data(), kFloat, 0};
@@ -24,10 +23,10 @@ class OutcomeRow {
   }
 
   // `logits`: the stored ids', still to be divided by `inner`; `rest`: the normaliser at `inner` of all other
-  // ids; `teacher`: the K + 1 log-masses. The outcomes are compared at temperature `outer`.
+  // ids, an outcome if `has_rest`; `teacher`: the K + 1 log-masses. They are compared at temperature `outer`.
   // results() are theirs, not scaled; grad() is for the undivided logits and is multiplied by `scale`.
-  void solve(const double* logits, const Normaliser& rest, const char* teacher, double inner, double outer,
-             double scale) {
+  void solve(const double* logits, const Normaliser& rest, bool has_rest, const char* teacher, double inner,
+             double outer, double scale) {
     double peak = rest.reference;
     for (int64_t k = 0; k < slots_; ++k) peak = std::max(peak, logits[k]);
     const double rest_mass = (rest.reference - peak) / inner + rest.log_sum_exp;
@@ -35,6 +34,8 @@ class OutcomeRow {
     for (int64_t k = 0; k < slots_; ++k) most = std::max(most, (logits[k] - peak) / inner);
     for (int64_t k = 0; k < slots_; ++k) student_[k] = (float)((logits[k] - peak) / inner - most);
     student_[slots_] = (float)(rest_mass - most);
+    grad_[slots_] = 0;
+    problem_.width = problem_.vocab = slots_ + has_rest;
     problem_.teacher = {(char*)teacher, kFloat, 0};
     std::fill(results_, results_ + kResults, 0.0);
     with_kind(problem_.spec.kind, true, [&]<Kind kKind, class Divergence>() {
@@ -96,7 +97,8 @@ inline void fused_sparse(const Job& job, int64_t begin, int64_t end) {
     const Normaliser rest = {student.reference, spec.tail == kConditional ? (double)teacher[stored.count]
                                                                           : std::log(student.sum_exp)};
     const double scale = job.sparse.scale[i];
-    outcomes.solve(stored.logits, rest, (const char*)teacher, row.temperature,
+    const bool has_rest = !job.sparse.rest_is_none(i, student.sum_exp);
+    outcomes.solve(stored.logits, rest, has_rest, (const char*)teacher, row.temperature,
                    job.temperature_of(i, job.sparse.outcome_spec), scale);
     stored.grad = outcomes.grad();
     stored.rest = outcomes.grad()[stored.count];

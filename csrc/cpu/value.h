@@ -64,7 +64,8 @@ class ValuePass {
         numbers_{(float)state.student.reference, (float)state.teacher.reference, (float)log_sum_s_,
                  (float)log_sum_t_, row.per_temperature.scale},
         divergence_(row.job.parameters, kKind == kSkewKL && disagree(state, log_sum_t_ - log_sum_s_)) {
-    r_.pair.value += 0 * (r_.student.sum_exp + r_.teacher.sum_exp);  // NaN stays NaN, whatever the formula
+    // NaN stays NaN, whatever the formula.
+    r_.pair.value += nan_without_softmax(r_.student.sum_exp, r_.teacher.sum_exp);
   }
 
   void block(int64_t start, int n, int64_t b) {

@@ -531,7 +531,7 @@ KD_DEVICE void write_held_results(const Row& row, const HeldLayout<Row>& at, int
   }
   RowState r;
   write_state<Row::kKind == kReverseKL>(r, all, label_logit, row.job.temperature_of(index, row.job.spec));
-  r.pair.value = phi + 0 * (all.sums[0] + all.sums[1]);  // NaN logits stay visible
+  r.pair.value = phi + nan_without_softmax(all.sums[0], all.sums[1]);  // NaN stays NaN, whatever the formula
   if (row.lane == 0)
     finish(r, row.job.spec, Row::kTeacher, row.job.vocab, row.job.results + (int64_t)index * kResults);
 }

@@ -96,7 +96,7 @@ KD_DEVICE void solve_row(const float* s, const float* t, int n, double temperatu
     }
     value = sum_of_warp(value);
     q_psi = sum_of_warp(q_psi);
-    value += 0 * (state->student.sum_exp + state->teacher.sum_exp);  // NaN stays visible
+    value += nan_without_softmax(state->student.sum_exp, state->teacher.sum_exp);
     n_row.sum_q_psi = (float)(value == value ? q_psi : value);
     sync_warp();
     if (lane == 0) state->pair.value = value;
@@ -140,13 +140,16 @@ KD_DEVICE void solve_outcomes(Row& row) {
   const double most = rest > (stored - peak) / inner ? rest : (stored - peak) / inner;
   sync_warp();
   for (int64_t k = row.lane; k < slots; k += kWarp) u[k] = (float)((u[k] - peak) / inner - most);
-  if (row.lane == 0) u[slots] = (float)(rest - most);
+  float* const grad = job.grad.data == nullptr ? nullptr : memory.grad();
+  if (row.lane == 0) {
+    u[slots] = (float)(rest - most);
+    if (grad != nullptr) grad[slots] = 0;
+  }
   sync_warp();
   const double scale = sparse.scale[row.row];
-  float* const grad = job.grad.data == nullptr ? nullptr : memory.grad();
+  const int n = (int)slots + !sparse.rest_is_none(row.row, student.sum_exp);
   with_kind(sparse.outcome_spec.kind, true, [&]<Kind kKind, class Divergence>() {
-    solve_row<kKind, Divergence>(u, teacher, (int)slots + 1, outer, job.parameters, scale / inner, scratch,
-                                 grad);
+    solve_row<kKind, Divergence>(u, teacher, n, outer, job.parameters, scale / inner, scratch, grad);
   });
   if (row.lane == 0) {
     for (double& result : solved.results) result = 0;

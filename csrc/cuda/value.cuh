@@ -9,8 +9,8 @@ namespace kd {
 // Adds what the pass found to the row's state, and for accumulate_value to the state in memory.
 template <class Row>
 KD_DEVICE void add_value(Row& row, RowState& state, const RowState& added) {
-  // NaN logits stay visible, whatever the formula does with them.
-  state.pair.value += added.pair.value + 0 * (state.student.sum_exp + state.teacher.sum_exp);
+  // NaN stays NaN, whatever the formula.
+  state.pair.value += added.pair.value + nan_without_softmax(state.student.sum_exp, state.teacher.sum_exp);
   state.pair.sum_q_psi += added.pair.sum_q_psi;
   if (state.pair.value != state.pair.value) state.pair.sum_q_psi = state.pair.value;
   if (row.plan.entry != Entry::kAccumulateValue || cluster_rank() != 0) return;

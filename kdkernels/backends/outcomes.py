@@ -29,7 +29,8 @@ from ..divergences import Divergence, ForwardKL, NoDivergence, simplified
 from .spec import Asked, Spec, Tail
 
 #: The tail's mass where the stored weights leave none, rounding included: far less than any of them
-#: resolves, and enough to keep every divergence finite.
+#: resolves, and enough to keep every divergence finite. A tail that may be rounding alone is no outcome where
+#: the student has no rest either.
 LEAST_TAIL = 2.0**-40
 #: How far above 1 a stored distribution may sum, at the least: producers sum in fp32.
 _SLACK = 1e-4
@@ -42,6 +43,7 @@ class Outcomes(NamedTuple):
     teacher: Tensor  # [n, K + 1], log-masses; -inf where there is none; the rest comes last
     scale: Tensor  # [n] fp64, the row's soft term is scale * D + constant
     constant: Tensor  # [n] fp64
+    rounding: Tensor  # [n] bool: the teacher's rest may be rounding alone
 
 
 _APPROXIMATE = {
@@ -89,9 +91,7 @@ def outcome_spec(spec: Spec) -> Spec:
     return Spec(kind=spec.kind, asked=Asked.SOFT, tempered=tempered, stats=spec.stats)
 
 
-def outcomes(
-    ids: Tensor, values: Tensor, temperature: Tensor, spec: Spec, *, vocab: int, dtype: torch.dtype
-) -> Outcomes:
+def outcomes(ids: Tensor, values: Tensor, temperature: Tensor, spec: Spec, *, dtype: torch.dtype) -> Outcomes:
     """Checked ids and values ``[n, K]`` as outcomes, with the teacher's log-masses in ``dtype``.
 
     All that comes out is contiguous: what torch makes of a transposed tensor is often transposed too.
@@ -100,12 +100,10 @@ def outcomes(
     ids, log_t = _distinct(ids, _log_weights(ids, values, bool(spec.linear)))
     tail = torch.full_like(log_t[:, 0], -torch.inf)
     some = (ids >= 0).any(-1)
-    scale, constant = some.to(tail.dtype), torch.zeros_like(tail)
+    scale, constant, rounding = some.to(tail.dtype), torch.zeros_like(tail), torch.zeros_like(some)
     if spec.tail == Tail.BUCKET:
-        everything = (ids >= 0).sum(-1) == vocab
         rest, slack = missing_mass(log_t, values.dtype)
-        tail = torch.where(rest > 0, rest, LEAST_TAIL).log()
-        tail = torch.where(everything & (rest <= slack), -torch.inf, tail)
+        tail, rounding = torch.where(rest > 0, rest, LEAST_TAIL).log(), some & (rest <= slack)
     elif spec.tail == Tail.RENORMALIZE:
         log_t = log_t / temperature[:, None]
     elif spec.tail == Tail.TRUNCATE:
@@ -113,7 +111,7 @@ def outcomes(
         scale = log_a.exp()
         constant = torch.where(some, scale * log_a, 0.0)
     tail = torch.where(some, tail, 0.0)
-    return Outcomes(ids, torch.cat([log_t, tail[:, None]], 1).to(dtype), scale, constant)
+    return Outcomes(ids, torch.cat([log_t, tail[:, None]], 1).to(dtype), scale, constant, rounding)
 
 
 def _log_weights(ids: Tensor, values: Tensor, linear: bool) -> Tensor:

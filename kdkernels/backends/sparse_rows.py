@@ -103,9 +103,9 @@ def solve(
     # The largest logit is subtracted before the temperature divides, as in the state.
     highest = torch.cat([stored.double(), side.reference[:, None]], 1).amax(-1)
     below = stored.double() - highest[:, None]
-    student = torch.cat(
-        [below / temperatures.student[:, None], _rest(target, side, highest, temperatures, spec)], 1
-    )
+    rest = _rest(target, side, highest, temperatures, spec)
+    student = torch.cat([below / temperatures.student[:, None], rest], 1)
+    target = _without_rounding(target, rest)
     # Only differences count: what is near 0 keeps its digits in fp32.
     student = student - student.amax(-1, keepdim=True).clamp(min=NO_REFERENCE)
     student = student.to(target.teacher.dtype)
@@ -134,6 +134,14 @@ def _rest(
     if spec.tail == Tail.CONDITIONAL:
         return target.teacher[:, -1:].double()
     return ((side.reference - highest) / temperatures.student + side.log_sum_exp)[:, None]
+
+
+def _without_rounding(target: Outcomes, rest: Tensor) -> Outcomes:
+    """Where the student has no rest, a teacher's that may be rounding is none: "bucket" with both models masked
+    to the stored ids."""
+    gone = target.rounding[:, None] & (rest == -torch.inf)
+    stored, tail = target.teacher[:, :-1], target.teacher[:, -1:]
+    return target._replace(teacher=torch.cat([stored, torch.where(gone, -torch.inf, tail)], 1))
 
 
 def _solve_outcomes(

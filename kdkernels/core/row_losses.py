@@ -134,8 +134,7 @@ class SparseLoss:
 def chunk_outcomes(chunk: Chunk, spec: Spec) -> Outcomes:
     given = chunk.given
     assert given.ids is not None and given.values is not None
-    vocab, dtype = chunk.tiles.request.vocab, chunk.tiles.wide
-    return outcomes(given.ids, given.values, given.temperature, spec, vocab=vocab, dtype=dtype)
+    return outcomes(given.ids, given.values, given.temperature, spec, dtype=chunk.tiles.wide)
 
 
 def solve_chunk(

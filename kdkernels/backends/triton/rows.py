@@ -403,8 +403,8 @@ def value_row(F: tl.constexpr, r, row, span, LANES: tl.constexpr, K: tl.constexp
         phi, q_psi, q = _terms_of_tile(F, row, n, s, t)
         value += phi
         sum_q_psi += q_psi
-    # NaN logits stay visible, whatever the formula does with them.
-    visible = 0.0 * (r.student.sum_exp + r.teacher.sum_exp)
+    # 0, but NaN for rows with NaN logits (their sums are NaN), or nothing but -inf (a sum is 0).
+    visible = 0.0 / (r.student.sum_exp * r.teacher.sum_exp)
     value, sum_q_psi = tl.sum(tl.sum(value, 1), 0), tl.sum(tl.sum(sum_q_psi, 1), 0)
     return value.to(tl.float64) + visible, sum_q_psi.to(tl.float64) + visible
 
