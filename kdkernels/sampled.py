@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import check_tensor, number, shown
 from .core import autograd
+from .core.sides import refuse_transforms
 
 Estimator = Literal["k1", "k2", "k3"]
 Gradient = Literal["none", "value", "score", "ratio"]
@@ -74,6 +75,7 @@ def sampled_kl(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, an unknown estimator or gradient, sampling_log_probs
             or clip_ratio without "ratio", "ratio" without sampling_log_probs.
+        RuntimeError: forward-mode derivatives, torch.func, and ``create_graph=True``, but for "none".
 
     >>> student = torch.tensor([-1.0, -2.0], requires_grad=True)
     >>> each = sampled_kl(student, torch.tensor([-1.5, -1.0]))
@@ -104,6 +106,7 @@ def sampled_kl(
     value = value.to(dtype)
     if gradient == "none":
         return value
+    refuse_transforms([student_log_probs], has_reference=False)
     largest = torch.finfo(student_log_probs.dtype).max
     slope = slope.clamp(-largest, largest).to(student_log_probs.dtype)
     return autograd.attach(value, [student_log_probs.unsqueeze(-1)], [slope.unsqueeze(-1)])

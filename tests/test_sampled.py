@@ -163,6 +163,17 @@ def test_gradients_arrive_through_token_losses_of_any_kind():
         torch.autograd.grad(kd.sampled_kl(log_q, log_p).sum(), log_q, create_graph=True)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_transforms_are_refused_and_forward_mode_is_not_zero(backend):
+    log_q, log_p = torch.randn(2, 3)
+    with kd.use_backend(backend):
+        with pytest.raises(RuntimeError, match="kdkernels has no forward-mode derivative here$"):
+            torch.func.jvp(lambda x: kd.sampled_kl(x, log_p), (log_q,), (log_q,))
+        with pytest.raises(RuntimeError, match="cannot transform kdkernels.*for vmap's$"):
+            torch.func.grad(lambda x: kd.sampled_kl(x, log_p).sum())(log_q)
+        assert kd.sampled_kl(log_q, log_p, gradient="none").isfinite().all()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -145,7 +145,7 @@ def refuse_double_backward(compiling: bool) -> None:
     if torch.is_grad_enabled() and not compiling:
         raise RuntimeError(
             "kdkernels' gradient is made in the forward and cannot be differentiated again "
-            "(create_graph=True); kd.use_backend('reference') can"
+            "(create_graph=True); a loss or token_log_probs under kd.use_backend('reference') can"
         )
 
 

@@ -82,7 +82,7 @@ def check_together(student: Side, teacher: Side) -> None:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
 
 
-def refuse_transforms(tensors: list[Tensor]) -> None:
+def refuse_transforms(tensors: list[Tensor], *, has_reference: bool = True) -> None:
     """What cannot see through an operator; torch's own errors would not say whose operator it is."""
     if torch.compiler.is_compiling():
         return
@@ -90,12 +90,14 @@ def refuse_transforms(tensors: list[Tensor]) -> None:
         raise RuntimeError(
             "torch.jit.trace cannot record kdkernels; torch.export.export and torch.compile can"
         )
-    if reference_asked():
+    if has_reference and reference_asked():
         return
     if any(unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("kdkernels has no forward-mode derivative; kd.use_backend('reference') has")
+        has = "; kd.use_backend('reference') has" if has_reference else " here"
+        raise RuntimeError(f"kdkernels has no forward-mode derivative{has}")
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        other = ", or kd.use_backend('reference')" if has_reference else ""
         raise RuntimeError(
             "torch.func (grad, vmap, jacrev, ...) cannot transform kdkernels' operators; use torch.autograd.grad, "
-            "which takes is_grads_batched=True, and leading dimensions for vmap's, or kd.use_backend('reference')"
+            f"which takes is_grads_batched=True, and leading dimensions for vmap's{other}"
         )
