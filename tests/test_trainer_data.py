@@ -57,7 +57,8 @@ def test_messages_through_the_chat_template(tokenizer):
     )
     tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
     tokenizer.chat_template = template
-    ((ids, labels),) = data.sequences([{"messages": messages}], tokenizer, 64).rows
+    record = data._record({"messages": messages}, "text", "here")
+    ((ids, labels),) = data.sequences([record], tokenizer, 64).rows
     learnt = [token for token in labels if token >= 0]
     assert tokenizer.decode(learnt) == "there" + tokenizer.eos_token
     assert (
@@ -97,7 +98,11 @@ def test_records_of_another_shape(record, tmp_path):
         ({"prompt": "a b c", "completion": ""}, None),
         ({"prompt": "", "completion": ""}, "a sequence needs 2 or more"),
         ({"prompt": "word " * 99, "completion": "x"}, "leaves no room"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no chat template"),
+        (
+            {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]},
+            "no chat template",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}]}, "c.jsonl line 1: the last message must be"),
     ],
 )
 def test_completion_errors(record, message, tmp_path, capsys):

@@ -57,7 +57,7 @@ def test_hard_writes_completions_and_learns_only_them(tmp_path, monkeypatch):
     run("hard", tmp_path, sampling_temperature=0.7, **WRITES)
     lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and all(
-        line.keys() == {"prompt", "completion"} and line["prompt"] for line in lines
+        line.keys() == {"prompt", "completion", "ended"} and line["prompt"] for line in lines
     )
     masked = (seen[0]["labels"][:, :3] == -100).float().mean()
     assert masked > 0.5 and (seen[0]["labels"] >= 0).any()

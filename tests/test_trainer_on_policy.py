@@ -10,11 +10,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from trainer_runs import assert_same_weights, error_of, run, weights  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from kdkernels.trainer.on_policy import OnPolicyTrainer  # noqa: E402
 from kdkernels.trainer.reliable import read_metrics  # noqa: E402
-from kdkernels.trainer.writing import continued  # noqa: E402
 
 SHORT = {"prompt_tokens": 4}
 
@@ -106,17 +105,6 @@ def test_a_resumed_run_writes_and_ends_alike(tmp_path):
     run("on_policy", cut, student_share=0.7, resume=True, **SHORT)
     assert_same_weights(weights(cut / "model"), weights(whole / "model"))
     assert lines(cut) == lines(whole)
-
-
-def test_rows_of_different_lengths_are_continued_as_each_alone(saved):
-    """Greedily, which nothing random hides."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
-    prompts = [[5, 6, 7, 8, 9], [40], [12, 13]]
-    together = continued(model, prompts, tokenizer, new_tokens=6, temperature=0.0)
-    for prompt, (ids, labels) in zip(prompts, together):
-        assert (ids, labels) == continued(model, [prompt], tokenizer, new_tokens=6, temperature=0.0)[0]
-        assert ids[: len(prompt)] == prompt and labels[len(prompt) :] == ids[len(prompt) :]
-    assert not model.training
 
 
 @pytest.mark.parametrize(

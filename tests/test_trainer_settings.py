@@ -232,9 +232,9 @@ def test_help_is_short_and_names_the_options(capsys):
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "co"])
-def test_the_tolerance_reaches_the_loss(mode, tmp_path):
+def test_the_tolerance_reaches_the_loss(mode, tmp_path, tokenizer):
     settings = resolve(mode, options(tmp_path, gradient_tolerance=0.25))
-    given = train.Ingredients(settings, "a tokenizer", [], [], [])
+    given = train.Ingredients(settings, tokenizer, [], [], [])
     assert given.loss_options()["gradient_tolerance"] == given.cut()["gradient_tolerance"] == 0.25
 
 

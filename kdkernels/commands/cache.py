@@ -109,17 +109,16 @@ def check(settings: CacheSettings) -> str:
 
 def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences: data.Sequences) -> Manifest:
     sampled, plain = method == "samples", settings.proposal_temperature == 1
-    k = {"top_k": settings.top_k, "top_p": settings.max_k or len(tokenizer), "samples": settings.samples}[
-        method
-    ]
+    vocab = models.vocabulary(tokenizer)
+    k = {"top_k": settings.top_k, "top_p": settings.max_k or vocab, "samples": settings.samples}[method]
     return Manifest(
         model=settings.teacher,
         tokenizer=tokenizer_hash(tokenizer),
-        vocab_size=len(tokenizer),
+        vocab_size=vocab,
         data=fingerprint(sequences),
         sequences=len(sequences),
         method=method,
-        k=k if sampled else min(k, len(tokenizer)),
+        k=k if sampled else min(k, vocab),
         kind="weights" if sampled else "logprobs",
         top_p=settings.top_p or None,
         proposal_temperature=settings.proposal_temperature,
@@ -161,7 +160,9 @@ def write(
             inputs = {
                 n: t.to(teacher.device) for n, t in collate([sequences[index] for index in batch]).items()
             }
-            said = targets(teacher, inputs, select(settings, batch, len(tokenizer), writer.manifest.tail))
+            said = targets(
+                teacher, inputs, select(settings, batch, writer.manifest.vocab_size, writer.manifest.tail)
+            )
             for index, target in zip(batch, said):
                 writer.write(index, sequences.rows[index][0], target[: lengths[index]])
                 progress.update(lengths[index])

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..commands.cache import fingerprint
 from ..teacher_cache import TeacherCache, stack, tokenizer_hash
-from . import data
+from . import data, models
 from .settings import UserError
 
 
@@ -25,7 +25,7 @@ class CachedSequences(Dataset):
                 directory,
                 require={
                     "tokenizer": tokenizer_hash(tokenizer),
-                    "vocab_size": len(tokenizer),
+                    "vocab_size": models.vocabulary(tokenizer),
                     "sequences": len(sequences),
                     "data": fingerprint(sequences),
                     "temperature": 1.0,

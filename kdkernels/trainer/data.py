@@ -15,11 +15,12 @@ from .progress import say
 from .settings import DataSettings, UserError, one_line
 
 IGNORE = -100
+#: ``{"text"}``; or ``{"prompt", "completion"}`` or ``{"messages"}``, with "where" they were read and whether they "ended".
 Record = dict[str, Any]
 
 
 def read(settings: DataSettings) -> list[Record]:
-    """Documents ``{"text"}``, or ``{"prompt", "completion"}`` or ``{"messages"}`` as TRL reads them."""
+    """Documents: texts, or prompts with completions or messages, as TRL reads them."""
     records = [record for name in settings.data for record in _read_one(name, settings.text_field)]
     if not any(record.get("text", True) for record in records):
         raise UserError(f"no text in {', '.join(settings.data)}")
@@ -46,15 +47,24 @@ def _read_one(name: str, text_field: str) -> Iterator[Record]:
             for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
                 yield _record(row, text_field, f"{path} row {i}")
         elif path.suffix == ".jsonl":
-            for i, line in enumerate(
-                path.read_text(encoding="utf-8").split("\n"), 1
-            ):  # splitlines splits at U+2028 too
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines splits at U+2028 too
+            for i, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _record(json.loads(line), text_field, f"{path} line {i}")
+                    where = f"{path} line {i}"
+                    yield _record(_json(line, where), text_field, where)
         elif path.suffix == ".txt":
             yield {"text": path.read_text(encoding="utf-8")}
         else:
             raise UserError(f"{path}: only .txt, .jsonl, .parquet and folders are read")
+
+
+def _json(line: str, where: str) -> Any:
+    with one_line(f"cannot read {where}"):
+        row = json.loads(line)
+        json.dumps(
+            row, ensure_ascii=False
+        ).encode()  # an escape may stand for half a character, which is no text
+        return row
 
 
 def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
@@ -74,15 +84,16 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
 
 def _record(row: Any, text_field: str, where: str) -> Record:
     if isinstance(row, dict):
+        beside = {"where": where, "ended": row.get("ended") is not False}
         if _is_chat(row.get("messages")):
-            return {"messages": row["messages"]}
+            return {"messages": row["messages"], **beside}
         prompt, completion = row.get("prompt"), row.get("completion")
         if (
             all(isinstance(part, str) for part in (prompt, completion))
             or _is_chat(prompt)
             and _is_chat(completion)
         ):
-            return {"prompt": prompt, "completion": completion}
+            return {"prompt": prompt, "completion": completion, **beside}
         if isinstance(row.get(text_field), str):
             return {"text": row[text_field]}
     raise UserError(
@@ -131,9 +142,13 @@ def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequenc
     """Documents as sequences of tokens. Text is packed; every completion is a sequence of its own."""
     if records and kind_of(records[0]) == "text":
         return Sequences(_packed(records, tokenizer, max_length))
-    rows = [_completion(record, tokenizer, max_length, i) for i, record in enumerate(records)]
-    cut = sum(was_cut for *_, was_cut in rows)
-    if cut:
+    found = [_completion(record, tokenizer, max_length) for record in records]
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(found):
+        say(
+            f"{len(found) - len(rows)} of {len(found)} completions are cut, with no text left: they are left out"
+        )
+    if cut := sum(was_cut for *_, was_cut in rows):
         say(f"{cut} of {len(rows)} completions are longer than --max_length {max_length} and end there")
     return Sequences([(ids, labels) for ids, labels, _ in rows])
 
@@ -149,50 +164,65 @@ def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tupl
     return [(block, block) for block in blocks]
 
 
-def _completion(
-    record: Record, tokenizer: Any, max_length: int, index: int
-) -> tuple[list[int], list[int], bool]:
-    """(ids, labels, whether it was cut). Only the completion's tokens and its end of text have labels."""
-    prompt, completion = _prompt_and_completion(record, tokenizer, index)
+def _completion(record: Record, tokenizer: Any, max_length: int) -> tuple[list[int], list[int], bool] | None:
+    """(ids, labels, whether it was cut here). Only the completion's tokens and its end of text have labels; one that did
+    not end has no end of text, and None says that nothing is left of it."""
+    where = record["where"]
+    prompt, completion = _prompt_and_completion(record, tokenizer)
+    if not completion and not record["ended"]:
+        return None
     ids = prompt + completion
     if len(ids) < 2:
-        raise UserError(f"example {index} has {len(ids)} token(s): a sequence needs 2 or more")
+        raise UserError(f"{where} has {len(ids)} token(s): a sequence needs 2 or more")
     if len(prompt) >= max_length:
         raise UserError(
-            f"example {index}: its prompt of {len(prompt)} tokens leaves no room for a completion in "
+            f"{where}: its prompt of {len(prompt)} tokens leaves no room for a completion in "
             f"--max_length {max_length}"
         )
     labels = [IGNORE] * len(prompt) + completion
     if all(label == IGNORE for label in labels[1:]):
-        raise UserError(f"example {index} has an empty completion: every token is masked")
+        raise UserError(f"{where} has an empty completion: every token is masked")
     return ids[:max_length], labels[:max_length], len(ids) > max_length
 
 
-def _prompt_and_completion(record: Record, tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
-    if kind_of(record) == "completions":
-        if not isinstance(record["prompt"], str):
-            return _chat(record["prompt"] + record["completion"], tokenizer, index)
-        encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-        return encode(record["prompt"]), [*encode(record["completion"]), tokenizer.eos_token_id]
-    return _chat(record["messages"], tokenizer, index)
+def _prompt_and_completion(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
+    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+    if kind_of(record) == "completions" and isinstance(record["prompt"], str):
+        end = [tokenizer.eos_token_id] if record["ended"] else []
+        return encode(record["prompt"]), encode(record["completion"]) + end
+    prompt, completion = _chat(record, tokenizer)
+    return encode(prompt), encode(completion)
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any, index: int) -> tuple[list[int], list[int]]:
-    """The last message is the completion; what comes before it, the prompt."""
+def _chat(record: Record, tokenizer: Any) -> tuple[str, str]:
+    """The last message is the completion; what comes before it, the prompt. Both as the chat template has them."""
+    where = record["where"]
+    messages = (
+        record["messages"] if kind_of(record) == "messages" else [*record["prompt"], *record["completion"]]
+    )
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError(f"{where}: the last message must be the assistant's")
+    prompt = rendered(messages[:-1], tokenizer, where, add_generation_prompt=True)
+    whole = rendered(messages, tokenizer, where)
+    if not whole.startswith(prompt):
+        raise UserError(f"{where}: this chat template renders a prompt differently once it is answered")
+    completion = whole[len(prompt) :]
+    if not record["ended"]:  # without what the template closes the message with
+        said = str(messages[-1]["content"]).strip()
+        completion = completion[: completion.rfind(said) + len(said)] if said and said in completion else ""
+    return prompt, completion
+
+
+def rendered(messages: list[dict[str, Any]], tokenizer: Any, where: str, **options: Any) -> str:
+    """Messages as the tokenizer's chat template has them."""
     if tokenizer.chat_template is None:
         raise UserError(
             "the data holds messages, but the tokenizer has no chat template; give prompt and completion"
         )
-    if not messages or messages[-1].get("role") != "assistant":
-        raise UserError(f"example {index}: the last message must be the assistant's")
-    render = lambda part, **options: tokenizer.apply_chat_template(part, tokenize=False, **options)  # noqa: E731
-    prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
-    if not whole.startswith(prompt):
-        raise UserError(
-            f"example {index}: this chat template renders a prompt differently once it is answered"
-        )
-    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-    return encode(prompt), encode(whole[len(prompt) :])
+    if not messages:
+        raise UserError(f"{where} has no message before the assistant's: there is nothing to answer")
+    with one_line(f"{where}: the chat template takes no such messages"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 class Collator:

@@ -1,4 +1,7 @@
-"""The teacher writes: prompts in, ``{"prompt", "completion"}`` or ``{"messages"}`` lines out, as TRL reads them."""
+"""The teacher writes: prompts in, ``{"prompt", "completion"}`` or ``{"messages"}`` lines out, as TRL reads them.
+
+Beside them ``ended`` says whether the completion has an end of text, or was cut at max_length.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
-from .data import Record, Sequences, kind_of
+from .data import Record, Sequences, kind_of, rendered
+from .models import vocabulary
 from .progress import bar, say
 from .settings import Settings, UserError, one_line
-from .writing import sampling
+from .writing import continued, ends_of
 
 
 def write_completions(
@@ -46,8 +49,8 @@ def write_completions(
             set_seed(settings.run.seed + start)
             batch = prompts[start : start + size]
             texts = complete(settings, teacher, tokenizer, [text for _, text in batch])
-            for (given, _), text in zip(batch, texts):
-                file.write(json.dumps(_line(given, text)) + "\n")
+            for (given, _), (text, ended) in zip(batch, texts):
+                file.write(json.dumps(_line(given, text, ended)) + "\n")
             file.flush()
     os.replace(part, path)
     return path
@@ -63,45 +66,54 @@ def make_prompts(
     length = settings.generation.prompt_tokens
     if length >= settings.data.max_length:
         raise UserError(f"prompt_tokens={length} leaves no room in max_length={settings.data.max_length}")
-    texts = [tokenizer.decode(ids[:length]) for ids, _ in packed.rows[:count]]
-    return [(text, text) for text in texts]
+    texts = [_whole_characters(tokenizer.decode(ids[:length])) for ids, _ in packed.rows[:count]]
+    if not any(texts):
+        raise UserError(
+            f"prompt_tokens={length}: no training sequence begins with a whole character; give more"
+        )
+    return [(text, text) for text in texts if text]
+
+
+def _whole_characters(text: str) -> str:
+    """Without the halves of a character that lie at the ends of cut tokens."""
+    return text.strip("\N{REPLACEMENT CHARACTER}")
 
 
 def _prompt(record: Record, tokenizer: Any) -> tuple[Any, str]:
     given = record["messages"] if kind_of(record) == "messages" else record["prompt"]
     if isinstance(given, str):
         return given, given
-    if tokenizer.chat_template is None:
-        raise UserError("the prompts are messages, but the tokenizer has no chat template")
-    given = given[:-1] if given[-1]["role"] == "assistant" else given
-    return given, tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+    if given and given[-1]["role"] == "assistant":
+        given = given[:-1]
+    return given, rendered(given, tokenizer, record["where"], add_generation_prompt=True)
 
 
-def _line(given: Any, completion: str) -> dict[str, Any]:
+def _line(given: Any, completion: str, ended: bool) -> dict[str, Any]:
     if isinstance(given, str):
-        return {"prompt": given, "completion": completion}
-    return {"messages": [*given, {"role": "assistant", "content": completion}]}
+        return {"prompt": given, "completion": completion, "ended": ended}
+    return {"messages": [*given, {"role": "assistant", "content": completion}], "ended": ended}
 
 
-def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str]) -> list[str]:
-    temperature = settings.generation.sampling_temperature
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    room = settings.data.max_length - batch["input_ids"].shape[1] - 1  # and the end of text
-    if room < 1:
-        raise UserError(
-            f"a prompt of {batch['input_ids'].shape[1]} tokens leaves no room in "
-            f"max_length={settings.data.max_length}"
-        )
-    with torch.inference_mode():
-        ids = teacher.generate(
-            **{name: tensor.to(teacher.device) for name, tensor in batch.items() if name != "token_type_ids"},
-            max_new_tokens=room,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **sampling(temperature),
-        )
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str]) -> list[tuple[str, bool]]:
+    """What ``teacher`` writes after each text, and whether it came to an end of text within max_length."""
+    length = settings.data.max_length
+    prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if (longest := max(map(len, prompts))) >= length:
+        raise UserError(f"a prompt of {longest} tokens leaves no room in max_length={length}")
+    rows = continued(
+        teacher,
+        prompts,
+        tokenizer,
+        rooms=[length - len(prompt) for prompt in prompts],
+        temperature=settings.generation.sampling_temperature,
+        vocab_size=vocabulary(tokenizer),
+    )
+    ends = ends_of(teacher, tokenizer)
+    said = []
+    for prompt, (ids, _) in zip(prompts, rows):
+        text, ended = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True), ids[-1] in ends
+        said.append((text if ended else _whole_characters(text), ended))
+    return said
 
 
 def _keep_lines(path: Path, count: int) -> None:

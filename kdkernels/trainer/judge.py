@@ -55,7 +55,7 @@ def calibration_error(given: train.Ingredients, model: Any) -> float:
     Guo et al., arXiv:1706.04599, equation 3: the mean over :data:`BINS` bins of equal width, weighted by their tokens.
     """
     collate, rows = data.Collator(given.tokenizer.pad_token_id), given.validation
-    size, vocab = given.settings.run.per_device_eval_batch_size, len(given.tokenizer)
+    size, vocab = given.settings.run.per_device_eval_batch_size, given.vocab_size
     confidence, right = [], []
     for start in range(0, len(rows), size):
         batch = collate([rows[index] for index in range(start, min(start + size, len(rows)))])
@@ -94,14 +94,21 @@ def writes(given: train.Ingredients, teacher: Any, student: Any, count: int) -> 
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)) if prompts else ():
         torch.manual_seed(settings.run.seed)
         room = min(settings.data.max_length - start, NEW_TOKENS)
-        rows = continued(student, prompts, given.tokenizer, new_tokens=room, temperature=temperature)
+        rows = continued(
+            student,
+            prompts,
+            given.tokenizer,
+            rooms=[room] * len(prompts),
+            temperature=temperature,
+            vocab_size=given.vocab_size,
+        )
         batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in rows])
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
         labels = shifted_labels(batch)
 
         def judge(head: kd.LinearHead, labels: Any = labels) -> tuple[Any, Any]:
-            loss = kd.cross_entropy(head, labels, vocab_size=len(given.tokenizer))
-            return loss, kd.top_k_target(head, 1, vocab_size=len(given.tokenizer)).ids[..., 0] == labels
+            loss = kd.cross_entropy(head, labels, vocab_size=given.vocab_size)
+            return loss, kd.top_k_target(head, 1, vocab_size=given.vocab_size).ids[..., 0] == labels
 
         with torch.no_grad():
             loss, same = call_through_head(teacher, model_inputs(batch), judge)

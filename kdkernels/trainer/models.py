@@ -87,6 +87,11 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
     return tokenizer
 
 
+def vocabulary(tokenizer: Any) -> int:
+    """How many ids there are up to the tokenizer's largest. len(tokenizer) counts its tokens, and ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: it can write any text."""
     bpe = Tokenizer(models.BPE())
@@ -113,7 +118,7 @@ def load_model(
         set_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(tokenizer),
+                vocab_size=vocabulary(tokenizer),
                 hidden_size=hidden,
                 intermediate_size=intermediate,
                 num_hidden_layers=layers,
@@ -129,12 +134,10 @@ def load_model(
     shared: dict[str, Any] = {} if tensor_parallel == 1 else _shared_out(name, tensor_parallel)
     model = plain(_pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype), **shared))
     weight = model.get_output_embeddings().weight
-    vocabulary = getattr(weight, "ds_shape", weight.shape)[
-        0
-    ]  # under ZeRO-3 the weight tensor itself is empty
-    if vocabulary < len(tokenizer):
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 the weight tensor itself is empty
+    if rows < vocabulary(tokenizer):
         raise UserError(
-            f"model {name} has a vocabulary of {vocabulary}, the tokenizer {len(tokenizer)}: "
+            f"model {name} has a vocabulary of {rows}, the tokenizer {vocabulary(tokenizer)}: "
             "they do not belong together"
         )
     return model

@@ -121,13 +121,14 @@ class OnPolicyTrainer(ReliableTrainer):
             size = int(live.sum())
             masked = int((labels[:size] != IGNORE).int().argmax())  # of a completion: its prompt
             prompts.append(ids[: masked or min(self.policy.prompt_tokens, size - 1)].tolist())
-        room = self.policy.max_length - max(map(len, prompts))
+        rooms = [self.policy.max_length - len(prompt) for prompt in prompts]
         return continued(
             self.accelerator.unwrap_model(self.model),
             prompts,
             self.processing_class,
-            new_tokens=min(self.policy.new_tokens or room, room),
+            rooms=[min(self.policy.new_tokens or room, room) for room in rooms],
             temperature=self.policy.temperature,
+            vocab_size=self.cut["vocab_size"],
         )
 
     def _text(self, ids: list[int], labels: list[int]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import yaml
@@ -36,6 +37,10 @@ class Ingredients:
     records: list[data.Record]  #: the training documents
     train: data.Sequences
     validation: data.Sequences
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return models.vocabulary(self.tokenizer)
 
     def model(self, name: str, seed: int) -> Any:
         settings = self.settings
@@ -70,7 +75,7 @@ class Ingredients:
         """What every loss leaves out: padding, since models' vocabularies are often larger than the tokenizer's, and
         what the tolerance allows."""
         tolerance = self.settings.loss.gradient_tolerance
-        return {"vocab_size": len(self.tokenizer), "gradient_tolerance": tolerance}
+        return {"vocab_size": self.vocab_size, "gradient_tolerance": tolerance}
 
     def trainer_options(self) -> dict[str, Any]:
         return {
@@ -126,7 +131,8 @@ def hard(given: Ingredients) -> ReliableTrainer:
             )
         writing_seconds = time.perf_counter() - start
         written = data.read(data.DataSettings(data=[str(path)]))
-        given.train = data.sequences(written, given.tokenizer, given.settings.data.max_length)
+        sequences = data.sequences(written, given.tokenizer, given.settings.data.max_length)
+        given.train = data.check_trainable(sequences, str(path))
         say(f"the teacher's completions: {summary.size(given.train)}")
     trainer = ReliableTrainer(
         given.student(),

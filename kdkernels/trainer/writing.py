@@ -2,50 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, Iterator
 
 import torch
+from transformers import GenerationConfig
 
 from .data import IGNORE
 
 Row = tuple[list[int], list[int]]  #: token ids, and labels: IGNORE where nothing is to be said
 
 
-def sampling(temperature: float) -> dict[str, Any]:
-    """generate()'s options; temperature 0 is greedy."""
-    if not temperature:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0}
-
-
 def continued(
-    model: Any, prompts: list[list[int]], tokenizer: Any, *, new_tokens: int, temperature: float
+    model: Any,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    *,
+    rooms: list[int],
+    temperature: float,
+    vocab_size: int,
 ) -> list[Row]:
     """Every prompt with what ``model`` writes after it, up to and with its end of text; only that has labels.
 
-    Prompts of different lengths are padded on the left here, and rows come back without padding.
+    A prompt has at most its own of the ``rooms`` tokens, whatever the others have: all are continued by as many as the
+    least of them has left, then those that have not ended by the next. Temperature 0 is greedy. Else tokens are drawn from
+    the model's own distribution over the first ``vocab_size`` ids.
     """
-    width, pad, end = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
-    padding = list(range(len(tokenizer), model.config.vocab_size))  # rows of the lm_head that are no token
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    live = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    writer = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA is in its layers
+    ends = ends_of(writer, tokenizer)
+    rows, left = [list(prompt) for prompt in prompts], list(rooms)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=live.to(model.device),
-            max_new_tokens=new_tokens,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=end,
-            suppress_tokens=padding or None,
-            **sampling(temperature),
-        )
+    with torch.no_grad(), _no_defaults(writer):
+        while live := [i for i, room in enumerate(left) if room]:
+            config = GenerationConfig(
+                max_new_tokens=min(left[i] for i in live),
+                eos_token_id=ends,
+                pad_token_id=tokenizer.pad_token_id,
+                suppress_tokens=list(range(vocab_size, writer.config.get_text_config().vocab_size)) or None,
+                **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}),
+            )
+            for i, new in zip(live, _step(writer, [rows[i] for i in live], config)):
+                rows[i] += new
+                left[i] = 0 if new[-1] in ends else left[i] - len(new)
     model.train(was_training)
-    return [_row(prompt, new, end) for prompt, new in zip(prompts, made[:, width:].tolist())]
+    return [(row, [IGNORE] * len(given) + row[len(given) :]) for given, row in zip(prompts, rows)]
 
 
-def _row(prompt: list[int], new: list[int], end: int) -> Row:
-    new = new[: new.index(end) + 1] if end in new else new
-    return [*prompt, *new], [IGNORE] * len(prompt) + new
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens after which nothing more is written: the tokenizer's end of text, and what else the model's generation
+    config ends at (a chat's turn), if it is a special token."""
+    own = model.generation_config.eos_token_id
+    more = [own] if isinstance(own, int) else own or []
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [tokenizer.eos_token_id, *(set(more) & special - {tokenizer.eos_token_id})]
+
+
+@contextlib.contextmanager
+def _no_defaults(model: Any) -> Iterator[None]:
+    """generate() takes what its own config leaves open (top_p, repetition_penalty, ...) from the model's."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _step(model: Any, rows: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """What is written after each row, up to and with an end. Rows of different lengths are padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor(
+        [[config.pad_token_id] * (width - len(row)) + row for row in rows], device=model.device
+    )
+    live = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    made = model.generate(input_ids=ids, attention_mask=live, generation_config=config)
+    return [_until_end(new, config.eos_token_id) for new in made[:, width:].tolist()]
+
+
+def _until_end(new: list[int], ends: Any) -> list[int]:
+    at = next((i for i, token in enumerate(new) if token in ends), len(new))
+    return new[: at + 1]

@@ -1,0 +1,181 @@
+"""What a model writes in ``train``: from its own distribution, every row by itself, and no end of text where none was written."""
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from trainer_runs import options  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+
+from kdkernels.trainer import data, generate, models  # noqa: E402
+from kdkernels.trainer.command_line import resolve  # noqa: E402
+from kdkernels.trainer.settings import UserError  # noqa: E402
+from kdkernels.trainer.writing import continued, ends_of  # noqa: E402
+
+PROMPTS = [[5, 6, 7, 8, 9], [40], [12, 13]]
+
+
+@pytest.fixture
+def model(saved):
+    return AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.fixture
+def own(saved):
+    """A tokenizer that a test may change."""
+    return AutoTokenizer.from_pretrained(saved)
+
+
+def write(model, tokenizer, prompts=PROMPTS, *, rooms=(6, 6, 6), temperature=0.0, vocab_size=300):
+    torch.manual_seed(0)
+    return continued(
+        model, prompts, tokenizer, rooms=list(rooms), temperature=temperature, vocab_size=vocab_size
+    )
+
+
+def never_ends(model):
+    """The model, whose lm_head gives the end of text (id 0) no chance."""
+    head = torch.nn.Linear(*reversed(model.lm_head.weight.shape))
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight)
+        head.bias.zero_()[0] = -1e4
+    model.lm_head = head
+    return model
+
+
+def test_rows_of_different_lengths_and_rooms_are_continued_as_each_alone(model, own):
+    """Greedily, which nothing random hides."""
+    rooms = (2, 9, 6)
+    together = write(never_ends(model), own, rooms=rooms)
+    for prompt, room, (ids, labels) in zip(PROMPTS, rooms, together):
+        assert [(ids, labels)] == write(model, own, [prompt], rooms=[room])
+        assert ids[: len(prompt)] == prompt and len(ids) == len(prompt) + room
+        assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+    assert not model.training
+
+
+def test_a_short_prompt_takes_a_long_one_past_no_position(own):
+    config = transformers.GPT2Config(vocab_size=300, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    gpt2 = never_ends(transformers.GPT2LMHeadModel(config))
+    rows = write(gpt2, own, rooms=[8 - len(prompt) for prompt in PROMPTS])
+    assert [len(ids) for ids, _ in rows] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_models_own_defaults_do_not_shape_what_it_writes(lora, temperature, model, own):
+    if lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    plain = write(model, own, temperature=temperature)
+    defaults = {"top_p": 0.1, "top_k": 1, "typical_p": 0.1, "temperature": 0.1, "repetition_penalty": 50.0}
+    defaults |= {"no_repeat_ngram_size": 1, "suppress_tokens": [plain[0][0][-1]], "min_new_tokens": 5}
+    given = GenerationConfig(do_sample=True, **defaults)
+    writer = model.get_base_model() if lora else model
+    writer.generation_config = given
+    assert write(model, own, temperature=temperature) == plain
+    assert writer.generation_config is given
+
+
+def test_a_text_ends_where_a_chat_models_turn_does(model, own):
+    own.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    turn = own.convert_tokens_to_ids("<turn>")
+    model.generation_config.eos_token_id = [own.eos_token_id, turn, 7]  # 7: an id of a text's own
+    assert ends_of(model, own) == [own.eos_token_id, turn]
+    model.generation_config.eos_token_id = None
+    assert ends_of(model, own) == [own.eos_token_id]
+
+
+def test_a_model_whose_config_is_nested(own):
+    text = dict(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Gemma3Config(
+        text_config={**text, **heads}, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
+    gemma = transformers.Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():
+        gemma.get_input_embeddings().weight[300:] = gemma.get_input_embeddings().weight.sum(0)
+    rows = write(gemma, own, temperature=1.0)
+    assert all(token < 300 for ids, _ in rows for token in ids)
+
+
+# -- the teacher's text as data ----------------------------------------------------------------------
+
+
+def settings(tmp_path, **values):
+    return resolve("hard", options(tmp_path, **values))
+
+
+def read_back(path, lines, tokenizer):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return data.sequences(data.read(data.DataSettings(data=[str(path)])), tokenizer, 64).rows
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_only_a_completion_that_ended_is_taught_an_end_of_text(ends, tmp_path, model, own):
+    model = never_ends(model)
+    if ends:
+        with torch.no_grad():
+            model.lm_head.bias[0] = 1e4
+    texts = ["def f(x):", "a"]
+    said = generate.complete(settings(tmp_path), model, own, texts)
+    assert [ended for _, ended in said] == [ends, ends]
+    lines = [generate._line(text, *each) for text, each in zip(texts, said)]
+    rows = read_back(tmp_path / "c.jsonl", lines, own)
+    assert [own.eos_token_id in labels for _, labels in rows] == [ends, ends]
+    assert ends or all(len(ids) > 20 for ids, _ in rows)  # up to max_length 32, whatever the other's prompt
+
+
+def test_a_chat_that_was_cut_is_not_closed(tmp_path, own):
+    own.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    given = [{"role": "user", "content": "hi"}]
+    lines = [generate._line(given, "there ", ended) for ended in (True, False)]
+    learnt = [
+        own.decode([token for token in labels if token >= 0])
+        for _, labels in read_back(tmp_path / "c.jsonl", lines, own)
+    ]
+    assert learnt == ["there" + own.eos_token, "there"]
+
+
+def test_cut_completions_without_any_text_are_left_out(tmp_path, own, capsys):
+    lines = [generate._line("x", "", False), generate._line("x", "y", True)]
+    assert len(read_back(tmp_path / "c.jsonl", lines, own)) == 1
+    assert "1 of 2 completions are cut, with no text left" in capsys.readouterr().out
+
+
+def test_a_padded_teacher_writes_tokens_alone(tmp_path, model, own):
+    model.resize_token_embeddings(320)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[300:] = 9.0
+    said = generate.complete(settings(tmp_path), model, own, ["def f(x):"] * 4)
+    assert all(text for text, _ in said)
+
+
+def test_prompts_have_whole_characters(tmp_path, own):
+    """A byte-level token may be a part of one; a sequence that has no whole one gives no prompt."""
+    asked = settings(tmp_path, prompt_tokens=4, max_length=7)
+    packed = data.sequences([{"text": "ab日本語日本語日本語"}], own, 7)
+    prompts = generate.make_prompts(asked, [{"text": ""}], own, packed)
+    assert prompts and all(given == text and "�" not in text for given, text in prompts)
+    assert all(text for text, _ in prompts)
+    with pytest.raises(UserError, match="prompt_tokens=1: no training sequence begins with a whole"):
+        asked.generation.prompt_tokens = 1
+        generate.make_prompts(asked, [{"text": ""}], own, data.Sequences(packed.rows[1:2]))
+
+
+def test_a_vocabulary_goes_to_its_largest_id(own):
+    gaps = Tokenizer(WordLevel({"a": 0, "b": 900}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=gaps, eos_token="a", pad_token="a")
+    assert len(tokenizer) < 900 and models.vocabulary(tokenizer) == 901
+    made = models.load_model("micro", tokenizer, dtype="float32", seed=0, max_length=32)
+    assert made.get_output_embeddings().weight.shape[0] == 901
