@@ -49,8 +49,7 @@ struct SparseJob {
   const Normaliser* at_1 = nullptr;  // [rows]: the whole row's at temperature 1
   const Softmax* softmax = nullptr;  // [rows]: the whole row's at T; only where an entropy is asked for
 
-  // Whether the rest is no outcome: the student has none (`sum_exp` is of it), and the teacher's may be
-  // rounding.
+  // The rest is no outcome where the student has none (`sum_exp` is of it) and the teacher's may be rounding.
   KD_HD bool rest_is_none(int64_t row, double sum_exp) const { return rounding[row] && sum_exp == 0; }
 };
 

@@ -97,8 +97,7 @@ KD_HD void raise(RowState& r, double student, double teacher, double temperature
   r.pair.cross_t = decayed(r.pair.cross_t + moment(sum_exp_t, shift), t.decay);
 }
 
-// 0, but NaN for rows without a softmax: with NaN logits (their sums are NaN), or nothing but -inf (a sum is
-// 0).
+// 0, but NaN for a row without a softmax: a NaN logit makes a sum NaN, nothing but -inf leaves it 0.
 KD_HD double nan_without_softmax(double sum_exp_s, double sum_exp_t) { return 0 / (sum_exp_s * sum_exp_t); }
 
 KD_HD double divergence_value(const RowState& r, Kind kind) {
