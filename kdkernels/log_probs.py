@@ -163,10 +163,7 @@ def _signature(call: _Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group."""
     spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
     place = exchange.Place.from_text(shard)
-    own_tokens = place is not None and place.own_tokens
-    return {
-        "tokens": None if own_tokens else list(call.own.leading),
-        "ids": None if own_tokens else call.given[1].shape[-1],
+    same: dict[str, Any] = {
         "outputs": spec,
         "vocabulary": vocab,
         "chunk_bytes": chunk_bytes,
@@ -174,3 +171,8 @@ def _signature(call: _Call) -> dict[str, Any]:
         "dtypes": [str(t.dtype) for t in call.own.tensors],
         "gradients": needs_grad,
     }
+    if place is not None and not place.own_tokens:
+        _, ids, _, temperature = call.given
+        same["tokens"], same["slots"] = list(call.own.leading), ids.shape[-1]
+        same["ids"], same["temperature"] = exchange.fingerprint(ids), exchange.fingerprint(temperature)
+    return same

@@ -213,7 +213,7 @@ OWN = [
         split="empty",
     ),
 ]
-DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels", "ids"]
+DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels", *shard_refusals.VALUES]
 POLICIES = [
     Case("of logits", {}, dict(temperature=1.7), "token_log_probs", ranks=3, split="empty"),
     Case("of heads", dict(softcap=5.0, **HEADS), dict(chunk_bytes=3000), "token_log_probs", ranks=4),
@@ -262,6 +262,7 @@ OTHERS = {
     "heads of meshes": shard_dtensors.heads_of_meshes,
     "refused dtensors": shard_refusals.refused_dtensors,
     "compiled": shard_properties.compiled,
+    "inplace views": shard_properties.inplace_views,
     **{
         f"trained by {wrapper}": functools.partial(shard_training.trained, wrapper)
         for wrapper in ("DDP", "FSDP2")
@@ -561,6 +562,13 @@ def test_dtensors_that_are_no_shards(outcomes):
     for made in of(outcomes, "refused dtensors"):
         for kind, message, pattern in made:
             assert kind == "ValueError" and re.search(pattern, message) and "\n" not in message, message
+
+
+def test_views_are_overwritten_in_place(outcomes):
+    for made in of(outcomes, "inplace views"):
+        for changed, plain, inplace in made:
+            assert changed == [False] * 2 + [True] * 5 + [False] * 2
+            assert torch.equal(plain, inplace) and plain.norm() > 1e-3
 
 
 def test_a_compiled_loss_on_shards(outcomes):

@@ -8,6 +8,7 @@ group runs beside the product for dW. Every rank walks the same chunks, so that 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..backends.row_state import Pass
 from ..checks import require
 from ..heads import Shard
+from .layout import folds
 from .sides import Side
 
 # Its functions have a default argument: the process group of the moment in which the module is imported. torch imports
@@ -126,13 +128,31 @@ def agreed(shard: Shard, make: Callable[[], Any], signature: Callable[[Any], dic
     return made
 
 
+def fingerprint(t: Tensor | None) -> str:
+    """What ranks compare of a tensor's values, which all of them should have alike."""
+    if t is None:
+        return "none"
+    return hashlib.sha256(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
+
+
 def ranges(shard: Shard, width: int) -> tuple[Range, ...]:
     """The first id of every rank's part and the one after its last. It is asked once of each Shard."""
     if "ranges" not in shard.known:
-        group = _group(shard)
-        told = _tell(group, (shard.start, width))
-        shard.known.update(width=width, ranges=_joined(told))
+        width = int(width)
+        shard.known.update(width=width, ranges=_asked(_group(shard).group_name, shard.start, width))
     return shard.known["ranges"]
+
+
+def _asked(group: str, start: int | None, width: int) -> tuple[Range, ...]:
+    return _joined(_tell(_named(group), (start, width)))
+
+
+# Compiled code asks while it is compiled.
+_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _named(group: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
 
 
 def _joined(told: list[tuple[int | None, int]]) -> tuple[Range, ...]:
@@ -185,7 +205,7 @@ def placed(student: Side, teacher: Side | None) -> tuple[Side, Side | None]:
 
 
 def _check_options(shards: list[Shard]) -> None:
-    if len({id(_group(shard)) for shard in shards}) > 1:
+    if len({_group(shard).group_name for shard in shards}) > 1:
         raise ValueError("student and teacher are sharded over two different groups")
     for name in ("tokens", "reduce_hidden", "reduce_dtype", "data_parallel"):
         if len({getattr(shard, name) for shard in shards}) > 1:
@@ -195,7 +215,9 @@ def _check_options(shards: list[Shard]) -> None:
 def _whole(side: Side) -> Side:
     assert side.shard is not None
     tensors, vocab = side.tensors, max(stop for _, stop in ranges(side.shard, side.vocab))
-    if not side.is_head:  # every rank must cut its tokens alike, whatever its strides
+    if not side.is_head and not folds(
+        tensors[0]
+    ):  # every rank must cut its tokens alike, whatever its strides
         tensors = [tensors[0].contiguous()]
     return replace(side, tensors=tensors, vocab=vocab)
 
@@ -264,7 +286,7 @@ class Exchange:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.group: Any = dist.distributed_c10d._resolve_process_group(place.group)  # type: ignore[arg-type]
+        self.group: Any = _named(place.group)
         self.ranks = dist.get_world_size(self.group)
         self.pending: list[Any] = []
         self.own_tokens: OwnTokens | None = None

@@ -288,14 +288,20 @@ def _signature(call: Call) -> dict[str, Any]:
         "dtypes": [str(t.dtype) for t in request.tensors],
         "gradients": request.needs_grad,
         "backend": (chosen_backend(), native.why_not() is None),
+        "the divergence's numbers": request.parameters.tolist(),
     }
     if request.place is not None and not request.place.own_tokens:
         same["tokens"] = list(call.reduction.leading)
-        same["slots"] = request.teacher[0].shape[-1] if request.spec.tail else 0
-        labels, weights = request.labels, request.weights
-        order = torch.arange(1, len(weights) + 1, device=weights.device)
-        same["labels"] = 0 if labels is None else int((labels * order).sum())
-        same["weights"] = (weights * order[:, None]).sum().item()
+        same["temperature"] = exchange.fingerprint(request.temperature)
+        same["labels"] = exchange.fingerprint(request.labels)
+        same["weights"] = exchange.fingerprint(request.weights)
+        if request.spec.tail:
+            ids, values = request.teacher
+            same["slots"] = ids.shape[-1]
+            same["the sparse target's ids"] = exchange.fingerprint(ids)
+            same["the sparse target's values"] = exchange.fingerprint(
+                values.reshape(ids.shape).masked_fill(ids < 0, 0.0)
+            )
     return same
 
 

@@ -72,15 +72,32 @@ def autocast(group):
     return loss.detach(), true.detach(), torch.autograd.grad(loss, leaves), expected
 
 
-def compiled(group):
-    """(loss and gradients of a function as it is, and compiled whole)."""
-    shard, labels, made = kd.Shard(group), torch.tensor([0, 4, 9, 14]), []
+def inplace_views(group):
+    """(whether the logits, columns of a wider tensor, were overwritten, and nothing beside them; gradients in place and
+    not), of columns that lie side by side and of others."""
+    labels, made = torch.tensor([0, 4, 9, 14]), []
+    for transposed in (False, True):
+        gradients = []
+        for inplace in (False, True):
+            given = leaf(9, 4).T if transposed else leaf(4, 9)
+            wide = given * 1.0
+            before, logits = wide.detach().clone(), wide[:, 2:7]
+            loss = kd.cross_entropy(kd.ShardedLogits(logits, kd.Shard(group)), labels, inplace=inplace)
+            changed = (wide.detach() != before).any(0).tolist()
+            gradients.append(torch.autograd.grad(loss, logits)[0])
+        made.append((changed, *gradients))
+    return made
 
-    def loss(hidden, weight):
+
+def compiled(group):
+    """(loss and gradients of a function as it is, and compiled whole). Each is the first to use its shard."""
+    labels, made = torch.tensor([0, 4, 9, 14]), []
+
+    def loss(hidden, weight, shard):
         return kd.cross_entropy(kd.LinearHead(hidden, weight, shard=shard), labels, label_smoothing=0.1)
 
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaves = [leaf(4, 6), leaf(5, 6, seed=1 + dist.get_rank(group))]
-        value = function(*leaves)
+        value = function(*leaves, kd.Shard(group))
         made.append([value.detach(), *torch.autograd.grad(value, leaves)])
     return made

@@ -64,6 +64,36 @@ def failing(*args, **kwargs):
     raise RuntimeError("out of memory")
 
 
+def sparse(student, *, id=3, weight=0.5):
+    ids, weights = (
+        torch.tensor([[3, 1], [2, 4], [5, id]]),
+        torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.25, weight]]),
+    )
+    return kd.kl_div(student, kd.SparseTarget(ids, weights=weights))
+
+
+def probed(student, *, ids=(3, 1, 2), slots=1, **options):
+    return kd.token_log_probs(student, torch.tensor(ids)[:, None].repeat(1, slots), **options)
+
+
+#: What differs, by the name that the error gives it: a call with the student, the teacher, and 1 on one rank, 0 elsewhere.
+VALUES = {
+    "temperature": lambda s, t, one: kd.kl_div(s, t, temperature=1.5 + one),
+    "temperature: by token": lambda s, t, one: kd.kl_div(
+        s, t, temperature=torch.tensor([1.5, 2.0, 1.0 + one])
+    ),
+    "weights": lambda s, t, one: kd.kl_div(s, t, token_weights=torch.tensor([1.0, one, 1 - one])),
+    "the divergence's numbers": lambda s, t, one: kd.distillation_loss(
+        s, t, divergence=kd.JSD(0.3 + 0.1 * one)
+    ),
+    "the sparse target's ids": lambda s, t, one: sparse(s, id=3 + one),
+    "the sparse target's values": lambda s, t, one: sparse(s, weight=0.5 + 0.1 * one),
+    "slots": lambda s, t, one: probed(s, slots=1 + one),
+    "ids": lambda s, t, one: probed(s, ids=(3, 1, 2 + one)),
+    "temperature: of ids": lambda s, t, one: probed(s, temperature=1.5 + one),
+}
+
+
 def other_arguments(name, group):
     """What ranks say that differ in something, with KDKERNELS_CHECK_RANKS=1."""
     rank = dist.get_rank(group)
@@ -83,9 +113,8 @@ def other_arguments(name, group):
     try:
         logits = torch.zeros(tokens, 5, dtype=dtype)
         sides = [kd.ShardedLogits(logits, kd.Shard(group)) for _ in range(2)]
-        if name == "ids":
-            ids = torch.zeros(tokens, 1 + (rank == 1), dtype=torch.int64)
-            return told(lambda: kd.token_log_probs(sides[0], ids), pattern)
+        if name in VALUES:
+            return told(lambda: VALUES[name](*sides, int(rank == 1)), f"differ in {name.split(':')[0]}")
         return told(lambda: kd.kl_div(*sides, **options), pattern)
     finally:
         del os.environ["KDKERNELS_CHECK_RANKS"]
