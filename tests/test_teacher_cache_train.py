@@ -330,6 +330,26 @@ def test_what_is_there_is_not_made_again(home, monkeypatch):
         cached(home, "nothing", "--top_k", "4", "--data", str(home / "empty.txt"))
 
 
+def test_another_teacher_under_the_same_name_does_not_go_on(home, tmp_path, capsys):
+    """Nor one of another dtype, nor with another seed where tokens are drawn."""
+    named = shutil.copytree(teacher(home), tmp_path / "teacher")
+    asked = ["--teacher", str(named), "--data", str(home / "text"), "--out", str(tmp_path / "c")]
+    asked += ["--samples", "4", "--max_length", "48", "--validation_share", "0"]
+    cache_command.main(asked)
+    for changed, says in (
+        (["--dtype", "bfloat16"], "dtype 'float32', not"),
+        (["--seed", "1"], "seed 42, not 1"),
+    ):
+        with pytest.raises(SystemExit, match=f"has a cache with {says}"):
+            cache_command.main([*asked, *changed])
+    (weights_file,) = named.glob("*.safetensors")
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(SystemExit, match="has a cache with weights '.*; choose another directory"):
+        cache_command.main(asked)
+
+
 def test_only_learnt_tokens_are_kept(home):
     """Prompts have no label, so their tokens need no target; another mask is another cache."""
     rows = [([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5])]
@@ -341,9 +361,7 @@ def test_only_learnt_tokens_are_kept(home):
         model, batch, cache_command.select(settings, [0], len(tokenizer), "bucket")
     )
     assert (target.ids >= 0).any(-1).tolist() == [False, True, True, True, False]
-    assert cache_command.fingerprint(data.Sequences(rows)) != cache_command.fingerprint(
-        data.Sequences([(rows[0][0], rows[0][0])])
-    )
+    assert data.Sequences(rows).fingerprint() != data.Sequences([(rows[0][0], rows[0][0])]).fingerprint()
 
 
 def test_help_is_there(capsys):

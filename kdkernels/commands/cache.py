@@ -16,7 +16,7 @@ import kdkernels as kd
 
 from ..integrations.transformers import call_through_head, check_head, model_inputs, row_of, shifted_labels
 from ..targets import Tail
-from ..teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprint, tokenizer_hash
+from ..teacher_cache import CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from ..trainer import data, models
 from ..trainer.command_line import HelpFormatter
 from ..trainer.progress import bar
@@ -69,7 +69,7 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
     models.check_models(named, data_settings.max_length)
     tokenizer = models.load_tokenizer(named, (), Path(settings.out))
     training, validation = data.split(data.read(data_settings), data_settings)
-    teacher, complete = None, True
+    teacher, weights, complete = None, models.fingerprint(settings.teacher), True
     for records, folder in ((training, ""), (validation, "validation")):
         sequences = data.sequences(records, tokenizer, data_settings.max_length)
         if not folder:
@@ -77,7 +77,7 @@ def run(settings: CacheSettings, data_settings: DataSettings) -> None:
         elif not len(sequences := data.limited(sequences, data_settings.validation_sequences)):
             continue
         directory = Path(settings.out, folder)
-        manifest = manifest_of(settings, method, tokenizer, sequences)
+        manifest = manifest_of(settings, method, tokenizer, sequences, weights)
         with CacheWriter(directory, manifest, shard_tokens=settings.shard_tokens, **ranks()) as writer:
             if teacher is None and writer.todo():
                 teacher = load_teacher(settings, tokenizer, data_settings.max_length)
@@ -107,7 +107,9 @@ def check(settings: CacheSettings) -> str:
     return methods[0]
 
 
-def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences: data.Sequences) -> Manifest:
+def manifest_of(
+    settings: CacheSettings, method: str, tokenizer: Any, sequences: data.Sequences, weights: str | None
+) -> Manifest:
     sampled, plain = method == "samples", settings.proposal_temperature == 1
     vocab = models.vocabulary(tokenizer)
     k = {"top_k": settings.top_k, "top_p": settings.max_k or vocab, "samples": settings.samples}[method]
@@ -115,7 +117,7 @@ def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences:
         model=settings.teacher,
         tokenizer=tokenizer_hash(tokenizer),
         vocab_size=vocab,
-        data=fingerprint(sequences),
+        data=sequences.fingerprint(),
         sequences=len(sequences),
         method=method,
         k=k if sampled else min(k, vocab),
@@ -124,12 +126,10 @@ def manifest_of(settings: CacheSettings, method: str, tokenizer: Any, sequences:
         proposal_temperature=settings.proposal_temperature,
         tail=cast(Tail, settings.tail or ("truncate" if sampled else "bucket")),  # Manifest checks it
         values=settings.values or ("count" if sampled and plain else "uint8"),
+        weights=weights,
+        dtype=settings.dtype,
+        seed=settings.seed if sampled else None,
     )
-
-
-def fingerprint(sequences: data.Sequences) -> str:
-    """Of ids and labels. Labels count because targets are stored only where there is one."""
-    return data_fingerprint((ids for ids, _ in sequences.rows), (labels for _, labels in sequences.rows))
 
 
 def ranks() -> dict[str, int]:

@@ -15,6 +15,8 @@ from .codec import DTYPES
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+#: Fields that the first caches do not have: unsaid, they are not written, so that those caches' digests stay.
+_LATER = ("weights", "dtype", "seed")
 METHODS = ("top_k", "top_p", "samples", "given")
 
 
@@ -37,6 +39,9 @@ class Manifest:
         temperature: at which the teacher's log-probabilities were taken.
         shift: row t of a target is about token t + shift of its sequence.
         values: how values are stored: "float32" (as they are), "bfloat16", "uint8", "count".
+        weights: what tells the teacher from others of its name, such as a hash of its files; None: nobody said.
+        dtype: in which the teacher ran; None: nobody said.
+        seed: of "samples"; else None.
         format_version: of the files.
     """
 
@@ -54,6 +59,9 @@ class Manifest:
     temperature: float = 1.0
     shift: int = 1
     values: str = "uint8"
+    weights: str | None = None
+    dtype: str | None = None
+    seed: int | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -73,7 +81,10 @@ class Manifest:
             raise ValueError(f"a manifest needs 1 <= vocab_size < 2^31, got {self.vocab_size}")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        said = {
+            name: value for name, value in asdict(self).items() if value is not None or name not in _LATER
+        }
+        return json.dumps(said, indent=2) + "\n"
 
     def digest(self) -> str:
         """sha256 of the text; every shard's record repeats it."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..commands.cache import fingerprint
 from ..teacher_cache import TeacherCache, stack, tokenizer_hash
 from . import data, models
 from .settings import UserError
@@ -27,7 +26,7 @@ class CachedSequences(Dataset):
                     "tokenizer": tokenizer_hash(tokenizer),
                     "vocab_size": models.vocabulary(tokenizer),
                     "sequences": len(sequences),
-                    "data": fingerprint(sequences),
+                    "data": sequences.fingerprint(),
                     "temperature": 1.0,
                     "shift": 1,
                 },

@@ -137,6 +137,12 @@ class Sequences(Dataset):
         ids, labels = self.rows[index]
         return {"input_ids": ids, "labels": labels}
 
+    def fingerprint(self) -> str:
+        """Of ids and labels: another order or mask gives another one."""
+        from ..teacher_cache import data_fingerprint
+
+        return data_fingerprint((ids for ids, _ in self.rows), (labels for _, labels in self.rows))
+
 
 def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequences:
     """Documents as sequences of tokens. Text is packed; every completion is a sequence of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -54,6 +55,25 @@ def positions_of(config: Any) -> int | None:
         unscaled = rope.get("original_max_position_embeddings") or positions
         return max(positions, int(unscaled * (rope.get("factor") or 1)))
     return positions
+
+
+def fingerprint(name: str) -> str | None:
+    """What tells a model from another one under the same name: of a folder, a hash of its config and weights; of a name on
+    the hub, the commit."""
+    if name in SCRATCH:
+        return name
+    where, file = source(name)
+    if not Path(where).is_dir():
+        return _pretrained(AutoConfig, name, "model")._commit_hash
+    from ..teacher_cache.shards import sha256
+
+    named = file.get("gguf_file")
+    parts = sorted(
+        path
+        for path in Path(where).iterdir()
+        if path.name == (named or "config.json") or not named and path.suffix in (".safetensors", ".bin")
+    )
+    return hashlib.sha256("".join(path.name + sha256(path) for path in parts).encode()).hexdigest()
 
 
 def parameters(model: Any, *, trained: bool = False) -> int:
