@@ -63,6 +63,22 @@ def test_inplace_writes_the_gradient_over_the_logits(backend, dtype):
     assert torch.equal(logits.detach(), leaf.grad) or dtype == torch.float16
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_that_was_written_to_is_an_error(backend, reduction):
+    """The logits hold it until the backward; a second loss would take them for logits."""
+    leaf, teacher = torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+
+    def lost(write):
+        logits = leaf * 1
+        loss = kd.kl_div(logits, teacher, inplace=True, reduction=reduction).sum()
+        write(logits)
+        with pytest.raises(RuntimeError, match="inplace=True has left their gradient.*clone them before"):
+            loss.backward()
+
+    lost(lambda logits: logits.detach().zero_())
+    lost(lambda logits: kd.kl_div(logits, teacher, inplace=True))
+
+
 def test_only_inplace_overwrites(backend):
     problem = Problem()
     before = problem.student[0].clone(), problem.teacher[0].clone()

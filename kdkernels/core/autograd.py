@@ -162,6 +162,7 @@ def _(value, inputs, gradients):
 
 def _attach_setup(ctx, inputs, output) -> None:
     ctx.gradients = list(inputs[2])
+    ctx.versions = [] if tracing(output) else [g._version for g in ctx.gradients]
 
 
 def _attach_backward(ctx, arriving):
@@ -173,6 +174,11 @@ def _attach_backward(ctx, arriving):
             "pass retain_graph=True to the first backward"
         )
     gradients = ctx.gradients
+    if not compiling and ctx.versions != [g._version for g in gradients]:
+        raise RuntimeError(
+            "the student's logits, where inplace=True has left their gradient, were written to before the backward; "
+            "clone them before, or inplace=False"
+        )
     # torch has no public name for whether retain_graph=True was given.
     if not compiling and not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.gradients = None  # the caller owns them now: .grad takes the buffer without a copy
