@@ -197,6 +197,35 @@ def test_a_tolerance_leaves_the_loss_alone(tmp_path):
     assert (near - exact).norm() < exact.norm()
 
 
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("option", [{}, {"label_smoothing": 0.2}, {"z_loss": 0.1}], ids=str)
+def test_the_evaluated_loss_is_the_training_loss(option, teacher, tmp_path):
+    """And eval_hard the cross entropy itself."""
+    student, inputs = llama(), batch()
+    options = {"teacher": llama(seed=1) if teacher else None, "hard_weight": 0.5, **option}
+    trainer = DistillationTrainer(student, arguments(tmp_path), eval_dataset=rows_of(inputs), **options)
+    metrics = trainer.evaluate()
+    labels = inputs["labels"][:, 1:]
+    cross_entropy = kd.cross_entropy(student(inputs["input_ids"]).logits[:, :-1], labels)
+    assert metrics["eval_hard"] == pytest.approx(cross_entropy.item(), rel=1e-6)
+    assert metrics["eval_loss"] == pytest.approx(trainer.compute_loss(student, inputs).item(), rel=1e-6)
+
+
+def test_co_trains_the_student_with_the_hard_terms_options(tmp_path):
+    codistill = pytest.importorskip("kdkernels.trainer.codistill")
+    pair, inputs, losses = codistill.Pair(llama(), llama(seed=1)), batch(), []
+    for option in ({}, {"z_loss": 0.1}):
+        soft = {"soft_schedule": codistill.SoftWeight("constant", 1.0), "teacher_learning_rate": 1e-3}
+        trainer = codistill.CodistillationTrainer(
+            pair, arguments(tmp_path), hard_weight=1.0, eval_dataset=rows_of(inputs), **soft, **option
+        )
+        losses.append(trainer.compute_loss(pair, inputs, num_items_in_batch=1).item())
+    labels = inputs["labels"][:, 1:]
+    logits = pair.student(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    plain, with_z = (kd.cross_entropy(logits, labels, reduction="sum", z_loss=z).item() for z in (0.0, 0.1))
+    assert losses[1] - losses[0] == pytest.approx(with_z - plain, rel=1e-5) and with_z > plain + 1
+
+
 def test_the_teachers_weights_may_go_when_its_forward_is_done(tmp_path):
     """As ZeRO-3 lets them go: the parameter is there, and empty."""
     teacher, inputs = llama(seed=7, width=32), batch()

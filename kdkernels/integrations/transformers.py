@@ -267,8 +267,10 @@ class DistillationTrainer(Trainer):
         """One sequence's token-summed statistics, for evaluation."""
         tokens = (labels >= 0).sum()
         if target is None:
-            hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
-            return {"loss": self.hard_weight * hard, "hard": hard, "tokens": tokens}
+            loss = hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
+            if any(self.hard_options.values()):
+                loss = kd.cross_entropy(student, labels, reduction="sum", **self.hard_options, **self.cut)
+            return {"loss": self.hard_weight * loss, "hard": hard, "tokens": tokens}
         _, stats = kd.distillation_loss(
             student, target, labels, hard_weight=1.0, return_stats=True, **self.cut
         )

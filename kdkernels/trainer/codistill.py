@@ -161,6 +161,7 @@ class CodistillationTrainer(ReliableTrainer):
             num_items=num_items,
             return_stats=True,
             **self.soft_options,
+            **self.hard_options,
             **self.cut,
         )
         self.log_stats(stats, student, target, labels)
