@@ -24,9 +24,11 @@ const RowLoops& row_loops_avx512bf16();
 
 namespace {
 
-// 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with an instruction that rounds to bf16: the best that this
-// processor has, or a lower one that KDKERNELS_ISA asks for.
-int64_t best_instruction_set() {
+// The last is AVX-512 with an instruction that rounds to bf16.
+constexpr const char* kInstructionSets[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+
+// As its place in kInstructionSets.
+int best_instruction_set() {
   int best = 0;
 #if defined(__x86_64__) || defined(_M_X64)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
@@ -36,17 +38,22 @@ int64_t best_instruction_set() {
     best = 2;
   if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
-  const char* asked = std::getenv("KDKERNELS_ISA");
-  if (asked != nullptr) {
-    const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
-    for (int i = 0; i < best; ++i)
-      if (std::strcmp(asked, names[i]) == 0) return i;
-  }
   return best;
 }
 
+// The best, or what KDKERNELS_ISA asks for.
+int chosen_instruction_set() {
+  const int best = best_instruction_set();
+  const char* asked = std::getenv("KDKERNELS_ISA");
+  if (asked == nullptr || *asked == 0) return best;
+  for (int i = 0; i <= best; ++i)
+    if (std::strcmp(asked, kInstructionSets[i]) == 0) return i;
+  STD_TORCH_CHECK(false, "kdkernels: KDKERNELS_ISA=", asked, ", but on this machine there are baseline to ",
+                  kInstructionSets[best], " (of baseline, avx2, avx512, avx512bf16)");
+}
+
 int64_t instruction_set(const Tensor&) {
-  static const int64_t chosen = best_instruction_set();
+  static const int64_t chosen = chosen_instruction_set();
   return chosen;
 }
 

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     command = parser.parse_args(arguments[:1]).command
     try:
         chosen_backend()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: KDKERNELS_BACKEND: {error}")
     importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
 

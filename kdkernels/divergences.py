@@ -171,13 +171,26 @@ class Divergence:
 
 def pointwise(divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """``divergence.phi`` of a chunk's columns. A formula that sums them itself would be counted once a column."""
-    terms = divergence.phi(p, q, log_p, log_q)
+    terms = unwritten(divergence.phi, p, q, log_p, log_q)
     if terms.shape != p.shape:
         raise TypeError(
             f"{type(divergence).__name__}.phi must be pointwise: of tensors {tuple(p.shape)} it made "
             f"{tuple(terms.shape)}; return the terms, which are summed for you"
         )
     return terms
+
+
+def unwritten(formula: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """What a formula of the user's makes of tensors that others read too."""
+    before = [_version(t) for t in given]
+    made = formula(*given)
+    if before != [_version(t) for t in given]:
+        raise TypeError(f"{formula.__qualname__} writes into a tensor that it is given; it may only read them")
+    return made
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # there nobody counts
 
 
 def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

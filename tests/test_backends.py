@@ -72,6 +72,8 @@ def test_an_unknown_name_is_an_error_at_once(monkeypatch):
     monkeypatch.setenv("KDKERNELS_BACKEND", "bogus")
     with pytest.raises(ValueError, match="'bogus'.*eager"):
         kd.kl_div(torch.randn(2, 5), torch.randn(2, 5))
+    monkeypatch.setenv("KDKERNELS_BACKEND", "")
+    assert chosen_backend() == "auto"
 
 
 def test_threads_choose_for_themselves():

@@ -69,6 +69,16 @@ def test_other_instruction_sets(isa):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def test_an_instruction_set_that_is_not_there_is_an_error():
+    if kd.backends()["native"] is not None:
+        pytest.skip("the native backend is not built")
+    check = "import kdkernels as kd, torch; kd.kl_div(torch.randn(2, 5), torch.randn(2, 5))"
+    environment = {**os.environ, "KDKERNELS_ISA": "avx3"}
+    command = [sys.executable, "-c", check]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert "KDKERNELS_ISA=avx3, but on this machine there are baseline to" in done.stderr
+
+
 def rounded_by_the_instruction(x):
     """The bits that vcvtneps2bf16 makes of normal numbers, infinities and NaNs, as Intel's manual defines it."""
     bits = x.view(torch.int32).long() & 0xFFFFFFFF

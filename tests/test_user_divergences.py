@@ -265,3 +265,27 @@ def test_a_formula_that_sums_is_refused(name):
         pytest.raises(TypeError, match=r"Summed.phi must be pointwise.*\(6, 50\).*\(6,\)"),
     ):
         kd.distillation_loss(s, t, divergence=Summed())
+
+
+class Halved(kd.Divergence):
+    def phi(self, p, q, log_p, log_q):
+        return (p.mul_(0.5) - q).square()
+
+
+class HalvedPsi(FromPhi):
+    def q_psi(self, p, q, log_p, log_q):
+        return q.mul_(0.5) * (q - p)
+
+
+@pytest.mark.parametrize("divergence, formula", [(Halved, "phi"), (HalvedPsi, "q_psi")])
+def test_a_formula_that_writes_is_refused(divergence, formula):
+    """The gradient would be that of other distributions."""
+    s, t = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
+    for name in ("eager", "reference"):
+        if name == "reference" and formula == "q_psi":
+            continue  # it asks phi alone
+        with (
+            kd.use_backend(name),
+            pytest.raises(TypeError, match=f"{divergence.__name__}.{formula} writes into a tensor"),
+        ):
+            kd.distillation_loss(s, t, divergence=divergence())

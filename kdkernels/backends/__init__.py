@@ -36,9 +36,11 @@ class _ThreadsChoice(threading.local):
 _chosen = _ThreadsChoice()
 
 
-def _checked(name: str) -> str:
+def _usable(name: str) -> str:
     if name not in CHOICES:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(CHOICES)}")
+    if name in _NAMES and (reason := by_name(name).why_not()):
+        raise RuntimeError(f"backend {name!r} is not usable here: {reason}")
     return name
 
 
@@ -46,7 +48,7 @@ def chosen_backend() -> str:
     """What ``use_backend`` chose in this thread, else what KDKERNELS_BACKEND says, else "auto"."""
     if _chosen.name != "auto":
         return _chosen.name
-    return _checked(os.environ.get("KDKERNELS_BACKEND", "auto"))
+    return _usable(os.environ.get("KDKERNELS_BACKEND") or "auto")
 
 
 def reference_asked() -> bool:
@@ -87,11 +89,8 @@ def use_backend(name: BackendName) -> AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("kd.use_backend cannot be compiled; call it around the compiled function")
-    _checked(name)
-    if name in _NAMES and (reason := by_name(name).why_not()):
-        raise RuntimeError(f"backend {name!r} is not usable here: {reason}")
     choice = _Choice(before=_chosen.name)
-    _chosen.name = name
+    _chosen.name = _usable(name)
     return choice
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergences import SkewKL, pointwise
+from ..divergences import SkewKL, pointwise, unwritten
 from .outcomes import Outcomes
 from .protocol import Gradients, SparseGradient, Tile
 from .row_state import NO_REFERENCE, PairState, RowState, SideState, finish, new_state
@@ -206,7 +206,7 @@ def _log_softmax(z: Tensor, side: SideState, temperature: Tensor) -> Tensor:
 
 def _q_psi(tile: Tile, spec: Spec, row: RowState, at: _Distributions) -> Tensor:
     divergence = spec.divergence(tile.parameters)
-    q_psi = divergence.q_psi(*at)
+    q_psi = unwritten(divergence.q_psi, *at)
     if type(divergence) is not SkewKL:
         return q_psi
     return torch.where(row.disagree()[:, None], divergence.q_psi_apart(at.p, at.q), q_psi)
