@@ -185,7 +185,9 @@ def unwritten(formula: Callable[..., Tensor], *given: Tensor) -> Tensor:
     before = [_version(t) for t in given]
     made = formula(*given)
     if before != [_version(t) for t in given]:
-        raise TypeError(f"{formula.__qualname__} writes into a tensor that it is given; it may only read them")
+        raise TypeError(
+            f"{formula.__qualname__} writes into a tensor that it is given; it may only read them"
+        )
     return made
 
 

@@ -11,9 +11,9 @@ from problems import assert_exact, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 from test_far_logits import test_a_teacher_that_learns, test_losses  # noqa: F401
 from test_sparse import (  # noqa: F401
+    conforms,
     test_bucket_where_both_models_are_masked_is_dense,
     test_bucket_where_only_the_student_is_masked,
-    conforms,
     test_hard_term_where_the_rest_is_nothing,
     test_ties_at_a_temperature,
 )
