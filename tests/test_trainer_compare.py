@@ -1,5 +1,7 @@
 """``python -m kdkernels train compare``: its plan, what students are judged by, and what the report says."""
 
+import json
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from trainer_runs import WRITES, options, run  # noqa: E402
 from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.reliable import read_metrics  # noqa: E402
-from kdkernels.trainer.settings import SCRATCH  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
 
 
 def test_co_goes_on_with_a_teacher_that_is_under_way(tmp_path):
@@ -23,6 +25,38 @@ def test_co_goes_on_with_a_teacher_that_is_under_way(tmp_path):
     assert co.model.teacher == str(tmp_path / "teacher" / "checkpoint-10")
     stages = compare.plan(resolve("compare", {**values, "co_teacher_at": 0.0}))
     assert stages["co"].model.teacher == "micro" and stages["teacher"].run.save_total_limit == 1
+
+
+@pytest.mark.parametrize("asked, weight", [({}, 1.0), ({"hard_weight": 0.25}, 0.25)])
+def test_co_has_the_hard_weight_that_was_asked_for(asked, weight, tmp_path):
+    stages = compare.plan(resolve("compare", options(tmp_path, ways=["plain", "soft", "co"], **asked)))
+    assert stages["co"].loss.hard_weight == weight
+    assert stages["soft"].loss.hard_weight == asked.get("hard_weight", 0.0)
+
+
+def test_a_comparison_goes_on_as_it_is_asked_for_now(tmp_path, monkeypatch, capsys):
+    """What was judged by other prompts is judged again, and students of different text are not compared."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"line {i} of it\n" * 9}) + "\n" for i in range(20)))
+    values = options(tmp_path / "run", data=[str(text)], ways=["plain", "soft"], max_steps=1, **WRITES)
+    judged = []
+
+    def exit_code(settings):
+        train.run(resolve(settings.mode, settings.asked))
+
+    def judge_one(given, teacher, folder, prompts):
+        judged.append((folder, prompts))
+        return {**row(5.0), "writes": {}}
+
+    monkeypatch.setattr(compare, "exit_code", exit_code)
+    monkeypatch.setattr(judge, "judged", judge_one)
+    for prompts, counts in ((4, [4] * 3), (4, []), (8, [8] * 3)):
+        compare.compare(resolve("compare", {**values, "judged_prompts": prompts}))
+        assert [count for _, count in judged] == counts
+        judged.clear()
+    text.write_text(text.read_text().replace("line 3 ", "another "))
+    with pytest.raises(UserError, match="co had other text in --data than soft"):
+        compare.compare(resolve("compare", {**values, "ways": ["plain", "soft", "co"]}))
 
 
 @pytest.mark.parametrize("rates, steps", [((300.0, 200.0), 6), ((200.0, 300.0), 4)])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import huggingface_hub  # noqa: E402
 from trainer_runs import error_of, options, run, weights  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
+from kdkernels.trainer.reliable import ReliableTrainer, locked  # noqa: E402
 from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
 
 
@@ -38,7 +40,11 @@ from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
         ({"output_dir": None}, "no --output_dir"),
         ({"output_dir": "{tmp}/short.txt"}, "cannot write to --output_dir"),
         ({"targets": "{tmp}", "teacher": None}, "is no teacher cache"),
-        ({"lora_modules": ["nope"], "lora_rank": 2}, "Target modules {'nope'} not found"),
+        (
+            {"lora_modules": ["nope"], "lora_rank": 2, "student": "{saved}"},
+            "Target modules {'nope'} not found",
+        ),
+        ({"push_to_hub": True, "hub_model_id": "a/b"}, "push_to_hub=True cannot begin: "),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 9999}, "a batch takes 9999"),
         ({"seed": -1}, "Seed must be between 0"),
         ({"report_to": ["x"]}, "x is not supported"),
@@ -50,13 +56,15 @@ from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
         ({"lr_scheduler_kwargs": {"nope": 1}}, "lr_scheduler_kwargs={'nope': 1}: "),
     ],
 )
-def test_error(values, message, tmp_path, capsys):
+def test_error(values, message, tmp_path, saved, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "empty_texts.jsonl").write_text('{"text": ""}\n' * 3)
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "keys.jsonl").write_text('{"words": "x"}\n')
     (tmp_path / "torn.jsonl").write_text('{"text": "x\n')
-    fill = lambda value: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value  # noqa: E731
+    places = {"tmp": tmp_path, "saved": saved}
+    fill = lambda value: value.format(**places) if isinstance(value, str) else value  # noqa: E731
     values = {
         n: [fill(v) for v in value] if isinstance(value, list) else fill(value) for n, value in values.items()
     }
@@ -141,6 +149,46 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert weights(tmp_path / "run" / "model").keys() == before.keys()
 
 
+def test_a_run_does_not_go_on_with_other_text_or_processes(tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a line of some text"}\n' * 40)
+    asked = {"data": [str(text)], "resume": True}
+    run("soft", tmp_path / "run", **asked)
+    begun = tmp_path / "run" / "begun.json"
+    text.write_text('{"text": "a line of other text"}\n' * 40)
+    with pytest.raises(UserError, match=f"begun on other text than --data {text} holds now"):
+        run("soft", tmp_path / "run", **asked)
+    text.write_text('{"text": "a line of some text"}\n' * 40)
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"processes": 2}))
+    with pytest.raises(
+        UserError, match="by 2 of torchrun's processes, and now there are 1: torchrun --nproc_per_node 2"
+    ):
+        run("soft", tmp_path / "run", **asked)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    with locked(tmp_path, "held"):
+        with pytest.raises(UserError, match="another process is training in"):
+            run("soft", tmp_path, max_steps=1)
+        assert not list(tmp_path.iterdir())
+    run("soft", tmp_path, max_steps=1)
+
+
+def test_all_processes_raise_what_the_first_one_finds(tmp_path, monkeypatch):
+    """One that went on alone would end in a traceback, of a barrier that nobody else comes to."""
+    second = SimpleNamespace(output_dir=tmp_path, run=SimpleNamespace(process_index=1, world_size=2))
+    monkeypatch.setattr(train, "broadcast_object_list", lambda found: found.__setitem__(1, "already there"))
+    with pytest.raises(UserError, match="already there"), train.claimed(second):
+        pass
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):
+    assert run("soft", tmp_path)["seconds"] < 500
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / "seconds.json").write_text("1000.0")
+    assert 1000 < run("soft", tmp_path, resume=True)["seconds"] < 1500
+
+
 def test_every_token_masked(tmp_path, monkeypatch):
     collate = data.Collator.__call__
 
@@ -182,6 +230,19 @@ def test_what_no_run_of_ours_left_is_not_overwritten(name, tmp_path, capsys):
     for mode in ("soft", "hard"):
         assert f"holds {name}, but no config.yaml" in error_of(capsys, mode, tmp_path)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_metrics_that_no_run_wrote_stay(tmp_path, capsys):
+    lines = tmp_path / "run" / "metrics.jsonl"
+    lines.parent.mkdir()
+    lines.write_text('{"loss": 1.0}\n')
+    assert "holds metrics.jsonl, but no config.yaml" in error_of(capsys, "soft", tmp_path)
+    lines.unlink()
+    run("soft", tmp_path / "run", max_steps=1)
+    lines.write_text('{"loss": 1.0}\n')
+    with pytest.raises(UserError, match="metrics.jsonl has lines that no run wrote: they have no step"):
+        run("soft", tmp_path / "run", max_steps=1, resume=True)
+    assert lines.read_text() == '{"loss": 1.0}\n'
 
 
 def test_a_comparison_does_not_go_into_a_run(tmp_path, capsys):

@@ -161,6 +161,51 @@ def test_a_padded_teacher_writes_tokens_alone(tmp_path, model, own):
     assert all(text for text, _ in said)
 
 
+def wrote(folder, tokenizer, **values):
+    """(the lines of a shared file, the seconds that they took, whether a teacher was loaded) of a run in ``folder``."""
+    asked = settings(folder, generation_batch_size=2, completions=str(folder.parent / "c.jsonl"), **values)
+    loaded = []
+
+    def load():
+        loaded.append(True)
+        return models.load_model("micro", tokenizer, dtype="float32", seed=1, max_length=32)
+
+    packed = data.Sequences([([40 + i] * 20, []) for i in range(5)])
+    path, seconds = generate.write_completions(asked, load, tokenizer, [{"text": ""}], packed)
+    return path.read_text().splitlines(), seconds, bool(loaded)
+
+
+def test_completions_are_written_once(tmp_path, own):
+    """And, killed, go on as they would have; their time is that of all parts."""
+    lines, seconds, loaded = wrote(tmp_path / "a", own)
+    assert len(lines) == 5 and seconds > 0 and loaded
+    assert wrote(tmp_path / "b", own) == (lines, seconds, False)
+    (tmp_path / "c.jsonl").unlink()
+    (tmp_path / "c.jsonl.part").write_text("\n".join([*lines[:3], lines[3][:9]]))
+    made = tmp_path / "c.made.json"
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"seconds": 100.0}))
+    again, seconds, loaded = wrote(tmp_path / "c", own)
+    assert again == lines and seconds > 100 and loaded
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"teacher": "tiny"}, "teacher"),
+        ({"dtype": "bfloat16", "seed": 7}, "dtype and seed"),
+        ({"prompt_tokens": 3}, "prompts"),
+        ({"sampling_temperature": 0.5}, "sampling_temperature"),
+    ],
+)
+def test_completions_of_another_teacher_are_not_taken(values, says, tmp_path, own):
+    wrote(tmp_path / "a", own)
+    with pytest.raises(UserError, match=f"was written with another {says}; choose other --completions"):
+        wrote(tmp_path / "b", own, **values)
+    (tmp_path / "c.made.json").unlink()
+    with pytest.raises(UserError, match="c.jsonl is there, but not c.made.json.* learn it as --data"):
+        wrote(tmp_path / "a", own)
+
+
 def test_prompts_have_whole_characters(tmp_path, own):
     """A byte-level token may be a part of one; a sequence that has no whole one gives no prompt."""
     asked = settings(tmp_path, prompt_tokens=4, max_length=7)

@@ -56,9 +56,9 @@ def compare(settings: Settings) -> None:
         stages["longer"] = longer(stages)
         reused.append(run_stage(count, count, "longer", stages["longer"]))
     folder = settings.output_dir
-    if all(reused) and (folder / train.COMPARISON).exists():
-        comparison = json.loads((folder / train.COMPARISON).read_text())
-    else:
+    comparison = found(settings) if all(reused) else None
+    if comparison is None:
+        check_same_text(stages)
         comparison = measured(settings, stages)
         comparison["seconds"] = None if any(reused) else time.perf_counter() - start
         write_whole(folder / train.COMPARISON, json.dumps(comparison, indent=1))
@@ -71,6 +71,15 @@ def compare(settings: Settings) -> None:
         f"\n{report.table(comparison)}\n\n{' '.join(report.sentences(comparison))}\n\n"
         f"Report, picture, metrics and models are in {folder}/"
     )
+
+
+def found(settings: Settings) -> dict[str, Any] | None:
+    """The comparison that an earlier command left, if it was asked for the same."""
+    path = settings.output_dir / train.COMPARISON
+    comparison = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+    asked = json.loads(json.dumps(settings.to_dict()))
+    same = {**comparison["settings"], "output_dir": asked["output_dir"]} == asked
+    return comparison if same else None
 
 
 # -- the stages -------------------------------------------------------------------------------------
@@ -106,12 +115,13 @@ def plan(settings: Settings) -> dict[str, Settings]:
             **({"save_steps": under_way, "save_total_limit": 0} if under_way else {}),
         )
     own = settings.asked["divergence"]  # None: each way's default
+    co_hard_weight = 1.0 if settings.asked["hard_weight"] is None else settings.loss.hard_weight
     beside = {"teacher": str(folder / "teacher" / f"checkpoint-{under_way}")} if under_way else {}
     students = {
         "plain": lambda: stage("hard", "plain", teacher=None, completions=None),
         "soft": lambda: stage("soft", "soft", teacher=teacher),
         "hard": lambda: stage("hard", "hard", teacher=teacher),
-        "co": lambda: stage("co", "co", hard_weight=1.0, **beside),
+        "co": lambda: stage("co", "co", hard_weight=co_hard_weight, **beside),
         "on_policy": lambda: stage("on_policy", "on_policy", teacher=teacher, divergence=own),
     }
     return stages | {way: students[way]() for way in WAYS if way in settings.compare.ways and way in students}
@@ -192,10 +202,26 @@ def longer(stages: dict[str, Settings]) -> Settings:
     )
 
 
+def check_same_text(stages: dict[str, Settings]) -> None:
+    begun = {name: stage.output_dir / train.BEGUN for name, stage in stages.items()}
+    texts = {name: json.loads(path.read_text())["text"] for name, path in begun.items()}
+    others = [name for name, text in texts.items() if text != texts["soft"]]
+    if others:
+        raise UserError(
+            f"{' and '.join(others)} had other text in --data than soft: it was changed between them, and the students "
+            "cannot be compared; choose another --output_dir"
+        )
+
+
 def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     """Every student against the same teacher on the same held-out text."""
     reference = stages["soft"]
     given = train.ingredients(reference)
+    train.check_begun(given)
+    asked = {
+        "judged_prompts": settings.compare.judged_prompts,
+        "prompt_tokens": settings.generation.prompt_tokens,
+    }
     teacher = given.teacher()
     students = {way: stages[way] for way in WAYS if way in settings.compare.ways}
     folders = {way: model_folder(stage) for way, stage in students.items()}
@@ -203,20 +229,22 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     rows = {}
     for name in ("teacher", *students):
         path = places.get(name, settings.output_dir / "teacher") / JUDGED
-        if not path.exists():
+        row = json.loads(path.read_text()) if path.exists() else {}
+        if row.get("asked") != asked:
             print(
                 f"judging {name}: loss, KL and calibration on held-out text, and what it writes", flush=True
             )
             path.parent.mkdir(exist_ok=True)
             folder = folders.get(name, str(reference.model.teacher))
-            row = judge.judged(given, teacher, folder, settings.compare.judged_prompts)
+            row = {**judge.judged(given, teacher, folder, settings.compare.judged_prompts), "asked": asked}
             write_whole(path, json.dumps(row, indent=1))
-        rows[name] = json.loads(path.read_text())
+        rows[name] = row
     teacher_row = {**rows.pop("teacher"), "parameters": models.parameters(teacher)}
-    others = {}
+    others: dict[str, Any] = {}
     if "co" in stages:
         co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
         others["co_teacher"] = {"validation_loss": co["eval_teacher_hard"]}
+        others["co_hard_weight"] = stages["co"].loss.hard_weight
     return {
         "environment": environment(settings),
         "settings": settings.to_dict(),

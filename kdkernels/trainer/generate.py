@@ -5,40 +5,52 @@ Beside them ``ended`` says whether the completion has an end of text, or was cut
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from transformers import set_seed
 
+from ..teacher_cache import tokenizer_hash
 from .data import Record, Sequences, kind_of, rendered
-from .models import vocabulary
+from .models import fingerprint, vocabulary
 from .progress import bar, say
+from .reliable import locked, write_whole
 from .settings import Settings, UserError, one_line
 from .writing import continued, ends_of
 
 
 def write_completions(
-    settings: Settings, teacher: Any, tokenizer: Any, records: list[Record], packed: Sequences
-) -> Path:
-    """Writes a .jsonl of ``teacher``'s completions. It continues the file of a killed run and never overwrites."""
+    settings: Settings, load: Callable[[], Any], tokenizer: Any, records: list[Record], packed: Sequences
+) -> tuple[Path, float]:
+    """A .jsonl of the teacher's completions, and the seconds that they took. It continues the file of a killed run, never
+    overwrites one, and takes none that another teacher wrote."""
     options = settings.generation
     path = Path(options.completions or settings.output_dir / "completions.jsonl")
+    part, beside = path.with_name(path.name + ".part"), path.with_suffix(".made.json")
     prompts = make_prompts(settings, records, tokenizer, packed)
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        say(f"reusing the completions in {path}")
-        return path
-    size = options.generation_batch_size
+    made = made_of(settings, tokenizer, prompts)
     with one_line(f"cannot write completions to {path}"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        done = sum(line.endswith("\n") for line in part.open()) if part.exists() else 0
-        done -= done % size  # only whole batches count as done: a batch's seed is its number
-        _keep_lines(part, done)
-    teacher = teacher.to(settings.run.device).eval()
-    with part.open("a") as file:
-        for start in bar(
+        before = seconds_of(made, path, part, beside)
+        if path.exists():
+            say(f"reusing the completions in {path}")
+            return path, before
+        part.touch()
+    size = options.generation_batch_size
+    with locked(part, f"another process is writing {path}; wait for it"), part.open("r+") as file:
+        lines = [line for line in file if line.endswith("\n")]
+        done = (
+            len(lines) - len(lines) % size
+        )  # only whole batches count as done: a batch's seed is its number
+        file.seek(0)
+        file.writelines(lines[:done])
+        file.truncate()
+        teacher, start = load().to(settings.run.device).eval(), time.perf_counter() - before
+        for first in bar(
             iterable=range(done, len(prompts), size),
             desc="teacher writes",
             initial=done // size,
@@ -46,14 +58,47 @@ def write_completions(
             unit=" batches",
             disable=settings.run.disable_tqdm,
         ):
-            set_seed(settings.run.seed + start)
-            batch = prompts[start : start + size]
+            set_seed(settings.run.seed + first)
+            batch = prompts[first : first + size]
             texts = complete(settings, teacher, tokenizer, [text for _, text in batch])
             for (given, _), (text, ended) in zip(batch, texts):
                 file.write(json.dumps(_line(given, text, ended)) + "\n")
             file.flush()
-    os.replace(part, path)
-    return path
+            before = time.perf_counter() - start
+            write_whole(beside, json.dumps({**made, "seconds": before}))
+        os.replace(part, path)
+    return path, before
+
+
+def made_of(settings: Settings, tokenizer: Any, prompts: list[tuple[Any, str]]) -> dict[str, Any]:
+    """All that completions depend on."""
+    return {
+        "teacher": fingerprint(str(settings.model.teacher)),
+        "dtype": settings.model.dtype,
+        "seed": settings.run.seed,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "max_length": settings.data.max_length,
+        "sampling_temperature": settings.generation.sampling_temperature,
+        "generation_batch_size": settings.generation.generation_batch_size,
+    }
+
+
+def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path) -> float:
+    """What the completions that are there have taken. UserError if they were made of anything else."""
+    if not beside.exists():
+        if path.exists() or part.exists():
+            raise UserError(
+                f"{path} is there, but not {beside.name}, which says what wrote it: learn it as --data without "
+                "--teacher, or choose other --completions"
+            )
+        write_whole(beside, json.dumps({**made, "seconds": 0.0}))
+    before = json.loads(beside.read_text())
+    if changed := [name for name, value in made.items() if before.get(name) != value]:
+        raise UserError(
+            f"{path} was written with another {' and '.join(changed)}; choose other --completions"
+        )
+    return before["seconds"]
 
 
 def make_prompts(
@@ -114,8 +159,3 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
         text, ended = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True), ids[-1] in ends
         said.append((text if ended else _whole_characters(text), ended))
     return said
-
-
-def _keep_lines(path: Path, count: int) -> None:
-    lines = path.read_text().splitlines(keepends=True)[:count] if path.exists() else []
-    path.write_text("".join(lines))

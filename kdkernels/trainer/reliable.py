@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -23,6 +24,8 @@ from .settings import UserError, first_line, one_line
 
 #: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
 STAGING = "checkpoint-being-written"
+#: In a checkpoint: what the run had taken up to it.
+SECONDS = "seconds.json"
 
 
 class ReliableTrainer(DistillationTrainer):
@@ -34,6 +37,8 @@ class ReliableTrainer(DistillationTrainer):
 
     #: What the teacher took to write the training text, in hard.
     writing_seconds = 0.0
+    #: time.perf_counter() when the run began, had it never been interrupted.
+    start = 0.0
     _staging = False
     _clock: tuple[float, int] | None = None  #: time and tokens at the last log
 
@@ -92,6 +97,8 @@ class ReliableTrainer(DistillationTrainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                (staging / name / SECONDS).write_text(json.dumps(time.perf_counter() - self.start))
             self.accelerator.wait_for_everyone()
             if self.args.should_save and final.exists():  # of this very step, by the run that was killed
                 shutil.rmtree(staging)
@@ -144,6 +151,10 @@ class ReliableTrainer(DistillationTrainer):
             ) from error
 
     # -- what options ask of libraries ----------------------------------------------------------
+
+    def init_hf_repo(self, *arguments: Any, **options: Any) -> None:
+        with one_line(f"push_to_hub={self.args.push_to_hub} cannot begin"):
+            super().init_hf_repo(*arguments, **options)
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> Any:
         with one_line(f"optim={_name(self.args.optim)}, optim_args={self.args.optim_args}"):
@@ -227,7 +238,10 @@ class LinesUntil(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
-        done = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        lines = read_metrics(self.path)
+        if not all(isinstance(line, dict) and "step" in line for line in lines):
+            raise UserError(f"{self.path} has lines that no run wrote: they have no step; move it elsewhere")
+        done = [line for line in lines if line["step"] <= state.global_step]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in done))
 
 
@@ -266,12 +280,34 @@ def checkpoints(folder: Any) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def seconds_before(checkpoint: str | None) -> float:
+    """What the run had taken up to a checkpoint."""
+    path = Path(checkpoint or "", SECONDS)
+    return json.loads(path.read_text()) if checkpoint and path.exists() else 0.0
+
+
 def peak_memory() -> int:
     """Bytes: of the GPU's tensors where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def locked(path: Path, problem: str) -> Iterator[None]:
+    """A file or folder for this process alone, until it leaves or is killed. UserError if another one has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(problem) from None
+        except OSError:
+            pass  # a file system that has no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -145,7 +145,7 @@ without evaluations.
 * Student: {settings["student"]}. Teacher: {settings["teacher"]}.
 * Soft: {settings["divergence"]} at temperature {settings["temperature"]:g}, {settings["soft_weight"]:g} x soft + {settings["hard_weight"]:g} x hard.
 * Hard: {settings["prompts"]:,} completions by the teacher, repeated to the budget.
-* Co: {_co_teacher(settings)}soft weight {settings["soft_schedule"]} from {settings["soft_weight_start"]:g} to {settings["soft_weight"]:g}, 1 x hard; the teacher learns at {settings["teacher_learning_rate"]:g}.
+* Co: {_co_teacher(settings)}soft weight {settings["soft_schedule"]} from {settings["soft_weight_start"]:g} to {settings["soft_weight"]:g}, {comparison.get("co_hard_weight", 1):g} x hard; the teacher learns at {settings["teacher_learning_rate"]:g}.
 """
     return "\n".join(
         [

@@ -6,24 +6,40 @@ which differ in a few lines, trains, evaluates and saves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Iterator
 
+import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+import kdkernels as kd
 
 from . import data, models, summary
 from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .generate import write_completions
 from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
-from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, write_whole
+from .reliable import (
+    MetricsFile,
+    ReliableTrainer,
+    checkpoints,
+    locked,
+    peak_memory,
+    read_metrics,
+    seconds_before,
+    write_whole,
+)
 from .settings import Settings, UserError, divergence_of, for_mode, one_line
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
+#: The text and the number of processes that a run began with.
+BEGUN = "begun.json"
 #: What `compare` leaves in its folder.
 COMPARISON = "comparison.json"
 
@@ -105,13 +121,17 @@ def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
     """The same from a teacher cache; the teacher is not loaded."""
     from .cached import with_targets
 
+    loss, options = given.loss_options(), with_targets(targets, given.trainer_options())
+    one = options["train_dataset"][0]["target"][:1]
+    with one_line(f"--targets {targets}"):  # a tail may have no such divergence
+        kd.explain(torch.zeros(1, given.vocab_size), one, divergence=loss["divergence"])
     return ReliableTrainer(
         given.student(),
         given.settings.run,
         teacher=None,
         keep_sharded=given.settings.model.keep_sharded,
-        **given.loss_options(),
-        **with_targets(targets, given.trainer_options()),
+        **loss,
+        **options,
     )
 
 
@@ -124,12 +144,10 @@ def hard(given: Ingredients) -> ReliableTrainer:
                 "hard under ZeRO-3: a teacher in shards cannot write; let it write in a run without --deepspeed, "
                 "then give that run's completions.jsonl as --data and no --teacher"
             )
-        start = time.perf_counter()
         with given.settings.run.main_process_first(desc="completions"):
-            path = write_completions(
-                given.settings, given.teacher(), given.tokenizer, given.records, given.train
+            path, writing_seconds = write_completions(
+                given.settings, given.teacher, given.tokenizer, given.records, given.train
             )
-        writing_seconds = time.perf_counter() - start
         written = data.read(data.DataSettings(data=[str(path)]))
         sequences = data.sequences(written, given.tokenizer, given.settings.data.max_length)
         given.train = data.check_trainable(sequences, str(path))
@@ -187,19 +205,23 @@ BUILD = {"soft": soft, "hard": hard, "co": co, "on_policy": on_policy}
 
 def run(settings: Settings) -> dict[str, Any]:
     """One run from settings to a saved model; returns what it came to, and writes it to result.json."""
+    if settings.run.deepspeed and settings.run.use_cpu:
+        begin_deepspeed_on_cpu()
+    with claimed(settings) as fresh:
+        return _run(settings, fresh)
+
+
+def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
     folder = settings.output_dir
-    with settings.run.main_process_first(desc="the run's folder"):
-        fresh = claim_folder(settings)
     settings.run.remove_unused_columns = False
     settings.run.include_num_input_tokens_seen = "non_padding"
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
     trainer = None
-    if settings.run.deepspeed and settings.run.use_cpu:
-        begin_deepspeed_on_cpu()
     try:
         trainer = build(settings)
-        start, found = time.perf_counter(), checkpoints(folder)
+        found = checkpoints(folder)
         checkpoint = str(found[-1]) if found else None
+        trainer.start = time.perf_counter() - seconds_before(checkpoint)
         summary.of_models(settings, *trainer.models, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
     except UserError:
@@ -208,7 +230,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 missing_ok=True
             )  # a run that could not begin leaves its folder free for another
         raise
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - trainer.start
     result = {
         "mode": settings.mode,
         "steps": trainer.state.global_step,
@@ -251,6 +273,7 @@ def build(settings: Settings) -> ReliableTrainer:
     args = settings.run
     try:
         given = ingredients(settings)
+        check_begun(given)
         summary.of_data(settings, given.records, given.train, given.validation)
         trainer = BUILD[settings.mode](given)
     except (ValueError, ImportError) as error:
@@ -271,16 +294,37 @@ def build(settings: Settings) -> ReliableTrainer:
     return trainer
 
 
+@contextlib.contextmanager
+def claimed(settings: Settings) -> Iterator[bool]:
+    """The run's folder for this run alone; whether the run is new. What the first process finds wrong, all of them raise."""
+    folder, first = settings.output_dir, not settings.run.process_index
+    with contextlib.ExitStack() as held:
+        found: list[Any] = [False, None]
+        if first:
+            try:
+                with one_line(f"cannot write to --output_dir {folder}"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder, f"another process is training in {folder}; wait for it"))
+                found[0] = claim_folder(settings)
+            except UserError as error:
+                found[1] = str(error)
+        if settings.run.world_size > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise UserError(found[1])
+        yield found[0] and first
+
+
 def claim_folder(settings: Settings) -> bool:
     """Writes the run's config.yaml; True if there was none."""
     path = settings.output_dir / CONFIG
-    if settings.run.process_index:
-        return False
     if path.exists():
         check_same_settings(settings)
         return False
     names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", COMPARISON]
-    if others := [name for name in names if (settings.output_dir / name).exists()]:
+    others = [name for name in names if (settings.output_dir / name).exists()]
+    others += [METRICS] if read_metrics(settings.output_dir / METRICS) else []
+    if others:
         raise UserError(
             f"--output_dir {settings.output_dir} holds {others[0]}, but no {CONFIG} of a run: it is not overwritten, "
             "choose another folder"
@@ -288,7 +332,7 @@ def claim_folder(settings: Settings) -> bool:
     if settings.run.resume:
         say(f"nothing to resume in {settings.output_dir}: a new run begins")
     with one_line(f"cannot write to --output_dir {settings.output_dir}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (settings.output_dir / BEGUN).unlink(missing_ok=True)  # of a run that could not begin
         write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
     return True
 
@@ -310,6 +354,32 @@ def check_same_settings(settings: Settings) -> None:
             + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
             + "); choose another --output_dir"
         )
+
+
+def check_begun(given: Ingredients) -> None:
+    """A run goes on with the text and the processes that it began with: its batches would not be the same ones."""
+    folder, run = given.settings.output_dir, given.settings.run
+    now = {"text": begun_text(given), "processes": run.world_size}
+    path = folder / BEGUN
+    if not path.exists():
+        if not run.process_index:
+            write_whole(path, json.dumps(now))
+        return
+    before = json.loads(path.read_text())
+    if before["text"] != now["text"]:
+        raise UserError(
+            f"{folder} was begun on other text than --data {' '.join(given.settings.data.data)} holds now; "
+            "choose another --output_dir"
+        )
+    if before["processes"] != now["processes"]:
+        raise UserError(
+            f"{folder} was begun by {before['processes']} of torchrun's processes, and now there are "
+            f"{now['processes']}: torchrun --nproc_per_node {before['processes']}"
+        )
+
+
+def begun_text(given: Ingredients) -> str:
+    return f"{given.train.fingerprint()} {given.validation.fingerprint()}"
 
 
 def ingredients(settings: Settings) -> Ingredients:
