@@ -61,6 +61,11 @@ def test_a_dataset_of_the_users_own(tmp_path):
     assert cache.manifest.kind == "weights" and cache[0].target.tail == "truncate"
     assert dense(cache[0].target)[0, [5, 7]].tolist() == [0.5, 0.25]
     assert cache[1].target.ids.tolist() == [[9]]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(dataset))  # which knows no columns
+    assert from_dataset(stream, tmp_path / "s", **OF, tail="truncate") == cache.manifest
+    empty = datasets.Dataset.from_dict({"input_ids": [[1], []], "ids": [[[5]], []], "weights": [[[1.0]], []]})
+    with pytest.raises(ValueError, match="row 1 has no tokens; leave it out"):
+        from_dataset(empty, tmp_path / "n", **OF, tail="truncate")
     with pytest.raises(ValueError, match="no column logprobs"):
         from_dataset(dataset.remove_columns("weights"), tmp_path / "d", **OF)
     ragged = dataset.map(lambda row: {"weights": [[1.0]] * len(row["ids"])})

@@ -278,6 +278,12 @@ def test_another_tokenizer_vocabulary_or_order_of_data_is_refused(home):
         from_cache(home, "refused-none", home / "text")
 
 
+def test_a_divergence_that_a_tail_does_not_have_is_one_line(home):
+    directory = cached(home, "drawn", "--samples", "4")
+    with pytest.raises(UserError, match="drawn: tail='truncate' defines kd.ForwardKL.. only, got JSD"):
+        from_cache(home, "drawn-jsd", directory, divergence="jsd:0.5")
+
+
 def test_damage_stops_training_and_is_named(home):
     directory = shutil.copytree(cached(home, "refused", "--top_k", "4"), home / "damaged")
     victim = next(directory.glob("*.parquet"))
@@ -297,9 +303,20 @@ def test_damage_stops_training_and_is_named(home):
             "give one of --top_k, --top_p and --samples, not top_k and samples",
         ),
         ([], "not none"),
-        (["--top_p", "1.5"], "--top_p is at most 1"),
+        (["--top_p", "1.5"], "top_p=1.5 is no share from 0 to 1"),
+        (["--top_k", "4", "--max_k", "9"], "max_k=9 is of --top_p, not of --top_k; leave it out"),
+        (["--top_k", "4", "--seed", "9"], "seed=9 is of --samples"),
+        (["--top_p", "0.5", "--proposal_temperature", "2"], "proposal_temperature=2.0 is of --samples"),
+        (["--samples", "4", "--proposal_temperature", "0"], "proposal_temperature=0.0 must be above 0"),
+        (["--top_p", "0.5", "--max_k", "-1"], "max_k=-1 must be 0 or more"),
+        (["--top_k", "4", "--batch_size", "0"], "batch_size=0 must be 1 or more"),
+        (["--top_k", "4", "--shard_tokens", "0"], "shard_tokens=0 must be 1 or more"),
+        (["--top_k", "4", "--max_length", "1"], "needs 2 tokens or more"),
+        (["--top_k", "4", "--validation_share", "1"], "is no share from 0 to below 1"),
+        (["--top_k", "4", "--dtype", "foo"], "dtype=foo: there are float32 and bfloat16"),
+        (["--top_k", "4", "--bogus", "1"], "unknown options --bogus 1; see --help"),
+        (["--top_k", "4", "--data", "a.txt"], "--data is given twice; give all its values after one"),
         (["--top_k", "4", "--teacher", "micro"], "made from scratch and knows nothing"),
-        (["--top_k", "4", "--data", "nowhere.txt"], "no data nowhere.txt"),
         (["--top_k", "4", "--values", "int3"], "values is one of float32"),
     ],
 )
@@ -326,8 +343,10 @@ def test_what_is_there_is_not_made_again(home, monkeypatch):
     cached(home, "twice", "--top_k", "4")
     assert {path: path.stat().st_mtime_ns for path in (home / "twice").rglob("*.parquet")} == before
     (home / "empty.txt").write_text("")
-    with pytest.raises(SystemExit, match="no text in .*empty.txt"):
-        cached(home, "nothing", "--top_k", "4", "--data", str(home / "empty.txt"))
+    for name, says in (("empty.txt", "no text in .*empty.txt"), ("nowhere.txt", "no data .*nowhere.txt")):
+        asked = ["--teacher", teacher(home), "--top_k", "4", "--data", str(home / name)]
+        with pytest.raises(SystemExit, match=says):
+            cache_command.main([*asked, "--out", str(home / "nothing")])
 
 
 def test_another_teacher_under_the_same_name_does_not_go_on(home, tmp_path, capsys):

@@ -92,6 +92,35 @@ def test_records_of_another_shape(record, tmp_path):
         data.read(DataSettings(data=[str(tmp_path / "a.jsonl")]))
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match="a.jsonl line 2: .* surrogates not allowed"):
+        data.read(DataSettings(data=[str(tmp_path / "a.jsonl")]))
+
+
+@pytest.mark.parametrize(
+    "roles, message",
+    [
+        (["assistant"], "c.jsonl line 1 has no message before the assistant's"),
+        (["user", "user"], "line 1: the last message must be the assistant's"),
+        (
+            ["user", "user", "assistant"],
+            "line 1: the chat template takes no such messages: one after another",
+        ),
+    ],
+)
+def test_conversations_that_a_template_does_not_take(roles, message, tmp_path, tokenizer):
+    tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
+    tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one after another') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": "x"} for role in roles]}) + "\n")
+    with pytest.raises(UserError, match=message):
+        data.sequences(data.read(DataSettings(data=[str(path)])), tokenizer, 64)
+
+
 @pytest.mark.parametrize(
     "record, message",
     [

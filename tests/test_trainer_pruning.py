@@ -13,6 +13,7 @@ from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import models, prune, weights  # noqa: E402
 from kdkernels.trainer.settings import UserError  # noqa: E402
 
+ROWS = [[5, 6, 7, 8, 9, 10], [11, 12]]
 DATA = ["--data", str(PACKAGE), "--max_length", "32"]
 
 
@@ -39,6 +40,29 @@ def teacher(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_rows_need_not_be_of_one_length(teacher):
+    model = AutoModelForCausalLM.from_pretrained(teacher).eval()
+    with torch.no_grad():
+        states = [model(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in ROWS]
+    pairs = [torch.cosine_similarity(each[1], each[2], dim=-1)[0] for each in states]
+    assert prune.influence(model, ROWS)[1] == pytest.approx(1 - torch.cat(pairs).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--sequences", "0"], "sequences=0 must be 1 or more"),
+        (["--bogus"], "unknown options --bogus; see --help"),
+        (["--data", "b.txt"], "--data is given twice"),
+    ],
+)
+def test_options_that_cannot_be(arguments, says, teacher, tmp_path):
+    line = ["make-student", "--model", str(teacher), "--drop", "1", "--out", str(tmp_path / "s"), *DATA]
+    with pytest.raises(SystemExit, match=says):
+        main([*line, *arguments])
+    assert not (tmp_path / "s").exists()
 
 
 def test_the_layers_that_do_least_are_left_out(teacher, tmp_path, capsys):

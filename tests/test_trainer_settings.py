@@ -73,6 +73,12 @@ SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_m
         ("soft", {"save_total_limit": -1}, "save_total_limit=-1 must be 0 or more"),
         ("soft", {"lora_rank": -1}, "lora_rank=-1 must be 0 or more"),
         ("soft", {"lora_modules": ["q_proj"]}, "give --lora_rank too"),
+        (
+            "soft",
+            {"lora_rank": 4},
+            "lora_rank=4: micro is made from scratch, and a run saves the adapter alone",
+        ),
+        ("soft", {"fp16": True}, "fp16=True has no effect on a CPU; give --bf16"),
         ("soft", {"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be 0 or more"),
         ("hard", {"sampling_temperature": -1.0}, "sampling_temperature=-1.0 must be 0 or more"),
         ("soft", {"teacher": None}, "soft needs a --teacher, or --targets that"),
@@ -183,7 +189,13 @@ def test_a_config_that_cannot_be_read(text, tmp_path):
 
 def test_yaml_may_name_one_of_a_list(tmp_path):
     values = options(
-        tmp_path, data=str(PACKAGE), lora_modules="q_proj", lora_rank=2, report_to="none", eval_steps=None
+        tmp_path,
+        data=str(PACKAGE),
+        lora_modules="q_proj",
+        lora_rank=2,
+        report_to="none",
+        eval_steps=None,
+        student="a/b",
     )
     settings = resolve("soft", values)
     assert settings.data.data == [str(PACKAGE)] and settings.model.lora_modules == ["q_proj"]
@@ -193,6 +205,15 @@ def test_yaml_may_name_one_of_a_list(tmp_path):
 def test_what_the_command_line_does_not_know():
     with pytest.raises(UserError, match="unknown options --nope 1; see --help_all"):
         parse("soft", ["--output_dir", "x", "--nope", "1"])
+
+
+@pytest.mark.parametrize("again", [["--data", "b.txt"], ["--data=b.txt"]])
+def test_a_list_that_is_given_twice(again, tmp_path):
+    """argparse would keep the last one alone. A config's list is one that the command line replaces."""
+    with pytest.raises(UserError, match="--data is given twice; give all its values after one"):
+        parse("soft", ["--output_dir", "x", "--data", "a.txt", *again])
+    (tmp_path / "c.yaml").write_text("teacher: micro\noutput_dir: a\ndata: [a.txt]\n")
+    assert parse("soft", ["--config", str(tmp_path / "c.yaml"), *again]).data.data == ["b.txt"]
 
 
 @pytest.mark.parametrize(

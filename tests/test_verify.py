@@ -51,6 +51,14 @@ def test_verify_passes_and_reports(monkeypatch, tmp_path, capsys):
     assert any(e > 0 for e in errors), "errors of exactly 0: the backend was compared with itself"
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(verify, "scenarios", None)
+    for path in (tmp_path / "nowhere" / "report.json", tmp_path):
+        with pytest.raises(SystemExit):
+            verify.main(["--backend", "eager", "--json", str(path)])
+        assert f"--json {path}: give a file in a folder that is there" in capsys.readouterr().err
+
+
 RIGHT = eager.gradient
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, cast
 
 import torch
-from transformers import HfArgumentParser
 
 import kdkernels as kd
 
@@ -18,8 +17,9 @@ from ..integrations.transformers import call_through_head, check_head, model_inp
 from ..targets import Tail
 from ..teacher_cache import CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from ..trainer import data, models
-from ..trainer.command_line import HelpFormatter
+from ..trainer.command_line import parse_parts
 from ..trainer.progress import bar
+from ..trainer.refused import check_dtype
 from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
 
 
@@ -44,19 +44,14 @@ class CacheSettings:
 
 
 def main(arguments: list[str]) -> None:
-    parts: Any = [CacheSettings, DataSettings]
-    for part, title in zip(parts, ("cache", "data, as train reads it")):
-        part._argument_group_name = title
-    parser = HfArgumentParser(
-        parts,
-        prog="python -m kdkernels cache",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s --teacher MODEL --data ... --top_k 64 | --top_p P | --samples N --out DIR",
-        description="Targets for `train soft --targets DIR`. torchrun shares the work; a killed run goes on.",
-    )
-    settings, data_settings = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     try:
+        settings, data_settings = parse_parts(
+            {"cache": CacheSettings, "data, as train reads it": DataSettings},
+            arguments,
+            prog="python -m kdkernels cache",
+            usage="%(prog)s --teacher MODEL --data ... --top_k 64 | --top_p P | --samples N --out DIR",
+            description="Targets for `train soft --targets DIR`. torchrun shares the work; a killed run goes on.",
+        )
         run(settings, data_settings)
     except (UserError, OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
@@ -102,8 +97,11 @@ def check(settings: CacheSettings) -> str:
     methods = [name for name in ("top_k", "top_p", "samples") if getattr(settings, name)]
     if len(methods) != 1:
         raise UserError(f"give one of --top_k, --top_p and --samples, not {' and '.join(methods) or 'none'}")
-    if settings.top_k < 0 or settings.samples < 0 or not 0 <= settings.top_p <= 1 or settings.batch_size < 1:
-        raise UserError("--top_k, --samples and --batch_size are at least 1, and --top_p is at most 1")
+    for name, method in (("max_k", "top_p"), ("proposal_temperature", "samples"), ("seed", "samples")):
+        value = getattr(settings, name)
+        if value != getattr(CacheSettings, name) and method != methods[0]:
+            raise UserError(f"{name}={value} is of --{method}, not of --{methods[0]}; leave it out")
+    check_dtype(settings.dtype)
     return methods[0]
 
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from ..trainer import data, models, prune
-from ..trainer.command_line import HelpFormatter
+from ..trainer.command_line import parse_parts
 from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, one_line, option
 
 
@@ -25,20 +23,15 @@ class StudentSettings:
 
 
 def main(arguments: list[str]) -> None:
-    parts: Any = [StudentSettings, DataSettings]
-    for part, title in zip(parts, ("student", "data, as train reads it")):
-        part._argument_group_name = title
-    parser = HfArgumentParser(
-        parts,
-        prog="python -m kdkernels make-student",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s --model MODEL --drop N --out DIR [--data ...]",
-        description="Drops the layers that turn the hidden states of --data least (arXiv:2403.03853).",
-    )
-    settings, data_settings = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     logging.disable_progress_bar()
     try:
+        settings, data_settings = parse_parts(
+            {"student": StudentSettings, "data, as train reads it": DataSettings},
+            arguments,
+            prog="python -m kdkernels make-student",
+            usage="%(prog)s --model MODEL --drop N --out DIR [--data ...]",
+            description="Drops the layers that turn the hidden states of --data least (arXiv:2403.03853).",
+        )
         run(settings, data_settings)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -75,9 +68,8 @@ def drop(model: Any, tokenizer: Any, settings: StudentSettings, data_settings: D
         raise UserError(f"--drop {settings.drop}: the model has {layers} layers, and one must stay")
     records, _ = data.split(data.read(data_settings), data_settings)
     text = data.sequences(records, tokenizer, data_settings.max_length)
-    whole = data.Sequences([row for row in text.rows if len(row[0]) == data_settings.max_length])
-    rows = data.limited(data.check_trainable(whole, ", ".join(data_settings.data)), settings.sequences).rows
-    influence = prune.influence(model, torch.tensor([ids for ids, _ in rows]))
+    rows = data.limited(data.check_trainable(text, ", ".join(data_settings.data)), settings.sequences).rows
+    influence = prune.influence(model, [ids for ids, _ in rows])
     dropped = prune.least(influence, settings.drop)
     print(
         f"of {layers} layers without {', '.join(map(str, dropped))}, which do least on {len(rows)} sequences"

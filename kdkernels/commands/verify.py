@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -438,6 +439,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--full", action="store_true", help="everything, however long it takes")
     parser.add_argument("--json", metavar="FILE", help="write every outcome here")
     options = parser.parse_args(arguments)
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+        parser.error(f"--json {options.json}: give a file in a folder that is there")
     try:
         names = usable(options.backend)
         torch.empty(0, device=options.device)

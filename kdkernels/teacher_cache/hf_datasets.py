@@ -62,11 +62,12 @@ def from_dataset(
     Args:
         model, tokenizer, vocab_size, **fields: of the :class:`Manifest`; the rest is found in the data.
     """
-    kind = "weights" if "weights" in dataset.column_names else "logprobs"
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
+    kind = "weights" if "weights" in columns else "logprobs"
     for name in ("input_ids", "ids", kind):
-        if name not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {name}, only {', '.join(dataset.column_names)}")
-    labels = "labels" if "labels" in dataset.column_names else "input_ids"
+        if name not in columns:
+            raise ValueError(f"the dataset has no column {name}, only {', '.join(columns)}")
+    labels = "labels" if "labels" in columns else "input_ids"
     data = data_fingerprint((row["input_ids"] for row in dataset), (row[labels] for row in dataset))
     slots = [max(map(len, row["ids"]), default=0) for row in dataset]
     found = {"method": "given", "data": data, "sequences": len(slots), "k": max([1, *slots]), "kind": kind}
@@ -80,6 +81,8 @@ def from_dataset(
 
 
 def _target(index: int, row: dict[str, Any], kind: str, tail: Tail) -> SparseTarget:
+    if not row["ids"]:
+        raise ValueError(f"row {index} has no tokens; leave it out")
     counts = np.array([len(slots) for slots in row["ids"]])
     if [len(slots) for slots in row[kind]] != counts.tolist():
         raise ValueError(f"row {index} has other slots in {kind} than in ids")

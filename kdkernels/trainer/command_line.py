@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .refused import check
+from .refused import check, check_ranges
 from .settings import FIELDS, MODES, PARTS, SHOWN, RunSettings, Settings, UserError, modes_of
 
 _HINTS = {name: hint for part in PARTS.values() for name, hint in typing.get_type_hints(part).items()}
@@ -30,6 +30,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: Any) -> str:
         names = [n for n in action.option_strings if "-" not in n[2:]] or action.option_strings
         return ", ".join(names) if names else super()._format_action_invocation(action)
+
+
+def parse_parts(parts: dict[str, Any], arguments: list[str], **about: str) -> tuple[Any, ...]:
+    """The dataclasses of a command, by their titles in --help, filled from its arguments."""
+    for title, part in parts.items():
+        part._argument_group_name = title
+    classes: Any = list(parts.values())
+    parser = HfArgumentParser(classes, formatter_class=HelpFormatter, allow_abbrev=False, **about)  # type: ignore[arg-type]
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UserError(f"unknown options {' '.join(unknown)}; see --help")
+    check_repeated(parser, arguments)
+    check_ranges({**vars(given)})
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def check_repeated(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Raises :class:`UserError` for a list that is given twice: argparse keeps the last one alone."""
+    named = [word.partition("=")[0] for word in arguments]
+    for action in parser._actions:
+        if action.nargs == "+" and sum(named.count(name) for name in action.option_strings) > 1:
+            raise UserError(f"--{action.dest} is given twice; give all its values after one")
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
@@ -85,6 +107,7 @@ def resolve(
         given, unknown = parser.parse_known_args(line)
         if unknown:
             raise UserError(f"unknown options {' '.join(unknown)}; see --help_all")
+        check_repeated(parser, arguments)
         model, data, loss, generation, policy, compare, run, _ = parser.parse_args_into_dataclasses(
             line, look_for_args_file=False
         )

@@ -71,6 +71,10 @@ class OnPolicyTrainer(ReliableTrainer):
             )
         if policy.judge == "sampled":
             self._refuse_beside_sampled()
+        if policy.top_k > (self.cut["vocab_size"] or policy.top_k):
+            raise UserError(
+                f"judge={policy.judge}: there are {self.cut['vocab_size']} tokens; give fewer, or full"
+            )
         self.policy = policy
         self._sizes = {name: self.cut[name] for name in ("vocab_size", "chunk_bytes")}
         rank = args.process_index

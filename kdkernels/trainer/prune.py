@@ -5,20 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .settings import UserError
 
 
-def influence(model: Any, ids: Tensor) -> list[float]:
-    """How far each layer turns the hidden states of ``ids`` [B, L]: 1 - cos(before, after), over all tokens.
+def influence(model: Any, rows: list[list[int]]) -> list[float]:
+    """How far each layer turns the hidden states of ``rows`` of ids: 1 - cos(before, after), over all tokens.
 
     This is ShortGPT's block influence (arXiv:2403.03853).
     """
-    with torch.inference_mode():
-        states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    similar = [torch.cosine_similarity(before, after, dim=-1) for before, after in zip(states, states[1:])]
-    return [1 - each.mean().item() for each in similar]
+    similar = []
+    for ids in rows:
+        with torch.inference_mode():
+            states = model(
+                input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False
+            ).hidden_states
+        similar.append(
+            torch.stack([torch.cosine_similarity(*pair, dim=-1)[0] for pair in zip(states, states[1:])])
+        )
+    return (1 - torch.cat(similar, dim=1).mean(1)).tolist()
 
 
 def least(influences: list[float], count: int) -> list[int]:

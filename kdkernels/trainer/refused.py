@@ -25,6 +25,9 @@ _RANGES: dict[str, _Range] = {
             "generation_batch_size",
             "judged_prompts",
             "tensor_parallel",
+            "batch_size",
+            "shard_tokens",
+            "sequences",
         ),
         _COUNT,
     ),
@@ -44,10 +47,13 @@ _RANGES: dict[str, _Range] = {
             "save_total_limit",
             "dataloader_num_workers",
             "neftune_noise_alpha",
+            "top_k",
+            "max_k",
+            "samples",
         ),
         _SIZE,
     ),
-    **dict.fromkeys(("num_train_epochs", "temperature"), _ABOVE_0),
+    **dict.fromkeys(("num_train_epochs", "temperature", "proposal_temperature"), _ABOVE_0),
     "max_length": (
         "is too short: a sequence needs 2 tokens or more to predict one",
         lambda value: value >= 2,
@@ -60,6 +66,7 @@ _RANGES: dict[str, _Range] = {
         ("validation_share", "gradient_tolerance", "co_teacher_at"),
         ("is no share from 0 to below 1", lambda value: 0 <= value < 1),
     ),
+    "top_p": ("is no share from 0 to 1", lambda value: 0 <= value <= 1),
     "student_share": ("is no share above 0, up to 1", lambda value: 0 < value <= 1),
     "soft_warmup": (
         "is no share from 0 to 0.5 (it rises in one and falls in another)",
@@ -99,9 +106,7 @@ def check(settings: Settings) -> None:
             )
         if name in _REFUSED:
             raise UserError(f"{name}={value}: {_REFUSED[name]}")
-        what, holds = _RANGES.get(name, ("", bool))
-        if what and value is not None and not holds(value):
-            raise UserError(f"{name}={value} {what}")
+    check_ranges({name: value for name, value in asked.items() if value != default_of(FIELDS[name])})
     if run.torch_compile:  # its backend and mode turn it on
         raise UserError(
             "torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
@@ -137,8 +142,14 @@ def check(settings: Settings) -> None:
         raise UserError(f"{mode} needs a --teacher{cached}")
     if settings.model.teacher is not None and settings.model.targets is not None:
         raise UserError("give --teacher or --targets, not both: the targets are the teacher")
-    if settings.model.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={settings.model.dtype}: there are float32 and bfloat16")
+    check_dtype(settings.model.dtype)
+    if run.fp16 and run.device.type == "cpu":
+        raise UserError("fp16=True has no effect on a CPU; give --bf16, or leave it out")
+    if settings.model.lora_rank and settings.model.student in SCRATCH:
+        raise UserError(
+            f"lora_rank={settings.model.lora_rank}: {settings.model.student} is made from scratch, and a run saves the "
+            "adapter alone; give a trained model as --student, or leave LoRA out"
+        )
     if settings.model.lora_modules != ["all-linear"] and not settings.model.lora_rank:
         raise UserError(
             f"lora_modules={' '.join(settings.model.lora_modules)} without LoRA: give --lora_rank too"
@@ -159,6 +170,19 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"ways={' '.join(settings.compare.ways)}: plain and soft are what all are compared with"
         )
+
+
+def check_dtype(name: str) -> None:
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={name}: there are float32 and bfloat16")
+
+
+def check_ranges(asked: dict[str, Any]) -> None:
+    """Raises :class:`UserError` for a number that its option cannot have. Other commands' options are here too."""
+    for name, value in asked.items():
+        what, holds = _RANGES.get(name, ("", bool))
+        if what and value is not None and not holds(value):
+            raise UserError(f"{name}={value} {what}")
 
 
 def _check_tensor_parallel(settings: Settings) -> None:
