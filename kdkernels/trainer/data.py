@@ -61,9 +61,8 @@ def _read_one(name: str, text_field: str) -> Iterator[Record]:
 def _json(line: str, where: str) -> Any:
     with one_line(f"cannot read {where}"):
         row = json.loads(line)
-        json.dumps(
-            row, ensure_ascii=False
-        ).encode()  # an escape may stand for half a character, which is no text
+        # An escape may stand for half a character, which is no text.
+        json.dumps(row, ensure_ascii=False).encode()
         return row
 
 
