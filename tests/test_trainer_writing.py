@@ -188,6 +188,20 @@ def test_completions_are_written_once(tmp_path, own):
     assert again == lines and seconds > 100 and loaded
 
 
+def test_a_prompt_has_tokens(tmp_path, model, own):
+    with pytest.raises(UserError, match="a prompt has no tokens"):
+        generate.complete(settings(tmp_path), model, own, ["a", ""])
+
+
+def test_what_was_not_begun_may_be_asked_for_otherwise(tmp_path, own, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(
+            models, "load_model", lambda *_, **__: (_ for _ in ()).throw(UserError("no such model"))
+        )
+        wrote(tmp_path / "a", own)
+    assert len(wrote(tmp_path / "a", own, sampling_temperature=0.5)[0]) == 5
+
+
 @pytest.mark.parametrize(
     "values, says",
     [
@@ -199,7 +213,7 @@ def test_completions_are_written_once(tmp_path, own):
 )
 def test_completions_of_another_teacher_are_not_taken(values, says, tmp_path, own):
     wrote(tmp_path / "a", own)
-    with pytest.raises(UserError, match=f"was written with another {says}; choose other --completions"):
+    with pytest.raises(UserError, match=f"was written with another {says}; delete it, or choose other"):
         wrote(tmp_path / "b", own, **values)
     (tmp_path / "c.made.json").unlink()
     with pytest.raises(UserError, match="c.jsonl is there, but not c.made.json.* learn it as --data"):

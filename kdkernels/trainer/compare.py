@@ -56,7 +56,7 @@ def compare(settings: Settings) -> None:
         stages["longer"] = longer(stages)
         reused.append(run_stage(count, count, "longer", stages["longer"]))
     folder = settings.output_dir
-    comparison = found(settings) if all(reused) else None
+    comparison = earlier(settings) if all(reused) else None
     if comparison is None:
         check_same_text(stages)
         comparison = measured(settings, stages)
@@ -73,7 +73,7 @@ def compare(settings: Settings) -> None:
     )
 
 
-def found(settings: Settings) -> dict[str, Any] | None:
+def earlier(settings: Settings) -> dict[str, Any] | None:
     """The comparison that an earlier command left, if it was asked for the same."""
     path = settings.output_dir / train.COMPARISON
     comparison = json.loads(path.read_text()) if path.exists() else {"settings": {}}
@@ -203,9 +203,10 @@ def longer(stages: dict[str, Settings]) -> Settings:
 
 
 def check_same_text(stages: dict[str, Settings]) -> None:
+    """Raises :class:`UserError` where --data was changed after some of the stages were finished."""
     begun = {name: stage.output_dir / train.BEGUN for name, stage in stages.items()}
-    texts = {name: json.loads(path.read_text())["text"] for name, path in begun.items()}
-    others = [name for name, text in texts.items() if text != texts["soft"]]
+    texts = {name: json.loads(path.read_text())["text"] for name, path in begun.items() if path.exists()}
+    others = [name for name, text in texts.items() if text != texts.get("soft", text)]
     if others:
         raise UserError(
             f"{' and '.join(others)} had other text in --data than soft: it was changed between them, and the students "

@@ -43,9 +43,7 @@ def write_completions(
     size = options.generation_batch_size
     with locked(part, f"another process is writing {path}; wait for it"), part.open("r+") as file:
         lines = [line for line in file if line.endswith("\n")]
-        done = (
-            len(lines) - len(lines) % size
-        )  # only whole batches count as done: a batch's seed is its number
+        done = len(lines) - len(lines) % size  # whole batches: a batch's seed is its number
         file.seek(0)
         file.writelines(lines[:done])
         file.truncate()
@@ -86,17 +84,17 @@ def made_of(settings: Settings, tokenizer: Any, prompts: list[tuple[Any, str]]) 
 
 def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path) -> float:
     """What the completions that are there have taken. UserError if they were made of anything else."""
-    if not beside.exists():
-        if path.exists() or part.exists():
-            raise UserError(
-                f"{path} is there, but not {beside.name}, which says what wrote it: learn it as --data without "
-                "--teacher, or choose other --completions"
-            )
+    if not path.exists() and not (part.exists() and part.stat().st_size):
         write_whole(beside, json.dumps({**made, "seconds": 0.0}))
+    elif not beside.exists():
+        raise UserError(
+            f"{path} is there, but not {beside.name}, which says what wrote it: learn it as --data without "
+            "--teacher, or choose other --completions"
+        )
     before = json.loads(beside.read_text())
     if changed := [name for name, value in made.items() if before.get(name) != value]:
         raise UserError(
-            f"{path} was written with another {' and '.join(changed)}; choose other --completions"
+            f"{path} was written with another {' and '.join(changed)}; delete it, or choose other --completions"
         )
     return before["seconds"]
 
@@ -145,6 +143,8 @@ def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str])
     prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if (longest := max(map(len, prompts))) >= length:
         raise UserError(f"a prompt of {longest} tokens leaves no room in max_length={length}")
+    if not all(prompts):
+        raise UserError("a prompt has no tokens: there is nothing to continue; leave it out of --data")
     rows = continued(
         teacher,
         prompts,

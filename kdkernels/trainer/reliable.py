@@ -307,6 +307,8 @@ def locked(path: Path, problem: str) -> Iterator[None]:
             pass  # a file system that has no locks
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # of forked processes too
         os.close(handle)
 
 

@@ -230,11 +230,10 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
                 missing_ok=True
             )  # a run that could not begin leaves its folder free for another
         raise
-    seconds = time.perf_counter() - trainer.start
     result = {
         "mode": settings.mode,
         "steps": trainer.state.global_step,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - trainer.start,
         "tokens": trainer.state.num_input_tokens_seen,
         "writing_seconds": trainer.writing_seconds,
         "peak_memory_bytes": peak_memory(),
@@ -359,7 +358,8 @@ def check_same_settings(settings: Settings) -> None:
 def check_begun(given: Ingredients) -> None:
     """A run goes on with the text and the processes that it began with: its batches would not be the same ones."""
     folder, run = given.settings.output_dir, given.settings.run
-    now = {"text": begun_text(given), "processes": run.world_size}
+    text = f"{given.train.fingerprint()} {given.validation.fingerprint()}"
+    now = {"text": text, "processes": run.world_size}
     path = folder / BEGUN
     if not path.exists():
         if not run.process_index:
@@ -376,10 +376,6 @@ def check_begun(given: Ingredients) -> None:
             f"{folder} was begun by {before['processes']} of torchrun's processes, and now there are "
             f"{now['processes']}: torchrun --nproc_per_node {before['processes']}"
         )
-
-
-def begun_text(given: Ingredients) -> str:
-    return f"{given.train.fingerprint()} {given.validation.fingerprint()}"
 
 
 def ingredients(settings: Settings) -> Ingredients:
