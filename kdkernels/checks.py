@@ -34,6 +34,21 @@ def check_tensor(name: str, given: Any) -> None:
         raise ValueError(f"{name} must be a dense Tensor, got layout {given.layout}; call .to_dense()")
 
 
+def check_plain(name: str, given: Any) -> None:
+    """A tensor that goes into an operator as it is."""
+    check_tensor(name, given)
+    if torch.compiler.is_compiling():
+        return
+    if hasattr(given, "to_local"):
+        raise ValueError(
+            f"{name} must be a plain Tensor, got a {type(given).__name__}; give {name}.to_local()"
+        )
+    if torch._C._functorch.is_batchedtensor(given):
+        raise RuntimeError(
+            f"torch.func.vmap over {name} cannot see through kdkernels' operators; use leading dimensions"
+        )
+
+
 def check_constant(name: str, given: Tensor) -> None:
     if given.requires_grad:
         raise ValueError(f"{name} requires grad, but it is a constant here and would get none; detach it")

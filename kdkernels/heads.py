@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .checks import check_tensor, flag, integer, number, shown
 
+#: Of a scale or a cap: its reciprocal is a normal number in fp32 too.
+MOST = 1e30
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
@@ -79,8 +82,8 @@ class LinearHead:
         hidden: ``[..., H]`` floating.
         weight: ``[V, H]``, the lm_head's weight, same dtype and device (autocast casts both).
         bias: ``[V]`` or None.
-        logit_scale: logits are multiplied by it (Cohere); a finite number, a constant, not 0.
-        softcap: ``softcap * tanh(logits / softcap)`` after the scale (Gemma 2); > 0 or None; a constant too.
+        logit_scale: logits are multiplied by it (Cohere); a constant, not 0, between 1e-30 and 1e30 in size.
+        softcap: ``softcap * tanh(logits / softcap)`` after the scale (Gemma 2); None, or a constant in [1e-30, 1e30].
         shard: a :class:`Shard`, where weight and bias are this rank's rows of the lm_head.
 
     Raises:
@@ -236,7 +239,13 @@ def _check_map(given: LinearHead | MappedLogits | ShardedLogits) -> None:
     object.__setattr__(given, "logit_scale", number(f"{owner}'s logit_scale", given.logit_scale))
     if given.logit_scale == 0:
         raise ValueError(f"{owner} needs logit_scale != 0, got 0")
+    if not 1 / MOST <= abs(given.logit_scale) <= MOST:
+        raise ValueError(f"{owner} needs |logit_scale| in [{1 / MOST:g}, {MOST:g}], got {given.logit_scale}")
     if given.softcap is not None:
         object.__setattr__(given, "softcap", number(f"{owner}'s softcap", given.softcap))
         if not given.softcap > 0:
             raise ValueError(f"{owner} needs softcap > 0 or None, got softcap={given.softcap}")
+        if not 1 / MOST <= given.softcap <= MOST:
+            raise ValueError(
+                f"{owner} needs softcap in [{1 / MOST:g}, {MOST:g}] or None, got softcap={given.softcap}"
+            )

@@ -250,6 +250,21 @@ def test_functional_transforms_name_us_and_the_way_out(backend, transform):
         assert TRANSFORMS[transform](s, t).norm() > 1e-3
 
 
+def test_vmap_over_what_is_said_of_tokens_is_refused(backend):
+    s, t, y = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([[1, 2, 3, 4]] * 2)
+    sparse = torch.func.vmap(
+        lambda ids: kd.kl_div(s, kd.SparseTarget(ids[:, None], s[:, :1].log_softmax(-1)))
+    )
+    for call, name in [
+        (torch.func.vmap(lambda y: kd.cross_entropy(s, y)), "labels"),
+        (torch.func.vmap(lambda y: kd.kl_div(s, t, token_weights=y)), "token_weights"),
+        (torch.func.vmap(lambda y: kd.token_log_probs(s, y).log_probs), "ids"),
+        (sparse, "SparseTarget's tensors"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"vmap over {name} cannot see through kdkernels"):
+            call(y)
+
+
 def test_what_cannot_be_recorded_names_us(backend):
     s, t = torch.randn(2, 4, 10)
     with pytest.raises(RuntimeError, match="jit.trace cannot record kdkernels.*torch.export"):

@@ -68,6 +68,8 @@ BAD = [
     (lambda: kd.LinearHead(*PAIR, logit_scale=float("-inf")), "logit_scale.*finite.*-inf"),
     (lambda: kd.LinearHead(*PAIR, logit_scale=torch.ones(2)), r"logit_scale.*one number.*\(2,\)"),
     (lambda: kd.LinearHead(*PAIR, softcap=float("nan")), "softcap.*finite.*nan"),
+    (lambda: kd.LinearHead(*PAIR, softcap=3e38), r"softcap in \[1e-30, 1e\+30\].*3e\+38"),
+    (lambda: kd.LinearHead(*PAIR, logit_scale=-1e-39), r"logit_scale\| in \[1e-30, 1e\+30\].*-1e-39"),
     (lambda: kd.kl_div(S, T, num_items=LEARNED), "num_items requires grad"),
     (lambda: kd.kl_div(S, T, token_weights=torch.ones(4, requires_grad=True)), "token_weights requires grad"),
     (

@@ -52,6 +52,14 @@ def test_what_does_not_join():
         kd.SparseTarget.cat([one, two], dim=1)
 
 
+def test_an_index_never_reaches_the_slots():
+    target = targets("masks")[1]
+    for index in ((slice(None), slice(2)), (0, 0), torch.ones(target.ids.shape, dtype=torch.bool)):
+        with pytest.raises(IndexError, match="too many indices"):
+            target[index]
+    assert target[..., 0].slots == target[0].slots == target.slots
+
+
 def test_a_dataloader_stacks():
     items = [{"target": kd.top_k_target(t[:2], 3), "labels": torch.tensor([1, 2])} for t in TEACHERS]
     (batch,) = DataLoader(items, batch_size=3)

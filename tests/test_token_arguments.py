@@ -140,6 +140,21 @@ def test_class_weights_are_torchs(backend, reduction, masked):
     assert kd.cross_entropy(s, torch.full((6,), -100), class_weights=w) == 0
 
 
+def test_class_weights_move_with_their_module():
+    """As torch.nn.CrossEntropyLoss's weight does."""
+    loss = kd.CrossEntropyLoss(class_weights=torch.rand(30), reduction="sum")
+    assert loss.state_dict().keys() == {"class_weights"}
+    s, y = torch.randn(6, 30), torch.randint(0, 30, (6,))
+    assert torch.equal(loss(s, y), kd.cross_entropy(s, y, class_weights=loss.class_weights, reduction="sum"))
+    assert loss.to("meta").class_weights.is_meta
+
+
+def test_one_token_is_no_mask(recwarn):
+    for label in (0, 1):
+        kd.cross_entropy(torch.randn(1, 30), torch.tensor([label]))
+    assert not [w for w in recwarn if "nothing but 0 and 1" in str(w.message)]
+
+
 def test_probabilities_are_a_teacher(backend):
     """F.cross_entropy's gradient, and its value less their entropy; 0 is log -inf."""
     s, p = torch.randn(6, 30, requires_grad=True), torch.randn(6, 30).softmax(-1)

@@ -195,6 +195,14 @@ HEADS = {
 }
 
 
+def test_hidden_states_without_a_width(backend):
+    """Only the bias makes logits, and only it learns."""
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((64, 0), (512, 0), (512,)))
+    loss = kd.cross_entropy(kd.LinearHead(hidden, weight, bias), torch.arange(64), gradient_tolerance=0.5)
+    loss.backward()
+    assert bias.grad.norm() > 1e-2 and hidden.grad.shape == (64, 0) and weight.grad.shape == (512, 0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("head", HEADS)
 def test_forms(backend, head, reduction):

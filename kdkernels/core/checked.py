@@ -40,8 +40,8 @@ def checked_labels(labels: Tensor | None, mask: Tensor | None, vocab: int, ignor
 
 
 def _warn_of_a_mask(labels: Tensor) -> None:
-    """Only where looking waits for nothing."""
-    if labels.device.type == "cpu" and labels.numel() and bool(((labels == 0) | (labels == 1)).all()):
+    """Only where looking waits for nothing. One token says nothing."""
+    if labels.device.type == "cpu" and labels.numel() > 1 and bool(((labels == 0) | (labels == 1)).all()):
         warn("labels hold nothing but 0 and 1, and are taken as class ids; a mask of tokens goes in mask=")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_constant, check_tensor
+from ..checks import check_constant, check_plain
 from ..divergences import Divergence
 from .checked import checked_ids, checked_labels, checked_numbers
 from .option_checks import Number
@@ -15,7 +15,7 @@ from .sides import Side
 
 
 def _check_per_token(name: str, given: Any, student: Side) -> None:
-    check_tensor(name, given)
+    check_plain(name, given)
     if given.shape != student.leading:
         raise ValueError(
             f"{name} has shape {tuple(given.shape)}, the student's tokens {tuple(student.leading)}"
@@ -25,7 +25,7 @@ def _check_per_token(name: str, given: Any, student: Side) -> None:
 
 
 def _check_labels(labels: Any, student: Side) -> None:
-    check_tensor("labels", labels)
+    check_plain("labels", labels)
     if labels.is_floating_point() and labels.dim() > len(student.leading):
         raise ValueError(
             f"labels must be int64 class ids, got {labels.dtype} {tuple(labels.shape)}; "
@@ -58,7 +58,7 @@ def live_labels(labels: Any, mask: Any, student: Side, vocab: int, ignore_index:
 
 def live_ids(ids: Any, student: Side, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(int64 ``[N, K]``, -1: none; labels ``[N]`` that are -1 where a token is masked) of ids ``[...]`` or ``[..., K]``."""
-    check_tensor("ids", ids)
+    check_plain("ids", ids)
     if ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64, got {ids.dtype}")
     leading = tuple(student.leading)
@@ -86,7 +86,7 @@ def token_weights(given: Any, student: Side, labels: Tensor | None, part: Tensor
 
 def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int) -> Tensor:
     """What each token's class weighs, fp64 ``[N]``; 0 where it is masked."""
-    check_tensor("class_weights", given)
+    check_plain("class_weights", given)
     check_constant("class_weights", given)
     if given.shape != (vocab,) or not given.is_floating_point():
         raise ValueError(

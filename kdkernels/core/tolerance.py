@@ -58,7 +58,7 @@ class Kept(NamedTuple):
     def parts(self, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(columns, their gradient), so many that their rows of an lm_head fit a slab."""
         aligned, _, slab_bytes = _limits(self.ids)
-        step = max(slab_bytes // row_bytes // aligned, 1) * aligned
+        step = max(slab_bytes // max(row_bytes, 1) // aligned, 1) * aligned
         return zip(self.ids.split(step), self.gradient.split(step, 1))
 
 

@@ -118,7 +118,8 @@ class SparseTarget:
         return replace(self, **tensors)
 
     def __getitem__(self, index) -> SparseTarget:
-        """The target of some tokens: ``index`` goes over the leading dimensions only."""
+        """The target of some tokens: ``index`` goes over the leading dimensions only. IndexError where it has more."""
+        self.ids[..., 0][index]
         index = index if isinstance(index, tuple) else (index,)
         last = slice(None) if any(i is Ellipsis for i in index) else Ellipsis
         return self._each(lambda t: t[(*index, last)])

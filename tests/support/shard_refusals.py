@@ -136,4 +136,12 @@ def refused_dtensors(group):
         (lambda: DTensor.from_local(torch.randn(2, 9), mesh, [Partial()]), "is not a shard"),
     ]:
         made.append(told(lambda student=student: kd.cross_entropy(student(), labels), pattern))
+    spread = distribute_tensor(labels, mesh, [Replicate()])
+    logits = kd.ShardedLogits(torch.randn(2, 9), group_shard)
+    for call, name in [
+        (lambda: kd.cross_entropy(logits, spread), "labels"),
+        (lambda: kd.token_log_probs(logits, spread), "ids"),
+        (lambda: kd.cross_entropy(logits, labels, token_weights=spread), "token_weights"),
+    ]:
+        made.append(told(call, rf"{name} must be a plain Tensor, got a DTensor; give {name}.to_local\(\)"))
     return made
