@@ -44,7 +44,8 @@ def loss_of(draft, teacher, mask):
     both = kd.ForwardKL(), kd.Overlap()
     kl, overlap = kd.distillation_loss(draft, teacher, mask=mask, divergence=both, reduction="none")
     weight = torch.exp(-3.0 * overlap.detach())
-    not_accepted = -torch.where(mask, overlap, 1.0).log()  # elsewhere it is 0, whose logarithm nobody wants
+    # Elsewhere it is 0, whose logarithm nobody wants; nor that of what underflows in fp32.
+    not_accepted = -torch.where(mask, overlap, 1.0).clamp_min(1e-37).log()
     each = torch.where(mask, weight * kl + (1 - weight) * not_accepted, 0.0)
     return each.sum() / mask.sum(), (overlap.detach().sum() / mask.sum()).item()
 

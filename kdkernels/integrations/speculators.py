@@ -8,7 +8,7 @@ speculators' fused ones need a GPU with Triton. What differs from speculators 0.
 ``tests/integrations/test_speculators.py``):
 
 * The overlap is added up, not 1 - TV: ``nla`` has no floor at an acceptance of 1e-5, below which speculators' gradient
-  is 0. A draft that begins far from its target is what that loss is for.
+  is 0, but at 1e-38, the least that fp32 has. A draft that begins far from its target is what that loss is for.
 * ``nla`` and ``lk_hybrid`` make what they are composed of in one pass.
 * The target's logits are a constant, as in speculators' fused losses; its eager ones let a gradient through.
 * Half-precision logits of ``ce``: rows in fp32, and so is the loss; the eager one is in the logits' dtype.
@@ -16,6 +16,7 @@ speculators' fused ones need a GPU with Triton. What differs from speculators 0.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..divergences import JSD, Divergence, ForwardKL, Overlap, ReverseKL, TotalVariation
@@ -52,8 +53,9 @@ def tv_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def neg_log_acceptance_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log sum min(p, q)."""
-    return -_per_position(Overlap(), logits, targets).log()
+    """-log sum min(p, q), finite also where both have nothing in common: the mask comes afterwards."""
+    overlap = _per_position(Overlap(), logits, targets)
+    return -overlap.clamp_min(torch.finfo(overlap.dtype).tiny).log()
 
 
 def lk_hybrid_loss(logits: Tensor, targets: Tensor, eta: float = 3.0) -> Tensor:

@@ -79,6 +79,25 @@ def test_an_acceptance_of_nearly_nothing_still_teaches():
     assert abs(ours[0][0].sum() - exact.detach()) < 1e-3 and exact > 3 * 25
 
 
+def test_nothing_in_common_spoils_no_batch(utils):
+    """The overlap underflows, at a position that the mask takes out and at one that it does not."""
+    draft, targets = batch(tokens=5)
+    draft[0, :2], targets[0, :2] = torch.zeros(97), torch.zeros(97)
+    draft[0, :2, 0] = targets[0, :2, 1] = 100.0
+    mask, positions = torch.tensor([[0, 1, 1, 1, 1]]), torch.arange(5)[None]
+
+    def masked():
+        loss = utils.resolve_loss_config("nla", "eager")["nla"][0]
+        return outcome(lambda d: utils.loss_function(d, targets, mask, positions, loss_fn=loss), [draft])
+
+    (theirs,), (their_slope,) = masked()
+    with dropin.patch():
+        (ours,), (slope,) = masked()
+    assert ours.isfinite() and ours > theirs
+    torch.testing.assert_close(slope, their_slope)
+    assert slope[0, 2:].norm() > 1e-3 and not slope[0, :2].any()
+
+
 def test_the_target_is_a_constant():
     draft, targets = batch()
     loss = dropin.kl_div_loss(draft.requires_grad_(), targets.requires_grad_()).sum()
