@@ -7,7 +7,8 @@ differs from ms-swift 4.6 (tests in ``tests/integrations/test_swift.py``):
 
 * Half-precision logits: rows in fp32, and so is the loss; ms-swift's is in the logits' dtype.
 * A token that both models rule out (logits of -inf) is no term; ms-swift's loss is NaN.
-* With a ``log_softmax_fn`` or ``kl_div_fn`` of your own (Megatron's vocabulary shards) it is ms-swift's own.
+* With a ``log_softmax_fn`` or ``kl_div_fn`` of your own (Megatron's vocabulary shards) it is ms-swift's own, and so it
+  is with a student of more tokens than its teacher, whose logits ms-swift fills up from the student's, gradient and all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def jsd_loss(
     """The sum of JSD(beta) over rows ``[N, D]``, student first; beta 0 is the forward and 1 the reverse KL."""
     theirs: Any = importlib.import_module(_MODULE)
     own = log_softmax_fn in (None, theirs.default_log_softmax) and kl_div_fn in (None, theirs.default_kl_div)
-    if own:
+    if own and not t_logits.requires_grad:
         return js_divergence(s_logits, t_logits, beta=beta, reduction="sum")
     original = _PATCHES.originals[_TARGET][0] if _PATCHES.originals else theirs.jsd_loss
     functions = log_softmax_fn or theirs.default_log_softmax, kl_div_fn or theirs.default_kl_div

@@ -67,6 +67,20 @@ def test_patch_and_functions_of_ones_own():
     torch.testing.assert_close(ours, before(student, teacher, 0.3))
 
 
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("more", ["student", "teacher"])
+def test_vocabularies_that_differ(more, beta):
+    """Whose logits are missing gets the other's. A teacher's that are a student's have a gradient, and so it is theirs."""
+    sizes = (D, D - 5) if more == "student" else (D - 5, D)
+    student, teacher = (2 * torch.randn(1, N, size) for size in sizes)
+    labels = torch.where(torch.arange(N) % 3 == 0, -100, 1)[None]
+    told = original.TeacherOutput(full_logits=teacher, labels=labels)
+    call = lambda s: original.gkd_loss(s, told, labels, beta, 1.5)[0]  # noqa: E731
+    theirs = outcome(call, [student])
+    with dropin.patch():
+        assert_same(outcome(call, [student]), theirs, 3e-5)
+
+
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(dropin._PATCHES, "tested", ((5, 0), (5, 1)))
     with pytest.raises(
