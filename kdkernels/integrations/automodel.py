@@ -2,12 +2,14 @@
 
 No fp32 copies and no log-softmax of either model are kept, and under tensor parallelism there is one exchange instead
 of five. Rows are computed in fp32 whatever ``fp32_upcast`` says, and never held whole, whatever ``chunk_size`` says.
+``num_batch_labels=0`` beside a token that counts is a ValueError; theirs is infinite.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..heads import Shard, ShardedLogits
@@ -60,26 +62,32 @@ class KDLoss(nn.Module):
         if self.tp_group is not None:
             if self._shards is None:
                 self._shards = Shard(self.tp_group), Shard(self.tp_group)
-            student: Tensor | ShardedLogits = ShardedLogits(_local(student_logits), self._shards[0])
-            teacher: Tensor | ShardedLogits = ShardedLogits(_local(teacher_logits), self._shards[1])
+            student: Tensor | ShardedLogits = ShardedLogits(_rows(_local(student_logits)), self._shards[0])
+            teacher: Tensor | ShardedLogits = ShardedLogits(_rows(_local(teacher_logits)), self._shards[1])
         elif is_dtensor(student_logits) and not _shards_vocabulary(student_logits):
-            student, teacher, labels = (_whole(t) for t in (student_logits, teacher_logits, labels))
+            student, teacher = _rows(_whole(student_logits)), _rows(_whole(teacher_logits))
+            labels = _whole(labels)
         else:
-            student, teacher = student_logits, teacher_logits
-        local = student.logits if isinstance(student, ShardedLogits) else _local(student)
+            student, teacher = _rows(student_logits), _rows(teacher_logits)
+        # A tensor may be 0 where no token counts, a number may not.
+        nothing = isinstance(num_batch_labels, (int, float)) and num_batch_labels == 0
         return kl_div(
             student,
             teacher,
-            mask=(labels != self.ignore_index).reshape(local.shape[:-1]),
+            mask=(labels != self.ignore_index).reshape(-1),
             temperature=self.temperature,
             temperature_squared=True,
-            num_items=num_batch_labels,
+            num_items=torch.zeros(()) if nothing else num_batch_labels,
             reduction="mean" if num_batch_labels is None else "sum",
         )
 
 
 def _shards_vocabulary(logits: Any) -> bool:
     return any(p.is_shard(logits.ndim - 1) or p.is_shard(-1) for p in logits.placements)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def _local(tensor: Any) -> Tensor:

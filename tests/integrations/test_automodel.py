@@ -54,6 +54,28 @@ def test_padding_and_nothing_to_learn():
     assert value == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("nothing", [0, 0.0, torch.tensor(0)])
+def test_nothing_to_divide_by(nothing):
+    """Theirs is 0 where no token counts, and infinite where one does."""
+    student, teacher = logits()
+    masked = torch.full_like(LABELS, -100)
+    ours, theirs = (outcome(m.KDLoss(), [student], teacher, masked, nothing) for m in (dropin, original))
+    assert_same(ours, theirs, 0, zero_gradient=True)
+    assert original.KDLoss()(student, teacher, LABELS, nothing).isinf()
+    with pytest.raises(ValueError, match="num_items must be > 0 where any token counts"):
+        dropin.KDLoss()(student, teacher, LABELS, nothing)
+
+
+@pytest.mark.parametrize("flat", ["student", "teacher"])
+def test_one_side_may_be_flat(flat):
+    student, teacher = logits()
+    student, teacher = (
+        z.flatten(0, 1) if name == flat else z for name, z in (("student", student), ("teacher", teacher))
+    )
+    ours, theirs = (outcome(m.KDLoss(), [student], teacher, LABELS) for m in (dropin, original))
+    assert_same(ours, theirs, 1e-6)
+
+
 def test_the_signatures_are_theirs():
     for method in ("__init__", "forward"):
         ours, theirs = (inspect.signature(getattr(m.KDLoss, method)) for m in (dropin, original))
