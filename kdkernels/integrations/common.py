@@ -1,5 +1,5 @@
-"""What the drop-ins share: the ignored label, lm_heads as trainers hold them (sharded, or in another dtype), and a
-module's forward replaced for one call."""
+"""What the drop-ins share: the ignored label, ids as trainers give them, lm_heads as trainers hold them (sharded, or in
+another dtype), and a module's forward replaced for one call."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import require
 from ..heads import LinearHead
+from ..operators import operator
 
 IGNORED = -100
+
+
+@operator("given_ids")
+def given_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
+    """``ids`` with ``IGNORED`` for ``ignore_index``. Other negative ones are an error as in checked_ids: to trainers' own
+    functions -1 is out of range, and to token_log_probs no id."""
+    ignored = torch.zeros_like(ids, dtype=torch.bool) if ignore_index is None else ids == ignore_index
+    unless = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+    require(~ignored & (ids < 0), ids, f"ids must be >= 0{unless}, found {{}}")
+    return torch.where(ignored, IGNORED, ids).contiguous()
+
+
+@torch.library.register_fake(given_ids)
+def _(ids, ignore_index):
+    return ids.new_empty(ids.shape)
 
 
 def whole(parameter: Any) -> Tensor:

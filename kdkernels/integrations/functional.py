@@ -42,7 +42,8 @@ class KLTerms(NamedTuple):
 
     def terms(self, x: Tensor, t: Tensor) -> Tensor:
         p, log_p = (t.exp(), t) if self.log_target else (t, t.log())
-        return torch.where(p == 0, p, (log_p - x).mul_(p))
+        # 0, but NaN where x is.
+        return torch.where(p == 0, x.clamp(0, 0), (log_p - x).mul_(p))
 
     def slopes(self, x: Tensor, t: Tensor, wants: list[bool]) -> Iterator[Tensor]:
         p = t.exp() if self.log_target else t
@@ -73,14 +74,14 @@ _TERMS: dict[str, KLTerms | TVTerms] = {
 
 
 @operator("terms")
-def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -> Tensor:
-    """Terms of two tensors of one shape, piece by piece: their sum if ``summed``, else each. Where ``mask`` (of that
-    shape) is False a term is 0, whatever the tensors hold there.
+def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool, dtype: torch.dtype) -> Tensor:
+    """Terms of two tensors of one shape, piece by piece: their sum if ``summed``, in fp32 at least, else each in
+    ``dtype``. Where ``mask`` (of that shape) is False a term is 0, whatever the tensors hold there.
 
     It is an operator because a compiler would unroll the loop over pieces. Only the two tensors are saved for the
     backward, which goes over them again and allocates nothing but the gradients.
     """
-    dtype, terms = torch.promote_types(x.dtype, t.dtype), _TERMS[name]
+    terms = _TERMS[name]
     if not summed:
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         for o, a, b, m in _pieces(out, x, t, mask):
@@ -93,8 +94,7 @@ def _terms(x: Tensor, t: Tensor, mask: Tensor | None, name: str, summed: bool) -
 
 
 @torch.library.register_fake(_terms)
-def _(x, t, mask, name, summed):
-    dtype = torch.promote_types(x.dtype, t.dtype)
+def _(x, t, mask, name, summed, dtype):
     if summed:
         return torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -119,7 +119,7 @@ def _(x, t, mask, arriving, name, wants):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, t, mask, ctx.name, _ = inputs
+    x, t, mask, ctx.name, *_ = inputs
     ctx.save_for_backward(x, t, mask)
 
 
@@ -135,7 +135,7 @@ def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
     else:
         made = iter(_slopes(x, t, mask, arriving, ctx.name, wants))
     to_x, to_t = (next(made) if want else None for want in wants)
-    return to_x, to_t, None, None, None
+    return to_x, to_t, None, None, None, None
 
 
 torch.library.register_autograd(_terms, _backward, setup_context=_setup)
@@ -158,11 +158,13 @@ def kl_div(
         reduction: "none", "sum", "batchmean" (sum / size(0)) or "mean" (sum / number of elements).
 
     Returns:
-        What F.kl_div returns, in the same dtype, with gradients for ``input`` (-p) and ``target``.
+        What F.kl_div returns, in the same dtype (under autocast fp32 at least), with gradients for ``input`` (-p)
+        and ``target``.
 
     What differs: half precision is computed in fp32 and rounded once; 0 log 0 = 0 also where
     F.kl_div has NaN (``log_target`` of -inf; a target of 0 where ``input`` is -inf), and the
-    gradient for a target of 0 is -inf where F.kl_div has NaN; it cannot be differentiated twice.
+    gradient for a target of 0 is -inf where F.kl_div has NaN; "batchmean" of no rows is 0, not
+    NaN; it cannot be differentiated twice.
 
     >>> import torch
     >>> from kdkernels.integrations import functional as F
@@ -176,8 +178,11 @@ def kl_div(
     return reduced("kl of log target" if log_target else "kl", input, target, reduction)
 
 
-def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Tensor | None = None) -> Tensor:
-    """The terms ``name`` of two tensors that broadcast, under torch's four reductions.
+def reduced(
+    name: str, x: Tensor, t: Tensor, reduction: str, rows: Tensor | None = None, wide: bool = False
+) -> Tensor:
+    """The terms ``name`` of two tensors that broadcast, under torch's four reductions: in the tensors' dtype, or in
+    fp32 at least if ``wide`` or under autocast.
 
     With ``rows``, a bool tensor, only those rows' terms count: the others are 0. "mean" and
     "batchmean" divide by all of them nevertheless.
@@ -196,12 +201,21 @@ def reduced(name: str, x: Tensor, t: Tensor, reduction: str, rows: Tensor | None
     batch = x.shape[0] if x.dim() else 1
     x, t = torch.broadcast_tensors(x, t)
     mask = None if rows is None else rows[..., None].expand(x.shape)
-    value = _terms(x, t, mask, name, reduction != "none")
+    dtype = torch.promote_types(x.dtype, t.dtype)
+    if wide or _autocast(x.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
+    value = _terms(x, t, mask, name, reduction != "none", dtype)
     if reduction == "mean":
         value = value / x.numel()
     elif reduction == "batchmean" and batch:
         value = value / batch
-    return value.to(torch.promote_types(x.dtype, t.dtype))
+    return value.to(dtype)
+
+
+def _autocast(kind: str) -> bool:
+    # Compilers before torch 2.13 cannot trace the question; the devices that they know have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def _wide(piece: Tensor) -> Tensor:

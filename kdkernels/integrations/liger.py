@@ -23,7 +23,7 @@ of selected ids, at a temperature) is here too. Its entropies are fp32, where Li
 states outside of its Hopper kernel.
 
 Class weights, token scaling and the extra outputs of Liger's cross entropies are not here: asking for
-them is a ValueError.
+them is a ValueError that says what serves instead.
 """
 
 from __future__ import annotations
@@ -33,26 +33,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.option_checks import checked
 from ..divergences import JSD, TotalVariation
 from ..heads import MappedLogits
 from ..log_probs import token_log_probs
 from ..losses import cross_entropy, distillation_loss, js_divergence
 from ..losses import kl_div as kl_of_logits
 from ..options import Reduction
-from .common import head
-from .functional import kl_div, reduced
+from .common import IGNORED, given_ids, head
+from .functional import reduced
 
 
 def _unmasked(shift_labels: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if shift_labels is None else shift_labels != ignore_index
 
 
+#: What serves instead of the options of Liger's cross entropies that are not here.
+_INSTEAD = {
+    "weight": "kd.cross_entropy(class_weights=)",
+    "ce_weight": "kd.cross_entropy(class_weights=)",
+    "return_z_loss": "the difference of kd.cross_entropy with z_loss= and without",
+    "use_token_scaling": "kd.cross_entropy(token_weights=) with the labels' probabilities",
+    "return_token_accuracy": "kd.token_log_probs(return_stats=True).top1",
+    "return_predicted_tokens": "kd.token_log_probs(return_stats=True).top1",
+}
+
+
 def _refuse(**asked: Any) -> None:
     for name, value in asked.items():
         if value is not None and value is not False:
-            raise ValueError(
-                f"{name} is Liger's only: leave it out, kdkernels' cross entropy does not have it"
-            )
+            raise ValueError(f"{name} is not in this drop-in: leave it out, or take {_INSTEAD[name]}")
 
 
 def liger_jsd(
@@ -79,12 +89,13 @@ def liger_kl_div(
     log_target: bool = False,
     eps: float = 1e-10,
 ) -> Tensor:
-    """:func:`kdkernels.integrations.functional.kl_div`; ``size_average``, ``reduce`` and ``eps`` do nothing.
+    """:func:`kdkernels.integrations.functional.kl_div`, in fp32 at least and with the target a constant;
+    ``size_average``, ``reduce`` and ``eps`` do nothing.
 
     >>> liger_kl_div(torch.randn(4, 10).log_softmax(-1), torch.rand(4, 10).softmax(-1)).shape
     torch.Size([])
     """
-    return kl_div(input, target, reduction=reduction, log_target=log_target)
+    return reduced("kl of log target" if log_target else "kl", input, target.detach(), reduction, wide=True)
 
 
 def liger_tvd(
@@ -105,7 +116,8 @@ def liger_tvd(
     divisors = {"none": 1, "sum": 1, "batchmean": tokens, "mean": tokens * input.shape[-1]}
     if reduction not in divisors:
         raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(divisors)}")
-    terms = reduced("tv", input, target.detach(), "none" if reduction == "none" else "sum", unmasked)
+    taken = "none" if reduction == "none" else "sum"
+    terms = reduced("tv", input, target.detach(), taken, unmasked, wide=True)
     return terms if reduction in ("none", "sum") else terms / divisors[reduction]
 
 
@@ -155,6 +167,7 @@ def liger_fused_linear_kl_div(
     """
     if reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(f"reduction must be one of batchmean, mean, sum, got {reduction!r}")
+    checked(temperature=temperature)
     # The target is at the temperature already: only the student's logits are divided by it.
     student = head(student_input, student_weight, logit_scale=1 / temperature)
     loss = kl_of_logits(
@@ -261,7 +274,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         self.eps = eps
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        return kl_div(y_pred, y_true, reduction=self.reduction, log_target=self.log_target)
+        return liger_kl_div(y_pred, y_true, reduction=self.reduction, log_target=self.log_target)
 
 
 class LigerTVDLoss(nn.Module):
@@ -286,6 +299,7 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checked(temperature=temperature)
         self.jsd_beta, self.ignore_index = jsd_beta, ignore_index
         self.temperature, self.accum_dtype = temperature, accum_dtype
 
@@ -321,6 +335,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checked(temperature=temperature)
         self.reduction, self.ignore_index, self.temperature = reduction, ignore_index, temperature
         self.eps, self.accum_dtype = eps, accum_dtype
 
@@ -466,6 +481,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ) -> None:
         super().__init__()
+        checked(temperature=temperature)
         self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
         self.ignore_index, self.temperature = ignore_index, temperature
         self.compiled, self.chunk_size = compiled, chunk_size
@@ -527,17 +543,11 @@ class LigerFusedLinearScaledCrossEntropyFunction:
     ) -> Tensor | tuple[Tensor, ...]:
         """With ``return_entropy`` the entropies ``[M]`` follow, with ``selected_token_ids`` ``[K]`` the
         log-probabilities ``[M, K]`` of these; all are 0 for ignored tokens, and all are differentiable."""
-        ids = target[:, None]
+        ids = given_ids(target, ignore_index)[:, None]
         if selected_token_ids is not None:
-            selected = selected_token_ids.expand(len(target), -1)
-            ids = torch.cat([ids, selected.masked_fill(ids == ignore_index, ignore_index)], 1)
-        of = token_log_probs(
-            head(_input, weight),
-            ids,
-            temperature=temperature,
-            entropy=return_entropy,
-            ignore_index=ignore_index,
-        )
+            selected = given_ids(selected_token_ids, None).expand(len(target), -1)
+            ids = torch.cat([ids, selected.masked_fill(ids == IGNORED, IGNORED)], 1)
+        of = token_log_probs(head(_input, weight), ids, temperature=temperature, entropy=return_entropy)
         made = [-of.log_probs[:, 0]]
         if of.entropy is not None:
             made.append(of.entropy)

@@ -52,7 +52,7 @@ from ..losses import js_divergence
 from ..options import Reduction
 from ..producers import target_at
 from ..targets import SparseTarget, Tail
-from .common import IGNORED, head
+from .common import IGNORED, given_ids, head
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -431,7 +431,7 @@ def selective_log_softmax(
 ) -> Tensor:
     """log softmax(logits / temperature) at ``index``, ``[...]`` or ``[..., K]``; 0 where ``row_mask``, of the same
     shape, is 0."""
-    return token_log_probs(logits, _unmasked(index, row_mask), temperature=temperature).log_probs
+    return token_log_probs(logits, _unmasked(index, row_mask, -1), temperature=temperature).log_probs
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
@@ -447,7 +447,7 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both from one pass; of a masked row both are 0."""
-    ids = torch.where(row_mask == 0, IGNORED, index) if row_mask is not None else index
+    ids = _unmasked(index, row_mask, IGNORED)
     of = token_log_probs(logits, ids, temperature=temperature, entropy=True)
     assert of.entropy is not None
     return of.log_probs, of.entropy if entropy_requires_grad else of.entropy.detach()
@@ -460,8 +460,10 @@ def _entropy(logits: Tensor) -> Tensor:
     return entropy
 
 
-def _unmasked(index: Tensor, row_mask: Tensor | None) -> Tensor:
-    return index if row_mask is None else torch.where(row_mask == 0, -1, index)
+def _unmasked(index: Tensor, row_mask: Tensor | None, masked: int) -> Tensor:
+    if row_mask is None:
+        return given_ids(index, None)
+    return given_ids(index.where(row_mask != 0, 0), None).masked_fill(row_mask == 0, masked)
 
 
 class ChunkedLogProbFunction:
@@ -500,7 +502,7 @@ class ChunkedLogProbFunction:
         student = head(hidden, weight, bias, logit_scale=logit_scale, softcap=final_logit_softcapping)
         of = token_log_probs(
             student,
-            targets,
+            given_ids(targets, None),
             temperature=temperature,
             entropy="entropy" in outputs,
             return_stats="is_top1" in outputs,

@@ -22,6 +22,7 @@ from ..divergences import ForwardKL, Overlap, TotalVariation
 from ..heads import LinearHead
 from ..log_probs import token_log_probs
 from ..losses import distillation_loss
+from .common import IGNORED, given_ids
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -56,19 +57,21 @@ def chunked_lm_loss(
         raise ValueError(f"loss_type={loss_type!r} needs teacher_hidden")
     labels = labels.reshape(-1).to(hidden.device)
     student = _head(hidden, lm_head_weight, hidden.device, logit_softcap)
-    tokens = int((labels != ignore_index).sum())
+    live = labels != ignore_index
+    tokens = int(live.sum())
+    ids = labels.where(live, IGNORED)
+    # A divergence only compares labels with the most probable token, and takes any.
+    ids = given_ids(ids, IGNORED) if loss_type == "ce" else ids.masked_fill(live, -1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and loss_type == "ce"):
-        of = token_log_probs(
-            student, labels, ignore_index=ignore_index, return_stats=True, chunk_bytes=_CHUNK_BYTES
-        )
+        of = token_log_probs(student, ids, return_stats=True, chunk_bytes=_CHUNK_BYTES)
     assert of.top1 is not None
-    correct = int(((of.top1 == labels) & (labels != ignore_index)).sum())
+    correct = int(((of.top1 == labels) & live).sum())
     if loss_type == "ce":
         return -of.log_probs.sum(), tokens, correct
     assert teacher_hidden is not None
     weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     teacher = _head(teacher_hidden.detach(), weight.detach(), hidden.device, logit_softcap)
-    return _divergence(loss_type, student, teacher, labels != ignore_index, lk_eta), tokens, correct
+    return _divergence(loss_type, student, teacher, live, lk_eta), tokens, correct
 
 
 def _head(hidden: Tensor, weight: Tensor, device: torch.device, softcap: float | None) -> LinearHead:

@@ -11,6 +11,7 @@ teacher's top k takes of the student's logits with ``use_chunked_topk``. What di
   dtype of the logits or hidden states.
 * At logits of -inf (a vocabulary that is padded, or top-p) the entropy is that of the others, and its gradient is
   finite; verl's is NaN.
+* A label of -100 gives a log-probability of 0 without a gradient, as with flash-attn, on any device.
 * ``inplace_backward`` overwrites logits with their gradient where verl would with flash-attn, on any device; never
   logits that are a leaf, or parts of one another.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.layout import overlaps_itself
 from ..log_probs import token_log_probs
-from .common import head
+from .common import IGNORED, given_ids, head
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -31,8 +32,8 @@ TESTED = ((0, 9), (0, 10))
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """log softmax(logits ``[..., V]``) at ``labels`` ``[...]``."""
-    inplace = inplace_backward and logits.grad_fn is not None and not overlaps_itself(logits)
-    return token_log_probs(logits, labels, inplace=inplace).log_probs
+    inplace = inplace_backward and not logits.is_leaf and not overlaps_itself(logits)
+    return token_log_probs(logits, given_ids(labels, IGNORED), inplace=inplace).log_probs
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 def chunked_topk_log_probs(logits: Tensor, topk_ids: Tensor, chunk_size: int = 4096) -> Tensor:
     """log softmax(logits ``[B, T, V]``) at ``topk_ids`` ``[B, T, K]``, fp32 and without a chunk of them in fp32."""
-    return token_log_probs(logits, topk_ids).log_probs
+    return token_log_probs(logits, given_ids(topk_ids, None)).log_probs
 
 
 class FusedLinearForPPO(nn.Module):
@@ -61,12 +62,15 @@ class FusedLinearForPPO(nn.Module):
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
+        if impl_backend not in ("torch", "liger"):
+            raise ValueError(f"impl_backend must be 'torch' or 'liger', got {impl_backend!r}")
 
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         student = head(hidden_states, vocab_weights)
-        of = token_log_probs(student, input_ids.to(torch.int64), temperature=temperature, entropy=True)
+        ids = given_ids(input_ids.to(torch.int64), None)
+        of = token_log_probs(student, ids, temperature=temperature, entropy=True)
         assert of.entropy is not None
         return of.log_probs, of.entropy
 

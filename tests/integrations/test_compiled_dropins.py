@@ -6,7 +6,7 @@ import pytest
 import torch
 from compiled import assert_compiled
 
-from kdkernels.integrations import axolotl, distillkit, functional, liger, modelopt, torchtune, trl
+from kdkernels.integrations import axolotl, distillkit, functional, liger, modelopt, torchtune, trl, verl
 
 N, V, H, K = 6, 21, 8, 4
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -17,6 +17,11 @@ class WithLogits:
     """What a model or a teacher returns."""
 
     logits: torch.Tensor
+
+
+def autocast_kl_div(x, t):
+    with torch.autocast("cpu", torch.bfloat16):
+        return functional.kl_div(x.bfloat16(), t.bfloat16())
 
 
 def cases():
@@ -47,6 +52,7 @@ def cases():
         "kl_div log_target": (lambda x, t: functional.kl_div(x, t, log_target=True), [log_q, p.log()]),
         "kl_div one side": (lambda x: functional.kl_div(x, p), [log_q]),
         "kl_div bf16": (lambda x: functional.kl_div(x.bfloat16(), p, reduction="sum"), [log_q]),
+        "kl_div autocast": (autocast_kl_div, [log_q, p]),
         "kl_div beside torch's": (lambda x: functional.kl_div(functional.log_softmax(x, -1), p), [s]),
         "liger kl_div": (lambda x: liger.liger_kl_div(x, p, reduction="batchmean"), [log_q]),
         "liger jsd": (lambda x: liger.liger_jsd(x, t, labels, 0.3), [log_q]),
@@ -119,6 +125,8 @@ def cases():
             [s],
         ),
         "trl gold": (lambda x: trl.gold_generalized_jsd_loss(both(x), both(p), logits_are_probs=True), [q]),
+        "trl log-probabilities": (lambda x: trl.selective_log_softmax(x, labels, row_mask=kept), [s]),
+        "verl log-probabilities": (lambda x: verl.logprobs_from_logits(2 * x, labels), [s]),
         "trl minillm": (lambda x: trl.minillm_single_step_loss(None, both(x), both(t), both(kept)), [s]),
     }
     return found
@@ -147,6 +155,7 @@ FEW = (
     "axolotl",
     "distillkit bucket",
     "trl gold",
+    "verl log-probabilities",
 )
 
 

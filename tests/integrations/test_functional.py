@@ -162,6 +162,21 @@ def test_difference_half_precision_is_rounded_once(log_target):
     assert relative(ours[0][0], truth[0][0]) <= relative(theirs[0][0], truth[0][0])
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float64,) * 2]
+)
+def test_autocast(dtypes, reduction):
+    """Which widens half precision, and leaves fp64 alone."""
+    x, t = (z.to(dtype) for z, dtype in zip(sides((5, 7), False), dtypes))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (outcome(f, [x, t], reduction=reduction) for f in (functional.kl_div, F.kl_div))
+    assert ours[0][0].dtype == theirs[0][0].dtype == torch.promote_types(dtypes[0], torch.float32)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
+    assert [g.dtype for g in ours[1]] == list(dtypes)
+    assert_same(([], ours[1]), ([], theirs[1]), 1e-2)
+
+
 def test_difference_zero_log_zero_is_zero():
     x = torch.tensor([[-1.0, -torch.inf, -2.0]], dtype=torch.float64)
     p = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64)
@@ -182,6 +197,8 @@ def test_nan_is_never_hidden():
     x, p = torch.zeros(1, 2), torch.tensor([[torch.nan, 1.0]])
     assert functional.kl_div(x, p, reduction="sum").isnan()
     assert functional.kl_div(x * torch.nan, p.nan_to_num(0.5), reduction="sum").isnan()
+    for t, log_target in ((torch.zeros(1, 2), False), (torch.full((1, 2), -torch.inf), True)):
+        assert functional.kl_div(x * torch.nan, t, reduction="sum", log_target=log_target).isnan()
 
 
 def test_memory_is_the_gradient():

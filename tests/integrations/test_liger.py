@@ -135,6 +135,26 @@ def test_kl_div_is_torchs(reduction, log_target):
     assert_same(again, ours, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_half_precision_is_not_rounded_at_the_end(dtype, reduction):
+    """Liger's kernels write fp32, which interpreting them would not show."""
+    x, t = (2000 * log_probs()).clamp(min=-20000).to(dtype), log_probs().exp().to(dtype)
+    for function, given in ((dropin.liger_kl_div, x), (dropin.liger_tvd, t.flip(0) * 3000)):
+        ours = outcome(lambda z, f=function: f(z, t, reduction=reduction), [given])
+        truth = outcome(lambda z, f=function: f(z, t.double(), reduction=reduction), [given.double()])
+        assert ours[0][0].dtype == torch.float32 and ours[1][0].dtype == dtype
+        assert relative(ours[0][0], truth[0][0]) < 1e-6
+        assert relative(ours[1][0], truth[1][0]) < 2**-8
+
+
+def test_the_target_of_kl_div_is_a_constant():
+    x, t = log_probs().requires_grad_(), log_probs().exp().requires_grad_()
+    for loss in (dropin.liger_kl_div, dropin.LigerKLDIVLoss(reduction="sum")):
+        given, told = torch.autograd.grad(loss(x, t), [x, t], allow_unused=True)
+        assert given.any() and told is None
+
+
 def test_softcap():
     """Another kernel that the interpreter cannot run."""
     h, w = hidden()
@@ -265,8 +285,17 @@ def test_what_is_not_here_is_refused(asked):
         dropin.LigerCrossEntropyLoss(**{asked: True})
     with pytest.raises(ValueError, match=asked):
         dropin.liger_fused_linear_cross_entropy(*hidden(), labels(), **{asked: True})
-    with pytest.raises(ValueError, match="weight"):
+    with pytest.raises(ValueError, match=r"weight is not .* kd.cross_entropy\(class_weights=\)"):
         dropin.liger_cross_entropy(torch.randn(N, V), labels(), weight=torch.ones(V))
+
+
+@pytest.mark.parametrize("temperature", [0, -2.0])
+@pytest.mark.parametrize("name", ["FusedLinearKLDivLoss", "FusedLinearJSD", "FusedLinearJSDLoss"])
+def test_a_temperature_of_nothing_is_refused_at_once(name, temperature):
+    with pytest.raises(ValueError, match=f"temperature must be > 0 and finite, got {temperature}"):
+        getattr(dropin, "Liger" + name)(temperature=temperature)
+    with pytest.raises(ValueError, match=f"temperature must be > 0 and finite, got {temperature}"):
+        dropin.liger_fused_linear_kl_div(*hidden(), log_probs().exp(), temperature=temperature)
 
 
 def signatures(tree, prefix=""):

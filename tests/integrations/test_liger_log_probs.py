@@ -46,6 +46,27 @@ def test_every_output(temperature, selected, entropy, dtype):
     assert all(not value[target == -100].any() for value in ours[0][1:])
 
 
+def test_a_selected_id_may_be_the_ignored_label():
+    hidden, weight, target = batch()
+    target, ids = torch.where(target == -100, 0, target.clamp(min=1)), torch.tensor([4, 0, 2])
+    call = lambda f: lambda h, w: f.apply(h, w, target, 1.3, 0, selected_token_ids=ids)[::-1]  # noqa: E731
+    ours, theirs = (outcome(call(f), [hidden, weight]) for f in FUNCTIONS)
+    assert_same(ours, theirs, 3e-5)
+    assert not ours[0][0][target == 0].any() and ours[0][0][target != 0, 1].all()
+
+
+@pytest.mark.parametrize("bad", [-1, -100])
+def test_an_id_below_0_is_none(bad):
+    """To kd.token_log_probs -1 is no id."""
+    hidden, weight, target = batch()
+    target = target.clamp(min=0)
+    for function in FUNCTIONS:
+        with pytest.raises(ValueError, match="target contains|found"):
+            function.apply(hidden, weight, target.index_fill(0, torch.tensor([3]), bad), ignore_index=7)
+        with pytest.raises(ValueError, match=r"\[0, 53\)|found"):
+            function.apply(hidden, weight, target, selected_token_ids=torch.tensor([bad, 2]))
+
+
 def test_another_ignored_label_and_half_precision():
     hidden, weight, target = batch()
     target = torch.where(target == -100, 7, target)

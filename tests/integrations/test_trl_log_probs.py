@@ -81,6 +81,33 @@ def test_both(with_gradient, temperature):
     assert entropy.requires_grad == with_gradient
 
 
+def test_an_id_below_0_is_none():
+    """To kd.token_log_probs -1 is no id and -100 a masked token; TRL's gather fails. Masked rows may have any."""
+    z, index = logits(), torch.randint(0, V, (B, T))
+    mask = torch.ones(B, T)
+    mask[1, 2] = 0
+    weight = torch.randn(V, 8)
+    for bad in (-1, -100):
+        wrong = index.masked_fill(mask == 0, bad)
+        with pytest.raises(RuntimeError):
+            their["selective_log_softmax"](z, wrong)
+        for call in (
+            lambda wrong=wrong: dropin.selective_log_softmax(z, wrong),
+            lambda wrong=wrong: dropin.selective_log_softmax_and_entropy(z, wrong),
+            lambda wrong=wrong: dropin.ChunkedLogProbFunction.apply(
+                torch.randn(T, 8), weight, None, wrong[1], 1.0, 4, None, 1.0, ("entropy",)
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"ids must be >= 0, found {bad}"):
+                call()
+        for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
+            ours, theirs = (
+                function(z, ids, row_mask=mask)
+                for function, ids in ((getattr(dropin, name), wrong), (their[name], index))
+            )
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_padding_has_an_entropy():
     z = logits()
     z[..., 30:] = -torch.inf

@@ -77,6 +77,32 @@ def test_no_token_counts(loss_type):
     assert_same(ours, theirs, 0, zero_gradient=True)
 
 
+@pytest.mark.parametrize("loss_type", dropin.LOSS_TYPES)
+def test_labels_outside_of_the_vocabulary(loss_type):
+    """A divergence only compares them with the most probable token; a cross entropy has no such token."""
+    student, labels, (teacher, _) = batch()
+    for outside in (V, V + 900, -1):
+        labels[1, 2] = outside
+        if loss_type == "ce":
+            with pytest.raises(IndexError):
+                original.chunked_lm_loss(*student, labels)
+            with pytest.raises(ValueError, match=f"found {outside}"):
+                dropin.chunked_lm_loss(*student, labels)
+            continue
+        ours, theirs = both(student, labels, loss_type=loss_type, teacher_hidden=teacher)
+        assert_same(ours, theirs, 1e-9)
+        assert ours[0][2] > 0
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0])
+@pytest.mark.parametrize("loss_type", ["ce", "tv"])
+def test_another_ignored_label(loss_type, ignore_index):
+    student, labels, (teacher, _) = batch()
+    labels = labels.where(labels != -100, ignore_index)
+    options = dict(loss_type=loss_type, teacher_hidden=teacher, ignore_index=ignore_index)
+    assert_same(*both(student, labels, **options), 1e-9)
+
+
 def test_half_precision():
     """Logits are in the heads' dtype on both sides; the rest is fp32."""
     (hidden, weight), labels, (teacher, _) = batch(torch.bfloat16)

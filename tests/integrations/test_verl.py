@@ -81,6 +81,32 @@ def test_padding_has_an_entropy(functional):
     assert slope.isfinite().all() and slope.norm() > 1e-2
 
 
+def test_an_id_below_0_is_none(functional):
+    """To kd.token_log_probs -1 is no id. verl's gather fails; its flash-attn gives 0 for -100."""
+    logits, labels = torch.randn(B, T, V), torch.randint(0, V, (B, T))
+    labels[1, 2] = -1
+    fused_linear, weight = dropin.FusedLinearForPPO(), torch.randn(V, H)
+    for call in (
+        lambda: dropin.logprobs_from_logits(logits, labels),
+        lambda: dropin.chunked_topk_log_probs(logits, labels[..., None].expand(-1, -1, 3)),
+        lambda: fused_linear(torch.randn(B, T, H), weight, labels),
+    ):
+        with pytest.raises(ValueError, match="ids must be >= 0.*, found -1"):
+            call()
+    with pytest.raises(RuntimeError):
+        functional.logprobs_from_logits(logits, labels)
+    assert dropin.logprobs_from_logits(logits, labels.where(labels >= 0, -100))[1, 2] == 0
+    with pytest.raises(ValueError, match="found -100"):
+        fused_linear(torch.randn(B, T, H), weight, labels.where(labels >= 0, -100))
+
+
+def test_another_implementation_is_refused():
+    for module in (dropin, fused):
+        module.FusedLinearForPPO(impl_backend="liger")
+        with pytest.raises(ValueError, match="triton"):
+            module.FusedLinearForPPO(impl_backend="triton")
+
+
 def test_the_backward_in_place():
     hidden, labels = torch.randn(B, T, V, requires_grad=True), torch.randint(0, V, (B, T))
     plain = torch.autograd.grad((hidden * 1.5).log_softmax(-1).gather(-1, labels[..., None]).sum(), hidden)[0]
