@@ -7,7 +7,8 @@
 What differs from DistillKit (tests in ``tests/integrations/test_distillkit.py``):
 
 * missing="symmetric_uniform": DistillKit clamps the stored mass to 1 - eps and drops the tail's term
-  where the teacher's tail is at most eps; here every tail counts, so ``eps`` has nothing to do.
+  where the teacher's tail is at most eps; here every tail counts, so ``eps`` has nothing to do. A mass that
+  rounding made larger than 1 is rescaled to 1, up to 1.1; what is larger is no probability, and a ValueError.
 * An entry of -inf is an empty slot; there DistillKit's loss is NaN.
 * Loss and row arithmetic are fp32; DistillKit's are partly in the logits' dtype.
 """
@@ -20,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.option_checks import checked
 from ..heads import MappedLogits
 from ..losses import kl_div
 from ..targets import SparseTarget
 
 _MISSING = ("zero", "symmetric_uniform")
+#: Log of the most that stored log-probabilities may sum to: those of bf16 are off by up to 2^-9 of their size.
+_ROUNDING = 0.1
 
 
 def sparse_kl_div(
@@ -48,13 +52,13 @@ def sparse_kl_div(
             ``log_target=False``.
         mask: ``[B, T]`` or ``[B, T, 1]``, nonzero for tokens that count.
         missing: "zero" (the teacher is rescaled to 1 over its entries) or "symmetric_uniform" (the rest
-            of both is one outcome), or DistillKit's enum of these.
+            of both is one outcome; the same as "zero" where K is V), or DistillKit's enum of these.
         temperature: of the distributions that are compared; the two generation temperatures say at
             which temperature the teacher's values and the student's logits are.
         eps, chunk_length: taken and not needed.
 
     Raises:
-        ValueError: an unknown ``missing``, or teacher logits with "symmetric_uniform".
+        ValueError: an unknown ``missing``, or teacher logits with "symmetric_uniform"; a temperature of 0.
 
     >>> ids, values = torch.randint(0, 50, (1, 3, 4)), torch.randn(1, 3, 4).log_softmax(-1)
     >>> sparse_kl_div(torch.randn(1, 3, 50), ids, values, temperature=2.0).shape
@@ -65,10 +69,12 @@ def sparse_kl_div(
         raise ValueError(f"missing must be one of {', '.join(_MISSING)}, got {missing!r}")
     if name == "symmetric_uniform" and not log_target:
         raise ValueError("teacher logits say nothing about missing probability: use missing='zero'")
+    for given in (temperature, target_generation_temperature, student_generation_temperature):
+        checked(temperature=given)
     mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
     values, ratio = target_values.float(), target_generation_temperature / student_generation_temperature
     temperature = temperature / student_generation_temperature
-    if name == "symmetric_uniform":
+    if name == "symmetric_uniform" and target_ids.shape[-1] < logits.shape[-1]:
         # Tempered here, tail included: so the student's logits are tempered, and compared as they are.
         target = SparseTarget(target_ids, _tempered(values, ratio / temperature), tail="bucket")
         return kl_div(MappedLogits(logits, 1 / temperature), target, mask=mask, reduction="sum")
@@ -137,7 +143,7 @@ class KLDLoss:
 def _tempered(log_p: Tensor, power: float) -> Tensor:
     """log of p^power, renormalised together with the power of the mass that is missing."""
     if math.isclose(power, 1.0):
-        return log_p
+        return log_p - log_p.logsumexp(-1, keepdim=True).clamp(0, _ROUNDING)
     missing = (-torch.expm1(log_p.logsumexp(-1, keepdim=True))).clamp(min=0)
     masses = torch.cat([log_p, missing.log()], -1) * power
     return masses.log_softmax(-1)[..., :-1]

@@ -90,6 +90,40 @@ def test_teacher_logits(temperature):
         dropin.sparse_kl_div(student, ids, values, missing="uniform")
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_mass_that_rounding_made_too_large(temperature):
+    """As bf16 stores it: no error, and the loss of what was rounded."""
+    teacher = 6 * torch.randn(1, 64, V, dtype=torch.float64)
+    student, (exact, ids) = torch.randn(1, 64, V), teacher.log_softmax(-1).topk(20, -1)
+    stored, mask = exact.bfloat16(), torch.ones(1, 64, 1, dtype=torch.bool)
+    assert (stored.float().exp().sum(-1) > 1.001).any()
+    options = dict(missing="symmetric_uniform", temperature=temperature)
+    ours = outcome(dropin.sparse_kl_div, [student], ids, stored, **options)
+    truth = outcome(formula, [student.double()], ids, exact, mask, **options)
+    assert_same(ours, truth, 2e-2)
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        dropin.sparse_kl_div(student, ids, stored + 1.0, missing="symmetric_uniform")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_nothing_is_missing_of_a_whole_vocabulary(temperature):
+    student, teacher = torch.randn(B, T, V), 2 * torch.randn(B, T, V)
+    values, ids = teacher.log_softmax(-1).topk(V, -1)
+    options = dict(missing="symmetric_uniform", temperature=temperature)
+    ours = outcome(dropin.sparse_kl_div, [student], ids, values.bfloat16(), **options)
+    assert_same(ours, outcome(dropin.dense_kl_div, [student], teacher, temperature=temperature), 2e-2)
+
+
+@pytest.mark.parametrize("missing", ["zero", "symmetric_uniform"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "target_generation_temperature", "student_generation_temperature"]
+)
+def test_a_temperature_of_nothing(name, missing):
+    student, ids, values, mask = batch()
+    with pytest.raises(ValueError, match="temperature must be > 0 and finite, got 0"):
+        dropin.sparse_kl_div(student, ids, values, mask, missing=missing, **{name: 0.0})
+
+
 def test_difference_every_tail_counts():
     """A teacher that stored all but 1e-7, and a student with half its mass elsewhere: DistillKit drops
     the tail's term (its eps is 1e-6); what is left is the kept entry's."""
