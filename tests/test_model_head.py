@@ -137,6 +137,15 @@ def test_half_precision_is_measured_too(dtype):
 # -- what is refused ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("config", ["AdaLoraConfig", "LoHaConfig"])
+def test_other_adapters_of_the_head(config):
+    peft = pytest.importorskip("peft")
+    options = {"total_step": 10} if config == "AdaLoraConfig" else {}
+    model = peft.get_peft_model(causal("Llama"), getattr(peft, config)(target_modules=["lm_head"], **options))
+    with pytest.raises(ValueError, match="only plain LoRA is supported on an lm_head"):
+        call_through_head(model, {"input_ids": token_ids()}, logits_of)
+
+
 class Head(nn.Linear):
     """An lm_head that does something of its own."""
 

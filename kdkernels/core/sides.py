@@ -69,8 +69,8 @@ def common_vocab(student: Side, teacher: Side | None, vocab_size: int | None) ->
         return vocab_size
     if len(set(sizes)) > 1:
         raise ValueError(
-            f"student has vocabulary {sizes[0]}, teacher {sizes[1]}; if they share a tokenizer "
-            "and one is padded, pass vocab_size=<the tokenizer's size>"
+            f"student has vocabulary {sizes[0]}, teacher {sizes[1]}; if they share a tokenizer and one is padded, cut "
+            "both to the tokenizer's size (kdkernels' own losses: vocab_size=<that size>)"
         )
     return sizes[0]
 

@@ -310,7 +310,8 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | No
     hidden, weight, bias = head_weights(head.base_layer, hidden)
     if head.disable_adapters or head.merged:
         return hidden, weight, bias
-    if not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
+    # AdaLoRA's are parameters, between which there are singular values.
+    if not isinstance(getattr(head, "lora_A", None), nn.ModuleDict) or getattr(head, "lora_variant", None):
         raise ValueError(
             f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
             f"{list(getattr(head, 'lora_variant', {}).values())}"

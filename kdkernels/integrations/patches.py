@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
@@ -110,7 +111,7 @@ class Patches:
     def _require_tested_version(self) -> None:
         first, below = (".".join(map(str, version)) for version in self.tested)
         version = importlib.metadata.version(self.package)
-        parts = tuple(int(part) for part in version.split(".")[:2])
+        parts = tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])[:2]))
         if not self.tested[0] <= parts < self.tested[1]:
             wanted = f"{self.package} >={first},<{below}"
             raise RuntimeError(
