@@ -49,8 +49,10 @@ def never_ends(model):
     return model
 
 
-def test_rows_of_different_lengths_and_rooms_are_continued_as_each_alone(model, own):
-    """Greedily, which nothing random hides."""
+@pytest.mark.parametrize("positions", [2048, 11])
+def test_rows_of_different_lengths_and_rooms_are_continued_as_each_alone(positions, model, own):
+    """Greedily, which nothing random hides; where there are fewer positions, in several calls."""
+    model.config.max_position_embeddings = positions
     rooms = (2, 9, 6)
     together = write(never_ends(model), own, rooms=rooms)
     for prompt, room, (ids, labels) in zip(PROMPTS, rooms, together):

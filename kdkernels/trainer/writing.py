@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from .data import IGNORE
+from .models import positions_of
 
 Row = tuple[list[int], list[int]]  #: token ids, and labels: IGNORE where nothing is to be said
 
@@ -24,9 +25,8 @@ def continued(
 ) -> list[Row]:
     """Every prompt with what ``model`` writes after it, up to and with its end of text; only that has labels.
 
-    A prompt has at most its own of the ``rooms`` tokens, whatever the others have: all are continued by as many as the
-    least of them has left, then those that have not ended by the next. Temperature 0 is greedy. Else tokens are drawn from
-    the model's own distribution over the first ``vocab_size`` ids.
+    A prompt has at most its own of the ``rooms`` tokens, whatever the others have. Temperature 0 is greedy. Else tokens are
+    drawn from the model's own distribution over the first ``vocab_size`` ids.
     """
     writer = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA is in its layers
     ends = ends_of(writer, tokenizer)
@@ -36,17 +36,26 @@ def continued(
     with torch.no_grad(), _no_defaults(writer):
         while live := [i for i, room in enumerate(left) if room]:
             config = GenerationConfig(
-                max_new_tokens=min(left[i] for i in live),
+                max_new_tokens=_at_once(writer, [len(rows[i]) for i in live], [left[i] for i in live]),
                 eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
                 suppress_tokens=list(range(vocab_size, writer.config.get_text_config().vocab_size)) or None,
                 **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}),
             )
             for i, new in zip(live, _step(writer, [rows[i] for i in live], config)):
+                new = new[: left[i]]
                 rows[i] += new
                 left[i] = 0 if new[-1] in ends else left[i] - len(new)
     model.train(was_training)
     return [(row, [IGNORE] * len(given) + row[len(given) :]) for given, row in zip(prompts, rows)]
+
+
+def _at_once(model: Any, lengths: list[int], rooms: list[int]) -> int:
+    """How many tokens rows are continued by in one call: the most that one has room for, if the model has positions for
+    all to go so far; else the least, and the next call goes on without those that are full."""
+    positions = positions_of(model.config.get_text_config())
+    fits = positions is None or max(lengths) + max(rooms) <= positions
+    return max(rooms) if fits else min(rooms)
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
