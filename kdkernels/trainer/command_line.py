@@ -42,7 +42,7 @@ def parse_parts(parts: dict[str, Any], arguments: list[str], **about: str) -> tu
     if unknown:
         raise UserError(f"unknown options {' '.join(unknown)}; see --help")
     check_repeated(parser, arguments)
-    check_ranges({**vars(given)})
+    check_ranges(vars(given))
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 
