@@ -56,7 +56,7 @@ def main():
     target = LlamaForCausalLM(config).eval().requires_grad_(False)
     prompts = torch.randint(1, VOCAB, (256, 2))
     ones = torch.ones_like(prompts)
-    text = target.generate(prompts, attention_mask=ones, do_sample=True, max_new_tokens=LENGTH)
+    text = target.generate(prompts, attention_mask=ones, do_sample=True, top_k=0, max_new_tokens=LENGTH)
     seen = text.flatten().bincount(minlength=VOCAB).topk(DRAFT_VOCAB).indices
     t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, seen, True)
     rows = target.lm_head.weight[t2d]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kdkernels as kd
 from kdkernels.integrations.transformers import call_through_head
 
-VOCAB, PROMPT, LENGTH, STEPS = 128, 4, 16, 30
+VOCAB, PROMPT, LENGTH, STEPS = 64, 4, 16, 30
 
 
 def model(hidden_size, layers, spread):
@@ -36,6 +36,7 @@ def write(student):
         prompts,
         attention_mask=torch.ones_like(prompts),
         do_sample=True,
+        top_k=0,  # from all of its distribution: generate() would take the 50 likeliest
         min_new_tokens=LENGTH,
         max_new_tokens=LENGTH,
     )
