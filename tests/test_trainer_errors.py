@@ -14,7 +14,7 @@ import huggingface_hub  # noqa: E402
 from trainer_runs import error_of, options, run, weights  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
-from kdkernels.trainer import data, models, train  # noqa: E402
+from kdkernels.trainer import data, models, reliable, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer, locked  # noqa: E402
 from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
@@ -38,7 +38,7 @@ from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
         ({"no_such_option": 1}, "unknown options no_such_option"),
         ({"fsdp": True}, "fsdp only works in distributed"),
         ({"output_dir": None}, "no --output_dir"),
-        ({"output_dir": "{tmp}/short.txt"}, "cannot write to --output_dir"),
+        ({"output_dir": "{tmp}/short.txt"}, "cannot use --output_dir"),
         ({"targets": "{tmp}", "teacher": None}, "is no teacher cache"),
         (
             {"lora_modules": ["nope"], "lora_rank": 2, "student": "{saved}"},
@@ -177,9 +177,40 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
 def test_all_processes_raise_what_the_first_one_finds(tmp_path, monkeypatch):
     """One that went on alone would end in a traceback, of a barrier that nobody else comes to."""
     second = SimpleNamespace(output_dir=tmp_path, run=SimpleNamespace(process_index=1, world_size=2))
-    monkeypatch.setattr(train, "broadcast_object_list", lambda found: found.__setitem__(1, "already there"))
+    monkeypatch.setattr(reliable, "gather_object", lambda found: ["already there", *found])
     with pytest.raises(UserError, match="already there"), train.claimed(second):
         pass
+    state = SimpleNamespace(global_step=0, is_world_process_zero=False)
+    for kind in (reliable.LinesUntil, reliable.MetricsFile):
+        with pytest.raises(UserError, match="already there"):
+            kind(tmp_path / "lines.jsonl").on_train_begin(second.run, state, None)
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("config.yaml", b"a: [1", "cannot read .*config.yaml"),
+        ("config.yaml", b"", "cannot read .*config.yaml"),
+        ("metrics.jsonl", b"\xff\xfe", "cannot use --output_dir"),
+    ],
+)
+def test_a_broken_file_in_the_folder_is_one_line(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        run("soft", tmp_path, resume=True)
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_its_folder_free(tmp_path, monkeypatch):
+    """Whatever it has logged before that step."""
+
+    def training_step(*arguments):
+        raise UserError("step 1: it fails")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="step 1"):
+        patch.setattr(ReliableTrainer, "training_step", training_step)
+        run("soft", tmp_path, max_steps=1, eval_on_start=True)
+    run("soft", tmp_path, max_steps=1, learning_rate=1e-4)
 
 
 def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -238,6 +239,10 @@ class LinesUntil(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+        with raised_by_all(args.world_size), one_line(f"cannot go on with {self.path}"):
+            self._begin(state)
+
+    def _begin(self, state: Any) -> None:
         lines = read_metrics(self.path)
         if not all(isinstance(line, dict) and "step" in line for line in lines):
             raise UserError(f"{self.path} has lines that no run wrote: they have no step; move it elsewhere")
@@ -248,9 +253,9 @@ class LinesUntil(TrainerCallback):
 class MetricsFile(LinesUntil):
     """metrics.jsonl, one line per log."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+    def _begin(self, state: Any) -> None:
         if state.is_world_process_zero:
-            super().on_train_begin(args, state, control)
+            super()._begin(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
         if state.is_world_process_zero:
@@ -310,6 +315,21 @@ def locked(path: Path, problem: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)  # of forked processes too
         os.close(handle)
+
+
+@contextlib.contextmanager
+def raised_by_all(processes: int) -> Iterator[None]:
+    """What one process finds wrong, all of them raise: one that went on would wait for it in vain."""
+    found: list[str | None] = [None]
+    try:
+        yield
+    except UserError as error:
+        found = [str(error)]
+    if processes > 1:
+        found = gather_object(found)
+    for problem in found:
+        if problem is not None:
+            raise UserError(problem)
 
 
 def write_whole(path: Path, text: str) -> None:

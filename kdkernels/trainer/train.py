@@ -15,7 +15,6 @@ from typing import Any, Iterator
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import kdkernels as kd
@@ -31,6 +30,7 @@ from .reliable import (
     checkpoints,
     locked,
     peak_memory,
+    raised_by_all,
     read_metrics,
     seconds_before,
     write_whole,
@@ -226,9 +226,9 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     except UserError:
         if fresh and (trainer is None or not trainer.state.global_step):
-            (folder / CONFIG).unlink(
-                missing_ok=True
-            )  # a run that could not begin leaves its folder free for another
+            # A run that could not begin leaves its folder free for another. config.yaml says whose the others are.
+            for name in (METRICS, BEGUN, CONFIG):
+                (folder / name).unlink(missing_ok=True)
         raise
     result = {
         "mode": settings.mode,
@@ -296,22 +296,17 @@ def build(settings: Settings) -> ReliableTrainer:
 @contextlib.contextmanager
 def claimed(settings: Settings) -> Iterator[bool]:
     """The run's folder for this run alone; whether the run is new. What the first process finds wrong, all of them raise."""
-    folder, first = settings.output_dir, not settings.run.process_index
+    folder, fresh = settings.output_dir, False
     with contextlib.ExitStack() as held:
-        found: list[Any] = [False, None]
-        if first:
-            try:
-                with one_line(f"cannot write to --output_dir {folder}"):
+        with raised_by_all(settings.run.world_size):
+            if not settings.run.process_index:
+                with one_line(f"cannot use --output_dir {folder}"):
                     folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(folder, f"another process is training in {folder}; wait for it"))
-                found[0] = claim_folder(settings)
-            except UserError as error:
-                found[1] = str(error)
-        if settings.run.world_size > 1:
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise UserError(found[1])
-        yield found[0] and first
+                    held.enter_context(
+                        locked(folder, f"another process is training in {folder}; wait for it")
+                    )
+                    fresh = claim_folder(settings)
+        yield fresh
 
 
 def claim_folder(settings: Settings) -> bool:
@@ -330,9 +325,8 @@ def claim_folder(settings: Settings) -> bool:
         )
     if settings.run.resume:
         say(f"nothing to resume in {settings.output_dir}: a new run begins")
-    with one_line(f"cannot write to --output_dir {settings.output_dir}"):
-        (settings.output_dir / BEGUN).unlink(missing_ok=True)  # of a run that could not begin
-        write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    (settings.output_dir / BEGUN).unlink(missing_ok=True)  # of a run that could not begin
+    write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
     return True
 
 
@@ -343,7 +337,9 @@ def check_same_settings(settings: Settings) -> None:
         raise UserError(
             f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
         )
-    before, now = for_mode(settings.mode, yaml.safe_load((folder / CONFIG).read_text())), settings.to_dict()
+    with one_line(f"cannot read {folder / CONFIG}"):
+        before = for_mode(settings.mode, yaml.safe_load((folder / CONFIG).read_text()))
+    now = settings.to_dict()
     changed = sorted(
         n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
     )
