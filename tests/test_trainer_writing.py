@@ -1,6 +1,7 @@
 """What a model writes in ``train``: from its own distribution, every row by itself, and no end of text where none was written."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -127,7 +128,8 @@ def test_only_a_completion_that_ended_is_taught_an_end_of_text(ends, tmp_path, m
         with torch.no_grad():
             model.lm_head.bias[0] = 1e4
     texts = ["def f(x):", "a"]
-    said = generate.complete(settings(tmp_path), model, own, texts)
+    asked = settings(tmp_path)
+    said = generate.complete(asked, model, own, generate.encode(asked, own, texts))
     assert [ended for _, ended in said] == [ends, ends]
     lines = [generate._line(text, *each) for text, each in zip(texts, said)]
     rows = read_back(tmp_path / "c.jsonl", lines, own)
@@ -159,13 +161,15 @@ def test_a_padded_teacher_writes_tokens_alone(tmp_path, model, own):
     model.resize_token_embeddings(320)
     with torch.no_grad():
         model.get_output_embeddings().weight[300:] = 9.0
-    said = generate.complete(settings(tmp_path), model, own, ["def f(x):"] * 4)
+    asked = settings(tmp_path)
+    said = generate.complete(asked, model, own, generate.encode(asked, own, ["def f(x):"] * 4))
     assert all(text for text, _ in said)
 
 
-def wrote(folder, tokenizer, **values):
+def wrote(folder, tokenizer, *, texts=None, shared="c.jsonl", **values):
     """(the lines of a shared file, the seconds that they took, whether a teacher was loaded) of a run in ``folder``."""
-    asked = settings(folder, generation_batch_size=2, completions=str(folder.parent / "c.jsonl"), **values)
+    completions = shared and str(folder.parent / shared)
+    asked = settings(folder, **{"generation_batch_size": 2, "completions": completions, **values})
     loaded = []
 
     def load():
@@ -173,7 +177,8 @@ def wrote(folder, tokenizer, **values):
         return models.load_model("micro", tokenizer, dtype="float32", seed=1, max_length=32)
 
     packed = data.Sequences([([40 + i] * 20, []) for i in range(5)])
-    path, seconds = generate.write_completions(asked, load, tokenizer, [{"text": ""}], packed)
+    records = [{"prompt": text, "completion": ""} for text in texts] if texts else [{"text": ""}]
+    path, seconds = generate.write_completions(asked, load, tokenizer, records, packed)
     return path.read_text().splitlines(), seconds, bool(loaded)
 
 
@@ -190,9 +195,12 @@ def test_completions_are_written_once(tmp_path, own):
     assert again == lines and seconds > 100 and loaded
 
 
-def test_a_prompt_has_tokens(tmp_path, model, own):
-    with pytest.raises(UserError, match="a prompt has no tokens"):
-        generate.complete(settings(tmp_path), model, own, ["a", ""])
+@pytest.mark.parametrize("bad, says", [("", "a prompt has no tokens"), ("a" * 99, "leaves no room in max_")])
+def test_prompts_are_checked_before_any_is_continued(bad, says, tmp_path, own):
+    """So that nothing of theirs is in the way once the last one is mended."""
+    with pytest.raises(UserError, match=says):
+        wrote(tmp_path / "a", own, texts=["a", "b", "c", bad])
+    assert len(wrote(tmp_path / "a", own, texts=["a", "b", "c"])[0]) == 3
 
 
 def test_what_was_not_begun_may_be_asked_for_otherwise(tmp_path, own, monkeypatch):
@@ -207,19 +215,61 @@ def test_what_was_not_begun_may_be_asked_for_otherwise(tmp_path, own, monkeypatc
 @pytest.mark.parametrize(
     "values, says",
     [
-        ({"teacher": "tiny"}, "teacher"),
-        ({"dtype": "bfloat16", "seed": 7}, "dtype and seed"),
-        ({"prompt_tokens": 3}, "prompts"),
-        ({"sampling_temperature": 0.5}, "sampling_temperature"),
+        ({"teacher": "tiny"}, "another teacher"),
+        ({"seed": 7}, "another teacher"),  # its weights are drawn
+        ({"dtype": "bfloat16", "max_length": 31}, "another dtype and another max_length"),
+        ({"prompt_tokens": 3}, "other prompts"),
+        ({"sampling_temperature": 0.5}, "another sampling_temperature"),
     ],
 )
 def test_completions_of_another_teacher_are_not_taken(values, says, tmp_path, own):
     wrote(tmp_path / "a", own)
-    with pytest.raises(UserError, match=f"was written with another {says}; delete it, or choose other"):
+    with pytest.raises(UserError, match=f"c.jsonl was written with {says}; delete it, or choose other"):
         wrote(tmp_path / "b", own, **values)
     (tmp_path / "c.made.json").unlink()
     with pytest.raises(UserError, match="c.jsonl is there, but not c.made.json.* learn it as --data"):
         wrote(tmp_path / "a", own)
+
+
+@pytest.mark.parametrize("values", [{"seed": 7}, {"generation_batch_size": 3}])
+def test_finished_completions_are_taken_whatever_drew_them(values, tmp_path, own, saved):
+    lines, seconds, _ = wrote(tmp_path / "a", own, teacher=str(saved))
+    assert wrote(tmp_path / "b", own, teacher=str(saved), **values) == (lines, seconds, False)
+    (tmp_path / "c.jsonl").rename(tmp_path / "c.jsonl.part")
+    (name,) = values
+    with pytest.raises(UserError, match=f"c.jsonl.part was written with another {name}; delete it"):
+        wrote(tmp_path / "b", own, teacher=str(saved), **values)
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_run_takes_its_own_completions_of_an_earlier_version(done, tmp_path, own):
+    """They have no .made.json beside them."""
+    lines, _, _ = wrote(tmp_path / "a", own, shared=None)
+    (tmp_path / "a" / "completions.made.json").unlink()
+    if not done:
+        (tmp_path / "a" / "completions.jsonl").unlink()
+        (tmp_path / "a" / "completions.jsonl.part").write_text("\n".join(lines[:3]))
+    with pytest.raises(UserError, match="is there, but not completions.made.json"):
+        wrote(tmp_path / "a", own, shared=None)
+    assert wrote(tmp_path / "a", own, shared=None, resume=True)[::2] == (lines, not done)
+
+
+def test_a_fingerprint_is_of_what_a_model_is(tmp_path, saved):
+    folder = shutil.copytree(saved, tmp_path / "model")
+
+    def now():
+        return models.fingerprint(str(folder)), models.fingerprint(str(folder), writes=True)
+
+    before = now()
+    for name in ("training_args.bin", "optimizer.bin", "trainer_state.json"):
+        (folder / name).write_text("of a checkpoint")
+    assert now() == before
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert now()[0] == before[0] and now()[1] != before[1]
+    for name in ("adapter_config.json", "adapter_model.bin", "pytorch_model-1.bin", "model-2.safetensors"):
+        known = now()
+        (folder / name).write_text("of the model")
+        assert not set(now()) & set(known)
 
 
 def test_prompts_have_whole_characters(tmp_path, own):

@@ -19,8 +19,11 @@ from .data import Record, Sequences, kind_of, rendered
 from .models import fingerprint, vocabulary
 from .progress import bar, say
 from .reliable import locked, write_whole
-from .settings import Settings, UserError, one_line
+from .settings import SCRATCH, Settings, UserError, one_line
 from .writing import continued, ends_of
+
+#: What finished completions may differ in: they are draws of the same distribution.
+DRAWN_BY = ("seed", "generation_batch_size")
 
 
 def write_completions(
@@ -32,10 +35,12 @@ def write_completions(
     path = Path(options.completions or settings.output_dir / "completions.jsonl")
     part, beside = path.with_name(path.name + ".part"), path.with_suffix(".made.json")
     prompts = make_prompts(settings, records, tokenizer, packed)
+    encoded = encode(settings, tokenizer, [text for _, text in prompts])
     made = made_of(settings, tokenizer, prompts)
+    mine = settings.run.resume and options.completions is None
     with one_line(f"cannot write completions to {path}"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        before = seconds_of(made, path, part, beside)
+        before = seconds_of(made, path, part, beside, mine=mine)
         if path.exists():
             say(f"reusing the completions in {path}")
             return path, before
@@ -57,9 +62,8 @@ def write_completions(
             disable=settings.run.disable_tqdm,
         ):
             set_seed(settings.run.seed + first)
-            batch = prompts[first : first + size]
-            texts = complete(settings, teacher, tokenizer, [text for _, text in batch])
-            for (given, _), (text, ended) in zip(batch, texts):
+            texts = complete(settings, teacher, tokenizer, encoded[first : first + size])
+            for (given, _), (text, ended) in zip(prompts[first : first + size], texts):
                 file.write(json.dumps(_line(given, text, ended)) + "\n")
             file.flush()
             before = time.perf_counter() - start
@@ -69,11 +73,12 @@ def write_completions(
 
 
 def made_of(settings: Settings, tokenizer: Any, prompts: list[tuple[Any, str]]) -> dict[str, Any]:
-    """All that completions depend on."""
+    """All that unfinished completions depend on; finished ones are good without ``DRAWN_BY``."""
+    teacher, seed = str(settings.model.teacher), settings.run.seed
     return {
-        "teacher": fingerprint(str(settings.model.teacher)),
+        "teacher": [teacher, seed] if teacher in SCRATCH else fingerprint(teacher, writes=True),
         "dtype": settings.model.dtype,
-        "seed": settings.run.seed,
+        "seed": seed,
         "tokenizer": tokenizer_hash(tokenizer),
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "max_length": settings.data.max_length,
@@ -82,20 +87,27 @@ def made_of(settings: Settings, tokenizer: Any, prompts: list[tuple[Any, str]]) 
     }
 
 
-def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path) -> float:
-    """What the completions that are there have taken. UserError if they were made of anything else."""
-    if not path.exists() and not (part.exists() and part.stat().st_size):
+def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path, *, mine: bool) -> float:
+    """What the completions that are there have taken. UserError if they were made of anything else.
+
+    ``mine``: a run goes on with its own file, which has nothing ``beside`` it if an earlier version wrote it."""
+    there = path if path.exists() else part
+    if not there.exists() or there == part and not part.stat().st_size:
         write_whole(beside, json.dumps({**made, "seconds": 0.0}))
     elif not beside.exists():
+        if mine:
+            return 0.0
+        instead = "learn it as --data without --teacher" if there == path else "delete it"
         raise UserError(
-            f"{path} is there, but not {beside.name}, which says what wrote it: learn it as --data without "
-            "--teacher, or choose other --completions"
+            f"{there} is there, but not {beside.name}, which says what wrote it: {instead}, or choose other "
+            "--completions"
         )
     before = json.loads(beside.read_text())
-    if changed := [name for name, value in made.items() if before.get(name) != value]:
-        raise UserError(
-            f"{path} was written with another {' and '.join(changed)}; delete it, or choose other --completions"
-        )
+    compared = made.keys() - (DRAWN_BY if there == path else ())
+    changed = [name for name, value in made.items() if name in compared and before.get(name) != value]
+    if changed:
+        others = " and ".join("other prompts" if name == "prompts" else f"another {name}" for name in changed)
+        raise UserError(f"{there} was written with {others}; delete it, or choose other --completions")
     return before["seconds"]
 
 
@@ -137,19 +149,26 @@ def _line(given: Any, completion: str, ended: bool) -> dict[str, Any]:
     return {"messages": [*given, {"role": "assistant", "content": completion}], "ended": ended}
 
 
-def complete(settings: Settings, teacher: Any, tokenizer: Any, texts: list[str]) -> list[tuple[str, bool]]:
-    """What ``teacher`` writes after each text, and whether it came to an end of text within max_length."""
+def encode(settings: Settings, tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of every prompt. UserError if there are none, or if they leave no room in max_length."""
     length = settings.data.max_length
     prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if (longest := max(map(len, prompts))) >= length:
         raise UserError(f"a prompt of {longest} tokens leaves no room in max_length={length}")
     if not all(prompts):
         raise UserError("a prompt has no tokens: there is nothing to continue; leave it out of --data")
+    return prompts
+
+
+def complete(
+    settings: Settings, teacher: Any, tokenizer: Any, prompts: list[list[int]]
+) -> list[tuple[str, bool]]:
+    """What ``teacher`` writes after each prompt, and whether it came to an end of text within max_length."""
     rows = continued(
         teacher,
         prompts,
         tokenizer,
-        rooms=[length - len(prompt) for prompt in prompts],
+        rooms=[settings.data.max_length - len(prompt) for prompt in prompts],
         temperature=settings.generation.sampling_temperature,
         vocab_size=vocabulary(tokenizer),
     )

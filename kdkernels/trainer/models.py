@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from pathlib import Path
 from typing import Any, Iterable
@@ -22,6 +23,14 @@ from .settings import SCRATCH, ModelSettings, Settings, UserError, one_line
 from .weights import PACKAGED, plain, source
 
 END_OF_TEXT = "<|endoftext|>"
+#: What transformers and peft save of a model; beside them may lie checkpoints' other files.
+MODEL_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+)
 
 
 def check_models(settings: ModelSettings, max_length: int) -> None:
@@ -57,9 +66,10 @@ def positions_of(config: Any) -> int | None:
     return positions
 
 
-def fingerprint(name: str) -> str | None:
-    """What tells a model from another one under the same name: of a folder, a hash of its config and weights; of a name on
-    the hub, the commit."""
+def fingerprint(name: str, *, writes: bool = False) -> str | None:
+    """What tells a model from another one under the same name: of a folder, a hash of its configs and weights, and
+    where it ``writes``, of what says where its texts end; of a name on the hub, the commit, or None if that is unknown
+    (such models of one name are not told apart)."""
     if name in SCRATCH:
         return name
     where, file = source(name)
@@ -67,12 +77,9 @@ def fingerprint(name: str) -> str | None:
         return _pretrained(AutoConfig, name, "model")._commit_hash
     from ..teacher_cache.shards import sha256
 
-    named = file.get("gguf_file")
-    parts = sorted(
-        path
-        for path in Path(where).iterdir()
-        if path.name == (named or "config.json") or not named and path.suffix in (".safetensors", ".bin")
-    )
+    patterns = [glob.escape(file["gguf_file"])] if file else MODEL_FILES
+    patterns = [*patterns, "generation_config.json"] if writes else patterns
+    parts = sorted({path for pattern in patterns for path in Path(where).glob(pattern)})
     return hashlib.sha256("".join(path.name + sha256(path) for path in parts).encode()).hexdigest()
 
 
