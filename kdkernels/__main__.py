@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
     try:
         chosen_backend()
     except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: KDKERNELS_BACKEND: {error}")
+        if command != "info" or isinstance(error, ValueError):  # it says what is not usable, and why
+            sys.exit(f"error: KDKERNELS_BACKEND: {error}")
     importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
 
 

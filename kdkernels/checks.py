@@ -43,10 +43,19 @@ def check_plain(name: str, given: Any) -> None:
         raise ValueError(
             f"{name} must be a plain Tensor, got a {type(given).__name__}; give {name}.to_local()"
         )
-    if torch._C._functorch.is_batchedtensor(given):
+    if _is_batched(given):
         raise RuntimeError(
             f"torch.func.vmap over {name} cannot see through kdkernels' operators; use leading dimensions"
         )
+
+
+def _is_batched(t: Tensor) -> bool:
+    """By torch.func.vmap, at any level of torch.func's."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def check_constant(name: str, given: Tensor) -> None:

@@ -3,6 +3,7 @@ either of them of one rank's part of the vocabulary."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor, flag, integer, number, shown
+
+_keys = itertools.count(1)
+
+
+def _new_key() -> str:
+    return "" if torch.compiler.is_compiling() else str(next(_keys))
+
 
 #: Of a scale or a cap: its reciprocal is a normal number in fp32 too.
 MOST = 1e30
@@ -53,6 +61,8 @@ class Shard:
     data_parallel: Literal["mean", "sum"] = "mean"
     #: Filled once, by core/exchange.py: how the group shares out this vocabulary.
     known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    #: Of this Shard alone; "" where compiled code makes it, the same one in each run.
+    key: str = field(default_factory=_new_key, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.start is not None and integer("Shard's start", self.start) < 0:

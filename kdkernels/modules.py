@@ -6,7 +6,7 @@ import difflib
 import inspect
 from typing import Any, Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import losses
 from .core.option_checks import check_options
@@ -20,7 +20,8 @@ def _keywords(function: Callable[..., Any] | None) -> list[str]:
 
 
 class _Loss(nn.Module):
-    """Keeps the options of one of the functions in :mod:`kdkernels.losses` and calls it. Tensors among them are buffers.
+    """Keeps the options of one of the functions in :mod:`kdkernels.losses` and calls it. Class weights move and are cast with
+    the module, as those of torch's losses are; they are not in its state_dict.
 
     Names and values are checked here: TypeError for an option that the function does not have, and what the
     function itself would raise.
@@ -40,12 +41,13 @@ class _Loss(nn.Module):
                 hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
                 raise TypeError(f"{kind.__name__} has no option {name}{hint}")
         check_options(options)
-        self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
-        for name in options.keys() - self.options.keys():
-            self.register_buffer(name, options[name])
+        if "class_weights" in names:
+            self.register_buffer("class_weights", options.pop("class_weights", None), persistent=False)
+        self.options = options
 
     def forward(self, *tensors, **options):
-        return type(self).function(*tensors, **{**self.options, **self._buffers, **options})
+        own = {"class_weights": self.class_weights} if "class_weights" in self._buffers else {}
+        return type(self).function(*tensors, **{**own, **self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -79,6 +79,19 @@ def test_a_gradient_that_was_written_to_is_an_error(backend, reduction):
     lost(lambda logits: kd.kl_div(logits, teacher, inplace=True))
 
 
+def test_parts_of_a_tensor_in_place(backend):
+    """Rows, columns and what lies beside them: each part is written by its own loss."""
+    leaf, teacher = torch.randn(4, 20, requires_grad=True), torch.randn(4, 10)
+
+    def gradient(inplace):
+        logits = leaf * 1
+        parts = logits[:2, :10], logits[2:, :10], logits[:, 10:]
+        losses = [kd.kl_div(part, t, inplace=inplace) for part, t in zip(parts, (*teacher.split(2), teacher))]
+        return torch.autograd.grad(sum(losses), leaf)[0]
+
+    assert torch.equal(gradient(True), gradient(False)) and gradient(True).norm() > 1e-3
+
+
 def test_only_inplace_overwrites(backend):
     problem = Problem()
     before = problem.student[0].clone(), problem.teacher[0].clone()
@@ -263,6 +276,9 @@ def test_vmap_over_what_is_said_of_tokens_is_refused(backend):
     ]:
         with pytest.raises(RuntimeError, match=f"vmap over {name} cannot see through kdkernels"):
             call(y)
+    slopes = torch.func.vmap(torch.func.grad(lambda x, y: kd.cross_entropy(x, y)), in_dims=(None, 0))
+    with kd.use_backend("reference"), pytest.raises(RuntimeError, match="vmap over labels cannot see"):
+        slopes(s, y)
 
 
 def test_what_cannot_be_recorded_names_us(backend):

@@ -262,6 +262,7 @@ OTHERS = {
     "heads of meshes": shard_dtensors.heads_of_meshes,
     "refused dtensors": shard_refusals.refused_dtensors,
     "compiled": shard_properties.compiled,
+    "made while compiling": shard_properties.shard_made_while_compiling,
     "inplace views": shard_properties.inplace_views,
     **{
         f"trained by {wrapper}": functools.partial(shard_training.trained, wrapper)
@@ -572,8 +573,11 @@ def test_views_are_overwritten_in_place(outcomes):
 
 
 def test_a_compiled_loss_on_shards(outcomes):
-    for plain, compiled in of(outcomes, "compiled"):
+    for plain, compiled, other_plain, other_compiled in of(outcomes, "compiled"):
         assert all(map(torch.equal, plain, compiled))
+        assert all(map(torch.equal, other_plain, other_compiled))
+    for (said,) in of(outcomes, "made while compiling"):
+        assert "kd.Shard was made inside of compiled code" in said
 
 
 def test_gradients_with_a_tolerance(outcomes):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kdkernels as kd
+from kdkernels.__main__ import main
 from kdkernels.backends import triton as backend
 from kdkernels.backends.spec import Spec
 
@@ -49,13 +50,15 @@ def test_compiled():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_says_why_not(monkeypatch):
+def test_says_why_not(monkeypatch, capsys):
     assert "GPU" in kd.backends()["triton"]
     with pytest.raises(RuntimeError, match="not usable here: torch sees no GPU"), kd.use_backend("triton"):
         pass
     monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="not usable here: torch sees no GPU"):
         kd.kl_div(torch.randn(2, 5), torch.randn(2, 5))
+    main(["info"])
+    assert "chosen     KDKERNELS_BACKEND: backend 'triton' is not usable here" in capsys.readouterr().out
 
 
 def test_says_what_it_serves():

@@ -24,4 +24,7 @@ def main(arguments: list[str]) -> None:
     if torch.cuda.is_available():
         problem = native.cannot(torch.device("cuda"), [], Spec())
         print(f"  native's CUDA kernels: {'usable' if problem is None else problem}")
-    print(f"  chosen     {chosen_backend()}")
+    try:
+        print(f"  chosen     {chosen_backend()}")
+    except RuntimeError as error:
+        print(f"  chosen     KDKERNELS_BACKEND: {error}")

@@ -162,7 +162,13 @@ def _(value, inputs, gradients):
 
 def _attach_setup(ctx, inputs, output) -> None:
     ctx.gradients = list(inputs[2])
-    ctx.versions = [] if tracing(output) else [g._version for g in ctx.gradients]
+    ctx.versions = [] if tracing(output) else _versions(ctx.gradients)
+
+
+def _versions(gradients: list[Tensor]) -> list[int]:
+    """How often each was written to. Parts of a tensor have one count for all of it, which says nothing of one part."""
+    whole = [g.untyped_storage().nbytes() == g.numel() * g.element_size() for g in gradients]
+    return [g._version if is_whole else 0 for g, is_whole in zip(gradients, whole)]
 
 
 def _attach_backward(ctx, arriving):
@@ -174,7 +180,7 @@ def _attach_backward(ctx, arriving):
             "pass retain_graph=True to the first backward"
         )
     gradients = ctx.gradients
-    if not compiling and ctx.versions != [g._version for g in gradients]:
+    if not compiling and ctx.versions != _versions(gradients):
         raise RuntimeError(
             "the student's logits, where inplace=True has left their gradient, were written to before the backward; "
             "clone them before, or inplace=False"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -108,7 +109,7 @@ def _tell(group: Any, message: Any) -> list[Any]:
 def agreed(shard: Shard, make: Callable[[], Any], signature: Callable[[Any], dict[str, Any]]) -> Any:
     """What ``make`` makes. With KDKERNELS_CHECK_RANKS=1 an error of one rank, or a ``signature`` that is not the same
     on all, is an error of all, where they would wait for each other else."""
-    if os.environ.get("KDKERNELS_CHECK_RANKS", "0") in ("", "0"):
+    if os.environ.get("KDKERNELS_CHECK_RANKS", "0") in ("", "0") or torch.compiler.is_compiling():
         return make()
     group = _group(shard)
     try:
@@ -138,16 +139,22 @@ def fingerprint(t: Tensor | None) -> str:
 def ranges(shard: Shard, width: int) -> tuple[Range, ...]:
     """The first id of every rank's part and the one after its last. It is asked once of each Shard."""
     if "ranges" not in shard.known:
-        width = int(width)
-        shard.known.update(width=width, ranges=_asked(_group(shard).group_name, shard.start, width))
+        if not shard.key:
+            raise ValueError(
+                "kd.Shard was made inside of compiled code, where ranks cannot ask each other each time; make it "
+                "outside, once for each lm_head"
+            )
+        width = operator.index(width)  # a compiler's symbol is a number from here on
+        found = _asked(_group(shard).group_name, shard.start, width, shard.key)
+        shard.known.update(width=width, ranges=found)
     return shard.known["ranges"]
 
 
-def _asked(group: str, start: int | None, width: int) -> tuple[Range, ...]:
+def _asked(group: str, start: int | None, width: int, key: str) -> tuple[Range, ...]:
     return _joined(_tell(_named(group), (start, width)))
 
 
-# Compiled code asks while it is compiled.
+# Ranks ask while code is compiled, which depends on the ``key``: another Shard makes all of them compile and ask again.
 _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

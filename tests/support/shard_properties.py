@@ -96,8 +96,23 @@ def compiled(group):
     def loss(hidden, weight, shard):
         return kd.cross_entropy(kd.LinearHead(hidden, weight, shard=shard), labels, label_smoothing=0.1)
 
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [leaf(4, 6), leaf(5, 6, seed=1 + dist.get_rank(group))]
-        value = function(*leaves, kd.Shard(group))
-        made.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    compiled_loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for width in (5, 5 + dist.get_rank(group)):  # where one rank's width changes, all of them ask again
+        for function in (loss, compiled_loss):
+            leaves = [leaf(4, 6), leaf(width, 6, seed=1 + dist.get_rank(group))]
+            value = function(*leaves, kd.Shard(group))
+            made.append([value.detach(), *torch.autograd.grad(value, leaves)])
     return made
+
+
+def shard_made_while_compiling(group):
+    """What is said of it: the code would make another one each time, and ask once."""
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss(logits):
+        return kd.cross_entropy(kd.ShardedLogits(logits, kd.Shard(group)), torch.tensor([0, 4, 9, 14]))
+
+    try:
+        loss(leaf(4, 5))
+    except Exception as error:
+        return [str(error)]
