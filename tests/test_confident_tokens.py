@@ -29,8 +29,7 @@ def losses(student, teacher, **options):
 def test_what_cross_entropy_rounds_to_0(backend):
     leaf = torch.tensor([[20.0, 0.0, 0.0, 0.0]]).requires_grad_()
     label = torch.tensor([0])
-    with pytest.warns(UserWarning, match="0 and 1"):
-        loss = kd.cross_entropy(leaf, label)
+    loss = kd.cross_entropy(leaf, label)
     assert torch.nn.functional.cross_entropy(leaf, label) == 0
     (grad,) = torch.autograd.grad(loss, leaf)
     assert loss.item() == pytest.approx(6.18346e-9, rel=1e-5)

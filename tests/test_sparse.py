@@ -187,7 +187,7 @@ def masked_alike(values=torch.float32, share=1.0):
     return problem
 
 
-@pytest.mark.parametrize("values", DTYPES, ids=str)
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_bucket_where_both_models_are_masked(backend, divergence, values):
     """What rounding leaves of the teacher's mass is no outcome where the student has none either."""
