@@ -302,6 +302,18 @@ def test_nothing_of_the_user_is_overwritten(tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "d").iterdir()} == before
 
 
+def test_a_cache_of_an_earlier_version_goes_on(tmp_path):
+    """Its manifest leaves unsaid what later ones say, and keeps its digest."""
+    now = manifest(weights="w" * 8, dtype="float32", seed=1)
+    with CacheWriter(tmp_path / "c", manifest()) as writer:
+        writer.write(0, *sequence(0))
+    write(tmp_path / "c", now)
+    assert Manifest.read(tmp_path / "c") == manifest() and len(TeacherCache(tmp_path / "c")) == 6
+    write(tmp_path / "later", now)
+    with pytest.raises(FileExistsError, match="seed 1, not 2"):
+        CacheWriter(tmp_path / "later", manifest(weights="w" * 8, dtype="float32", seed=2))
+
+
 def test_a_writer_takes_each_sequence_once_and_only_its_own(tmp_path):
     with CacheWriter(tmp_path / "c", manifest(), rank=1, world_size=2) as writer:
         assert writer.todo() == [1, 3, 5]

@@ -15,8 +15,9 @@ from .codec import DTYPES
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-#: Fields that the first caches do not have: unsaid, they are not written, so that those caches' digests stay.
-_LATER = ("weights", "dtype", "seed")
+#: Fields that the first caches do not have: unsaid, they are neither compared nor written, so that those caches' digests
+#: stay.
+LATER = ("weights", "dtype", "seed")
 METHODS = ("top_k", "top_p", "samples", "given")
 
 
@@ -81,9 +82,7 @@ class Manifest:
             raise ValueError(f"a manifest needs 1 <= vocab_size < 2^31, got {self.vocab_size}")
 
     def to_json(self) -> str:
-        said = {
-            name: value for name, value in asdict(self).items() if value is not None or name not in _LATER
-        }
+        said = {name: value for name, value in asdict(self).items() if value is not None or name not in LATER}
         return json.dumps(said, indent=2) + "\n"
 
     def digest(self) -> str:

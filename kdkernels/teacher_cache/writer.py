@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ..targets import SparseTarget
 from . import codec, shards
-from .manifest import NAME, Manifest
+from .manifest import LATER, NAME, Manifest
 from .shards import Shard
 
 #: A row group is what is read at once: one sequence, or several short ones.
@@ -28,7 +28,7 @@ class CacheWriter:
     the rest. Use as a context manager: leaving it commits what was written, also after an error.
 
     Args:
-        directory: new, empty, or a cache with the same manifest.
+        directory: new, empty, or a cache with the same manifest; what the first caches left unsaid may be anything.
         manifest: what is written; see :class:`Manifest`.
         rank: of this process among those that write.
         world_size: how many write.
@@ -55,9 +55,9 @@ class CacheWriter:
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
-        self.directory, self.manifest, self.shard_tokens = Path(directory), manifest, shard_tokens
+        self.directory, self.shard_tokens = Path(directory), shard_tokens
         self.rank, self.world_size = rank, world_size
-        _claim(self.directory, manifest)
+        self.manifest = _claim(self.directory, manifest)
         self._lock = filelock.FileLock(self.directory / f"writer-{rank:04d}.lock")
         try:
             self._lock.acquire(timeout=0)
@@ -207,8 +207,8 @@ class CacheWriter:
         return max((int(name.removeprefix(mine)) for name in records), default=-1) + 1
 
 
-def _claim(directory: Path, manifest: Manifest) -> None:
-    """Make the directory a cache with this manifest. ValueError if it is one with another."""
+def _claim(directory: Path, manifest: Manifest) -> Manifest:
+    """Make the directory a cache with this manifest, and return what it has. FileExistsError if that is another."""
     directory.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(directory / "manifest.lock"):
         if not (directory / NAME).exists():
@@ -220,9 +220,11 @@ def _claim(directory: Path, manifest: Manifest) -> None:
                     f"{directory} is not empty and no teacher cache (it has {others[0]}); choose another directory"
                 )
             shards.write_text(directory / NAME, manifest.to_json())
-        found = dataclasses.asdict(Manifest.read(directory))
+        found = Manifest.read(directory)
     for name, value in dataclasses.asdict(manifest).items():
-        if found[name] != value:
+        had = getattr(found, name)
+        if had != value and not (name in LATER and had is None):
             raise FileExistsError(
-                f"{directory} has a cache with {name} {found[name]!r}, not {value!r}; choose another directory"
+                f"{directory} has a cache with {name} {had!r}, not {value!r}; choose another directory"
             )
+    return found
