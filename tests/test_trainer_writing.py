@@ -151,6 +151,46 @@ def test_a_chat_that_was_cut_is_not_closed(tmp_path, own):
     assert learnt == ["there" + own.eos_token, "there"]
 
 
+#: A template that opens an answer with more than its prompt has, and one that keeps no reasoning.
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGETS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] | trim }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+BY_LENGTH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.content | length }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, said, learnt",
+    [
+        (FORGETS, "e", "e"),
+        (FORGETS, "<", "<"),
+        (FORGETS, "<think>a</think> the cat", "the cat"),
+        (FORGETS, "<think>a</think> ", None),
+        (THINKS, "t", "<think></think>t"),
+        (THINKS, " e\n", "<think></think> e\n"),
+        (THINKS, "", None),
+    ],
+)
+def test_of_a_cut_chat_nothing_is_learnt_that_closes_it(template, said, learnt, tmp_path, own):
+    """However short its text is, and whatever the template makes of it."""
+    own.chat_template = template
+    line = generate._line([{"role": "user", "content": "hi"}], said, False)
+    rows = read_back(tmp_path / "c.jsonl", [line], own)
+    texts = [own.decode([token for token in labels if token >= 0]) for _, labels in rows]
+    assert texts == ([] if learnt is None else [learnt])
+
+
+def test_a_template_whose_end_of_a_cut_chat_is_unknown(tmp_path, own):
+    own.chat_template = BY_LENGTH
+    line = generate._line([{"role": "user", "content": "hi"}], "there", False)
+    with pytest.raises(UserError, match="line 1 was cut, and this chat template closes a message by what it"):
+        read_back(tmp_path / "c.jsonl", [line], own)
+
+
 def test_cut_completions_without_any_text_are_left_out(tmp_path, own, capsys):
     lines = [generate._line("x", "", False), generate._line("x", "y", True)]
     assert len(read_back(tmp_path / "c.jsonl", lines, own)) == 1

@@ -15,6 +15,7 @@ from .progress import say
 from .settings import DataSettings, UserError, one_line
 
 IGNORE = -100
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  #: where a chat template puts what a message says
 #: ``{"text"}``; or ``{"prompt", "completion"}`` or ``{"messages"}``, with "where" they were read and whether they "ended".
 Record = dict[str, Any]
 
@@ -212,10 +213,24 @@ def _chat(record: Record, tokenizer: Any) -> tuple[str, str]:
     if not whole.startswith(prompt):
         raise UserError(f"{where}: this chat template renders a prompt differently once it is answered")
     completion = whole[len(prompt) :]
-    if not record["ended"]:  # without what the template closes the message with
-        said = str(messages[-1]["content"]).strip()
-        completion = completion[: completion.rfind(said) + len(said)] if said and said in completion else ""
-    return prompt, completion
+    return prompt, completion if record["ended"] else _not_closed(
+        completion, prompt, messages, tokenizer, where
+    )
+
+
+def _not_closed(
+    completion: str, prompt: str, messages: list[dict[str, Any]], tokenizer: Any, where: str
+) -> str:
+    """The completion without what the template closes a message with, whatever that says; "" if it says nothing."""
+    other = rendered([*messages[:-1], {**messages[-1], "content": MARK}], tokenizer, where)
+    opening, mark, closing = other[len(prompt) :].rpartition(MARK)
+    if not mark or not completion.endswith(closing):
+        raise UserError(
+            f"{where} was cut, and this chat template closes a message by what it says: leave it out"
+        )
+    text = completion[: len(completion) - len(closing)]
+    nothing = text.strip() == opening.strip() or not str(messages[-1]["content"]).strip()
+    return "" if nothing else text
 
 
 def rendered(messages: list[dict[str, Any]], tokenizer: Any, where: str, **options: Any) -> str:
