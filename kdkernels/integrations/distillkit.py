@@ -52,13 +52,15 @@ def sparse_kl_div(
             ``log_target=False``.
         mask: ``[B, T]`` or ``[B, T, 1]``, nonzero for tokens that count.
         missing: "zero" (the teacher is rescaled to 1 over its entries) or "symmetric_uniform" (the rest
-            of both is one outcome; the same as "zero" where K is V), or DistillKit's enum of these.
+            of both is one outcome; a token of which all V entries are stored has none), or DistillKit's
+            enum of these.
         temperature: of the distributions that are compared; the two generation temperatures say at
             which temperature the teacher's values and the student's logits are.
         eps, chunk_length: taken and not needed.
 
     Raises:
-        ValueError: an unknown ``missing``, or teacher logits with "symmetric_uniform"; a temperature of 0.
+        ValueError: an unknown ``missing``; with "symmetric_uniform" teacher logits, or a mass above 1.1; a
+            temperature of 0.
 
     >>> ids, values = torch.randint(0, 50, (1, 3, 4)), torch.randn(1, 3, 4).log_softmax(-1)
     >>> sparse_kl_div(torch.randn(1, 3, 50), ids, values, temperature=2.0).shape
@@ -74,9 +76,10 @@ def sparse_kl_div(
     mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
     values, ratio = target_values.float(), target_generation_temperature / student_generation_temperature
     temperature = temperature / student_generation_temperature
-    if name == "symmetric_uniform" and target_ids.shape[-1] < logits.shape[-1]:
+    if name == "symmetric_uniform":
+        whole = values.isfinite().all(-1, keepdim=True) & (values.shape[-1] == logits.shape[-1])
         # Tempered here, tail included: so the student's logits are tempered, and compared as they are.
-        target = SparseTarget(target_ids, _tempered(values, ratio / temperature), tail="bucket")
+        target = SparseTarget(target_ids, _tempered(values, ratio / temperature, whole), tail="bucket")
         return kl_div(MappedLogits(logits, 1 / temperature), target, mask=mask, reduction="sum")
     target = SparseTarget(target_ids, values * ratio, tail="renormalize")
     return kl_div(logits, target, mask=mask, temperature=temperature, reduction="sum")
@@ -140,10 +143,14 @@ class KLDLoss:
         return total * self.temperature**2 / num_items_in_batch
 
 
-def _tempered(log_p: Tensor, power: float) -> Tensor:
-    """log of p^power, renormalised together with the power of the mass that is missing."""
+def _tempered(log_p: Tensor, power: float, whole: Tensor) -> Tensor:
+    """log of p^power, renormalised together with the power of the mass that is missing, which of a ``whole`` row is 0.
+
+    A mass above what rounding explains stays above 1, which the loss refuses."""
+    log_mass = log_p.logsumexp(-1, keepdim=True)
     if math.isclose(power, 1.0):
-        return log_p - log_p.logsumexp(-1, keepdim=True).clamp(0, _ROUNDING)
-    missing = (-torch.expm1(log_p.logsumexp(-1, keepdim=True))).clamp(min=0)
-    masses = torch.cat([log_p, missing.log()], -1) * power
-    return masses.log_softmax(-1)[..., :-1]
+        normal = log_p - torch.where(whole, log_mass, log_mass.clamp(min=0))
+    else:
+        missing = (-torch.expm1(log_mass)).clamp(min=0).masked_fill(whole, 0.0)
+        normal = (torch.cat([log_p, missing.log()], -1) * power).log_softmax(-1)[..., :-1]
+    return normal + (log_mass - _ROUNDING).clamp(min=0)

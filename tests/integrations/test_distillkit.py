@@ -102,7 +102,7 @@ def test_a_mass_that_rounding_made_too_large(temperature):
     truth = outcome(formula, [student.double()], ids, exact, mask, **options)
     assert_same(ours, truth, 2e-2)
     with pytest.raises(ValueError, match="sum to at most 1"):
-        dropin.sparse_kl_div(student, ids, stored + 1.0, missing="symmetric_uniform")
+        dropin.sparse_kl_div(student, ids, stored + 0.2, **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -112,6 +112,21 @@ def test_nothing_is_missing_of_a_whole_vocabulary(temperature):
     options = dict(missing="symmetric_uniform", temperature=temperature)
     ours = outcome(dropin.sparse_kl_div, [student], ids, values.bfloat16(), **options)
     assert_same(ours, outcome(dropin.dense_kl_div, [student], teacher, temperature=temperature), 2e-2)
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        dropin.sparse_kl_div(student, ids, values + 0.2, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_as_many_slots_as_tokens_of_which_some_are_empty(temperature):
+    """What is not stored is missing, however many slots there are: in some rows, or in all."""
+    student = torch.randn(B, T, V)
+    values, ids = torch.randn(B, T, V).log_softmax(-1).topk(V, -1)
+    values[1, :, K:] = -torch.inf
+    options = dict(missing="symmetric_uniform", temperature=temperature)
+    both = dropin.sparse_kl_div(student, ids, values, **options)
+    whole = dropin.sparse_kl_div(student[:1], ids[:1], values[:1], **options)
+    partial = dropin.sparse_kl_div(student[1:], ids[1:, :, :K], values[1:, :, :K], **options)
+    assert relative(both, whole + partial) < 1e-6
 
 
 @pytest.mark.parametrize("missing", ["zero", "symmetric_uniform"])
