@@ -74,7 +74,7 @@ class KDLoss(nn.Module):
         return kl_div(
             student,
             teacher,
-            mask=(labels != self.ignore_index).reshape(-1),
+            mask=(_local(labels) != self.ignore_index).reshape(-1),
             temperature=self.temperature,
             temperature_squared=True,
             num_items=torch.zeros(()) if nothing else num_batch_labels,

@@ -117,12 +117,15 @@ def of_split_logits(group):
         distribute_tensor(teacher, mesh, [Replicate()]),
     )
     given = distribute_tensor(student.detach(), mesh, [Replicate()])
+    marked = distribute_tensor(labels, mesh, [Replicate()])
     kd_loss, ranks = automodel.KDLoss(temperature=2.0), automodel.KDLoss(temperature=2.0, tp_group=group)
     made = []
     for name, loss, truth, at in [
         ("KDLoss, DTensors", lambda s: kd_loss(s, theirs, labels), kl.mean(), split),
+        ("KDLoss, labels too", lambda s: kd_loss(s, theirs, marked), kl.mean(), split),
         ("KDLoss, whole DTensors", lambda s: kd_loss(s, copied, labels), kl.mean(), given),
         ("KDLoss, ranks", lambda s: ranks(s, teacher[..., here], labels, 7), kl.sum() / 7, local),
+        ("KDLoss, ranks and labels", lambda s: ranks(s, teacher[..., here], marked), kl.mean(), local),
         ("cross_entropy_loss", lambda s: torchtitan.cross_entropy_loss(s, labels), nll, split),
     ]:
         at = at.detach().requires_grad_()
