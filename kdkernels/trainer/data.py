@@ -213,9 +213,9 @@ def _chat(record: Record, tokenizer: Any) -> tuple[str, str]:
     if not whole.startswith(prompt):
         raise UserError(f"{where}: this chat template renders a prompt differently once it is answered")
     completion = whole[len(prompt) :]
-    return prompt, completion if record["ended"] else _not_closed(
-        completion, prompt, messages, tokenizer, where
-    )
+    if not record["ended"]:
+        completion = _not_closed(completion, prompt, messages, tokenizer, where)
+    return prompt, completion
 
 
 def _not_closed(
