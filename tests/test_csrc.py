@@ -58,7 +58,8 @@ def test_other_instruction_sets(isa):
     subprocess.run([sys.executable, "-c", check], env=environment, cwd=ROOT, check=True)
     names = ("conformance", "inputs", "sparse", "rising_rows")
     files = [f"tests/test_{name}.py" for name in names]
-    suite = [*files, "-k", "native and not bits and not head and not float64"]  # heads: the same logits; fp64: eager
+    # Heads make the same logits, and fp64 is eager's.
+    suite = [*files, "-k", "native and not bits and not head and not float64"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", *suite],
         env=environment,
