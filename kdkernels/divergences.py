@@ -192,7 +192,7 @@ def unwritten(formula: Callable[..., Tensor], *given: Tensor) -> Tensor:
 
 
 def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version  # there nobody counts
+    return 0 if t.is_inference() else t._version  # such tensors have no version
 
 
 def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -12,6 +12,13 @@ from torch import Tensor
 
 from .checks import check_tensor, flag, integer, number, shown
 
+
+def under_autocast(device: torch.device) -> bool:
+    # Compilers before torch 2.13 cannot trace the question; the devices that they know have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
+
+
 _keys = itertools.count(1)
 
 
@@ -61,7 +68,8 @@ class Shard:
     data_parallel: Literal["mean", "sum"] = "mean"
     #: Filled once, by core/exchange.py: how the group shares out this vocabulary.
     known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    #: Of this Shard alone; "" where compiled code makes it, the same one in each run.
+    #: No other Shard has it, so compiled code can tell them apart. "" for one that compiled code makes: each run of
+    #: the code makes another, all with what was a constant when it was compiled.
     key: str = field(default_factory=_new_key, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,11 +153,7 @@ class LinearHead:
     @property
     def _is_cast(self) -> bool:
         """By autocast, which leaves fp64 alone."""
-        kind = self.hidden.device.type
-        # Compilers before torch 2.13 cannot trace the question; the devices that they know have autocast.
-        available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-        possible = available and self.hidden.dtype != torch.float64
-        return possible and torch.is_autocast_enabled(kind)
+        return self.hidden.dtype != torch.float64 and under_autocast(self.hidden.device)
 
     def _check_dtypes(self, tensors: list[Tensor]) -> None:
         if not all(t.is_floating_point() for t in tensors) or (
@@ -247,14 +251,10 @@ def _check_map(given: LinearHead | MappedLogits | ShardedLogits) -> None:
     """Makes the scale and the cap Python numbers. An error where one is out of range, not a number, or learned."""
     owner = type(given).__name__
     object.__setattr__(given, "logit_scale", number(f"{owner}'s logit_scale", given.logit_scale))
-    if given.logit_scale == 0:
-        raise ValueError(f"{owner} needs logit_scale != 0, got 0")
     if not 1 / MOST <= abs(given.logit_scale) <= MOST:
         raise ValueError(f"{owner} needs |logit_scale| in [{1 / MOST:g}, {MOST:g}], got {given.logit_scale}")
     if given.softcap is not None:
         object.__setattr__(given, "softcap", number(f"{owner}'s softcap", given.softcap))
-        if not given.softcap > 0:
-            raise ValueError(f"{owner} needs softcap > 0 or None, got softcap={given.softcap}")
         if not 1 / MOST <= given.softcap <= MOST:
             raise ValueError(
                 f"{owner} needs softcap in [{1 / MOST:g}, {MOST:g}] or None, got softcap={given.softcap}"

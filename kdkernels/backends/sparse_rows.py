@@ -105,7 +105,8 @@ def solve(
     below = stored.double() - highest[:, None]
     rest = _rest(target, side, highest, temperatures, spec)
     student = torch.cat([below / temperatures.student[:, None], rest], 1)
-    target = _without_rounding(target, rest)
+    if spec.tail == Tail.BUCKET:
+        target = _without_rounding(target, rest)
     # Only differences count: what is near 0 keeps its digits in fp32.
     student = student - student.amax(-1, keepdim=True).clamp(min=NO_REFERENCE)
     student = student.to(target.teacher.dtype)

@@ -222,9 +222,8 @@ def _check_options(shards: list[Shard]) -> None:
 def _whole(side: Side) -> Side:
     assert side.shard is not None
     tensors, vocab = side.tensors, max(stop for _, stop in ranges(side.shard, side.vocab))
-    if not side.is_head and not folds(
-        tensors[0]
-    ):  # every rank must cut its tokens alike, whatever its strides
+    # Every rank must cut its tokens alike, whatever its strides.
+    if not side.is_head and not folds(tensors[0]):
         tensors = [tensors[0].contiguous()]
     return replace(side, tensors=tensors, vocab=vocab)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ..core import scaling
+from ..heads import under_autocast
 from ..operators import operator
 
 #: Elements of a piece. On a CPU a piece stays in cache; elsewhere it is large enough to hide the kernel launches.
@@ -202,7 +203,7 @@ def reduced(
     x, t = torch.broadcast_tensors(x, t)
     mask = None if rows is None else rows[..., None].expand(x.shape)
     dtype = torch.promote_types(x.dtype, t.dtype)
-    if wide or _autocast(x.device.type):
+    if wide or under_autocast(x.device):
         dtype = torch.promote_types(dtype, torch.float32)
     value = _terms(x, t, mask, name, reduction != "none", dtype)
     if reduction == "mean":
@@ -210,12 +211,6 @@ def reduced(
     elif reduction == "batchmean" and batch:
         value = value / batch
     return value.to(dtype)
-
-
-def _autocast(kind: str) -> bool:
-    # Compilers before torch 2.13 cannot trace the question; the devices that they know have autocast.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    return available and torch.is_autocast_enabled(kind)
 
 
 def _wide(piece: Tensor) -> Tensor:

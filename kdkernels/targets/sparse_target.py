@@ -119,7 +119,7 @@ class SparseTarget:
 
     def __getitem__(self, index) -> SparseTarget:
         """The target of some tokens: ``index`` goes over the leading dimensions only. IndexError where it has more."""
-        self.ids[..., 0][index]
+        self.ids[..., 0][index]  # without slots there is no dimension for more
         index = index if isinstance(index, tuple) else (index,)
         last = slice(None) if any(i is Ellipsis for i in index) else Ellipsis
         return self._each(lambda t: t[(*index, last)])
