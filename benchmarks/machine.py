@@ -71,7 +71,8 @@ def describe(device: str) -> dict[str, Any]:
     """What every result file begins with; ``name`` is what a figure is labelled with."""
     import kdkernels as kd
 
-    cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     commit = get_commit_info()
     made = {
         "name": torch.cuda.get_device_name() if device == "cuda" else cpu,
