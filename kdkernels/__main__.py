@@ -17,7 +17,7 @@ COMMANDS = {
     ),
     "train": (
         "kdkernels.commands.train",
-        "soft, hard or co-distillation of a language model (needs kdkernels[trainer])",
+        "soft, hard, co- or on-policy distillation of a language model, or all beside each other (needs kdkernels[trainer])",
     ),
     "cache": (
         "kdkernels.commands.cache",
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         chosen_backend()
     except (ValueError, RuntimeError) as error:
         if command != "info" or isinstance(error, ValueError):  # it says what is not usable, and why
-            sys.exit(f"error: KDKERNELS_BACKEND: {error}")
+            sys.exit(f"error: {error}")
     importlib.import_module(COMMANDS[command][0]).main(arguments[1:])
 
 

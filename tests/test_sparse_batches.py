@@ -48,7 +48,7 @@ def test_what_does_not_join():
         kd.SparseTarget.cat([one, kd.SparseTarget(two.ids, weights=two.logprobs.exp())])
     with pytest.raises(ValueError, match="at least one"):
         kd.SparseTarget.stack([])
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="dim=1 is none of the 1 leading dimensions"):
         kd.SparseTarget.cat([one, two], dim=1)
 
 

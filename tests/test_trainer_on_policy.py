@@ -113,7 +113,10 @@ def test_a_resumed_run_writes_and_ends_alike(tmp_path):
         ({"judge": "half"}, "full, sampled and top_k:K"),
         ({"judge": "top_k:301"}, "judge=top_k:301: there are 300 tokens; give fewer, or full"),
         ({"judge": "sampled", "student_share": 0.5}, "student_share must be 1, not 0.5"),
-        ({"judge": "sampled", "sampling_temperature": 0.7}, "sampling_temperature 1, not 0.7"),
+        (
+            {"judge": "sampled", "sampling_temperature": 0.7},
+            "that the student itself drew: sampling_temperature must be 1, not 0.7",
+        ),
         ({"judge": "sampled", "divergence": "jsd:0.5"}, "divergence=JSD(beta=0.5): judge=sampled"),
         ({"judge": "sampled", "hard_weight": 5.0}, "hard_weight=5.0: judge=sampled"),
         ({"judge": "sampled", "temperature": 3.0}, "temperature=3.0: judge=sampled"),

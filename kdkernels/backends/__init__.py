@@ -48,7 +48,10 @@ def chosen_backend() -> str:
     """What ``use_backend`` chose in this thread, else what KDKERNELS_BACKEND says, else "auto"."""
     if _chosen.name != "auto":
         return _chosen.name
-    return _usable(os.environ.get("KDKERNELS_BACKEND") or "auto")
+    try:
+        return _usable(os.environ.get("KDKERNELS_BACKEND") or "auto")
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"KDKERNELS_BACKEND: {error}") from None
 
 
 def reference_asked() -> bool:

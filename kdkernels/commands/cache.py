@@ -29,7 +29,7 @@ class CacheSettings:
     out: str = field(metadata={"help": "directory of the cache: new, or one to go on with"})
     top_k: int = option(0, "store the k most likely tokens [give this, --top_p or --samples]")
     top_p: float = option(0.0, "store the most likely tokens that together have this mass")
-    max_k: int = option(0, "of --top_p: at most so many tokens; 0 is no limit")
+    max_k: int = option(0, "with --top_p: at most this many tokens; 0 is no limit")
     samples: int = option(0, "store what so many draws from the teacher give, an unbiased gradient")
     proposal_temperature: float = option(1.0, "of --samples; other than 1 they get importance weights")
     tail: str | None = option(
@@ -39,7 +39,7 @@ class CacheSettings:
     tokenizer: str | None = option(None, "folder or name; default: the teacher's")
     dtype: str = option("float32", "of the teacher: float32 or bfloat16")
     batch_size: int = option(8, "sequences that the teacher reads at a time")
-    shard_tokens: int = option(2**18, "tokens per shard; a killed process loses at most so much")
+    shard_tokens: int = option(2**18, "tokens per shard; a killed process loses at most this many")
     seed: int = option(42, "of the samples")
 
 

@@ -27,4 +27,4 @@ def main(arguments: list[str]) -> None:
     try:
         print(f"  chosen     {chosen_backend()}")
     except RuntimeError as error:
-        print(f"  chosen     KDKERNELS_BACKEND: {error}")
+        print(f"  chosen     {error}")

@@ -401,12 +401,13 @@ def table(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         s = outcome.scenario
         groups.setdefault((outcome.backend, s.about, str(s.dtype)[6:]), []).append(outcome)
-    lines = [f"{'backend':<10}{'divergence':<44}{'dtype':<10}{_ERRORS}"]
     order = list(dict.fromkeys(divergence for _, divergence, _ in groups))
+    width = max(map(len, order), default=0) + 2
+    lines = [f"{'backend':<10}{'divergence':<{width}}{'dtype':<10}{_ERRORS}"]
     for key in sorted(groups, key=lambda k: (k[0], order.index(k[1]))):
         (backend, divergence, dtype), group = key, groups[key]
         if errors := _errors(group):
-            lines.append(f"{backend:<10}{divergence:<44}{dtype:<10}{errors}")
+            lines.append(f"{backend:<10}{divergence:<{width}}{dtype:<10}{errors}")
     return "\n".join(lines)
 
 
@@ -464,7 +465,7 @@ def main(arguments: list[str]) -> None:
             key = outcome.backend, outcome.skipped
             skipped[key] = skipped.get(key, 0) + 1
     for (backend, reason), count in skipped.items():
-        print(f"{backend}: {count} problems skipped: {reason}")
+        print(f"{backend}: {count} problem{'s' * (count > 1)} skipped: {reason}")
     if late:
         print(f"NOT RUN: {late} problems, the time was up; --minutes gives more, --full all")
     summary = report(outcomes, late, options.device, seconds)

@@ -90,8 +90,8 @@ def _group(shard: Shard) -> Any:
     return group
 
 
-class _Told(ValueError):
-    """Another rank's error: every rank has heard of it."""
+class AnotherRanksError(ValueError):
+    """Every rank has heard of it."""
 
 
 def _tell(group: Any, message: Any) -> list[Any]:
@@ -102,7 +102,7 @@ def _tell(group: Any, message: Any) -> list[Any]:
         raise message
     for rank, said in enumerate(heard):
         if isinstance(said, Exception):
-            raise _Told(f"rank {rank} of the shard's group: {said}")
+            raise AnotherRanksError(f"rank {rank} of the shard's group: {said}")
     return heard
 
 
@@ -114,7 +114,7 @@ def agreed(shard: Shard, make: Callable[[], Any], signature: Callable[[Any], dic
     group = _group(shard)
     try:
         made = make()
-    except _Told:
+    except AnotherRanksError:
         raise
     except Exception as error:
         _tell(group, error)

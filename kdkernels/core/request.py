@@ -281,7 +281,7 @@ def _signature(call: Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group, so that they walk the same chunks."""
     request = call.request
     same: dict[str, Any] = {
-        "loss": text_of(request.specs),
+        **{f"the loss's {part}": [getattr(spec, part) for spec in request.specs] for part in Spec._fields},
         "vocabulary": request.vocab,
         "chunk_bytes": request.chunk_bytes,
         "gradient_tolerance": request.gradient_tolerance,

@@ -28,7 +28,7 @@ from ..targets import SparseTarget
 
 _MISSING = ("zero", "symmetric_uniform")
 #: Log of the most that stored log-probabilities may sum to: those of bf16 are off by up to 2^-9 of their size.
-_ROUNDING = 0.1
+_ROUNDING = math.log(1.1)
 
 
 def sparse_kl_div(
@@ -146,11 +146,11 @@ class KLDLoss:
 def _tempered(log_p: Tensor, power: float, whole: Tensor) -> Tensor:
     """log of p^power, renormalised together with the power of the mass that is missing, which of a ``whole`` row is 0.
 
-    A mass above what rounding explains stays above 1, which the loss refuses."""
+    A row with more mass than rounding explains stays as it is, and the loss refuses it."""
     log_mass = log_p.logsumexp(-1, keepdim=True)
     if math.isclose(power, 1.0):
         normal = log_p - torch.where(whole, log_mass, log_mass.clamp(min=0))
     else:
         missing = (-torch.expm1(log_mass)).clamp(min=0).masked_fill(whole, 0.0)
         normal = (torch.cat([log_p, missing.log()], -1) * power).log_softmax(-1)[..., :-1]
-    return normal + (log_mass - _ROUNDING).clamp(min=0)
+    return torch.where(log_mass > _ROUNDING, log_p, normal)

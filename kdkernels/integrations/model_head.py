@@ -312,10 +312,9 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         return hidden, weight, bias
     # AdaLoRA's are parameters, between which there are singular values.
     if not isinstance(getattr(head, "lora_A", None), nn.ModuleDict) or getattr(head, "lora_variant", None):
-        raise ValueError(
-            f"only plain LoRA is supported on an lm_head, got {type(head).__name__} with "
-            f"{list(getattr(head, 'lora_variant', {}).values())}"
-        )
+        variants = {type(variant).__name__ for variant in getattr(head, "lora_variant", {}).values()}
+        found = " and ".join(sorted({type(head).__name__, *variants}))
+        raise ValueError(f"only plain LoRA is supported on an lm_head, got {found}")
     parts, columns = [hidden], [weight]
     for name in head.active_adapters:
         if name not in head.lora_A:

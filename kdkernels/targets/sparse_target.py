@@ -37,7 +37,7 @@ class SparseTarget:
         tail: what the loss does about the entries that were not stored:
 
             * "bucket": the rest of either distribution is one more outcome; any divergence on K + 1
-              outcomes. Needs a <= 1.
+              outcomes. Needs a <= 1, up to rounding; where all V ids are stored, a = 1.
             * "conditional": teacher and student are rescaled to 1 over the stored ids; any divergence.
               From hidden states only the lm_head's rows at these ids are needed.
             * "renormalize": the teacher is rescaled to 1 over the stored ids, the student stays over
@@ -171,14 +171,14 @@ class SparseTarget:
         torch.Size([4, 3])
         """
         wide = _of_one_width(targets)
-        dim = range(len(wide[0].leading_shape))[dim]  # IndexError, and not the slots, beyond the leading ones
+        dim = _leading(dim, len(wide[0].leading_shape))
         return _joined(wide, lambda tensors: torch.cat(tensors, dim))
 
     @staticmethod
     def stack(targets: Sequence[SparseTarget], dim: int = 0) -> SparseTarget:
         """As :meth:`cat`, along a new leading dimension; what ``default_collate`` of a DataLoader does."""
         wide = _of_one_width(targets)
-        dim = range(len(wide[0].leading_shape) + 1)[dim]
+        dim = _leading(dim, len(wide[0].leading_shape) + 1)
         return _joined(wide, lambda tensors: torch.stack(tensors, dim))
 
     @staticmethod
@@ -240,6 +240,13 @@ def _of_one_width(targets: Sequence[SparseTarget]) -> list[SparseTarget]:
             raise ValueError(f"SparseTargets of one batch must agree, got {', '.join(sorted(found))}")
     slots, masked = max(t.slots for t in targets), any(t.mask is not None for t in targets)
     return [t._padded((*t.leading_shape, slots), masked) for t in targets]
+
+
+def _leading(dim: int, count: int) -> int:
+    """``dim`` of ``count`` leading dimensions, from 0 on. The slots are none of them."""
+    if not -count <= dim < count:
+        raise IndexError(f"dim={dim} is none of the {count} leading dimensions of these SparseTargets")
+    return dim % count
 
 
 def _joined(targets: list[SparseTarget], join: Callable[[list[Tensor]], Tensor]) -> SparseTarget:

@@ -28,7 +28,7 @@ class CacheWriter:
     the rest. Use as a context manager: leaving it commits what was written, also after an error.
 
     Args:
-        directory: new, empty, or a cache with the same manifest; what the first caches left unsaid may be anything.
+        directory: new, empty, or a cache with the same manifest; what caches of earlier versions leave unsaid is not compared.
         manifest: what is written; see :class:`Manifest`.
         rank: of this process among those that write.
         world_size: how many write.

@@ -66,7 +66,7 @@ def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
         description=f"{mode}: {MODES[mode]}.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML of options; those on the command line go before it")
+    parser.add_argument("--config", help="YAML of options; the command line overrides it")
     parser.add_argument("--help_all", action="store_true", help="every option of TrainingArguments too")
     ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
     shown = {*ours, *SHOWN}

@@ -46,10 +46,11 @@ class Policy:
         if not whole and not (kind == "top_k" and number.isdigit() and int(number) > 0):
             raise UserError(f"judge={self.judge}: there are full, sampled and top_k:K, such as top_k:20")
         if self.judge == "sampled" and (self.student_share != 1 or self.temperature != 1):
-            raise UserError(
-                "judge=sampled estimates from tokens that the student itself drew: "
-                f"student_share must be 1, not {self.student_share:g}, and sampling_temperature 1, not {self.temperature:g}"
+            given = {"student_share": self.student_share, "sampling_temperature": self.temperature}
+            odd = " and ".join(
+                f"{name} must be 1, not {value:g}" for name, value in given.items() if value != 1
             )
+            raise UserError(f"judge=sampled estimates from tokens that the student itself drew: {odd}")
         if self.prompt_tokens >= self.max_length:
             raise UserError(
                 f"prompt_tokens={self.prompt_tokens} leaves no room in max_length={self.max_length}"

@@ -109,8 +109,8 @@ def check(settings: Settings) -> None:
     check_ranges({name: value for name, value in asked.items() if value != default_of(FIELDS[name])})
     if run.torch_compile:  # its backend and mode turn it on
         raise UserError(
-            "torch_compile: the loss runs inside the lm_head's forward, which torch.compile cannot follow; "
-            "leave it out"
+            "torch_compile: the command compiles nothing; leave it out, or take DistillationTrainer in a script of "
+            "your own, which compiles what comes before the lm_head"
         )
     if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
         where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -97,7 +98,8 @@ class ModelSettings:
 @dataclass
 class DataSettings:
     data: list[str] = option(
-        ["stdlib"], ".txt, .jsonl, .parquet, a folder of sources, or stdlib: Python's own"
+        ["stdlib"],
+        ".txt, .jsonl or .parquet (rows of text, prompt and completion, or messages), a folder of sources, or stdlib: Python's own",
     )
     text_field: str = option("text", "column of .jsonl and .parquet that holds text")
     max_length: int = option(512, "tokens per sequence; text is packed into sequences of this length")
@@ -111,12 +113,12 @@ class DataSettings:
 class LossSettings:
     divergence: str | None = option(
         None,
-        f"{', '.join(DIVERGENCES)}; parameters follow a colon: jsd:0.5; default forward_kl, in on_policy reverse_kl",
+        f"{', '.join(DIVERGENCES)}; numbers follow a colon: jsd:0.5, alpha_beta:0.2,0.7; default forward_kl, in on_policy reverse_kl",
     )
     temperature: float = option(1.0, "of the soft term")
     temperature_squared: bool = option(False, "multiply the soft term by temperature^2")
     soft_weight: float = option(1.0, "of the divergence; in co the value that --soft_schedule comes to")
-    hard_weight: float | None = option(None, "of the student's cross entropy; default 0 in soft, 1 in co")
+    hard_weight: float | None = option(None, "of the student's cross entropy; default 1 in co, else 0")
     gradient_tolerance: float = option(
         0.0, "share of the lm_head's gradient that may be left out for speed; 0 is exact"
     )
@@ -130,7 +132,7 @@ class LossSettings:
 class GenerationSettings:
     completions: str | None = option(None, "the .jsonl to write; default OUTPUT_DIR/completions.jsonl")
     prompts: int = option(1024, "how many prompts the teacher completes")
-    prompt_tokens: int = option(16, "prompts are the first tokens of so many training sequences")
+    prompt_tokens: int = option(16, "how many of a training sequence's first tokens are its prompt")
     sampling_temperature: float = option(1.0, "0 is greedy")
     generation_batch_size: int = option(256, "prompts completed at a time")
 
@@ -293,6 +295,9 @@ def divergence_of(text: str) -> kd.Divergence:
     if name not in DIVERGENCES:
         raise UserError(f"unknown divergence {name!r}; there are {', '.join(DIVERGENCES)}")
     try:
-        return DIVERGENCES[name](*[float(number) for number in numbers.split(",") if number])
+        given = [float(number) for number in numbers.split(",") if number]
+        if len(given) > (most := len(inspect.signature(DIVERGENCES[name]).parameters)):
+            raise ValueError(f"it has {most or 'no'} number{'s' * (most != 1)}, got {len(given)}")
+        return DIVERGENCES[name](*given)
     except (TypeError, ValueError) as error:
         raise UserError(f"divergence {text!r}: {error}") from error

@@ -83,6 +83,7 @@ VALUES = {
         s, t, temperature=torch.tensor([1.5, 2.0, 1.0 + one])
     ),
     "weights": lambda s, t, one: kd.kl_div(s, t, token_weights=torch.tensor([1.0, one, 1 - one])),
+    "the loss's tempered": lambda s, t, one: kd.kl_div(s, t, temperature=1.0 + one),
     "the divergence's numbers": lambda s, t, one: kd.distillation_loss(
         s, t, divergence=kd.JSD(0.3 + 0.1 * one)
     ),
