@@ -58,7 +58,8 @@ def token_log_probs(
     has nearly all the mass, and ``entropy`` is -sum q log q over the whole vocabulary, exactly 0 where one token has
     all of it. Their gradients, w (onehot - q) / T and -w q (log q + H) / T, are those for whatever arrives from
     autograd: one pass over the logits in the forward, and one in the backward. The full ``[tokens, vocab]`` logits of
-    a LinearHead are never held. Its backward projects again, unless its hidden states alone need a gradient.
+    a LinearHead are never held. Its backward projects again, unless its hidden states alone need a gradient and
+    are not fp16.
 
     Args:
         student: logits ``[..., V]`` (fp64, fp32, bf16, fp16) or a :class:`LinearHead`.
@@ -76,7 +77,8 @@ def token_log_probs(
         chunk_bytes: budget of the logit tiles, default 512 MiB; on a GPU what 2048 rows need, if that is more
             and no more than a sixteenth of its memory.
         gradient_tolerance: of a :class:`LinearHead` that learns, in [0, 1): how far the backward's gradient for each
-            chunk's logits may be off, as in :func:`kdkernels.distillation_loss`. With a frozen lm_head dH is exact.
+            chunk's logits may be off, as in :func:`kdkernels.distillation_loss`. With a frozen lm_head dH is exact,
+            but in fp16.
 
     Returns:
         :class:`TokenLogProbs` in fp32 (fp64 for fp64 students), with None for what was not asked for.

@@ -27,8 +27,8 @@ class Stats(NamedTuple):
     """Detached scalars in the loss's dtype (fp32, fp64 for fp64 students), each a mean over the unmasked tokens;
     ``tokens``, their number, is int64.
 
-    ``soft`` is the divergence (without weight and T^2), ``hard`` the cross entropy, entropies are
-    in nats at the loss's temperature, ``agreement`` is how often the two top-1 tokens are the same.
+    ``soft`` is the divergence (without weight and T^2), ``hard`` the hard term without its
+    weight (cross entropy, label smoothing and z-loss; 0 where ``hard_weight`` is 0), entropies are in nats at the loss's temperature, ``agreement`` is how often the two top-1 tokens are the same.
     With a :class:`SparseTarget` both entropies are those of the K + 1 (or K) outcomes that are compared.
 
     >>> import torch, kdkernels as kd
@@ -189,8 +189,9 @@ def distillation_loss(
             (F.kl_div's: sum / size(0)). All masked or empty gives 0 with a zero gradient.
         num_items: divide the sum by this instead: the tokens of a whole accumulated batch.
         vocab_size: use only the first entries of both vocabularies (padding cut off).
-        inplace: the student's logits are overwritten with their gradient. Student and teacher may be parts of
-            one tensor that have no memory in common, as the halves of a batch are.
+        inplace: the student's logits are overwritten with their gradient. Nobody else may write to them
+            before the backward. Student and teacher may be parts of one tensor that have no memory in common, as the
+            halves of a batch are.
         return_stats: also return :class:`Stats`, which are computed only then.
         chunk_bytes: budget of the logit tiles, default 512 MiB; on a GPU what 2048 rows need, if that is more
             and no more than a sixteenth of its memory.
@@ -519,7 +520,7 @@ def explain(
     vocab_size: int | None = None,
 ) -> str:
     """Which backend serves these inputs, and why those before it do not; arguments that no loss takes are the same
-    errors as :func:`distillation_loss`'s.
+    errors as :func:`distillation_loss`'s. One divergence at a time.
 
     >>> import torch, kdkernels as kd
     >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
