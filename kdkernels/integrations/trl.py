@@ -22,8 +22,7 @@ Signatures and values are TRL's. What differs, on purpose (each is a test in
 * async distillation: a bf16 model's logits are rounded as its lm_head does, where TRL multiplies in fp32;
 * log-probabilities and entropies of half-precision logits are fp32; TRL's are in the logits' dtype without Triton. At
   logits of -inf the entropy is that of the others, with a finite gradient; TRL's is NaN there;
-* the fused lm_head's: with ``log_sum_sq_probs`` or ``mean_logits`` among its outputs, and under ZeRO-3, whose
-  parameters are gone when the backward comes, it is TRL's own;
+* the fused lm_head's is TRL's own under ZeRO-3, whose parameters are gone when the backward comes;
 * self-distillation on the student's top k: the mass that it leaves is not clamped at 1e-7;
 * server distillation: TRL clamps the stored mass to 1 - 1e-7, where the student's gradient stops; here it
   goes on, and teacher masses that sum to more than 1.0001 are a ValueError;
@@ -46,9 +45,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergences import JSD, simplified
-from ..heads import MappedLogits
-from ..log_probs import token_log_probs
-from ..losses import js_divergence
+from ..heads import LinearHead, MappedLogits
+from ..log_probs import TokenLogProbs, token_log_probs
+from ..losses import cross_entropy, js_divergence
 from ..options import Reduction
 from ..producers import target_at
 from ..targets import SparseTarget, Tail
@@ -467,8 +466,9 @@ def _unmasked(index: Tensor, row_mask: Tensor | None, masked: int) -> Tensor:
 
 
 class ChunkedLogProbFunction:
-    """In the place of the autograd function that TRL's fused lm_head calls: (log-probabilities, entropy, None, None,
-    whether the target is the most probable token), with None for what ``outputs`` does not name."""
+    """In the place of the autograd function that TRL's fused lm_head calls: (log-probabilities, entropy,
+    log_sum_sq_probs, mean logit, whether the target is the most probable token), with None for what ``outputs`` does not
+    name; the last three are constants. Under ZeRO-3, which gathers weights for the backward, TRL's own serves."""
 
     @staticmethod
     def forward(
@@ -483,7 +483,7 @@ class ChunkedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        if {"log_sum_sq_probs", "mean_logits"} & set(outputs) or hasattr(weight, "ds_id"):
+        if hasattr(weight, "ds_id"):
             theirs: Any = importlib.import_module("trl.kernels").ChunkedLogProbFunction
             return theirs.apply(
                 hidden,
@@ -505,14 +505,48 @@ class ChunkedLogProbFunction:
             given_ids(targets, None),
             temperature=temperature,
             entropy="entropy" in outputs,
-            return_stats="is_top1" in outputs,
+            return_stats=bool({"is_top1", "log_sum_sq_probs"} & set(outputs)),
         )
-        is_top1 = None if of.top1 is None else of.top1.eq(targets)
-        return of.log_probs, of.entropy, None, None, is_top1
+        squares = mean = is_top1 = None
+        if "log_sum_sq_probs" in outputs:
+            squares = _log_sum_squares(student, of, temperature)
+        if "mean_logits" in outputs:
+            mean = _mean_logit(student) / temperature
+        if "is_top1" in outputs:
+            is_top1 = None if of.top1 is None else of.top1.eq(targets)
+        return of.log_probs, of.entropy, squares, mean, is_top1
 
     @classmethod
     def apply(cls, *arguments: Any) -> tuple[Tensor | None, ...]:
         return cls.forward(None, *arguments)
+
+
+def _log_normaliser(student: LinearHead, temperature: float) -> Tensor:
+    """log sum exp(logits / temperature) ``[N]``."""
+    no_ids = torch.full(student.leading_shape, -1, dtype=torch.int64, device=student.hidden.device)
+    found = token_log_probs(student, no_ids, temperature=temperature, return_stats=True).logsumexp
+    assert found is not None
+    return found
+
+
+@torch.no_grad()
+def _log_sum_squares(student: LinearHead, of: TokenLogProbs, temperature: float) -> Tensor:
+    """log sum q^2 ``[N]``: q^2 is what half the temperature makes of the logits, with another normaliser."""
+    assert of.logsumexp is not None
+    return _log_normaliser(student, temperature / 2) - 2 * of.logsumexp
+
+
+@torch.no_grad()
+def _mean_logit(student: LinearHead) -> Tensor:
+    """Of each row ``[N]``, fp32: what the mean of the lm_head's rows gives, or beside a softcap the part of label smoothing."""
+    if student.softcap is not None:
+        last = torch.full(student.leading_shape, student.vocab_size - 1, device=student.hidden.device)
+        apart = cross_entropy(student, last, label_smoothing=1.0, reduction="none")
+        return _log_normaliser(student, 1.0) - apart
+    mean = student.hidden.float() @ student.weight.mean(0, dtype=torch.float32)
+    if student.bias is not None:
+        mean = mean + student.bias.mean(dtype=torch.float32)
+    return mean * student.logit_scale
 
 
 def _items(num_items: Tensor | int | None, beside: Tensor) -> Any:

@@ -127,7 +127,10 @@ def test_half_precision_is_taken_in_fp32():
     assert (mine - exact).abs().max() < 1e-5 < 1e-3 < (theirs.double() - exact).abs().max()
 
 
-@pytest.mark.parametrize("outputs", [(), ("entropy",), ("entropy", "is_top1")])
+OUTPUTS = "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+
+
+@pytest.mark.parametrize("outputs", [(), OUTPUTS[:1], ("entropy", "is_top1"), ("mean_logits",), OUTPUTS])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_chunked_function(outputs, bias, softcap):
@@ -139,13 +142,10 @@ def test_chunked_function(outputs, bias, softcap):
     def call(function):
         def loss(h, w, b=None):
             made = function.apply(h, w, b, targets, 1.3, 16, softcap, 0.7, outputs)
-            assert [value is None for value in made] == [
-                False,
-                "entropy" not in outputs,
-                True,
-                True,
-                "is_top1" not in outputs,
-            ]
+            assert [value is None for value in made[1:]] == [name not in outputs for name in OUTPUTS]
+            assert [value.requires_grad for value in made[2:] if value is not None] == [False] * sum(
+                name in outputs for name in OUTPUTS[1:]
+            )
             values = [value for value in made if value is not None]
             torch.manual_seed(5)
             total = sum((v * torch.randn(v.shape)).sum() for v in values if v.is_floating_point())
@@ -156,8 +156,21 @@ def test_chunked_function(outputs, bias, softcap):
     assert_same(call(dropin.ChunkedLogProbFunction), call(ChunkedLogProbFunction), 3e-5)
 
 
-def test_what_ours_does_not_make_is_theirs():
+def test_what_a_policy_and_its_reference_say_of_one_model_is_the_same():
+    """Whatever else a trainer asks for: DPO's rewards begin at exactly 0."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = torch.randn(50, 24, dtype=dtype), torch.randn(1000, 24, dtype=dtype)
+        targets = torch.randint(0, 1000, (50,))
+        alone = dropin.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 256, None, 1.0, ())[0]
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        for outputs in (OUTPUTS, ("entropy", "mean_logits"), ("entropy", "mean_logits", "is_top1")):
+            made = dropin.ChunkedLogProbFunction.apply(*leaves, None, targets, 1.0, 256, None, 1.0, outputs)
+            assert torch.equal(made[0], alone)
+
+
+def test_under_zero_3_it_is_theirs():
     hidden, weight, targets = torch.randn(9, 8), torch.randn(V, 8), torch.randint(0, V, (9,))
+    weight.ds_id = 0
     given = hidden, weight, None, targets, 1.0, 16
     for mine, theirs in zip(
         dropin.ChunkedLogProbFunction.apply(*given), ChunkedLogProbFunction.apply(*given)
