@@ -276,6 +276,37 @@ def test_the_check_leaves_everything_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "hook, message",
+    [
+        (
+            lambda module, arguments, logits: logits * 2,
+            "a forward hook of LlamaForCausalLM's lm_head changes",
+        ),
+        (
+            lambda module, arguments, logits: logits.half(),
+            "has a forward hook, which gets no logits here: 'tuple'",
+        ),
+    ],
+)
+def test_hooks_that_change_logits_are_refused(hook, message):
+    model = causal("Llama")
+    model.lm_head.register_forward_hook(hook)
+    with pytest.raises(ValueError, match=message):
+        check_head(model)
+    model = causal("Llama")
+    model.register_forward_hook(lambda module, arguments, output: output.logits.half())
+    with pytest.raises(ValueError, match="has a forward hook, which gets no logits here"):
+        check_head(model)
+
+
+def test_weights_that_are_elsewhere_are_refused():
+    with torch.device("meta"):
+        model = causal("Llama")
+    with pytest.raises(ValueError, match="LlamaForCausalLM's weights are on the meta device"):
+        check_head(model)
+
+
 def test_a_forward_that_fails_leaves_the_model_whole():
     model, ids = causal("Llama"), token_ids()
     with pytest.raises(ZeroDivisionError):

@@ -403,6 +403,17 @@ def test_errors_name_the_way_out(tmp_path):
         trainer.compute_loss(student, batch(), return_outputs=True)
 
 
+def test_a_teacher_with_the_students_weights_is_refused(tmp_path):
+    """Freezing it would freeze them in the student."""
+    student, teacher = llama(0), llama(1)
+    student.model.embed_tokens = teacher.model.embed_tokens
+    with pytest.raises(ValueError, match=r"shares 1 parameter.*model\.embed_tokens\.weight"):
+        DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+    assert all(p.requires_grad for p in teacher.parameters())
+    student.model.embed_tokens.requires_grad_(False)
+    DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+
+
 def test_targets_in_the_data_set_reach_the_loss(tmp_path):
     """Trainer removes the columns that the model's forward does not take; the loss's stay."""
     rows = rows_of(batch())

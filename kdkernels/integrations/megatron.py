@@ -34,7 +34,7 @@ def vocab_parallel_cross_entropy(
     Args:
         vocab_parallel_logits: this rank's columns.
         target: int64 ``[s, b]``, ids of the whole vocabulary; -100 gives a loss and a gradient of 0.
-        label_smoothing: this much of the probability goes to the other ids in equal parts, in ``[0, 1)``.
+        label_smoothing: this much of the probability goes to the other ids in equal parts, in ``[0, 1 - 1 / V]``.
         tp_group: the ranks; None: Megatron's own group.
 
     Raises:
@@ -46,8 +46,10 @@ def vocab_parallel_cross_entropy(
         tp_group = get_tensor_model_parallel_group()
     vocab = vocab_parallel_logits.shape[-1] * dist.get_world_size(tp_group)
     student = ShardedLogits(vocab_parallel_logits, even_shard(tp_group, vocab))
+    if not 0 <= label_smoothing <= (most := 1 - 1 / vocab):
+        raise ValueError(f"label_smoothing must be in [0, {most:g}] with {vocab} ids, got {label_smoothing}")
     # Ours goes to all ids, the label's included.
-    everywhere = label_smoothing * vocab / (vocab - 1) if label_smoothing else 0.0
+    everywhere = min(label_smoothing * vocab / (vocab - 1), 1.0) if label_smoothing else 0.0
     return cross_entropy(student, target, label_smoothing=everywhere, reduction="none")
 
 

@@ -121,7 +121,10 @@ def check_head(model: nn.Module) -> LogitMap:
     """
     own, causal_lm, head = _parts(model)
     name = type(causal_lm).__name__
-    ids = torch.tensor([[0, 1]], device=getattr(causal_lm, "device", None))
+    device = getattr(causal_lm, "device", torch.device("cpu"))
+    if device.type == "meta":
+        raise ValueError(f"{name}'s weights are on the meta device (offloaded, perhaps); {_WAY_OUT}")
+    ids = torch.tensor([[0, 1]], device=device)
     given: Any = None
 
     def forward(hidden: Tensor) -> tuple[None, Tensor]:
@@ -142,7 +145,14 @@ def check_head(model: nn.Module) -> LogitMap:
 
     project = head.forward
     with torch.no_grad(), _evaluating(model), torch.random.fork_rng(_gpus(ids)):
-        logits = _run(model, own, causal_lm, head, {"input_ids": ids}, forward, finish)
+        try:
+            logits = _run(model, own, causal_lm, head, {"input_ids": ids}, forward, finish)
+        except (AttributeError, TypeError) as error:
+            if not (head._forward_hooks or own._forward_hooks):
+                raise
+            raise ValueError(
+                f"{name} or its lm_head has a forward hook, which gets no logits here: {error}; remove it, or {_WAY_OUT}"
+            ) from error
     _logit_maps[causal_lm] = logit_map = _measured(name, given, logits)
     return logit_map
 
@@ -195,7 +205,11 @@ def _run(
     """
     results: list[Any] = []
 
-    def leave_head(module: nn.Module, arguments: Any, returned: tuple[Any, Tensor]) -> Tensor:
+    def leave_head(module: nn.Module, arguments: Any, returned: Any) -> Tensor:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise ValueError(
+                f"a forward hook of {type(causal_lm).__name__}'s lm_head changes its logits; {_WAY_OUT}"
+            )
         results.append(returned[0])
         return returned[1]
 

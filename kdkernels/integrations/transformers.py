@@ -375,6 +375,7 @@ class DistillationTrainer(Trainer):
         fully_shard(head, reshard_after_forward=True, mp_policy=policy or MixedPrecisionPolicy())
 
     def _placed(self, teacher: Any) -> nn.Module:
+        _check_own_weights(self.model, teacher)
         teacher.requires_grad_(False).eval()
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -390,6 +391,16 @@ class DistillationTrainer(Trainer):
 
 
 # -- small parts ---------------------------------------------------------------------------------
+
+
+def _check_own_weights(model: Any, teacher: nn.Module) -> None:
+    """ValueError where the teacher, which is frozen, has parameters that the model would learn."""
+    learning = {id(p) for p in model.parameters() if p.requires_grad}
+    if shared := [name for name, p in teacher.named_parameters() if id(p) in learning]:
+        raise ValueError(
+            f"the teacher shares {len(shared)} parameter(s) with the model, which would be frozen with it "
+            f"({shared[0]}, ...); give it a copy, copy.deepcopy(teacher), or freeze them in the model"
+        )
 
 
 def outliving(head: kd.LinearHead) -> kd.LinearHead:

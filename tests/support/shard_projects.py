@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 from shard_processes import leaf, patched, told
@@ -48,6 +49,8 @@ def megatrons(group):
             torch.autograd.grad((x * upstream).sum(), y)[0] for x, y in ((loss, part), (truth, whole))
         )
         made.append((loss.detach(), own, truth.detach(), true[..., 5 * rank : 5 * rank + 5]))
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.933333\] with 15 ids, got 0.95"):
+        megatron.vocab_parallel_cross_entropy(part, labels, 0.95, group)
     fused = megatron.fused_vocab_parallel_cross_entropy(part, labels, group)
     assert torch.equal(fused, made[0][0])
     return made
