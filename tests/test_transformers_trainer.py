@@ -325,6 +325,16 @@ def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
         assert metrics["eval_hard"] == pytest.approx(expected_hard.item(), rel=1e-5)
 
 
+def test_an_evaluation_of_no_tokens_is_no_number(tmp_path):
+    """0 would be the best of all."""
+    rows = rows_of(batch())
+    for row in rows:
+        row["labels"] = [-100] * len(row["labels"])
+    trainer = DistillationTrainer(llama(), arguments(tmp_path), teacher=llama(seed=7), eval_dataset=rows)
+    metrics = trainer.evaluate()
+    assert math.isnan(metrics["eval_loss"]) and math.isnan(metrics["eval_kl"])
+
+
 def test_logs_hold_the_terms(tmp_path):
     student, teacher = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32)
     before = copy.deepcopy(student)

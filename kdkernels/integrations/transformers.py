@@ -6,6 +6,7 @@ weights around a module's forward (FSDP, FSDP2, ZeRO-3) works.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Callable
 
@@ -324,7 +325,9 @@ class DistillationTrainer(Trainer):
         self._eval_sums = _Sums()
         output: Any = super().evaluation_loop(*arguments, **options)
         prefix = options.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._eval_sums.means().items()})
+        output.metrics.update(
+            {f"{prefix}_{name}": value for name, value in self._eval_sums.means(nothing=math.nan).items()}
+        )
         return output
 
     # -- placing the models ---------------------------------------------------------------------
@@ -442,8 +445,8 @@ class _Sums:
         for name, value in sums.items():
             self.values[name] = self.values.get(name, 0.0) + value.detach().double()
 
-    def means(self, accelerator: Any = None) -> dict[str, float]:
-        """The means, over all processes if an accelerator is given; starts again from zero."""
+    def means(self, accelerator: Any = None, *, nothing: float = 0.0) -> dict[str, float]:
+        """The means, over all processes if an accelerator is given, ``nothing`` of no tokens; starts again from zero."""
         values, self.values = self.values, {}
         tokens, self.tokens = self.tokens, 0
         if not values:
@@ -452,7 +455,7 @@ class _Sums:
         if accelerator is not None:
             flat = accelerator.reduce(flat, "sum")
         *sums, tokens = flat.tolist()
-        return {name: value / max(tokens, 1) for name, value in zip(values, sums)}
+        return {name: value / tokens if tokens else nothing for name, value in zip(values, sums)}
 
 
 def _named(statistics: dict[str, Tensor], target: Any) -> dict[str, Tensor]:
