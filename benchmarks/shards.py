@@ -178,9 +178,9 @@ class _Counted:
 
     def __enter__(self) -> _Counted:
         self.calls, self.bytes = 0, 0
-        self.kept = dist.all_reduce, exchange._all_gather
+        self.kept = dist.all_reduce, exchange.all_gather
         dist.all_reduce = self._noting(dist.all_reduce, 0)
-        exchange._all_gather = self._noting(exchange._all_gather, 1)
+        exchange.all_gather = self._noting(exchange.all_gather, 1)
         return self
 
     def _noting(self, function: Callable, at: int) -> Callable:
@@ -192,7 +192,7 @@ class _Counted:
         return noted
 
     def __exit__(self, *error: Any) -> None:
-        dist.all_reduce, exchange._all_gather = self.kept
+        dist.all_reduce, exchange.all_gather = self.kept
 
 
 def _measured(run: Callable[[], tuple[Tensor, ...]], logits: int, rounds: int) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _hidden(size: Size, rank: int, rounds: int) -> list[dict[str, Any]]:
     @torch.no_grad()
     def floor() -> tuple[Tensor, ...]:
         tile, _ = (h @ w.t() for h, w in zip(hidden, weights))
-        exchange._all_gather(heard, states)
+        exchange.all_gather(heard, states)
         dh = tile @ weights[0]
         dist.all_reduce(dh)
         return dh, tile.t() @ hidden[0]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import check_tensor, integer
-from .core.exchange import move_rows
+from .core.moved_shards import move_rows
 from .heads import Shard
 
 __all__ = ["global_tokens", "reshard_head"]

@@ -66,7 +66,7 @@ class Shard:
     reduce_hidden: bool = True
     reduce_dtype: torch.dtype = torch.float32
     data_parallel: Literal["mean", "sum"] = "mean"
-    #: Filled once, by core/exchange.py: how the group shares out this vocabulary.
+    #: Filled once, by core/shards.py: how the group shares out this vocabulary.
     known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     #: No other Shard has it, so compiled code can tell them apart. "" for one that compiled code makes: each run of
     #: the code makes another, all with what was a constant when it was compiled.

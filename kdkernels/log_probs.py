@@ -10,8 +10,8 @@ from torch import Tensor
 from . import reference
 from .backends import reference_asked
 from .backends.spec import Asked, Spec, Tail
-from .core import exchange
 from .core import log_prob_operators as operators
+from .core import shards
 from .core.dtensors import unwrapped
 from .core.inplace import check_inplace
 from .core.log_probs import Values
@@ -109,7 +109,7 @@ def token_log_probs(
     if shard is None:
         call = _call(student, ids, options)
     else:
-        call = exchange.agreed(shard, lambda: _call(student, ids, options), _signature)
+        call = shards.agreed(shard, lambda: _call(student, ids, options), _signature)
     own = call.own
     if reference_asked():
         if shard is not None or isinstance(student, ShardedLogits):
@@ -139,9 +139,9 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     """The checked call."""
     own = side("student", student)
     refuse_transforms(own.tensors)
-    own, _ = exchange.placed(own, None)
+    own, _ = shards.placed(own, None)
     vocab = common_vocab(own, None, options["vocab_size"])
-    place = exchange.place(own, None, vocab)
+    place = shards.place(own, None, vocab)
     needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in own.tensors]
     if options["inplace"] and any(needs_grad):
         check_inplace(own.tensors)
@@ -164,7 +164,7 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
 def _signature(call: _Call) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group."""
     spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
-    place = exchange.Place.from_text(shard)
+    place = shards.Place.from_text(shard)
     same: dict[str, Any] = {
         "outputs": spec,
         "vocabulary": vocab,
@@ -176,5 +176,5 @@ def _signature(call: _Call) -> dict[str, Any]:
     if place is not None and not place.own_tokens:
         _, ids, _, temperature = call.given
         same["tokens"], same["slots"] = list(call.own.leading), ids.shape[-1]
-        same["ids"], same["temperature"] = exchange.fingerprint(ids), exchange.fingerprint(temperature)
+        same["ids"], same["temperature"] = shards.fingerprint(ids), shards.fingerprint(temperature)
     return same

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..heads import LinearHead, MappedLogits, ShardedLogits
-from .exchange import even_shard
+from .shards import even_shard
 
 _WAYS_OUT = "give DTensors for all of them, or local parts with kd.Shard(group)"
 

@@ -202,7 +202,7 @@ class _WithoutIds:
     def finish(self) -> None:
         exchange, here = self.chunk.exchange, self.stored
         if exchange is not None:
-            self.stored = exchange.stored(lambda: here, self.ids, here.dtype)
+            self.stored = exchange.logits_at(lambda: here, self.ids, here.dtype, self.chunk.rows)
 
 
 def _read_off(tiles: Tiles, given: Tensor, place: Tensor, state: Tensor, stored: Tensor) -> Values:

@@ -15,7 +15,7 @@ from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail, text_of
 from ..checks import DTYPES, check_plain
 from ..divergences import Divergence, NoDivergence
 from ..targets import SparseTarget
-from . import exchange, tokens
+from . import shards, tokens
 from .checked import checked_items, checked_target
 from .dtensors import unwrapped
 from .option_checks import Number, checked
@@ -148,7 +148,7 @@ class Request:
     weights: Tensor
     specs: tuple[Spec, ...]
     vocab: int
-    shard: str  # :class:`exchange.Place` as text; "": the whole vocabulary is here
+    shard: str  # :class:`shards.Place` as text; "": the whole vocabulary is here
     chunk_bytes: int
     needs_grad: list[bool]  # of the student's tensors, then the teacher's
     gradient_tolerance: float = 0.0  # of an lm_head's products; see core/tolerance.py
@@ -182,8 +182,8 @@ class Request:
         return [replace(self, specs=(spec,), parameters=p, weights=w) for spec, p, w in given]
 
     @property
-    def place(self) -> exchange.Place | None:
-        return exchange.Place.from_text(self.shard)
+    def place(self) -> shards.Place | None:
+        return shards.Place.from_text(self.shard)
 
     @property
     def columns_here(self) -> int:
@@ -274,7 +274,7 @@ def make(
         return _make(student, teacher, terms, tokens_given, vocab_size, chunk_bytes, gradient_tolerance)
 
     shard = getattr(student, "shard", None)
-    return made() if shard is None else exchange.agreed(shard, made, _signature)
+    return made() if shard is None else shards.agreed(shard, made, _signature)
 
 
 def _signature(call: Call) -> dict[str, Any]:
@@ -292,14 +292,14 @@ def _signature(call: Call) -> dict[str, Any]:
     }
     if request.place is not None and not request.place.own_tokens:
         same["tokens"] = list(call.reduction.leading)
-        same["temperature"] = exchange.fingerprint(request.temperature)
-        same["labels"] = exchange.fingerprint(request.labels)
-        same["weights"] = exchange.fingerprint(request.weights)
+        same["temperature"] = shards.fingerprint(request.temperature)
+        same["labels"] = shards.fingerprint(request.labels)
+        same["weights"] = shards.fingerprint(request.weights)
         if request.spec.tail:
             ids, values = request.teacher
             same["slots"] = ids.shape[-1]
-            same["the sparse target's ids"] = exchange.fingerprint(ids)
-            same["the sparse target's values"] = exchange.fingerprint(
+            same["the sparse target's ids"] = shards.fingerprint(ids)
+            same["the sparse target's values"] = shards.fingerprint(
                 values.reshape(ids.shape).masked_fill(ids < 0, 0.0)
             )
     return same
@@ -320,9 +320,9 @@ def _make(
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
     refuse_transforms(s.tensors if t is None else s.tensors + t.tensors)
-    s, t = exchange.placed(s, t)
+    s, t = shards.placed(s, t)
     vocab = common_vocab(s, t, limits["vocab_size"])
-    place = exchange.place(s, t, vocab)
+    place = shards.place(s, t, vocab)
     if t is not None:
         check_together(s, t)
     live = tokens.live_labels(given.labels, given.mask, s, vocab, given.ignore_index)

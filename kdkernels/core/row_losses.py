@@ -122,7 +122,7 @@ class SparseLoss:
     def finish(self) -> None:
         stored, exchange = self.stored, self.chunk.exchange
         if exchange is not None:
-            stored = exchange.stored(lambda: stored, self.target.ids, stored.dtype, self.chunk.rows)
+            stored = exchange.logits_at(lambda: stored, self.target.ids, stored.dtype, self.chunk.rows)
         solved = solve_chunk(self.chunk, self.backend, self.spec, self.target, stored, self.state)
         self.results, self.slope = solved
 

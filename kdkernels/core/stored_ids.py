@@ -29,7 +29,7 @@ def stored_ids(chunk: Chunk, backend: Backend) -> Tensor:
     if exchange is None:
         logits = torch.where(ids >= 0, look(), -torch.inf)
     else:
-        logits = exchange.stored(look, ids, wide, chunk.rows)
+        logits = exchange.logits_at(look, ids, wide, chunk.rows)
     state = new_state(ids.shape[0], ids.device)
     solved = solve_chunk(chunk, backend, spec, target, logits, state)
     if student.needs_grad:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.exchange import even_shard
+from ..core.shards import even_shard
 from ..heads import LinearHead, ShardedLogits
 from ..losses import cross_entropy
 from .common import forward_as

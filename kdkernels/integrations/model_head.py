@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs
 
 import kdkernels as kd
 
-from ..core.exchange import even_shard
+from ..core.shards import even_shard
 from .common import forward_as, is_dtensor, replicated, whole
 
 #: Of float32 logits. Those of half precision differ by their rounding.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from ..core.exchange import top_k_of_shards
+from ..core.moved_shards import top_k_of_shards
 from ..divergences import ForwardKL, ReverseKL
 from ..heads import Shard, ShardedLogits
 from ..losses import distillation_loss, kl_div

@@ -6,7 +6,7 @@ from shard_processes import patched
 
 from kdkernels.backends import row_state
 from kdkernels.backends.row_state import hard_results
-from kdkernels.core import exchange
+from kdkernels.core import exchange, shards
 
 BROKEN = Case(
     "broken",
@@ -35,7 +35,7 @@ MISTAKES = {
     "dH is not summed": (exchange.Exchange, "start_sum", lambda self, total: None),
     "dH is summed twice": (exchange.Exchange, "start_sum", summed_twice),
     "smoothing over the local vocabulary": (row_state, "hard_results", mean_of_the_shard),
-    "the first id is rank times width": (exchange, "_joined", rank_times_width),
+    "the first id is rank times width": (shards, "_joined", rank_times_width),
     "the states of one rank": (row_state, "in_order", lambda parts: parts[0]),
 }
 
@@ -43,13 +43,13 @@ MISTAKES = {
 BROKEN_SPARSE = Case("broken too", {}, dict(hard_weight=0.5), tail="bucket", ranks=3)
 
 
-def own_stored_logits(self, here, ids, dtype, rows=None):
+def own_stored_logits(self, here, ids, dtype, rows):
     return here()
 
 
 def mistaken_sparse(group):
     """The stored logits are not summed: each rank has its own and -inf."""
-    with patched(exchange.Exchange, "stored", own_stored_logits):
+    with patched(exchange.Exchange, "logits_at", own_stored_logits):
         return sharded(BROKEN_SPARSE, group)
 
 

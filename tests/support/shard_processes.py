@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import kdkernels as kd
-from kdkernels.core import exchange
+from kdkernels.core import exchange, shards
 
 WORLD = 4
 
@@ -32,10 +32,10 @@ class counted:
     def __enter__(self):
         self.calls = []
         self.kept = {(dist, name): getattr(dist, name) for name in self.NAMES if hasattr(dist, name)}
-        for name in ("_all_gather", "_reduce_scatter"):
+        for name in ("all_gather", "reduce_scatter"):
             self.kept[exchange, name] = getattr(exchange, name)
         for (module, name), function in self.kept.items():
-            setattr(module, name, self.noting(name.removeprefix("_"), function))
+            setattr(module, name, self.noting(name, function))
         return self.calls
 
     def noting(self, name, function):
@@ -97,7 +97,7 @@ def ended(rank, folder):
     """The last thing that a program does with its group is a loss; rank 0 writes whether the group is gone after it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/ended", rank=rank, world_size=2)
     group = weakref.ref(dist.group.WORLD)
-    for shard in (kd.Shard(), exchange.even_shard(group(), 10)):
+    for shard in (kd.Shard(), shards.even_shard(group(), 10)):
         kd.cross_entropy(kd.ShardedLogits(torch.zeros(3, 5), shard), torch.tensor([2, 4, 9]))
     del shard
     dist.destroy_process_group()
