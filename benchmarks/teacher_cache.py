@@ -28,7 +28,7 @@ import kdkernels as kd
 from benchmarks import pages, real
 from benchmarks.machine import describe
 from kdkernels.targets.records import distillkit_bytes
-from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, stack
+from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache
 from kdkernels.trainer.settings import SCRATCH
 
 K, VOCAB, LENGTH, SEQUENCES = 64, 152_000, 512, 8
@@ -154,7 +154,7 @@ def speed(steps: int) -> dict:
 
         def student_seconds(records: list) -> float:
             ids = torch.stack([record.input_ids for record in records])
-            soft = stack([record.target for record in records])
+            soft = kd.SparseTarget.collate([record.target for record in records])
             start = time.perf_counter()
             hidden = student.model(ids).last_hidden_state
             kd.distillation_loss(kd.LinearHead(hidden, student.lm_head.weight), soft).backward()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kdkernels as kd
-from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprint, stack
+from kdkernels.teacher_cache import CacheWriter, Manifest, TeacherCache, data_fingerprint
 
 VOCAB, LENGTH, SEQUENCES = 512, 64, 32
 
@@ -53,7 +53,8 @@ def main():
     for step in range(40):
         records = [cache[int(i)] for i in torch.randint(len(cache), (8,))]
         ids = torch.stack([record.input_ids for record in records])
-        loss = kd.kl_div(student.head(ids), stack([record.target for record in records]))
+        target = kd.SparseTarget.collate([record.target for record in records])
+        loss = kd.kl_div(student.head(ids), target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

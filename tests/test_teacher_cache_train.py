@@ -17,7 +17,7 @@ import kdkernels as kd  # noqa: E402
 from kdkernels.commands import cache as cache_command  # noqa: E402
 from kdkernels.commands import train as train_command  # noqa: E402
 from kdkernels.integrations.transformers import call_through_head, row_of  # noqa: E402
-from kdkernels.teacher_cache import TeacherCache, stack, tokenizer_hash  # noqa: E402
+from kdkernels.teacher_cache import TeacherCache, tokenizer_hash  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
@@ -112,7 +112,7 @@ def live_top_k(self, inputs):
         target = kd.top_k_target(row_of(head, 0), K)
         order = target.ids.argsort(-1)
         rows.append(kd.SparseTarget(target.ids.gather(-1, order), target.logprobs.gather(-1, order)))
-    return stack(rows, length)
+    return kd.SparseTarget.collate(rows)
 
 
 def test_the_students_loss_from_the_cache_is_that_of_the_live_teacher_exactly(home, monkeypatch):

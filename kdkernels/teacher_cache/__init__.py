@@ -1,7 +1,7 @@
 """Sparse teacher targets on disk (extra ``cache``): write them once, train from them without a teacher."""
 
 from .manifest import Manifest, data_fingerprint, tokenizer_hash
-from .reader import Record, TeacherCache, stack
+from .reader import Record, TeacherCache
 from .writer import CacheWriter
 
 __all__ = [
@@ -10,6 +10,5 @@ __all__ = [
     "Record",
     "TeacherCache",
     "data_fingerprint",
-    "stack",
     "tokenizer_hash",
 ]

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -194,28 +194,6 @@ class TeacherCache(torch.utils.data.Dataset):
         return ValueError(
             f"{self.directory / shard.file} is damaged: {why}; delete it and {shard.record}, then resume writing"
         )
-
-
-def stack(targets: Sequence[SparseTarget], length: int | None = None) -> SparseTarget:
-    """One target [B, T, K] of targets [T_i, K_i]. T is ``length`` or the longest; shorter ones end in empty slots.
-
-    >>> a = SparseTarget(torch.tensor([[3]]), torch.tensor([[-0.5]]))
-    >>> stack([a, a], length=2).ids
-    tensor([[[ 3],
-             [-1]],
-    <BLANKLINE>
-            [[ 3],
-             [-1]]])
-    """
-    length = max(target.ids.shape[0] for target in targets) if length is None else length
-    shape = (len(targets), length, max(target.slots for target in targets))
-    kind = "weights" if targets[0].logprobs is None else "logprobs"
-    ids = torch.full(shape, -1, dtype=torch.int64)
-    values = torch.full(shape, -torch.inf if kind == "logprobs" else 0.0)
-    for row, target in enumerate(targets):
-        tokens, slots = target.ids.shape
-        ids[row, :tokens, :slots], values[row, :tokens, :slots] = target.ids, target.values
-    return SparseTarget(**{"ids": ids, kind: values}, tail=targets[0].tail)  # type: ignore[arg-type]
 
 
 def _trim(cached: OrderedDict, most: int) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..teacher_cache import TeacherCache, stack, tokenizer_hash
+from ..targets import SparseTarget
+from ..teacher_cache import TeacherCache, tokenizer_hash
 from . import data, models
 from .settings import UserError
 
@@ -49,7 +50,7 @@ class TargetCollator(data.Collator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
-        target = stack([row["target"] for row in rows], length=batch["input_ids"].shape[1])
+        target = SparseTarget.collate([row["target"] for row in rows])
         kind = "target_weights" if target.logprobs is None else "target_logprobs"
         return {**batch, "target_ids": target.ids, kind: target.values}
 
