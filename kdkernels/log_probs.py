@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import reference_asked
+from .backends import chosen_backend, reference_asked
 from .backends.spec import Asked, Spec, Tail
 from .core import log_prob_operators as operators
 from .core import shards
@@ -16,7 +16,7 @@ from .core.dtensors import unwrapped
 from .core.inplace import check_inplace
 from .core.log_probs import Values
 from .core.option_checks import checked
-from .core.request import loss_dtype
+from .core.request import loss_dtype, signature
 from .core.schedule import default_chunk_bytes
 from .core.sides import Logits, Side, common_vocab, refuse_transforms, side
 from .core.tokens import live_ids, per_row
@@ -147,6 +147,7 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
         check_inplace(own.tensors)
     ids, labels = live_ids(ids, own, vocab, options["ignore_index"])
     temperature = options["temperature"]
+    # The ids travel as a sparse target's do, so that there is a tail: with this one the student is tempered.
     spec = Spec(
         tail=Tail.TRUNCATE,
         asked=Asked.ENTROPY if options["entropy"] else 0,
@@ -162,19 +163,9 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
 
 
 def _signature(call: _Call) -> dict[str, Any]:
-    """What must be the same on all ranks of a shard's group."""
-    spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance = call.static
-    place = shards.Place.from_text(shard)
-    same: dict[str, Any] = {
-        "outputs": spec,
-        "vocabulary": vocab,
-        "chunk_bytes": chunk_bytes,
-        "gradient_tolerance": gradient_tolerance,
-        "dtypes": [str(t.dtype) for t in call.own.tensors],
-        "gradients": needs_grad,
-    }
-    if place is not None and not place.own_tokens:
-        _, ids, _, temperature = call.given
-        same["tokens"], same["slots"] = list(call.own.leading), ids.shape[-1]
-        same["ids"], same["temperature"] = shards.fingerprint(ids), shards.fingerprint(temperature)
+    request = operators.request_of(call.given, call.static, chosen_backend())
+    same = signature(request, call.own.leading)
+    if request.has_all_tokens:
+        ids = request.teacher[0]
+        same["slots"], same["ids"] = ids.shape[-1], shards.fingerprint(ids)
     return same

@@ -46,7 +46,7 @@ class Stats(NamedTuple):
 
 
 class CodistillationLoss(NamedTuple):
-    """Both models' losses in nats, each a scalar or ``[...]``, fp32 (fp64 for fp64 models); add them (or weigh them) and
+    """Both models' losses in nats, each a scalar or ``[...]``, fp32 (fp64 for fp64 models); add them (weighted if you like) and
     call backward once.
 
     >>> import torch, kdkernels as kd
@@ -72,7 +72,7 @@ def _stats(call: Call, results: Tensor) -> Stats:
     hard = sum(
         (weight * results[:, at] for weight, at in hard_weights if weight), torch.zeros_like(results[:, 0])
     )
-    means = (torch.cat([results, hard[:, None]], 1).sum(0) / tokens.clamp(min=1)).to(call.reduction.dtype)
+    means = (torch.cat([results, hard[:, None]], 1).sum(0) / tokens.clamp(min=1)).to(call.reducer.dtype)
     return Stats(
         soft=means[Output.SOFT],
         hard=means[-1],
@@ -217,18 +217,19 @@ def distillation_loss(
     several = isinstance(divergence, tuple)
     divergences = checked_divergences(divergence)
     terms = Terms(
-        divergences[0],
-        temperature,
-        temperature_squared,
-        soft_weight,
-        hard_weight,
-        label_smoothing,
-        z_loss,
-        return_stats,
+        divergences,
+        temperature=temperature,
+        temperature_squared=temperature_squared,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        return_stats=return_stats,
         entropy_weight=entropy_weight,
-        also=divergences[1:],
     )
-    tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
+    tokens = Tokens(
+        labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
+    )
     checked(inplace=inplace)
     if several:
         check_several(terms, tokens, teacher, inplace)
@@ -243,8 +244,9 @@ def distillation_loss(
     )
     if several:
         return evaluate_each(student, teacher, call)
-    made = evaluate(student, teacher, call, inplace)
-    return (made.student, _stats(call, made.results)) if return_stats else made.student
+    evaluated = evaluate(student, teacher, call, inplace)
+    loss = evaluated.student
+    return (loss, _stats(call, evaluated.results)) if return_stats else loss
 
 
 @overload
@@ -325,17 +327,19 @@ def codistillation_loss(
     if labels is None:
         raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
     terms = Terms(
-        checked_divergence(divergence),
-        temperature,
-        temperature_squared,
-        soft_weight,
-        hard_weight,
-        label_smoothing,
-        z_loss,
-        return_stats,
+        (checked_divergence(divergence),),
+        temperature=temperature,
+        temperature_squared=temperature_squared,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        return_stats=return_stats,
         teacher_learns=True,
     )
-    tokens = Tokens(labels, mask, token_weights, None, ignore_index, reduction, num_items)
+    tokens = Tokens(
+        labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
+    )
     call = make(
         student,
         teacher,
@@ -345,10 +349,10 @@ def codistillation_loss(
         chunk_bytes=chunk_bytes,
         gradient_tolerance=gradient_tolerance,
     )
-    made = evaluate(student, teacher, call)
-    assert made.teacher is not None
-    losses = CodistillationLoss(made.student, made.teacher)
-    return (losses, _stats(call, made.results)) if return_stats else losses
+    evaluated = evaluate(student, teacher, call)
+    assert evaluated.teacher is not None
+    losses = CodistillationLoss(evaluated.student, evaluated.teacher)
+    return (losses, _stats(call, evaluated.results)) if return_stats else losses
 
 
 def cross_entropy(
@@ -386,7 +390,7 @@ def cross_entropy(
     """
     if labels is None:
         raise TypeError("cross_entropy needs labels, got None")
-    terms = Terms(NoDivergence(), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
+    terms = Terms((NoDivergence(),), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
     tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
     checked(inplace=inplace)
     call = make(
@@ -526,9 +530,9 @@ def explain(
     >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
     'eager: serves this call'
     """
-    terms = Terms(NoDivergence())
+    terms = Terms((NoDivergence(),))
     if teacher is not None:
-        terms = Terms(checked_divergence(divergence), soft_weight=1.0)
+        terms = Terms((checked_divergence(divergence),), soft_weight=1.0)
     request = make(student, teacher, terms, Tokens(), vocab_size=vocab_size, chunk_bytes=None).request
     if reference_asked():
         return "reference: serves this call"

@@ -192,9 +192,9 @@ class _Problem:
             soft = divergence_rows(z, t, self.divergence, temperature)
             compared, agreement = [*compared, t / temperature], (s.argmax(-1) == t.argmax(-1)).double()
         with torch.no_grad():
-            told = [torch.where(some, _entropy(logits), 0.0) for logits in compared]
-            told = (told + [torch.zeros_like(agreement)])[:2] + [agreement]
-        return torch.where(counted, soft, 0.0), torch.where(counted[:, None], torch.stack(told, 1), 0.0)
+            entropies = [torch.where(some, _entropy(logits), 0.0) for logits in compared]
+            statistics = (entropies + [torch.zeros_like(agreement)])[:2] + [agreement]
+        return torch.where(counted, soft, 0.0), torch.where(counted[:, None], torch.stack(statistics, 1), 0.0)
 
     def hard(self, given: _Logits, counted: Tensor, asked: int) -> Tensor:
         """LABEL, SMOOTH and LSE_SQUARED of each row of one model, ``[N, 3]``; 0 where it is not ``counted``."""
@@ -208,10 +208,10 @@ class _Problem:
         for: neither the value nor the gradient of another reaches a product, whose 0 * NaN would be NaN."""
         asked, labels = self.request.spec.asked, self.request.labels
         columns = [torch.zeros_like(weights[:, 0])] * OUTPUTS
-        columns[Output.SOFT], told = self.soft(self.live & (weights[:, Output.SOFT] != 0))
+        columns[Output.SOFT], statistics = self.soft(self.live & (weights[:, Output.SOFT] != 0))
         if asked & Asked.HARD and labels is not None:
-            weighed = (weights[:, _HARD] != 0).any(1)
-            made = self.hard(self.student, self.live & weighed, asked)
+            weighted = (weights[:, _HARD] != 0).any(1)
+            made = self.hard(self.student, self.live & weighted, asked)
             for output, column in zip(_HARD, made.unbind(1)):
                 columns[output] = column
         if asked & Asked.ENTROPY:
@@ -221,30 +221,32 @@ class _Problem:
             columns[Output.ENTROPY] = torch.where(counted, entropy, 0.0)
         if asked & Asked.TEACHER_LABEL:
             assert isinstance(self.teacher, (Tensor, LinearHead, MappedLogits))
-            weighed = weights[:, Output.TEACHER_LABEL] != 0
-            columns[Output.TEACHER_LABEL] = self.hard(self.teacher, self.live & weighed, Asked.LABEL)[:, 0]
-        return columns, told
+            weighted = weights[:, Output.TEACHER_LABEL] != 0
+            columns[Output.TEACHER_LABEL] = self.hard(self.teacher, self.live & weighted, Asked.LABEL)[:, 0]
+        return columns, statistics
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
         """(the student's losses ``[N]``, the teacher's own, results ``[N, RESULTS]``): two graphs, if both learn."""
         weights = self.request.weights
         outputs, statistics = self.outputs(weights)
-        weighed = [torch.where(w != 0, o * w, 0.0) for o, w in zip(outputs, weights.unbind(1))]
+        weighted = [torch.where(w != 0, o * w, 0.0) for o, w in zip(outputs, weights.unbind(1))]
         asked = [bool(self.request.spec.asked >> output & 1) for output in range(OUTPUTS)]
-        with torch.no_grad():  # what is told of a token does not depend on its weight
+        with torch.no_grad():  # a token's results do not depend on its weight
             if not bool((weights != 0)[self.live][:, asked].all()):
                 outputs, statistics = self.outputs(torch.ones_like(weights))
             results = torch.cat([torch.stack(outputs, 1), statistics], 1)
-        teachers = weighed.pop(Output.TEACHER_LABEL)
-        return sum(weighed, torch.zeros_like(teachers)), teachers, results
+        teacher_loss = weighted.pop(Output.TEACHER_LABEL)
+        return sum(weighted, torch.zeros_like(teacher_loss)), teacher_loss, results
 
 
-def run(
+def losses(
     student: _Logits, teacher: _Logits | SparseTarget | None, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the student's loss, the teacher's own, per-row results) of a checked call."""
-    own, teachers, results = _Problem(student, teacher, call.terms.divergence, call.request).losses()
-    return call.reduction.apply(own), call.reduction.of(call.request.teacher).apply(teachers), results
+    problem = _Problem(student, teacher, call.terms.divergences[0], call.request)
+    student_loss, teacher_loss, results = problem.losses()
+    teacher_reducer = call.reducer.of(call.request.teacher)
+    return call.reducer.apply(student_loss), teacher_reducer.apply(teacher_loss), results
 
 
 def log_prob_values(request: Request, student: _Logits | None = None) -> list[Tensor]:
@@ -268,7 +270,7 @@ def log_prob_values(request: Request, student: _Logits | None = None) -> list[Te
 
 
 def log_prob_gradients(request: Request, arriving: Tensor) -> list[Tensor]:
-    """Those for the student's tensors, of what arrives ``[N, K]``, and for the entropy in the request's weights."""
+    """The gradients for the student's tensors, of what arrives ``[N, K]``, and for the entropy in the request's weights."""
 
     def solve() -> list[Tensor]:
         leaves = _leaves(request)
@@ -281,9 +283,9 @@ def log_prob_gradients(request: Request, arriving: Tensor) -> list[Tensor]:
     return _below_autograd(solve)
 
 
-def operator(request: Request) -> list[Tensor]:
-    """What ``kdkernels::rows`` gives, from the oracle: compiled code comes here, since it knows only operators."""
-    made = [_below_autograd(lambda one=one: _operator(one)) for one in request.each()]  # type: ignore[misc]
+def compute(request: Request) -> list[Tensor]:
+    """Results and gradients of a request, for compiled code, which sees operators only."""
+    made = [_below_autograd(lambda one=one: _compute_one(one)) for one in request.each()]  # type: ignore[misc]
     if len(made) == 1:
         return made[0]
     results = torch.cat([results for results, *_ in made], 1)
@@ -301,7 +303,7 @@ def _leaves(request: Request) -> list[Tensor]:
     return [t.requires_grad_(needed) for t, needed in zip(tensors, request.needs_grad)]
 
 
-def _operator(request: Request) -> list[Tensor]:
+def _compute_one(request: Request) -> list[Tensor]:
     spec, count = request.spec, len(request.student)
     leaves = _leaves(request)
     teacher: _Logits | SparseTarget | None = None
@@ -311,13 +313,15 @@ def _operator(request: Request) -> list[Tensor]:
     elif request.teacher:
         teacher = _side(leaves[count:], spec.teacher_map)
     student = _side(leaves[:count], spec.student_map)
-    own, teachers, results = _Problem(
-        student, teacher, spec.divergence(request.parameters[0]), request
-    ).losses()
+    divergence = spec.divergence(request.parameters[0])
+    student_loss, teacher_loss, results = _Problem(student, teacher, divergence, request).losses()
     wanted = [leaf for leaf, needed in zip(leaves, request.needs_grad) if needed]
     if not wanted:
         return [results]
-    return [results, *(g.contiguous() for g in torch.autograd.grad((own + teachers).sum(), wanted))]
+    return [
+        results,
+        *(g.contiguous() for g in torch.autograd.grad((student_loss + teacher_loss).sum(), wanted)),
+    ]
 
 
 def _side(tensors: list[Tensor], logit_map: LogitMap) -> LinearHead | MappedLogits:

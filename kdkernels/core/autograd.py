@@ -49,7 +49,7 @@ def _buffers(request: Request) -> Gradients:
 def compute(request: Request, merged: Merged | None = None) -> list[Tensor]:
     """[results ``[N, D * RESULTS]``, *gradients that are needed]."""
     if request.backend == "reference":
-        return reference.operator(request)
+        return reference.compute(request)
     results, *gradients = walk(request, _buffers(request), merged)
     return [results, *(g.view(t.shape) for g, t in zip(gradients, request.wanted()))]
 
@@ -76,24 +76,21 @@ def rows(
     state: Tensor | None = None,
     stored: Tensor | None = None,
 ) -> list[Tensor]:
-    """``choice``, and ``state`` and ``stored`` of shards: what :func:`deferred` gave of them; None is what is chosen
-    in this thread now."""
+    """``choice``: the backend, as its place in CHOICES; None takes this thread's. ``state`` and ``stored``: what a
+    shard's forward left in :class:`Merged`. :func:`deferred` gives all three."""
     backend = chosen_backend() if choice is None else CHOICES[int(choice)]
     given = student, teacher, labels, temperature, parameters, weights
-    specs = specs_of(spec)
-    request = Request(*given, specs, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, backend)
-    merged = state is not None and stored is not None and len(state)
-    return compute(request, Merged(state, stored, ready=True) if merged else None)  # type: ignore[arg-type]
-
-
-def _request(student, teacher, labels, temperature, parameters, weights, spec, *others):
-    """Of what :meth:`Request.arguments` gives."""
-    return Request(student, teacher, labels, temperature, parameters, weights, specs_of(spec), *others)
+    static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
+    request = Request.from_arguments(*given, *static, backend=backend)
+    merged = None
+    if state is not None and stored is not None and len(state):
+        merged = Merged(state, stored, ready=True)
+    return compute(request, merged)
 
 
 @torch.library.register_fake(rows)
 def _(*given):
-    request = _request(*given[:12])  # without choice, state and stored
+    request = Request.from_arguments(*given[:12])  # without choice, state and stored
     wanted = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in request.wanted()]
     return [_empty_results(request.weights), *wanted]
 
@@ -113,11 +110,10 @@ def rows_(
 ) -> Tensor:
     _refuse_overlap(student, teacher)
     given = [student], teacher, labels, temperature, parameters, weights
-    needs_grad = [True] + [False] * len(teacher)
-    specs, backend = specs_of(spec), chosen_backend()
-    request = Request(*given, specs, vocab, shard, chunk_bytes, needs_grad, backend=backend)
+    static = spec, vocab, shard, chunk_bytes, [True] + [False] * len(teacher), 0.0
+    request = Request.from_arguments(*given, *static, backend=chosen_backend())
     if request.backend == "reference":
-        results, gradient = reference.operator(request)
+        results, gradient = reference.compute(request)
         student.copy_(gradient)
         return results
     results = walk(request, Gradients(student, None))[0]
@@ -222,8 +218,8 @@ def deferred(
     """
     given = student, teacher, labels, temperature, parameters, weights
     backend = chosen_backend()
-    none = [False] * len(needs_grad)
-    request = Request(*given, specs_of(spec), vocab, shard, chunk_bytes, none, backend=backend)
+    static = spec, vocab, shard, chunk_bytes, [False] * len(needs_grad), 0.0
+    request = Request.from_arguments(*given, *static, backend=backend)
     merged = merged_for(request)
     results = compute(request, merged if len(merged.state) else None)[0]
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
@@ -235,7 +231,7 @@ def deferred(
 @torch.library.register_fake(deferred)
 def _(*given):
     choice = torch.empty((), dtype=torch.uint8, device="cpu")
-    request = _request(*given)
+    request = Request.from_arguments(*given)
     weights = request.weights
     merged, losses = merged_for(request), weights.new_empty(weights.shape[0], len(request.specs))
     return losses, _empty_results(weights), choice, merged.state, merged.stored

@@ -46,41 +46,42 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool = False) -> Evaluated:
-    """By the oracle, if it is asked for, which takes the models as they were given; else by an operator."""
+    """A call, solved by the oracle where that is asked for, else by an operator. The oracle takes the models as they were
+    given."""
     if reference_asked():
         if call.request.shard or isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits):
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
-        loss, own, results = reference.run(student, teacher, call)
+        loss, own, results = reference.losses(student, teacher, call)
         return Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())
     if not call.terms.teacher_learns:
         return _alone(call, inplace)
-    if call.request.spec.asked & Asked.SOFT and not call.reduction.per_row:
+    if call.request.spec.asked & Asked.SOFT and not call.reducer.per_row:
         return _both(call)
     # Nothing to share, or each model's gradient is made when its own tokens' weights arrive.
-    students, teachers = _alone(call.students), _alone(call.teachers)
-    return Evaluated(students.student, teachers.student, students.results)
+    student_only, teacher_only = _alone(call.student_alone), _alone(call.teacher_alone)
+    return Evaluated(student_only.student, teacher_only.student, student_only.results)
 
 
 def _alone(call: Call, inplace: bool = False) -> Evaluated:
     """One model's loss."""
-    request, reduction = call.request, call.reduction
+    request, reducer = call.request, call.reducer
     needed = any(request.needs_grad)
     if inplace and needed:
         check_inplace(request.student)
-    if needed and reduction.per_row and request.has_head:
+    if needed and reducer.per_row and request.has_head:
         if not request.only_hidden_learns:
             losses, results, *_ = autograd.deferred(*request.arguments())
-            return Evaluated(reduction.apply(losses[:, 0]), None, results)
-        # A tolerance is of the weighed gradient, whose weights have not arrived.
+            return Evaluated(reducer.apply(losses[:, 0]), None, results)
+        # A tolerance is of the weighted gradient, whose weights have not arrived.
         call = replace(call, request=replace(request, gradient_tolerance=0.0))
     solved = _solve(call, inplace)
     value = autograd.row_losses(solved.results, request.weights)
-    if not reduction.per_row:
-        value = _attached(reduction.apply(value), request.wanted(), solved.gradients)
+    if not reducer.per_row:
+        value = _attached(reducer.apply(value), request.wanted(), solved.gradients)
         return Evaluated(value, None, solved.results)
     # fp64 stays inside: what is added up in a reduction is rounded once.
-    value = _attached(value.reshape(reduction.leading), request.wanted(), solved.gradients)
-    return Evaluated(reduction.apply(value), None, solved.results)
+    value = _attached(value.reshape(reducer.leading), request.wanted(), solved.gradients)
+    return Evaluated(reducer.apply(value), None, solved.results)
 
 
 def _both(call: Call) -> Evaluated:
@@ -89,9 +90,9 @@ def _both(call: Call) -> Evaluated:
     solved, inputs = _solve(call, inplace=False), request.wanted()
     split = sum(request.needs_grad[: len(request.student)])
     own = request.weights[:, Output.TEACHER_LABEL]
-    loss = call.reduction.apply(autograd.row_losses(solved.results, request.weights))
+    loss = call.reducer.apply(autograd.row_losses(solved.results, request.weights))
     theirs = torch.where(own != 0, solved.results[:, Output.TEACHER_LABEL] * own, 0.0)
-    teachers = call.reduction.of(request.teacher).apply(theirs)
+    teachers = call.reducer.of(request.teacher).apply(theirs)
     return Evaluated(
         _attached(loss, inputs[:split], solved.gradients[:split]),
         _attached(teachers, inputs[split:], solved.gradients[split:]),
@@ -104,10 +105,10 @@ def evaluate_each(student: Logits, teacher: Teacher, call: Call) -> tuple[Tensor
     the backward, where the weights of each token and divergence arrive."""
     if not reference_asked():
         losses, *_ = autograd.deferred(*call.request.arguments())
-        return tuple(call.reduction.apply(each) for each in losses.unbind(1))
+        return tuple(call.reducer.apply(each) for each in losses.unbind(1))
     calls = (
-        replace(call, terms=replace(call.terms, divergence=divergence, also=()), request=request)
-        for divergence, request in zip((call.terms.divergence, *call.terms.also), call.request.each())
+        replace(call, terms=replace(call.terms, divergences=(divergence,)), request=request)
+        for divergence, request in zip(call.terms.divergences, call.request.each())
     )
     return tuple(evaluate(student, teacher, each).student for each in calls)
 

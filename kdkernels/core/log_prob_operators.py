@@ -13,7 +13,6 @@ from .. import reference
 from ..backends import CHOICES, chosen_backend
 from ..backends.spec import OUTPUTS, Output, specs_of
 from ..operators import operator
-from . import log_probs as rows
 from .autograd import (
     new_gradient,
     refuse_batched,
@@ -21,7 +20,7 @@ from .autograd import (
     save_tensors,
     saved_tensors,
 )
-from .log_probs import Finished, Values
+from .log_probs import Finished, Values, backward, empty_results, forward
 from .request import Request
 from .scaling import tracing
 
@@ -66,9 +65,9 @@ def log_probs(
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = request_of(given, static, backend)
     if backend == "reference":
-        values, finished = Values(*reference.log_prob_values(request)), rows.empty(request)[1]
+        values, finished = Values(*reference.log_prob_values(request)), empty_results(request)[1]
     else:
-        values, finished = rows.values(request)
+        values, finished = forward(request)
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
     return [*values, *finished, choice]
 
@@ -76,7 +75,7 @@ def log_probs(
 @torch.library.register_fake(log_probs)
 def _(student, ids, labels, temperature, *static):
     request = request_of((student, ids, labels, temperature), static[:-1], "auto")
-    values, finished = rows.empty(request)
+    values, finished = empty_results(request)
     return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
 
 
@@ -106,8 +105,8 @@ def log_probs_gradient(
     if backend == "reference":
         return reference.log_prob_gradients(request, arriving)
     buffer = None if request.has_head else new_gradient(student[0], vocab)
-    made = rows.gradients(request, arriving, Finished(*finished), buffer)
-    return [g.view(t.shape) for g, t in zip(made, request.wanted())]
+    grads = backward(request, arriving, Finished(*finished), buffer)
+    return [g.view(t.shape) for g, t in zip(grads, request.wanted())]
 
 
 @torch.library.register_fake(log_probs_gradient)
@@ -132,14 +131,14 @@ def log_probs_gradient_(
     chunk_bytes: int,
     choice: Tensor,
 ) -> None:
-    """The same over given logits."""
+    """The same as :func:`log_probs_gradient`, written over the given logits."""
     backend = CHOICES[int(choice)]
     given, static = ([student], ids, labels, temperature), (spec, vocab, shard, chunk_bytes, [True], 0.0)
     request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":
         student.copy_(reference.log_prob_gradients(request, arriving)[0])
         return
-    rows.gradients(request, arriving, Finished(*finished), student)
+    backward(request, arriving, Finished(*finished), student)
     student[..., vocab:].zero_()
 
 

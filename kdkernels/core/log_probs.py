@@ -31,7 +31,7 @@ from .layout import flat
 from .request import Request, loss_dtype
 from .rows import HeadRows
 from .tiles import SLOT_BYTES, Chunk, PerRow, Tiles, Writer, projected, rows_of
-from .walk import fold_losses, with_everybodys_tokens
+from .walk import fold_losses, with_all_tokens
 
 
 class Values(NamedTuple):
@@ -56,12 +56,12 @@ class Finished(NamedTuple):
         return Finished(*(t[rows] if t.dim() > 1 else t for t in self))
 
 
-def empty(request: Request) -> tuple[Values, Finished]:
-    """Tensors like those that :func:`values` gives."""
+def empty_results(request: Request) -> tuple[Values, Finished]:
+    """Tensors like those that :func:`forward` gives."""
     tokens, slots = request.teacher[0].shape
     hidden, numbers = request.student[0], request.weights
-    saved = [tokens, hidden.shape[-1]] if request.only_hidden_learns else [0]
-    entropy = saved if request.spec.asked & Asked.ENTROPY else [0]
+    rows_shape = [tokens, hidden.shape[-1]] if request.only_hidden_learns else [0]
+    entropy_shape = rows_shape if request.spec.asked & Asked.ENTROPY else [0]
     return (
         Values(
             numbers.new_zeros(tokens, slots),
@@ -72,17 +72,17 @@ def empty(request: Request) -> tuple[Values, Finished]:
         Finished(
             numbers.new_zeros(tokens, COLUMNS),
             numbers.new_zeros(tokens, slots, dtype=loss_dtype(request.student)),
-            hidden.new_zeros(saved),
-            hidden.new_zeros(entropy),
+            hidden.new_zeros(rows_shape),
+            hidden.new_zeros(entropy_shape),
         ),
     )
 
 
-def values(request: Request) -> tuple[Values, Finished]:
-    """Of a request whose teacher is [ids ``[N, K]``]."""
+def forward(request: Request) -> tuple[Values, Finished]:
+    """The values of a request whose teacher is [ids ``[N, K]``], and what its backward needs."""
     slots = request.teacher[0].shape[1]
-    request, exchange = with_everybodys_tokens(request)
-    made, finished = _values(request, exchange)
+    request, exchange = with_all_tokens(request)
+    made, finished = _forward(request, exchange)
     if exchange is None or exchange.own_tokens is None:
         return made, finished
     mine = exchange.own_tokens.rows
@@ -92,8 +92,8 @@ def values(request: Request) -> tuple[Values, Finished]:
     return Values(*(t.clone() for t in made)), Finished(*(t.clone() for t in finished))
 
 
-def _values(request: Request, exchange: Exchange | None) -> tuple[Values, Finished]:
-    ids, place = distinct_ids(request.teacher[0])
+def _forward(request: Request, exchange: Exchange | None) -> tuple[Values, Finished]:
+    ids, slot = distinct_ids(request.teacher[0])
     tiles, live = _tiles(request, exchange, ids, request.weights)
     spec = student_spec(request.spec)
     backend = tiles.serving(spec)
@@ -111,12 +111,12 @@ def _values(request: Request, exchange: Exchange | None) -> tuple[Values, Finish
             products.add(chunk, folded)
     saved = [request.student[0].new_zeros(0) for _ in range(2)] if products is None else products.rows()
     given = request.teacher[0] if live is None else request.teacher[0][live]
-    place = place if live is None else place[live]
-    read_off, finished = _read_off(tiles, given, place, state, stored), Finished(state, stored, *saved)
+    slot = slot if live is None else slot[live]
+    read_off, finished = _read_off(tiles, given, slot, state, stored), Finished(state, stored, *saved)
     if live is None:
         return read_off, finished
 
-    nothing = empty(request)
+    nothing = empty_results(request)
 
     def spread(few: Tensor, all_of_them: Tensor) -> Tensor:
         return all_of_them.index_copy_(0, live, few) if all_of_them.numel() else all_of_them
@@ -124,16 +124,16 @@ def _values(request: Request, exchange: Exchange | None) -> tuple[Values, Finish
     return Values(*map(spread, read_off, nothing[0])), Finished(*map(spread, finished, nothing[1]))
 
 
-def gradients(
+def backward(
     request: Request, arriving: Tensor, finished: Finished, grad: Tensor | None = None
 ) -> list[Tensor]:
-    """Those that are needed. ``arriving`` ``[N, K]`` is for the log-probabilities; the entropy's is a column of the
+    """The gradients that are needed. ``arriving`` ``[N, K]`` is for the log-probabilities; the entropy's is a column of the
     request's weights. ``grad``: a buffer ``[..., V]`` for the gradient of given logits."""
-    request, exchange = with_everybodys_tokens(request)
+    request, exchange = with_all_tokens(request)
     if exchange is not None and exchange.own_tokens is not None:
         arriving, finished = _gathered(arriving, finished, exchange.own_tokens)
-    ids, place = distinct_ids(request.teacher[0])
-    weights = _weights(request, arriving, place)
+    ids, slot = distinct_ids(request.teacher[0])
+    weights = _weights(request, arriving, slot)
     if request.only_hidden_learns:  # nothing is projected, so nobody waits to know which tokens are live
         return [_hidden_gradient(request, ids, weights, finished)]
     tiles, live = _tiles(request, exchange, ids, weights.rows, grad)
@@ -150,14 +150,14 @@ def gradients(
 
 
 def _gathered(arriving: Tensor, finished: Finished, own: OwnTokens) -> tuple[Tensor, Finished]:
-    """Of the tokens of all ranks. They travel together: fp64 holds the stored logits' bits."""
+    """What belongs to the tokens of all ranks. It travels together: fp64 holds the stored logits' bits."""
     state, stored = finished.state, own.padded(finished.stored, -torch.inf)
     arriving = own.padded(arriving, 0.0)
-    told = own.gather(torch.cat([arriving, state, stored.double()], 1))
-    parts = told.split([arriving.shape[1], state.shape[1], stored.shape[1]], 1)
-    arriving, state, everybodys = (part.contiguous() for part in parts)
-    gathered = finished._replace(state=state, stored=everybodys.to(stored.dtype))
-    return arriving / own.averaged_over, gathered  # as the request's weights are
+    gathered = own.gather(torch.cat([arriving, state, stored.double()], 1))
+    parts = gathered.split([arriving.shape[1], state.shape[1], stored.shape[1]], 1)
+    arriving, state, wide_stored = (part.contiguous() for part in parts)
+    finished = finished._replace(state=state, stored=wide_stored.to(stored.dtype))
+    return arriving / own.averaged_over, finished  # as the request's weights are
 
 
 def _tiles(
@@ -182,10 +182,11 @@ def _cut(tiles: Tiles, backend: Backend) -> None:
 class _WithoutIds:
     """A chunk's rows without their ids, whose logits are ``stored``."""
 
+    state: Tensor
+
     def __init__(self, chunk: Chunk, backend: Backend, spec: Spec, stored: Tensor) -> None:
         self.chunk, self.backend, self.spec, self.stored = chunk, backend, spec, stored
         self.passes = [first_pass(spec, chunk.given.temperature)]
-        self.state = stored
 
     @property
     def ids(self) -> Tensor:
@@ -205,14 +206,14 @@ class _WithoutIds:
             self.stored = exchange.logits_at(lambda: here, self.ids, here.dtype, self.chunk.rows)
 
 
-def _read_off(tiles: Tiles, given: Tensor, place: Tensor, state: Tensor, stored: Tensor) -> Values:
-    """``given`` ids, and where among the distinct ones each stands."""
+def _read_off(tiles: Tiles, given: Tensor, slot: Tensor, state: Tensor, stored: Tensor) -> Values:
+    """``given``: the caller's ids; ``slot``: the distinct id that each of them is."""
     spec, rows = tiles.request.spec, tiles.rows
     side, ids = RowState.of(state).student, rows.ids
     assert ids is not None
     whole = whole_row(side, stored, rows.temperature)
     made = Values(
-        log_probs=torch.where(given >= 0, whole.log_q.gather(1, place), 0.0),
+        log_probs=torch.where(given >= 0, whole.log_q.gather(1, slot), 0.0),
         entropy=whole.entropy if spec.asked & Asked.ENTROPY else torch.zeros_like(side.reference),
         logsumexp=whole.reference / rows.temperature + whole.log_sum_exp,
         top1=top_token(ids, stored, side) if spec.stats else torch.full_like(ids[:, 0], -1),
@@ -232,9 +233,9 @@ class _Weights(NamedTuple):
         return _Weights(*(t[rows] for t in self))
 
 
-def _weights(request: Request, arriving: Tensor, place: Tensor) -> _Weights:
+def _weights(request: Request, arriving: Tensor, slot: Tensor) -> _Weights:
     arriving = torch.where(request.teacher[0] >= 0, arriving, 0.0)
-    each = torch.zeros_like(arriving).scatter_add_(1, place, arriving)
+    each = torch.zeros_like(arriving).scatter_add_(1, slot, arriving)
     rows = each.new_zeros(each.shape[0], OUTPUTS)
     rows[:, Output.SOFT] = (each != 0).any(-1).to(rows.dtype)
     rows[:, Output.ENTROPY] = request.weights[:, Output.ENTROPY]
@@ -257,7 +258,7 @@ def _writer(chunk: Chunk, backend: Backend, spec: Spec, weights: _Weights, finis
 
 
 def _at_ids(ids: Tensor, temperature: Tensor, weights: _Weights, whole: WholeRow) -> Tensor:
-    """The gradient of the weighed log-probabilities for the logits at the distinct ids, w_k - (sum w) q_k, so that
+    """The gradient of the weighted log-probabilities for the logits at the distinct ids, w_k - (sum w) q_k, so that
     1 - q_k keeps its digits."""
     made = -weights.each * whole.log_q.expm1()
     made -= (weights.total[:, None] - weights.each) * whole.log_q.exp()
@@ -319,7 +320,7 @@ class _Products:
         self.heads = [HeadRows(tensors, request.vocab, request.needs_grad) for _ in self.outputs]
 
     def add(self, chunk: Chunk, folded: _WithoutIds) -> None:
-        """Of a chunk of tokens that are folded."""
+        """Adds the products of a chunk that is folded."""
         state, stored, temperature = folded.state, folded.stored, chunk.given.temperature
         whole = whole_row(RowState.of(state).student, stored, temperature)
         sparse = _sparse(folded.ids, whole.q_rest / temperature, torch.zeros_like(stored), whole)
@@ -337,6 +338,6 @@ class _Products:
                 head.backward(grad, chunk.rows, columns)
 
     def rows(self) -> list[Tensor]:
-        """Of every token: the fields of :class:`Finished`."""
+        """The products of all tokens, as :class:`Finished` has them."""
         made = [head.gradients()[0] for head in self.heads]
         return made if len(made) > 1 else [*made, made[0].new_zeros(0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..backends import chosen_backend, native, reference_asked
 from ..backends.outcomes import check_divergence
-from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail, text_of
+from ..backends.spec import OUTPUTS, Asked, Output, Spec, Tail, specs_of, text_of
 from ..checks import DTYPES, check_plain
 from ..divergences import Divergence, NoDivergence
 from ..targets import SparseTarget
@@ -27,7 +28,7 @@ from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_t
 class Terms:
     """What of a row the loss is made of; the options' meaning is that of :func:`kdkernels.distillation_loss`."""
 
-    divergence: Divergence  # as option_checks.checked_divergence gives it
+    divergences: tuple[Divergence, ...]  # checked, in their simplest form; a loss of the same models for each
     temperature: Number = 1.0
     temperature_squared: bool = False
     soft_weight: Number = 0.0
@@ -37,7 +38,6 @@ class Terms:
     return_stats: bool = False
     entropy_weight: Number = 0.0
     teacher_learns: bool = False  # co-distillation: the teacher's own cross entropy, with its gradient
-    also: tuple[Divergence, ...] = ()  # others of the same models, whose token losses come beside the first's
 
     def checked(self) -> Terms:
         """The same with its options checked."""
@@ -54,14 +54,14 @@ class Terms:
         if (self.label_smoothing or self.z_loss) and not self.has_hard_term:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} and z_loss={self.z_loss} belong to the hard "
-                "term, but hard_weight=0; one that is annealed to 0 may be a tensor"
+                "term, but hard_weight=0; to anneal the weight to 0, give it as a tensor"
             )
 
     @property
     def asked(self) -> int:
         """The outputs that the loss or its statistics are made of."""
         asked = 0
-        if self.divergence.kind and (_may_count(self.soft_weight) or self.return_stats):
+        if self.divergences[0].kind and (_may_count(self.soft_weight) or self.return_stats):
             asked |= Asked.SOFT
         if self.has_hard_term:
             asked |= Asked.LABEL
@@ -77,9 +77,7 @@ def _may_count(weight: Number) -> bool:
 
 
 #: What option_checks knows by these names.
-_CHECKED = tuple(
-    field.name for field in fields(Terms) if field.name not in ("divergence", "teacher_learns", "also")
-)
+_CHECKED = tuple(field.name for field in fields(Terms) if field.name not in ("divergences", "teacher_learns"))
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,12 @@ class Tokens:
 
 
 def loss_dtype(tensors: list[Tensor]) -> torch.dtype:
-    """That of the loss of a model."""
+    """The dtype of a loss of these tensors: fp64 if one of them is, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 @dataclass(frozen=True)
-class Reduction:
+class Reducer:
     """How the rows' losses become what the caller gets."""
 
     name: str
@@ -119,7 +117,7 @@ class Reduction:
     #: underflow before a GradScaler's factor arrives in the backward.
     per_row: bool
 
-    def of(self, tensors: list[Tensor]) -> Reduction:
+    def of(self, tensors: list[Tensor]) -> Reducer:
         """The same for the loss of another model, whose ``tensors`` these are."""
         return replace(self, dtype=loss_dtype(tensors))
 
@@ -155,7 +153,7 @@ class Request:
     backend: str = "auto"
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of ``kdkernels::rows``. What compiled code holds is the spec's text."""
+        """The arguments of ``kdkernels::rows``. Specs go as text, which compiled code holds as a constant."""
         return (
             self.student,
             self.teacher,
@@ -171,6 +169,14 @@ class Request:
             self.gradient_tolerance,
         )
 
+    @staticmethod
+    def from_arguments(
+        student, teacher, labels, temperature, parameters, weights, specs: str, *static, backend: str = "auto"
+    ) -> Request:
+        """The inverse of :meth:`arguments`."""
+        tensors = student, teacher, labels, temperature, parameters, weights
+        return replace(Request(*tensors, specs_of(specs), *static), backend=backend)
+
     @property
     def spec(self) -> Spec:
         """The first, and what all of them say but for the divergence."""
@@ -184,6 +190,11 @@ class Request:
     @property
     def place(self) -> shards.Place | None:
         return shards.Place.from_text(self.shard)
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """Whether this rank of a shard's group has the tokens that all others have."""
+        return self.place is not None and not self.place.own_tokens
 
     @property
     def columns_here(self) -> int:
@@ -217,24 +228,22 @@ class Call:
     """A request, and what of the call the operators do not see."""
 
     request: Request
-    reduction: Reduction
+    reducer: Reducer
     terms: Terms
 
     @property
-    def students(self) -> Call:
+    def student_alone(self) -> Call:
         """Co-distillation's loss of the student alone."""
         request, count = self.request, len(self.request.student)
-        spec, teacher = (
-            request.spec._replace(asked=request.spec.asked & ~Asked.TEACHER_LABEL),
-            request.teacher,
-        )
+        spec = request.spec._replace(asked=request.spec.asked & ~Asked.TEACHER_LABEL)
+        teacher = request.teacher
         if not spec.asked & Asked.SOFT:
             spec, teacher = spec._replace(kind=NoDivergence.code), []
         needs_grad = request.needs_grad[:count] + [False] * len(teacher)
         return replace(self, request=replace(request, teacher=teacher, specs=(spec,), needs_grad=needs_grad))
 
     @property
-    def teachers(self) -> Call:
+    def teacher_alone(self) -> Call:
         """Co-distillation's loss of the teacher alone: it is a student without a teacher."""
         request, count = self.request, len(self.request.student)
         columns = [torch.zeros_like(request.weights[:, 0])] * OUTPUTS
@@ -254,7 +263,7 @@ class Call:
             ),
             needs_grad=request.needs_grad[count:],
         )
-        return replace(self, request=own, reduction=self.reduction.of(request.teacher))
+        return replace(self, request=own, reducer=self.reducer.of(request.teacher))
 
 
 def make(
@@ -269,17 +278,14 @@ def make(
 ) -> Call:
     """The call that these arguments describe; an error where they describe none."""
     student, teacher = unwrapped("student", student), unwrapped("teacher", teacher)
-
-    def made() -> Call:
-        return _make(student, teacher, terms, tokens_given, vocab_size, chunk_bytes, gradient_tolerance)
-
+    limits = dict(vocab_size=vocab_size, chunk_bytes=chunk_bytes, gradient_tolerance=gradient_tolerance)
+    checked_call = functools.partial(_checked_call, student, teacher, terms, tokens_given, limits)
     shard = getattr(student, "shard", None)
-    return made() if shard is None else shards.agreed(shard, made, _signature)
+    return checked_call() if shard is None else shards.agreed(shard, checked_call, _signature)
 
 
-def _signature(call: Call) -> dict[str, Any]:
-    """What must be the same on all ranks of a shard's group, so that they walk the same chunks."""
-    request = call.request
+def signature(request: Request, leading: torch.Size) -> dict[str, Any]:
+    """What must be the same on all ranks of a shard's group, so that they walk the same chunks; a loss's target aside."""
     same: dict[str, Any] = {
         **{f"the loss's {part}": [getattr(spec, part) for spec in request.specs] for part in Spec._fields},
         "vocabulary": request.vocab,
@@ -290,32 +296,34 @@ def _signature(call: Call) -> dict[str, Any]:
         "backend": (chosen_backend(), native.why_not() is None),
         "the divergence's numbers": request.parameters.tolist(),
     }
-    if request.place is not None and not request.place.own_tokens:
-        same["tokens"] = list(call.reduction.leading)
+    if request.has_all_tokens:
+        same["tokens"] = list(leading)
         same["temperature"] = shards.fingerprint(request.temperature)
         same["labels"] = shards.fingerprint(request.labels)
         same["weights"] = shards.fingerprint(request.weights)
-        if request.spec.tail:
-            ids, values = request.teacher
-            same["slots"] = ids.shape[-1]
-            same["the sparse target's ids"] = shards.fingerprint(ids)
-            same["the sparse target's values"] = shards.fingerprint(
-                values.reshape(ids.shape).masked_fill(ids < 0, 0.0)
-            )
     return same
 
 
-def _make(
+def _signature(call: Call) -> dict[str, Any]:
+    request = call.request
+    same = signature(request, call.reducer.leading)
+    if request.spec.tail and request.has_all_tokens:
+        ids, values = request.teacher
+        same["slots"] = ids.shape[-1]
+        same["the sparse target's ids"] = shards.fingerprint(ids)
+        stored = values.reshape(ids.shape).masked_fill(ids < 0, 0.0)
+        same["the sparse target's values"] = shards.fingerprint(stored)
+    return same
+
+
+def _checked_call(
     student: Logits,
     teacher: Teacher | None,
     terms: Terms,
     tokens_given: Tokens,
-    vocab_size: int | None,
-    chunk_bytes: int | None,
-    gradient_tolerance: float,
+    limits: dict[str, Any],
 ) -> Call:
-    terms, given = terms.checked(), tokens_given.checked()
-    limits = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes, gradient_tolerance=gradient_tolerance)
+    terms, given, limits = terms.checked(), tokens_given.checked(), checked(**limits)
     terms.check_labels(given.labels)
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
@@ -328,37 +336,35 @@ def _make(
     live = tokens.live_labels(given.labels, given.mask, s, vocab, given.ignore_index)
     spec = _spec(terms, s, t)
     if isinstance(teacher, SparseTarget):
-        spec, t = _sparse(teacher, s, live, vocab, spec, terms.divergence)
+        spec, t = _sparse(teacher, s, live, vocab, spec, terms.divergences[0])
     if not spec.asked & (Asked.SOFT | Asked.TEACHER_LABEL):  # nobody looks at the teacher
         spec, t = spec._replace(kind=NoDivergence.code, tail=Tail.DENSE), None
     temperature = tokens.per_row("temperature", terms.temperature, s, live)
     weights, scale = _token_weights(given, s, live, terms, vocab)
     learning = s.tensors + (t.tensors if t is not None and terms.teacher_learns else [])
     per_row = given.reduction == "none" or any(tensor.dtype == torch.float16 for tensor in learning)
-    reduction = Reduction(
-        given.reduction, scale if per_row else None, s.leading, loss_dtype(s.tensors), per_row
-    )
+    reducer = Reducer(given.reduction, scale if per_row else None, s.leading, loss_dtype(s.tensors), per_row)
     request = Request(
         student=s.tensors,
         teacher=[] if t is None else t.tensors,
         labels=live,
         temperature=temperature,
-        parameters=tokens.parameters((terms.divergence, *terms.also), s.device),
+        parameters=tokens.parameters(terms.divergences, s.device),
         weights=_weights(terms, weights if per_row else weights * scale, temperature, s, live),
-        specs=(spec, *(spec._replace(kind=other.kind) for other in terms.also)),
+        specs=(spec, *(spec._replace(kind=other.kind) for other in terms.divergences[1:])),
         vocab=vocab,
         shard="" if place is None else place.text(),
         chunk_bytes=limits["chunk_bytes"] or default_chunk_bytes(s.device, vocab),
         needs_grad=_needs_grad(s, t, terms),
         gradient_tolerance=limits["gradient_tolerance"],
     )
-    return Call(request, reduction, terms)
+    return Call(request, reducer, terms)
 
 
 def _spec(terms: Terms, student: Side, teacher: Side | None) -> Spec:
     tempered = isinstance(terms.temperature, Tensor) or terms.temperature != 1.0
     spec = Spec(
-        kind=terms.divergence.kind,
+        kind=terms.divergences[0].kind,
         asked=terms.asked,
         tempered=int(tempered),
         stats=int(terms.return_stats),
@@ -466,4 +472,4 @@ def _weights(
     for at, column in enumerate(columns):
         if column is not None:
             weights[:, at].add_(column)  # a number stays a symbol in compiled code, as in tokens.constants
-    return weights.repeat(1, 1 + len(terms.also)) if terms.also else weights
+    return weights if len(terms.divergences) == 1 else weights.repeat(1, len(terms.divergences))

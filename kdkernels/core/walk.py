@@ -46,7 +46,7 @@ def walk(request: Request, grads: Gradients, merged: Merged | None = None) -> li
 
     ``grads``: buffers ``[..., V]`` for the gradients of given logits; an lm_head's are made here.
     """
-    request, exchange = with_everybodys_tokens(request)
+    request, exchange = with_all_tokens(request)
     own = None if exchange is None else exchange.own_tokens
     if exchange is not None and own is None:
         exchange.merged = merged
@@ -69,7 +69,7 @@ def _per_row(request: Request) -> PerRow:
     return PerRow(request.labels, request.temperature, request.weights, ids, values)
 
 
-def with_everybodys_tokens(request: Request) -> tuple[Request, Exchange | None]:
+def with_all_tokens(request: Request) -> tuple[Request, Exchange | None]:
     """(the request, the exchanges of its walk; None: the whole vocabulary is here). Where each rank has tokens of its
     own, the request's are those of all ranks."""
     if request.place is None:
@@ -86,14 +86,14 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
     weights = request.weights
     label = torch.zeros_like(weights[:, 0]) if request.labels is None else request.labels.double()
     temperature = request.temperature.expand(len(weights))
-    said = own.gather(torch.cat([torch.stack([label, temperature], 1), weights], 1))
+    gathered = own.gather(torch.cat([torch.stack([label, temperature], 1), weights], 1))
     return replace(
         request,
         student=[own.gather(flat(request.student[0])), *request.student[1:]],
         teacher=_gathered_teacher(request, own),
-        labels=None if request.labels is None else said[:, 0].long(),
-        temperature=said[:, 1].contiguous(),
-        weights=said[:, 2:] / own.averaged_over,  # dH is multiplied by it again, in a wide dtype
+        labels=None if request.labels is None else gathered[:, 0].long(),
+        temperature=gathered[:, 1].contiguous(),
+        weights=gathered[:, 2:] / own.averaged_over,  # dH is multiplied by it again, in a wide dtype
     )
 
 
@@ -136,7 +136,7 @@ def _cut(tiles: Tiles, backends: list[Backend], *, stored_only: bool) -> None:
 
 
 def _losses(chunk: Chunk, backends: list[Backend]) -> list[RowLoss]:
-    """Those of a chunk's rows, in the order in which they write gradients."""
+    """The chunk's losses, in the order in which they write gradients."""
     request = chunk.tiles.request
     if not request.spec.tail:
         weights = chunk.given.weights.split(OUTPUTS, 1)

@@ -23,6 +23,6 @@ def assert_refused(call, message):
 def arguments(student, teacher, **options):
     """Those of ``kdkernels::rows``, for a mix of both terms and a masked token."""
     side = student[0] if len(student) == 1 else kd.LinearHead(*student)
-    terms = Terms(kd.ForwardKL(), 1.5, soft_weight=0.7, hard_weight=0.5, **options)
+    terms = Terms((kd.ForwardKL(),), 1.5, soft_weight=0.7, hard_weight=0.5, **options)
     tokens = Tokens(torch.tensor([1, -100, 2, 3]), token_weights=torch.rand(4))
     return make(side, teacher, terms, tokens, vocab_size=None, chunk_bytes=None).request.arguments()
