@@ -19,7 +19,8 @@ pytest.importorskip("accelerate")
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODELS  # noqa: E402
 
-from kdkernels.integrations.model_head import LogitMap, call_through_head  # noqa: E402
+from kdkernels.backends.spec import LogitMap  # noqa: E402
+from kdkernels.integrations.model_head import call_through_head  # noqa: E402
 
 VOCAB = 48
 #: Sizes by the names that configs give them; each config takes those that it knows.
@@ -152,7 +153,8 @@ def compare(model):
 
 
 def logits_of(head):
-    return LogitMap(head.logit_scale, head.softcap)(F.linear(head.hidden, head.weight, head.bias))
+    x = F.linear(head.hidden, head.weight, head.bias)
+    return LogitMap(head.logit_scale, head.softcap or 0.0).logits(x, x.dtype)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import math
 import weakref
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Callable, Iterator
 
@@ -25,6 +24,7 @@ from transformers.utils import TransformersKwargs
 
 import kdkernels as kd
 
+from ..backends.spec import LogitMap
 from ..core.shards import even_shard
 from .common import forward_as, is_dtensor, replicated, whole
 
@@ -34,21 +34,6 @@ TOLERANCE = 1e-3
 #: right with padding on the right: no token with a label sees it.
 _PASSED_ON = {*TransformersKwargs.__annotations__, "attention_mask", "use_cache", "return_dict"}
 _WAY_OUT = "distil it from its logits, kd.distillation_loss(model(**batch).logits, ...)"
-
-
-@dataclass(frozen=True)
-class LogitMap:
-    """What a model makes of its lm_head's output x: ``softcap * tanh(scale * x / softcap)``."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (
-            self.scale * x
-            if self.softcap is None
-            else self.softcap * torch.tanh(self.scale * x / self.softcap)
-        )
 
 
 #: What check_head measured, by model.
@@ -286,7 +271,11 @@ def _replaced(causal_lm: Any, head: nn.Module) -> Iterator[nn.Module]:
 def _linear_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHead:
     hidden, weight, bias = head_weights(head, hidden)
     return kd.LinearHead(
-        replicated(hidden, weight), weight, bias, logit_scale=logit_map.scale, softcap=logit_map.softcap
+        replicated(hidden, weight),
+        weight,
+        bias,
+        logit_scale=logit_map.scale,
+        softcap=logit_map.softcap or None,
     )
 
 
@@ -305,7 +294,7 @@ def _sharded_head(head: Any, hidden: Tensor, logit_map: LogitMap) -> kd.LinearHe
     shard = even_shard(weight.device_mesh.get_group(), weight.shape[0], tokens="sharded")
     rows = weight.to_local().to(hidden.dtype)
     own_bias = None if bias is None else bias.to_local().to(hidden.dtype)
-    return kd.LinearHead(hidden, rows, own_bias, logit_map.scale, logit_map.softcap, shard)
+    return kd.LinearHead(hidden, rows, own_bias, logit_map.scale, logit_map.softcap or None, shard)
 
 
 def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -419,7 +408,7 @@ def _measured(name: str, given: Tensor, logits: Any) -> LogitMap:
     found = LogitMap(scale)
     if 0 < largest < 0.5 * abs(scale * x[-1].item()):
         found = LogitMap(largest * math.atanh(y[0].item() / largest) / x[0].item(), largest)
-    expected = found(x)
+    expected = found.logits(x, x.dtype)
     error, at = ((y - expected) / expected).abs().max(0)
     if not error <= tolerance:
         raise ValueError(
