@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "target.h"
+#include "compiled_for.h"
 
 namespace kd {
 

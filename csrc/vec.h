@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "target.h"
+#include "compiled_for.h"
 
 namespace kd {
 namespace KD_ISA {

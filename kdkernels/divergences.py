@@ -196,7 +196,7 @@ def _version(t: Tensor) -> int:
 
 
 def _derivative(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """That of a pointwise function for the last of ``tensors``.
+    """d function / d (last of ``tensors``), of a pointwise function.
 
     Operators run below autograd: a thread of its own has it. The stream is the caller's.
     """

@@ -26,7 +26,7 @@ def _new_key() -> str:
     return "" if torch.compiler.is_compiling() else str(next(_keys))
 
 
-#: Of a scale or a cap: its reciprocal is a normal number in fp32 too.
+#: The largest scale or cap. Its reciprocal is a normal number in fp32 too.
 MOST = 1e30
 
 

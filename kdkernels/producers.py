@@ -57,7 +57,7 @@ def _given(teacher: Logits, vocab_size: int | None, chunk_bytes: int | None) -> 
     return _Given(tensors, list(of.logit_map), vocab, options["chunk_bytes"] or DEFAULT_CHUNK_BYTES)
 
 
-def _normalizer(logits: Tensor, skipped: Tensor | None = None) -> Tensor:
+def _normaliser(logits: Tensor, skipped: Tensor | None = None) -> Tensor:
     """logsumexp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
     spec, state = Spec(), new_state(logits.shape[0], logits.device)
     backend = serving(chosen_backend(), logits.device, [logits.dtype], spec)
@@ -74,21 +74,21 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     keeps its digits, however small, and is the rest's as the loss takes it from a student's logits.
     """
     values, ids = logits.topk(k, -1)
-    rest = _normalizer(logits, ids.sort(-1).values) if k < logits.shape[1] else None
-    return ids, _normalized(values.double(), rest)
+    rest = _normaliser(logits, ids.sort(-1).values) if k < logits.shape[1] else None
+    return ids, _normalised(values.double(), rest)
 
 
-def _normalized(values: Tensor, rest: Tensor | None) -> Tensor:
+def _normalised(values: Tensor, rest: Tensor | None) -> Tensor:
     """Logits ``[rows, K]`` as log-probabilities, where those of all others have the logsumexp ``rest`` ``[rows, 1]``.
 
     What the largest leaves of the mass is added up beside it and not to it, so that it keeps its digits.
     """
     top, at = values.max(-1, keepdim=True)
     values = values - torch.where(top == -torch.inf, 0.0, top)  # a row of empty slots stays one
-    normalizer = values.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
+    normaliser = values.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
     if rest is not None:
-        normalizer = torch.logaddexp(normalizer, rest - top)
-    return torch.where(values == -torch.inf, values, values - normalizer)
+        normaliser = torch.logaddexp(normaliser, rest - top)
+    return torch.where(values == -torch.inf, values, values - normaliser)
 
 
 def _unfilled(teacher: list[Tensor], slots: int) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ def _target_at(
         asked = _first_of_each(flat[rows])
         values = logits.gather(-1, asked.clamp(min=0)).double()
         values = torch.where(asked >= 0, values, -torch.inf)
-        return asked, _normalized(values, _normalizer(logits, asked.sort(-1).values))
+        return asked, _normalised(values, _normaliser(logits, asked.sort(-1).values))
 
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select, least=ids.shape[-1])
 
@@ -209,7 +209,7 @@ def _sample(
     """(ids, weights) of what the ``draws`` ``[tokens, n]`` of :func:`_uniform` hit."""
 
     def select(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        logprobs = logits - _normalizer(logits)
+        logprobs = logits - _normaliser(logits)
         proposal = (logprobs / proposal_temperature).log_softmax(-1)
         drawn = _inverted(proposal.exp(), draws[rows])
         each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / draws.shape[1]

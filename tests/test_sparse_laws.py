@@ -345,13 +345,18 @@ def solved(**scales):
     return mutated
 
 
-MISSING, SOLVE, CHECK, ACCUMULATE = outcomes.missing_mass, sparse_rows.solve, outcomes.check, eager.accumulate
+MISSING, SOLVE, CHECK, ACCUMULATE = (
+    outcomes.missing_mass,
+    sparse_rows.solve,
+    outcomes.checked_slots,
+    eager.accumulate,
+)
 MUTATIONS = {
     "no tail": (outcomes, "missing_mass", no_tail),
     "duplicates dropped": (outcomes, "_distinct", first_only),
     "mask ignored": (
         outcomes,
-        "check",
+        "checked_slots",
         lambda ids, values, mask, *rest, **o: CHECK(ids, values, None, *rest, **o),
     ),
     "zero gradient": (rows.HeadRows, "gradients", lambda self: [torch.zeros_like(t) for t in self.given]),

@@ -188,8 +188,8 @@ class SideLoop {
   Vec highest_, exp_{}, shift_{}, group_exp_{}, group_shift_{};
 };
 
-// Adds up both sides' exponentials, and what is weighed by them, in one loop: what is read and converted of a
-// logit serves both. Not inlined: on its own the loop has enough registers. It counts in 64 bits, as the
+// Adds up both sides' exponentials, and what is weighted by them, in one loop: what is read and converted of
+// a logit serves both. Not inlined: on its own the loop has enough registers. It counts in 64 bits, as the
 // loops of value.h and gradient.h do: of an int every address is widened first, a sixth of what AVX2 executes
 // here.
 //

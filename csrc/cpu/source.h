@@ -55,13 +55,12 @@ struct Source {
   float* floats(int64_t start, int n, float* buffer) const {
     load_floats(row, dtype, start, n, buffer);
     const int end = padded(n);
-    for (int i = n; i < end; ++i) buffer[i] = -kInf;
     if (cap != 0) {
       for (int i = 0; i < end; i += kLanes) store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * cap);
     } else if (scale != 1) {
       for (int i = 0; i < end; i += kLanes) store(buffer + i, load(buffer + i) * scale);
     }
-    for (int i = n; i < end; ++i) buffer[i] = -kInf;
+    for (int i = n; i < end; ++i) buffer[i] = -kInf;  // last: a cap would make -cap of it
     return buffer;
   }
 };

@@ -25,7 +25,7 @@ struct LaneSide {
 
 struct LaneState {
   LaneSide student, teacher;
-  float cross = 0;       // sum e (d_t - d_s), with the e of the side that the divergence weighs by
+  float cross = 0;       // sum e (d_t - d_s), with the e of the side that the divergence weights by
   float sum_logits = 0;  // sum of the student's logits less a base, for label smoothing
 };
 

@@ -16,10 +16,10 @@ from . import eager, native, triton
 from .protocol import Backend
 from .spec import Spec
 
-#: Best first.
 _native: Backend = native  # one by one: so mypy holds each module against the protocol
 _triton: Backend = triton
 _eager: Backend = eager
+#: Best first.
 _ORDER = (_native, _triton, _eager)
 _NAMES = tuple(module.name for module in _ORDER)
 BackendName = Literal["auto", "native", "triton", "eager", "reference"]

@@ -298,8 +298,8 @@ def _student_gradient(
             row.student.reference if sparse is None else sparse.reference,
             row.student.sum_exp_t1.log() if sparse is None else sparse.log_sum_exp_t1,
         )
-        weighed = (hard.label != 0) | (hard.smooth != 0) | (hard.lse_squared != 0)
-        total = total + _times(_column(weighed, z), _hard_gradient(z, tile, hard))
+        weighted = (hard.label != 0) | (hard.smooth != 0) | (hard.lse_squared != 0)
+        total = total + _times(_column(weighted, z), _hard_gradient(z, tile, hard))
     if spec.asked & Asked.ENTROPY:
         entropy = _entropy_gradient(z, tile, row.student, sparse)
         total = total + _times(_column(weights[:, Output.ENTROPY], z), entropy)

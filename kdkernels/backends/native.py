@@ -76,7 +76,8 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
 
 
 def instruction_set() -> str | None:
-    """ "avx512bf16", "avx512", "avx2" or "baseline": what the CPU's row loops were dispatched to. None without a native backend.
+    """The instruction set that the CPU's row loops use: "avx512bf16", "avx512", "avx2" or "baseline". None without a native
+    backend.
 
     >>> import kdkernels as kd
     >>> kd.instruction_set() in ("avx512bf16", "avx512", "avx2", "baseline", None)

@@ -63,9 +63,9 @@ def check_divergence(tail: str, divergence: Divergence) -> None:
 
 def warn_if_approximate(spec: Spec) -> None:
     """A warning where the tail does not say what the teacher is at that temperature."""
-    if not (spec.tail and spec.tempered) or Tail(spec.tail).word not in _APPROXIMATE:
+    tail = Tail(spec.tail).word if spec.tail and spec.tempered else None
+    if tail not in _APPROXIMATE:
         return
-    tail = Tail(spec.tail).word
     # The temperature's value is left out on purpose: Python shows a warning's text once per line of the
     # caller, and an annealed temperature would make a new text at every step.
     warn(
@@ -160,7 +160,7 @@ def missing_mass(log_t: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     return rest, torch.clamp(4 * torch.finfo(stored).eps * spread, min=_SLACK)
 
 
-def check(
+def checked_slots(
     ids: Tensor,
     values: Tensor,
     mask: Tensor | None,
@@ -176,13 +176,12 @@ def check(
     ids, values = ids.reshape(-1, ids.shape[-1]), values.reshape(-1, values.shape[-1])
     linear = bool(spec.linear)
     nothing = 0.0 if linear else -torch.inf
-    ids = (
-        torch.where(values == nothing, -1, ids)
-        if mask is None
-        else torch.where((values == nothing) | ~mask.reshape(ids.shape), -1, ids)
-    )
+    empty = values == nothing
+    if mask is not None:
+        empty = empty | ~mask.reshape(ids.shape)
     if labels is not None:
-        ids = torch.where((labels >= 0)[:, None], ids, -1)
+        empty = empty | (labels < 0)[:, None]
+    ids = torch.where(empty, -1, ids)
     live = ids != -1
     kind = "weights" if linear else "logprobs"
     good = (values > 0) & (values < torch.inf) if linear else values < torch.inf
@@ -198,19 +197,24 @@ def check(
         + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"),
     )
     if spec.tail == Tail.BUCKET:
-        rest, slack = missing_mass(_log_weights(ids, values, linear), values.dtype)
-        require(
-            rest < -slack,
-            1 - rest,
-            "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
-            "rescale them, or take tail='conditional', 'renormalize' or 'truncate'",
-        )
-        if ids.shape[1] >= vocab:
-            distinct, _ = _distinct(ids, _log_weights(ids, values, linear))
-            require(
-                ((distinct >= 0).sum(-1) == vocab) & (rest > slack),
-                1 - rest,
-                f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
-                "rescale them, or take tail='conditional' or 'renormalize'",
-            )
+        _check_bucket(ids, _log_weights(ids, values, linear), values.dtype, vocab)
     return ids
+
+
+def _check_bucket(ids: Tensor, log_t: Tensor, dtype: torch.dtype, vocab: int) -> None:
+    """The stored weights leave a rest of at least 0, and of 0 where all ids are stored."""
+    rest, slack = missing_mass(log_t, dtype)
+    require(
+        rest < -slack,
+        1 - rest,
+        "tail='bucket' needs weights that sum to at most 1, but they sum to {} at token {}; "
+        "rescale them, or take tail='conditional', 'renormalize' or 'truncate'",
+    )
+    if ids.shape[1] >= vocab:
+        distinct, _ = _distinct(ids, log_t)
+        require(
+            ((distinct >= 0).sum(-1) == vocab) & (rest > slack),
+            1 - rest,
+            f"tail='bucket' has all {vocab} ids and so no rest, but their weights sum to {{}} at token {{}}; "
+            "rescale them, or take tail='conditional' or 'renormalize'",
+        )

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     teacher: Tensor | None  # [n, w]
     labels: Tensor | None  # int64 [n]
     temperature: Tensor  # fp64 [n], or [1] for all rows
-    parameters: Tensor  # fp64 [2], the divergence's numbers
+    parameters: Tensor  # fp64 [P], the divergence's numbers
     offset: int  # where the columns begin in the vocabulary
     vocab: int  # columns of the whole row
 

@@ -136,7 +136,7 @@ class Pass(NamedTuple):
 
 
 def first_pass(spec: Spec, temperature: Tensor) -> Pass:
-    """Its parts are folded each from a new state."""
+    """The first pass, each part of which is folded from a new state."""
 
     def merge(parts: Tensor, state: Tensor) -> None:
         states = new_state(parts.shape[1], parts.device).repeat(parts.shape[0], 1, 1)
@@ -152,7 +152,10 @@ def _add_values(parts: Tensor, state: Tensor) -> None:
 
 
 #: Each part starts from the merged state of the first.
-SECOND_PASS = Pass([COLUMNS - 2, COLUMNS - 1], _add_values)
+SECOND_PASS = Pass(
+    [2 * len(SideState._fields) + PairState._fields.index(name) for name in ("value", "sum_q_psi")],
+    _add_values,
+)
 
 
 def _first_columns(spec: Spec) -> list[int]:
@@ -166,8 +169,8 @@ def _first_columns(spec: Spec) -> list[int]:
     if spec.asked & Asked.TEACHER_LABEL:
         teacher |= {"label_logit"} | ({"sum_exp_t1"} if spec.tempered else set())
     if spec.stats:
-        told = {"sum_exp_shift", "top_logit", "top_index"}
-        student, teacher = student | told, teacher | (told if spec.kind else set())
+        statistics = {"sum_exp_shift", "top_logit", "top_index"}
+        student, teacher = student | statistics, teacher | (statistics if spec.kind else set())
     cross: set[str] = set()
     if spec.asked & Asked.SOFT and spec.closed_form == "reverse":
         cross = {"cross_s"}

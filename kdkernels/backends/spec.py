@@ -67,7 +67,7 @@ class Tail(IntEnum):
 
     @property
     def word(self) -> Literal["bucket", "conditional", "renormalize", "truncate"]:
-        """As a :class:`SparseTarget` has it."""
+        """The tail's name in a :class:`SparseTarget`."""
         return TAILS[self - 1]
 
     @property
@@ -136,7 +136,7 @@ class Spec(NamedTuple):
 
     @property
     def closed_form(self) -> str | None:
-        """ "forward", "reverse" or None: whether value and gradient follow from the first pass alone."""
+        """Whether value and gradient follow from the first pass alone: "forward", "reverse", or None if they do not."""
         return class_of(self.kind).closed_form
 
     def divergence(self, parameters: Tensor) -> Divergence:

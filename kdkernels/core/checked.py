@@ -120,7 +120,7 @@ def checked_target(
     """A sparse target's ids ``[N, K]`` with -1 in empty slots and for masked tokens (labels of -1)."""
     static = Spec.from_text(spec)
     outcomes.warn_if_approximate(static)
-    return outcomes.check(ids, values, mask, labels, static, vocab).contiguous()
+    return outcomes.checked_slots(ids, values, mask, labels, static, vocab).contiguous()
 
 
 @torch.library.register_fake(checked_target)

@@ -16,12 +16,12 @@ _MOST_MEANS = 64
 
 
 class HiddenGradient:
-    """dH ``[N, H]``. A row's only product is written in the model's dtype; ``several`` are added up in fp32 (fp64
-    stays). With an ``exchange`` the lm_head is one rank's shard, and rows are summed over the group once they have
+    """dH ``[N, H]``. A row that is one product is written in the model's dtype. Where it comes ``in_parts`` (kept columns
+    and a mean) or the vocabulary is cut, parts are added up in fp32 (fp64 stays). With an ``exchange`` the lm_head is one rank's shard, and rows are summed over the group once they have
     this rank's whole part."""
 
-    def __init__(self, weight: Tensor, exchange: Exchange | None, *, several: bool) -> None:
-        self.weight, self.exchange, self.several = weight, exchange, several
+    def __init__(self, weight: Tensor, exchange: Exchange | None, *, in_parts: bool) -> None:
+        self.weight, self.exchange, self.in_parts = weight, exchange, in_parts
         self.dtype, self.vocab = weight.dtype, weight.shape[0]
         self.total: Tensor | None = None
         self.weight_sums: dict[tuple[int, int], Tensor] = {}
@@ -34,7 +34,7 @@ class HiddenGradient:
     def add(self, gradient: Tensor | Kept, hidden: Tensor, rows: slice, columns: slice) -> None:
         """``gradient @ weight[columns]``, or what is kept of it, to the ``rows`` of ``hidden``."""
         whole_rows = columns == slice(0, self.vocab)
-        target = self._rows(hidden, rows, once=whole_rows and not self.several)
+        target = self._rows(hidden, rows, once=whole_rows and not self.in_parts)
         weight = self.weight[columns]
         if isinstance(gradient, Kept):
             self._add_kept(target, gradient, weight, columns)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from ..checks import check_number_tensor, check_one_number, flag, integer, number, positive_integer, shown
 from ..divergences import JSD, Divergence, simplified
+from ..options import Reduction
 
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+REDUCTIONS = get_args(Reduction)
 #: A number that may change while training: Python's, or a tensor with one entry or one for each token.
 Number = float | Tensor
 
@@ -21,7 +22,7 @@ TEMPERATURES = f"[{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}]"
 
 
 def _divergence(name: str, given: Any) -> Divergence:
-    """In its simplest form."""
+    """The divergence, checked, in its simplest form."""
     if isinstance(given, type) and issubclass(given, Divergence):
         raise TypeError(f"{name} must be a divergence, not its class; write kd.{given.__name__}(...)")
     if not isinstance(given, Divergence):
@@ -107,10 +108,10 @@ def checked(**options) -> dict[str, Any]:
 
 
 def checked_divergence(given: Any) -> Divergence:
-    """In its simplest form."""
+    """The divergence, checked, in its simplest form."""
     return _divergence("divergence", given)
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Those of them that are not one tensor for each call."""
+    """Checks the options that do not depend on the call's tensors."""
     checked(**{name: given for name, given in options.items() if name in _OPTIONS})

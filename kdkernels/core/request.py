@@ -448,7 +448,7 @@ def _scale(
 def _weights(
     terms: Terms, each: Tensor | float, temperature: Tensor, student: Side, live: Tensor | None
 ) -> Tensor:
-    """fp64 ``[N, D * OUTPUTS]``: what each token's outputs are multiplied by, where it weighs ``each`` (``[N]`` or a number).
+    """fp64 ``[N, D * OUTPUTS]``: what each token's outputs are multiplied by, whose own weight is ``each`` (``[N]`` or a number).
     Python's numbers stay such, and cost nothing, until a column is made of them."""
     columns: list[Tensor | float | None] = [None] * OUTPUTS
     if terms.asked & Asked.SOFT and _may_count(terms.soft_weight):

@@ -39,11 +39,11 @@ class RowLoss(Folded, Protocol):
         """The results, and the gradient where there are buffers."""
 
     def gradient(self, tile: Tile, gradients: Gradients) -> None:
-        """Of one tile."""
+        """The gradient of one tile, from finished states."""
 
 
 class DenseLoss:
-    """One whose teacher is dense, or none. ``weights`` are its rows' for each output."""
+    """A loss against a dense teacher, or without one. ``weights`` are its rows' for each output."""
 
     state: Tensor
     results: Tensor
@@ -93,7 +93,7 @@ def entropy_beside(chunk: Chunk) -> DenseLoss:
 
 
 class SparseLoss:
-    """One whose teacher is a sparse target, through which the student's row is seen as a few outcomes."""
+    """A loss against a sparse target, through which the student's row is seen as a few outcomes."""
 
     state: Tensor
     stored: Tensor

@@ -167,7 +167,7 @@ class HeadRows:
         self.tokens = self.hidden.shape[0]
         self.index: Tensor | None = None
         self.weightless: Tensor | None = None
-        self.grad_hidden = HiddenGradient(self.weight, exchange, several=bool(tolerance))
+        self.grad_hidden = HiddenGradient(self.weight, exchange, in_parts=bool(tolerance))
         self.grad_weight = WeightGradient(tensors[1], vocab)
         self.grad_bias: Tensor | None = None
         self.wide = wide(self.dtype)
@@ -215,7 +215,8 @@ class HeadRows:
         if self.hidden.is_cuda or bool(weightless.any()):
             self.weightless = weightless
 
-    def _weighed(self, rows: slice) -> Tensor:
+    def _hidden_with_weight(self, rows: slice) -> Tensor:
+        """The hidden states, 0 where :meth:`leave_out` said so."""
         hidden = self.hidden[rows]
         return hidden if self.weightless is None else hidden.masked_fill(self.weightless[rows, None], 0.0)
 
@@ -235,14 +236,12 @@ class HeadRows:
     def backward(self, gradient: Tensor, rows: slice, columns: slice) -> None:
         """``gradient`` is overwritten where a tolerance moves its columns."""
         if self.wanted[2]:
-            if self.grad_bias is None:
-                self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
-            self.grad_bias[columns] += gradient.sum(0, dtype=self.grad_bias.dtype)
+            self._bias_gradient()[columns] += gradient.sum(0, dtype=self.wide)
         kept = keep(gradient, self.tolerance) if any(self.wanted[:2]) else None
         if self.wanted[0]:
             self.grad_hidden.add(gradient if kept is None else kept, self.hidden, rows, columns)
         if self.wanted[1]:
-            hidden = self._weighed(rows)
+            hidden = self._hidden_with_weight(rows)
             which = {"first": rows.start == 0, "all_tokens": rows == slice(0, self.tokens)}
             if kept is None:
                 self.grad_weight.add(gradient, hidden, columns, **which)
@@ -269,13 +268,16 @@ class HeadRows:
         if not self.vocab:
             return
         if self.wanted[1]:
-            hidden = self._weighed(rows).to(self.wide)[:, None]
+            hidden = self._hidden_with_weight(rows).to(self.wide)[:, None]
             products = torch.mul(gradient[:, :, None], hidden, out=stored.lm_head_rows)
             self.grad_weight.add_rows(ids, products.flatten(0, 1))
         if self.wanted[2]:
-            if self.grad_bias is None:
-                self.grad_bias = gradient.new_zeros(self.vocab, dtype=self.wide)
-            add_rows(self.grad_bias, ids, gradient.flatten())
+            add_rows(self._bias_gradient(), ids, gradient.flatten())
+
+    def _bias_gradient(self) -> Tensor:
+        if self.grad_bias is None:
+            self.grad_bias = self.hidden.new_zeros(self.vocab, dtype=self.wide)
+        return self.grad_bias
 
     def gradients(self) -> list[Tensor]:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
@@ -292,11 +294,11 @@ class HeadRows:
         assert self.exchange is not None
         made: list[Tensor] = []
         if self.wanted[0]:
-            everybody = self.given[0].new_zeros(self.given[0].shape, dtype=self.grad_hidden.summed_in)
+            all_tokens = self.given[0].new_zeros(self.given[0].shape, dtype=self.grad_hidden.summed_in)
             if self.grad_hidden.total is not None:
                 at = slice(None) if self.index is None else self.index
-                everybody[at] = self.grad_hidden.total
-            made.append((tokens.sum_own(everybody) * tokens.averaged_over).to(self.dtype))
+                all_tokens[at] = self.grad_hidden.total
+            made.append((tokens.sum_own(all_tokens) * tokens.averaged_over).to(self.dtype))
         shard = zip(self.given[1:], (self.grad_weight.finished(), self.grad_bias), self.wanted[1:])
         return made + [self._complete(tensor, grad) for tensor, grad, want in shard if want]
 

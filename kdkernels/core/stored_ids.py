@@ -1,4 +1,4 @@
-""" "conditional" without a hard term: a row's soft term from its stored ids alone."""
+"""The tail "conditional" without a hard term: a row's soft term from its stored ids alone."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def stored_ids(chunk: Chunk, backend: Backend) -> Tensor:
     state = new_state(ids.shape[0], ids.device)
     solved = solve_chunk(chunk, backend, spec, target, logits, state)
     if student.needs_grad:
-        grad = _weighed(chunk, spec.student_map.backward(solved.gradient.stored, logits), here)
+        grad = _weighted(chunk, spec.student_map.backward(solved.gradient.stored, logits), here)
         student.backward_stored(grad, chunk.rows, here, found)
     return solved.results
 
 
-def _weighed(chunk: Chunk, grad: Tensor, here: Tensor) -> Tensor:
+def _weighted(chunk: Chunk, grad: Tensor, here: Tensor) -> Tensor:
     weight, labels = chunk.given.weights[:, Output.SOFT, None], chunk.given.labels
     if labels is not None:
         weight = torch.where(labels[:, None] >= 0, weight, 0.0)

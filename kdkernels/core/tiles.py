@@ -66,7 +66,8 @@ def rows_of(
     exchange: Exchange | None = None,
     tolerance: float = 0.0,
 ) -> Rows:
-    """Of logits, whose gradient goes into the buffer ``grad``, or of hidden states, an lm_head and its bias."""
+    """The rows of one model: given logits, whose gradient goes into the buffer ``grad``, or hidden states, an lm_head and its
+    bias."""
     if len(tensors) > 1:
         return HeadRows([flat(tensors[0]), *tensors[1:]], vocab, wanted, exchange, tolerance)
     return LogitRows(tensors[0], vocab, grad)
@@ -102,7 +103,7 @@ def projected(sides: list[Rows], rows: PerRow) -> tuple[PerRow, Tensor | None]:
 
 
 def _already_read() -> None:
-    """What is left to read once every tile has been."""
+    """A further loss's part of a pass: its tiles were read with the first's."""
 
 
 class Tiles:
@@ -146,7 +147,7 @@ class Tiles:
 
     @property
     def _columns(self) -> int:
-        """Of the widest shard: all ranks have the same chunks of tokens."""
+        """Columns of the widest shard, so that all ranks cut the same chunks of tokens."""
         place = self.request.place
         return self.request.vocab if place is None else place.widest
 

@@ -85,7 +85,7 @@ def token_weights(given: Any, student: Side, labels: Tensor | None, part: Tensor
 
 
 def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int) -> Tensor:
-    """What each token's class weighs, fp64 ``[N]``; 0 where it is masked."""
+    """The weight of each token's class, fp64 ``[N]``; 0 where it is masked."""
     check_plain("class_weights", given)
     check_constant("class_weights", given)
     if given.shape != (vocab,) or not given.is_floating_point():
@@ -96,7 +96,7 @@ def class_weights(given: Any, labels: Tensor, label_smoothing: float, vocab: int
         raise ValueError(f"class_weights is on {given.device}, student on {labels.device}")
     if label_smoothing:
         raise ValueError(
-            f"class_weights with label_smoothing={label_smoothing} weigh every class of every token, "
+            f"class_weights with label_smoothing={label_smoothing} weight every class of every token, "
             "which one pass does not; use torch.nn.functional.cross_entropy"
         )
     weights = checked_numbers(given.double()[labels.clamp(min=0)], labels, "class_weights")

@@ -337,7 +337,7 @@ def fold_row(F: tl.constexpr, row, stored, span, LANES: tl.constexpr, K: tl.cons
     return RowState(student, _completed_teacher(F, r.teacher, row, stored, span, K), r.pair)
 
 
-class Normalizers(NamedTuple):
+class Normalisers(NamedTuple):
     """What turns logits into p, q and log(p / q), fp32. log z apart from the reference, so that no digits
     of it are lost to the logits' common shift."""
 
@@ -352,13 +352,13 @@ class Normalizers(NamedTuple):
 
 
 @triton.jit
-def normalizers(F: tl.constexpr, r):
+def normalisers(F: tl.constexpr, r):
     s, t = r.student, r.teacher
     gap, log_sum_s = tl.log(s.sum_exp / t.sum_exp), tl.log(s.sum_exp)
     disagree = False
     if F.kind == SKEW_KL:
         disagree = (r.pair.cross_t / t.sum_exp + gap) > 0.5
-    return Normalizers(
+    return Normalisers(
         reference_s=s.reference.to(tl.float32),
         reference_t=t.reference.to(tl.float32),
         per_sum_s=(1.0 / s.sum_exp).to(tl.float32),
@@ -392,7 +392,7 @@ def value_row(F: tl.constexpr, r, row, span, LANES: tl.constexpr, K: tl.constexp
 
     It runs backwards: what the first pass read last is still near.
     """
-    n = normalizers(F, r)
+    n = normalisers(F, r)
     value, sum_q_psi = tl.zeros([LANES, K], tl.float32), tl.zeros([LANES, K], tl.float32)
     tiles = tl.cdiv(span.end - span.begin, LANES * K)
     for i in range(0, tiles):
@@ -533,7 +533,7 @@ def write_gradient(
 
     It runs against the pass before it: backwards after the first, forwards after the second.
     """
-    n = normalizers(F, r)
+    n = normalisers(F, r)
     soft = _soft(F, r, weights.soft, row.temperature, stored.rest)
     student, teacher = Hard(0.0, 0.0, 0.0, 0.0, 0.0), Hard(0.0, 0.0, 0.0, 0.0, 0.0)
     if F.hard:
