@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,6 +151,21 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(q * torch.where(q == 0, 0.0, log_q)).sum(-1)  # NaN stays
 
 
+class _Soft(NamedTuple):
+    """The soft term of each row, and what its statistics are of."""
+
+    term: Tensor  # [N]
+    compared: list[Tensor]  # the student's logits over T, and the teacher's where there is one
+    agreement: Tensor  # [N]
+    some: Tensor  # bool [N]: rows that compare anything
+
+    def statistics(self) -> Tensor:
+        """STUDENT_ENTROPY, TEACHER_ENTROPY and AGREEMENT ``[N, 3]``."""
+        entropies = [torch.where(self.some, _entropy(logits), 0.0) for logits in self.compared]
+        entropies.append(torch.zeros_like(self.agreement))  # the teacher's, where there is none
+        return torch.stack([*entropies[:2], self.agreement], 1)
+
+
 @dataclass(frozen=True)
 class _Problem:
     """A request's two sides as users hand them over, and its divergence."""
@@ -171,30 +186,37 @@ class _Problem:
         """(SOFT, the statistics STUDENT_ENTROPY, TEACHER_ENTROPY and AGREEMENT ``[N, 3]``) of each row, both 0 for
         the tokens that are not ``counted`` ``[N]``, whose logits may be anything."""
         s = logits_of(self.student, self.request.vocab, counted)
-        z, some, temperature = _below_top(s), counted, self.request.temperature[:, None]
-        soft = torch.where(
-            torch.zeros_like(counted), s[:, 0], 0.0
-        )  # where nothing is asked, the gradient is 0
-        agreement, compared = torch.zeros_like(s[:, 0]), [z / temperature]
-        asked = self.request.spec.asked & Asked.SOFT
-        if asked and isinstance(self.teacher, SparseTarget):
-            oracle = SparseOracle(self.teacher, self.request.vocab, counted)
-            z = _below_top(oracle.seen(s))
-            soft = oracle.rows(z, self.divergence, temperature)
-            some, compared, agreement = (
-                oracle.some,
-                list(oracle.compared(z, temperature)),
-                oracle.agreement(s),
-            )
-        elif asked:
-            assert self.teacher is not None and not isinstance(self.teacher, SparseTarget)
-            t = _below_top(logits_of(self.teacher, self.request.vocab, counted))
-            soft = divergence_rows(z, t, self.divergence, temperature)
-            compared, agreement = [*compared, t / temperature], (s.argmax(-1) == t.argmax(-1)).double()
+        if not self.request.spec.asked & Asked.SOFT:
+            found = self._without_teacher(s, counted)
+        elif isinstance(self.teacher, SparseTarget):
+            found = self._against_sparse(self.teacher, s, counted)
+        else:
+            found = self._against_dense(s, counted)
         with torch.no_grad():
-            entropies = [torch.where(some, _entropy(logits), 0.0) for logits in compared]
-            statistics = (entropies + [torch.zeros_like(agreement)])[:2] + [agreement]
-        return torch.where(counted, soft, 0.0), torch.where(counted[:, None], torch.stack(statistics, 1), 0.0)
+            statistics = found.statistics()
+        return torch.where(counted, found.term, 0.0), torch.where(counted[:, None], statistics, 0.0)
+
+    def _without_teacher(self, s: Tensor, counted: Tensor) -> _Soft:
+        nothing = torch.where(torch.zeros_like(counted), s[:, 0], 0.0)  # with a graph: a gradient of 0
+        student = _below_top(s) / self.request.temperature[:, None]
+        return _Soft(nothing, [student], torch.zeros_like(s[:, 0]), counted)
+
+    def _against_dense(self, s: Tensor, counted: Tensor) -> _Soft:
+        assert self.teacher is not None and not isinstance(self.teacher, SparseTarget)
+        z, temperature = _below_top(s), self.request.temperature[:, None]
+        t = _below_top(logits_of(self.teacher, self.request.vocab, counted))
+        term = divergence_rows(z, t, self.divergence, temperature)
+        agreement = (s.argmax(-1) == t.argmax(-1)).double()
+        return _Soft(term, [z / temperature, t / temperature], agreement, counted)
+
+    def _against_sparse(self, target: SparseTarget, s: Tensor, counted: Tensor) -> _Soft:
+        oracle, temperature = (
+            SparseOracle(target, self.request.vocab, counted),
+            self.request.temperature[:, None],
+        )
+        z = _below_top(oracle.seen(s))
+        term = oracle.rows(z, self.divergence, temperature)
+        return _Soft(term, list(oracle.compared(z, temperature)), oracle.agreement(s), oracle.some)
 
     def hard(self, given: _Logits, counted: Tensor, asked: int) -> Tensor:
         """LABEL, SMOOTH and LSE_SQUARED of each row of one model, ``[N, 3]``; 0 where it is not ``counted``."""
