@@ -94,82 +94,18 @@ _REFUSED = {
 
 def check(settings: Settings) -> None:
     """Raises :class:`UserError` for what cannot be, and for what would be passed over without a word."""
-    mode, asked, loss, run = settings.mode, settings.asked, settings.loss, settings.run
-    if not asked["output_dir"]:
-        raise UserError("no --output_dir: where shall the run be written?")
-    for name, value in asked.items():
-        if value == default_of(FIELDS[name]):
-            continue
-        if mode not in modes_of(name):
-            raise UserError(
-                f"{name}={value}: {mode} has none, it is of {', '.join(modes_of(name))}; leave it out"
-            )
-        if name in _REFUSED:
-            raise UserError(f"{name}={value}: {_REFUSED[name]}")
-    check_ranges({name: value for name, value in asked.items() if value != default_of(FIELDS[name])})
-    if run.torch_compile:  # its backend and mode turn it on
-        raise UserError(
-            "torch_compile: the command compiles nothing; leave it out, or take DistillationTrainer in a script of "
-            "your own, which compiles what comes before the lm_head"
-        )
-    if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
-        where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"
-        raise UserError(
-            f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
-            "(the loss is fused without them)"
-        )
-    if settings.model.tensor_parallel > 1:
-        _check_tensor_parallel(settings)
-    if run.save_only_model and (run.resume or mode == "compare"):
-        way_out = (
-            "compare's stages go on from theirs; leave it out"
-            if mode == "compare"
-            else "leave --resume out, and choose another --output_dir"
-        )
-        raise UserError(
-            f"save_only_model={run.save_only_model}: such checkpoints hold neither optimizer nor schedule, and no run "
-            f"goes on from them; {way_out}"
-        )
-    weights = (
-        loss.soft_weight,
-        1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
-        loss.soft_weight_start if mode == "co" else 0.0,
-    )
-    if not any(weights):
-        raise UserError("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
-    if mode != "hard" and settings.model.teacher is None and settings.model.targets is None:
-        cached = ", or --targets that `python -m kdkernels cache` wrote" if mode == "soft" else ""
-        raise UserError(f"{mode} needs a --teacher{cached}")
-    if settings.model.teacher is not None and settings.model.targets is not None:
-        raise UserError("give --teacher or --targets, not both: the targets are the teacher")
-    check_dtype(settings.model.dtype)
-    if run.fp16 and run.device.type == "cpu":
-        raise UserError("fp16=True has no effect on a CPU; give --bf16, or leave it out")
-    if settings.model.lora_rank and settings.model.student in SCRATCH:
-        raise UserError(
-            f"lora_rank={settings.model.lora_rank}: {settings.model.student} is made from scratch, and a run saves the "
-            "adapter alone; give a trained model as --student, or leave LoRA out"
-        )
-    if settings.model.lora_modules != ["all-linear"] and not settings.model.lora_rank:
-        raise UserError(
-            f"lora_modules={' '.join(settings.model.lora_modules)} without LoRA: give --lora_rank too"
-        )
-    completions = settings.generation.completions
-    if completions is not None and settings.model.teacher is None:
-        raise UserError(
-            f"completions={completions}, but no --teacher writes them; text that is there already is --data"
-        )
-    if completions is not None and Path(completions).suffix != ".jsonl":
-        raise UserError(f"completions={completions}: the name must end in .jsonl")
-    if loss.divergence is not None:
-        divergence_of(loss.divergence)
-    for way in settings.compare.ways:
-        if way not in WAYS:
-            raise UserError(f"ways={way}: there are {', '.join(WAYS)}")
-    if not {"plain", "soft"} <= set(settings.compare.ways):
-        raise UserError(
-            f"ways={' '.join(settings.compare.ways)}: plain and soft are what all are compared with"
-        )
+    _check_asked(settings)
+    _check_compiled(settings)
+    _check_tensor_parallel(settings)
+    _check_checkpoints(settings)
+    _check_loss_weights(settings)
+    _check_teacher(settings)
+    _check_precision(settings)
+    _check_lora(settings)
+    _check_completions(settings)
+    if settings.loss.divergence is not None:
+        divergence_of(settings.loss.divergence)
+    _check_ways(settings)
 
 
 def check_dtype(name: str) -> None:
@@ -185,9 +121,42 @@ def check_ranges(asked: dict[str, Any]) -> None:
             raise UserError(f"{name}={value} {what}")
 
 
+def _check_asked(settings: Settings) -> None:
+    """Each option by itself: whether the mode has it, and the command, and whether its number can be."""
+    mode, asked = settings.mode, settings.asked
+    if not asked["output_dir"]:
+        raise UserError("no --output_dir: where shall the run be written?")
+    changed = {name: value for name, value in asked.items() if value != default_of(FIELDS[name])}
+    for name, value in changed.items():
+        if mode not in modes_of(name):
+            raise UserError(
+                f"{name}={value}: {mode} has none, it is of {', '.join(modes_of(name))}; leave it out"
+            )
+        if name in _REFUSED:
+            raise UserError(f"{name}={value}: {_REFUSED[name]}")
+    check_ranges(changed)
+
+
+def _check_compiled(settings: Settings) -> None:
+    mode, run = settings.mode, settings.run
+    if run.torch_compile:  # its backend and mode turn it on
+        raise UserError(
+            "torch_compile: the command compiles nothing; leave it out, or take DistillationTrainer in a script of "
+            "your own, which compiles what comes before the lm_head"
+        )
+    if run.use_liger_kernel and (mode in ("co", "compare") or run.device.type == "cpu"):
+        where = "a GPU, and this run has none" if run.device.type == "cpu" else "one model, and co trains two"
+        raise UserError(
+            f"use_liger_kernel={run.use_liger_kernel}: Liger's kernels need {where}; leave it out "
+            "(the loss is fused without them)"
+        )
+
+
 def _check_tensor_parallel(settings: Settings) -> None:
-    """Raises :class:`UserError` for what transformers cannot do, or nobody has tried, where layers are shared out."""
+    """What transformers cannot do, or nobody has tried, where layers are shared out."""
     run, model = settings.run, settings.model
+    if model.tensor_parallel == 1:
+        return
     wanted = f"tensor_parallel={model.tensor_parallel}"
     for name in (model.student, model.teacher):
         if name in SCRATCH:
@@ -208,4 +177,77 @@ def _check_tensor_parallel(settings: Settings) -> None:
         raise UserError(
             f"{wanted}, but there are {run.world_size} processes, and all of them share the models: "
             f"torchrun --nproc_per_node {model.tensor_parallel}"
+        )
+
+
+def _check_checkpoints(settings: Settings) -> None:
+    mode, run = settings.mode, settings.run
+    if run.save_only_model and (run.resume or mode == "compare"):
+        way_out = (
+            "compare's stages go on from theirs; leave it out"
+            if mode == "compare"
+            else "leave --resume out, and choose another --output_dir"
+        )
+        raise UserError(
+            f"save_only_model={run.save_only_model}: such checkpoints hold neither optimizer nor schedule, and no run "
+            f"goes on from them; {way_out}"
+        )
+
+
+def _check_loss_weights(settings: Settings) -> None:
+    mode, loss = settings.mode, settings.loss
+    weights = (
+        loss.soft_weight,
+        1.0 if mode == "co" and loss.hard_weight is None else loss.hard_weight,
+        loss.soft_weight_start if mode == "co" else 0.0,
+    )
+    if not any(weights):
+        raise UserError("soft_weight=0 and hard_weight=0: the student would learn nothing; set one above 0")
+
+
+def _check_teacher(settings: Settings) -> None:
+    mode, model = settings.mode, settings.model
+    if mode != "hard" and model.teacher is None and model.targets is None:
+        cached = ", or --targets that `python -m kdkernels cache` wrote" if mode == "soft" else ""
+        raise UserError(f"{mode} needs a --teacher{cached}")
+    if model.teacher is not None and model.targets is not None:
+        raise UserError("give --teacher or --targets, not both: the targets are the teacher")
+
+
+def _check_precision(settings: Settings) -> None:
+    check_dtype(settings.model.dtype)
+    if settings.run.fp16 and settings.run.device.type == "cpu":
+        raise UserError("fp16=True has no effect on a CPU; give --bf16, or leave it out")
+
+
+def _check_lora(settings: Settings) -> None:
+    model = settings.model
+    if model.lora_rank and model.student in SCRATCH:
+        raise UserError(
+            f"lora_rank={model.lora_rank}: {model.student} is made from scratch, and a run saves the "
+            "adapter alone; give a trained model as --student, or leave LoRA out"
+        )
+    if model.lora_modules != ["all-linear"] and not model.lora_rank:
+        raise UserError(f"lora_modules={' '.join(model.lora_modules)} without LoRA: give --lora_rank too")
+
+
+def _check_completions(settings: Settings) -> None:
+    completions = settings.generation.completions
+    if completions is None:
+        return
+    if settings.model.teacher is None:
+        raise UserError(
+            f"completions={completions}, but no --teacher writes them; text that is there already is --data"
+        )
+    if Path(completions).suffix != ".jsonl":
+        raise UserError(f"completions={completions}: the name must end in .jsonl")
+
+
+def _check_ways(settings: Settings) -> None:
+    for way in settings.compare.ways:
+        if way not in WAYS:
+            raise UserError(f"ways={way}: there are {', '.join(WAYS)}")
+    if not {"plain", "soft"} <= set(settings.compare.ways):
+        raise UserError(
+            f"ways={' '.join(settings.compare.ways)}: plain and soft are what all are compared with"
         )
