@@ -1,1 +1,1 @@
-"""``python -m kdkernels info | verify | train | cache``."""
+"""The commands of ``python -m kdkernels``; :mod:`kdkernels.__main__` lists them."""
