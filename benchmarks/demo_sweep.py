@@ -27,7 +27,7 @@ from kdkernels.commands import cache
 from kdkernels.teacher_cache import TeacherCache
 from kdkernels.trainer import compare, data, judge, train
 from kdkernels.trainer.command_line import resolve
-from kdkernels.trainer.reliable import write_whole
+from kdkernels.trainer.files import write_whole
 from kdkernels.trainer.settings import SCRATCH, WAYS, Settings
 
 #: Ids that the cache keeps of the teacher's distribution.

@@ -19,7 +19,7 @@ from trainer_runs import FSDP_ON_CPU, PACKAGE, ROOT, TENSOR_PARALLEL_ON_CPU, pro
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import models  # noqa: E402
-from kdkernels.trainer.reliable import read_metrics  # noqa: E402
+from kdkernels.trainer.files import read_metrics  # noqa: E402
 
 PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:make|pip|python|torchrun|pytest|tensorboard)"
 SHORT = ["--max_length", "32", "--validation_sequences", "5"]

@@ -12,7 +12,7 @@ from trainer_runs import WRITES, options, run  # noqa: E402
 
 from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.reliable import read_metrics  # noqa: E402
+from kdkernels.trainer.files import read_metrics  # noqa: E402
 from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
 
 

@@ -14,9 +14,10 @@ import huggingface_hub  # noqa: E402
 from trainer_runs import error_of, options, run, weights  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
-from kdkernels.trainer import data, models, reliable, train  # noqa: E402
+from kdkernels.trainer import data, files, models, reliable, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.reliable import ReliableTrainer, locked  # noqa: E402
+from kdkernels.trainer.files import locked  # noqa: E402
+from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
 from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
 
 
@@ -177,7 +178,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
 def test_all_processes_raise_what_the_first_one_finds(tmp_path, monkeypatch):
     """One that went on alone would end in a traceback, of a barrier that nobody else comes to."""
     second = SimpleNamespace(output_dir=tmp_path, run=SimpleNamespace(process_index=1, world_size=2))
-    monkeypatch.setattr(reliable, "gather_object", lambda found: ["already there", *found])
+    monkeypatch.setattr(files, "gather_object", lambda found: ["already there", *found])
     with pytest.raises(UserError, match="already there"), train.claimed(second):
         pass
     state = SimpleNamespace(global_step=0, is_world_process_zero=False)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from kdkernels.trainer import train  # noqa: E402
 from kdkernels.trainer.codistill import SoftWeight  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.reliable import ReliableTrainer, checkpoints, read_metrics  # noqa: E402
+from kdkernels.trainer.files import read_metrics  # noqa: E402
+from kdkernels.trainer.reliable import ReliableTrainer, checkpoints  # noqa: E402
 
 
 def test_soft(tmp_path):

@@ -12,8 +12,8 @@ pytest.importorskip("accelerate")
 from trainer_runs import assert_same_weights, error_of, run, weights  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from kdkernels.trainer.files import read_metrics  # noqa: E402
 from kdkernels.trainer.on_policy import OnPolicyTrainer  # noqa: E402
-from kdkernels.trainer.reliable import read_metrics  # noqa: E402
 
 SHORT = {"prompt_tokens": 4}
 

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 from kdkernels.trainer import models, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
-from kdkernels.trainer.reliable import STAGING, checkpoints, read_metrics  # noqa: E402
+from kdkernels.trainer.files import read_metrics  # noqa: E402
+from kdkernels.trainer.reliable import STAGING, checkpoints  # noqa: E402
 
 #: Prints how many rows of an lm_head a loss is given of one that stays sharded.
 SAYS_ROWS = """

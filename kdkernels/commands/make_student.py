@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from ..trainer import data, models, prune
 from ..trainer.command_line import parse_parts
-from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, one_line, option
+from ..trainer.files import save_whole
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
 
 
 @dataclass
@@ -55,11 +56,7 @@ def run(settings: StudentSettings, data_settings: DataSettings) -> None:
     if settings.drop:
         drop(model, tokenizer, settings, data_settings)
     print(f"{out}: {models.parameters(model):,} parameters")
-    part = out.with_name(out.name + ".part")
-    with one_line(f"cannot write {out}"):
-        tokenizer.save_pretrained(part)
-        model.save_pretrained(part)
-    part.rename(out)  # renamed when complete: a killed process leaves no half of it
+    save_whole(out, tokenizer, model)
 
 
 def drop(model: Any, tokenizer: Any, settings: StudentSettings, data_settings: DataSettings) -> None:

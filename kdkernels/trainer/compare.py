@@ -23,7 +23,7 @@ import kdkernels as kd
 
 from . import data, judge, models, progress, report, train
 from .command_line import resolve
-from .reliable import read_metrics, write_whole
+from .files import read_metrics, write_whole
 from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode
 
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.

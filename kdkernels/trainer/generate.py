@@ -16,9 +16,9 @@ from transformers import set_seed
 
 from ..teacher_cache import tokenizer_hash
 from .data import Record, Sequences, kind_of, rendered
+from .files import locked, write_whole
 from .models import fingerprint, vocabulary
 from .progress import bar, say
-from .reliable import locked, write_whole
 from .settings import SCRATCH, Settings, UserError, one_line
 from .writing import continued, ends_of
 
@@ -40,10 +40,10 @@ def write_completions(
     mine = settings.run.resume and options.completions is None
     with one_line(f"cannot write completions to {path}"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        before = seconds_of(made, path, part, beside, mine=mine)
+        seconds = seconds_of(made, path, part, beside, mine=mine)
         if path.exists():
             say(f"reusing the completions in {path}")
-            return path, before
+            return path, seconds
         part.touch()
     size = options.generation_batch_size
     with locked(part, f"another process is writing {path}; wait for it"), part.open("r+") as file:
@@ -52,7 +52,7 @@ def write_completions(
         file.seek(0)
         file.writelines(lines[:done])
         file.truncate()
-        teacher, start = load().to(settings.run.device).eval(), time.perf_counter() - before
+        teacher, start = load().to(settings.run.device).eval(), time.perf_counter() - seconds
         for first in bar(
             iterable=range(done, len(prompts), size),
             desc="teacher writes",
@@ -66,10 +66,10 @@ def write_completions(
             for (given, _), (text, ended) in zip(prompts[first : first + size], texts):
                 file.write(json.dumps(_line(given, text, ended)) + "\n")
             file.flush()
-            before = time.perf_counter() - start
-            write_whole(beside, json.dumps({**made, "seconds": before}))
+            seconds = time.perf_counter() - start
+            write_whole(beside, json.dumps({**made, "seconds": seconds}))
         os.replace(part, path)
-    return path, before
+    return path, seconds
 
 
 def made_of(settings: Settings, tokenizer: Any, prompts: list[tuple[Any, str]]) -> dict[str, Any]:
@@ -102,13 +102,13 @@ def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path, *, mi
             f"{there} is there, but not {beside.name}, which says what wrote it: {instead}, or choose other "
             "--completions"
         )
-    before = json.loads(beside.read_text())
+    recorded = json.loads(beside.read_text())
     compared = made.keys() - (DRAWN_BY if there == path else ())
-    changed = [name for name, value in made.items() if name in compared and before.get(name) != value]
+    changed = [name for name, value in made.items() if name in compared and recorded.get(name) != value]
     if changed:
         others = " and ".join("other prompts" if name == "prompts" else f"another {name}" for name in changed)
         raise UserError(f"{there} was written with {others}; delete it, or choose other --completions")
-    return before["seconds"]
+    return recorded["seconds"]
 
 
 def make_prompts(

@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from .files import save_whole
 from .settings import SCRATCH, ModelSettings, Settings, UserError, one_line
 from .weights import PACKAGED, plain, source
 
@@ -103,10 +104,7 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
         tokenizer = AutoTokenizer.from_pretrained(keep_in)
     else:
         tokenizer = train_tokenizer(texts, settings.tokenizer_size)
-        part = keep_in.with_name(keep_in.name + ".part")
-        with one_line(f"cannot write {keep_in}"):
-            tokenizer.save_pretrained(part)
-        part.rename(keep_in)  # renamed when complete: a killed process leaves no half of it
+        save_whole(keep_in, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None:

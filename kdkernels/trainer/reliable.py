@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.transformers import DistillationTrainer
+from .files import raised_by_all, read_metrics, write_whole
 from .progress import Progress
 from .settings import UserError, first_line, one_line
 
@@ -267,18 +266,6 @@ def _name(choice: Any) -> str:
     return str(getattr(choice, "value", choice))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off is not one."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return metrics
-
-
 def checkpoints(folder: Any) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
@@ -297,43 +284,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def locked(path: Path, problem: str) -> Iterator[None]:
-    """A file or folder for this process alone, until it leaves or is killed. UserError if another one has it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(problem) from None
-        except OSError:
-            pass  # a file system that has no locks
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # of forked processes too
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def raised_by_all(processes: int) -> Iterator[None]:
-    """What one process finds wrong, all of them raise: one that went on would wait for it in vain."""
-    found: list[str | None] = [None]
-    try:
-        yield
-    except UserError as error:
-        found = [str(error)]
-    if processes > 1:
-        found = gather_object(found)
-    for problem in found:
-        if problem is not None:
-            raise UserError(problem)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is either old or new, whenever the process is killed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -21,20 +21,11 @@ import kdkernels as kd
 
 from . import data, models, summary
 from .codistill import CodistillationTrainer, Pair, SoftWeight
+from .files import locked, raised_by_all, read_metrics, write_whole
 from .generate import write_completions
 from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
-from .reliable import (
-    MetricsFile,
-    ReliableTrainer,
-    checkpoints,
-    locked,
-    peak_memory,
-    raised_by_all,
-    read_metrics,
-    seconds_before,
-    write_whole,
-)
+from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, seconds_before
 from .settings import Settings, UserError, divergence_of, for_mode, one_line
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
@@ -239,7 +230,7 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(),
     }
     # Before the evaluation, which leaves the model in half precision under bf16_full_eval.
-    with models.one_line(f"cannot write {folder / 'model'}"):
+    with one_line(f"cannot write {folder / 'model'}"):
         trainer.save_model(str(folder / "model"))
     if trainer.eval_dataset:
         result.update(last_evaluation(trainer) or trainer.evaluate())
