@@ -149,7 +149,7 @@ without evaluations.
 """
     return "\n".join(
         [
-            "# Soft, hard and co-distillation at one token budget\n",
+            "# Soft, hard, co- and on-policy distillation at one token budget\n",
             *(f"{sentence}\n" for sentence in sentences(comparison)),
             table(comparison),
             notes,
