@@ -1,5 +1,5 @@
-"""What the drop-ins share: the ignored label, ids as trainers give them, lm_heads as trainers hold them (sharded, or in
-another dtype), and a module's forward replaced for one call."""
+"""What the drop-ins share: the ignored label, ids as trainers give them or none at all, lm_heads as trainers hold them
+(sharded, or in another dtype), and a module's forward replaced for one call."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import require
 from ..heads import LinearHead
+from ..log_probs import TokenLogProbs, token_log_probs
 from ..operators import operator
 
 IGNORED = -100
@@ -32,6 +33,13 @@ def _(ids, ignore_index):
     return ids.new_empty(ids.shape)
 
 
+def without_ids(student: Tensor | LinearHead, **options: Any) -> TokenLogProbs:
+    """:func:`kdkernels.token_log_probs` of no id: entropy and statistics alone."""
+    rows = student.hidden if isinstance(student, LinearHead) else student
+    no_ids = torch.full(rows.shape[:-1], -1, dtype=torch.int64, device=rows.device)
+    return token_log_probs(student, no_ids, **options)
+
+
 def whole(parameter: Any) -> Tensor:
     """A DTensor parameter (FSDP2, tensor parallel) gathered; other tensors as they are.
 
@@ -46,7 +54,7 @@ def whole(parameter: Any) -> Tensor:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Without importing torch.distributed.tensor, which few callers need."""
+    """Whether it is a DTensor, without an import of torch.distributed.tensor, which few callers need."""
     return hasattr(tensor, "full_tensor")
 
 

@@ -51,7 +51,7 @@ from ..losses import cross_entropy, js_divergence
 from ..options import Reduction
 from ..producers import target_at
 from ..targets import SparseTarget, Tail
-from .common import IGNORED, given_ids, head
+from .common import IGNORED, given_ids, head, without_ids
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -226,16 +226,16 @@ def server_compute_loss(
     }
     outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     start = self._compute_prompt_length(inputs)
-    told = self._get_teacher_token_logprobs_from_server(inputs, start)
+    from_server = self._get_teacher_token_logprobs_from_server(inputs, start)
     # Spread over all positions instead of slicing the logits: the slice's gradient would be a copy.
-    logits, window = outputs.logits, slice(start, start + told["actual_logprobs"].shape[1])
+    logits, window = outputs.logits, slice(start, start + from_server["actual_logprobs"].shape[1])
     around = (start - 1, logits.shape[1] - window.stop + 1)
-    told = {name: F.pad(x, (0, 0) * (x.dim() - 2) + around) for name, x in told.items()}
+    from_server = {name: F.pad(x, (0, 0) * (x.dim() - 2) + around) for name, x in from_server.items()}
     tokens = F.pad(inputs["input_ids"][:, window], around)
     unmasked = F.pad(labels[:, window] != IGNORED, around)
     loss = js_divergence(
         MappedLogits(logits, 1 / self.temperature),
-        _server_target(self, told, logits, tokens, unmasked),
+        _server_target(self, from_server, logits, tokens, unmasked),
         mask=unmasked,
         beta=self.beta,
     )
@@ -245,12 +245,14 @@ def server_compute_loss(
 
 
 def _server_target(
-    trainer: Any, told: dict[str, Tensor], logits: Tensor, tokens: Tensor, unmasked: Tensor
+    trainer: Any, from_server: dict[str, Tensor], logits: Tensor, tokens: Tensor, unmasked: Tensor
 ) -> SparseTarget:
     """The forward KL looks at the teacher's top k; other betas at its top 1 and the sampled token,
     beta = 1 at the sampled token alone."""
     tail: Tail = "bucket" if trainer.loss_add_tail else "conditional"
-    top, top_ids, actual = told["topk_logprobs"], told["topk_token_ids"], told["actual_logprobs"]
+    top, top_ids, actual = (
+        from_server[name] for name in ("topk_logprobs", "topk_token_ids", "actual_logprobs")
+    )
     if trainer.beta == 0:
         return SparseTarget(top_ids, top, tail=tail)
     needed = {"actual-token": actual} if trainer.beta == 1 else {"actual-token": actual, "top-1": top[..., 0]}
@@ -287,7 +289,7 @@ def topk_self_distillation_loss(
 def full_logit_self_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
 ) -> Tensor:
-    """The same over the whole vocabulary."""
+    """SDFT's and SDPO's loss over the whole vocabulary, per token ``[...]``."""
     return js_divergence(student_logits, teacher_logits, beta=distillation_alpha, reduction="none")
 
 
@@ -334,12 +336,14 @@ def async_chunked_jsd_loss(
         log_q, log_p = (given.log_softmax(-1) for given in (log_q, log_p))
         support = valid_candidate_mask
     each = theirs._jsd_divergence(log_q, log_p, beta=beta, support_mask=support).sum(-1)
-    told = torch.special.entr(log_p.exp().where(support, 0.0)).sum(-1).nan_to_num(nan=0.0)
+    teacher_entropy = torch.special.entr(log_p.exp().where(support, 0.0)).sum(-1).nan_to_num(nan=0.0)
     per_teacher = each.new_zeros(3 * num_teachers)
     if teacher_id_idx is not None:
-        numbers = torch.stack([torch.ones_like(told), each.detach(), told.to(each.dtype)], 1)
+        numbers = torch.stack(
+            [torch.ones_like(teacher_entropy), each.detach(), teacher_entropy.to(each.dtype)], 1
+        )
         per_teacher = each.new_zeros(num_teachers, 3).index_add(0, teacher_id_idx, numbers).flatten()
-    return each.sum(), each.detach().sum(), of.entropy.detach().sum(), told.sum(), per_teacher
+    return each.sum(), each.detach().sum(), of.entropy.detach().sum(), teacher_entropy.sum(), per_teacher
 
 
 def iw_opd_compute_loss(
@@ -358,21 +362,21 @@ def iw_opd_compute_loss(
     start = self._compute_prompt_length(inputs)
     labels, tokens = inputs["labels"][:, start:], inputs["input_ids"][:, start:]
     if self.use_teacher_server:
-        told = self._get_teacher_token_logprobs_from_server(inputs, start)["actual_logprobs"]
-        missing = int((labels[:, told.shape[1] :] != IGNORED).sum())
+        teacher_log_probs = self._get_teacher_token_logprobs_from_server(inputs, start)["actual_logprobs"]
+        missing = int((labels[:, teacher_log_probs.shape[1] :] != IGNORED).sum())
         if missing:
             raise ValueError(
                 f"the teacher server gave no logprobs for the last {missing} completion tokens, and IW-OPD needs all"
             )
     else:
         teacher = self._get_teacher_logits(inputs)[:, start - 1 : -1]
-        told = token_log_probs(teacher, tokens, temperature=self.temperature).log_probs
-    given, count = inputs.get("rollout_logprobs"), told.shape[1]
+        teacher_log_probs = token_log_probs(teacher, tokens, temperature=self.temperature).log_probs
+    given, count = inputs.get("rollout_logprobs"), teacher_log_probs.shape[1]
     loss = self._compute_iw_opd_loss(
         student_logits=outputs.logits[:, start - 1 : -1][:, :count],
         completion_tokens=tokens[:, :count],
         labels=labels[:, :count],
-        teacher_actual_logprobs=told,
+        teacher_actual_logprobs=teacher_log_probs,
         rollout_logprobs=None if given is None else given[:, start:][:, :count],
         num_items_in_batch=num_items_in_batch,
     )
@@ -389,7 +393,7 @@ def iw_opd_loss(
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """``IWOPDTrainer._compute_iw_opd_loss`` (arXiv 2606.22600): -log q of each token ``[B, T]`` times its advantage
-    log p - log q_old, weighed by 1 + gamma where none of the sequence's advantages lie before it, and by 1 where all do.
+    log p - log q_old, weighted by 1 + gamma where none of the sequence's advantages lie before it, and by 1 where all do.
     """
     live = labels != IGNORED
     missing = int((live & ~teacher_actual_logprobs.isfinite()).sum())
@@ -413,7 +417,7 @@ def iw_opd_loss(
 
 def _log_iw_opd(trainer: Any, advantage: Tensor, size: Tensor, weight: Tensor) -> None:
     """TRL's own metrics, for which the CPU waits once."""
-    told = {
+    logged = {
         "mean_advantage": advantage.mean(),
         "mean_abs_advantage": size.mean(),
         "mean_weight": weight.mean(),
@@ -421,7 +425,7 @@ def _log_iw_opd(trainer: Any, advantage: Tensor, size: Tensor, weight: Tensor) -
         "max_weight": weight.max(),
     }
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
-    for name, value in zip(told, torch.stack(list(told.values())).tolist()):
+    for name, value in zip(logged, torch.stack(list(logged.values())).tolist()):
         metrics[f"iw_opd/{name}"].append(value)
 
 
@@ -435,7 +439,9 @@ def selective_log_softmax(
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """The entropy of every row, ``[...]``; rows are read once, in pieces that no ``chunk_size`` has to say."""
-    return _entropy(logits)
+    entropy = without_ids(logits, entropy=True).entropy
+    assert entropy is not None
+    return entropy
 
 
 def selective_log_softmax_and_entropy(
@@ -445,18 +451,11 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both from one pass; of a masked row both are 0."""
+    """Log-probabilities at ``index`` and entropies from one pass; both are 0 for a masked row."""
     ids = _unmasked(index, row_mask, IGNORED)
     of = token_log_probs(logits, ids, temperature=temperature, entropy=True)
     assert of.entropy is not None
     return of.log_probs, of.entropy if entropy_requires_grad else of.entropy.detach()
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    no_ids = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
-    entropy = token_log_probs(logits, no_ids, entropy=True).entropy
-    assert entropy is not None
-    return entropy
 
 
 def _unmasked(index: Tensor, row_mask: Tensor | None, masked: int) -> Tensor:
@@ -466,7 +465,7 @@ def _unmasked(index: Tensor, row_mask: Tensor | None, masked: int) -> Tensor:
 
 
 class ChunkedLogProbFunction:
-    """In the place of the autograd function that TRL's fused lm_head calls: (log-probabilities, entropy,
+    """Takes the place of the autograd function that TRL's fused lm_head calls: (log-probabilities, entropy,
     log_sum_sq_probs, mean logit, whether the target is the most probable token), with None for what ``outputs`` does not
     name; the last three are constants. Under ZeRO-3, which gathers weights for the backward, TRL's own serves."""
 
@@ -523,8 +522,7 @@ class ChunkedLogProbFunction:
 
 def _log_normaliser(student: LinearHead, temperature: float) -> Tensor:
     """log sum exp(logits / temperature) ``[N]``."""
-    no_ids = torch.full(student.leading_shape, -1, dtype=torch.int64, device=student.hidden.device)
-    found = token_log_probs(student, no_ids, temperature=temperature, return_stats=True).logsumexp
+    found = without_ids(student, temperature=temperature, return_stats=True).logsumexp
     assert found is not None
     return found
 
@@ -538,7 +536,7 @@ def _log_sum_squares(student: LinearHead, of: TokenLogProbs, temperature: float)
 
 @torch.no_grad()
 def _mean_logit(student: LinearHead) -> Tensor:
-    """Of each row ``[N]``, fp32: what the mean of the lm_head's rows gives, or beside a softcap the part of label smoothing."""
+    """Each row's mean logit ``[N]``, fp32: from the mean of the lm_head's rows, or under a softcap from label smoothing."""
     if student.softcap is not None:
         last = torch.full(student.leading_shape, student.vocab_size - 1, device=student.hidden.device)
         apart = cross_entropy(student, last, label_smoothing=1.0, reduction="none")

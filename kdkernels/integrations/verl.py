@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.layout import overlaps_itself
 from ..log_probs import token_log_probs
-from .common import IGNORED, given_ids, head
+from .common import IGNORED, given_ids, head, without_ids
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -38,14 +38,13 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """The entropy of every row, ``[...]``."""
-    no_ids = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
-    entropy = token_log_probs(logits, no_ids, entropy=True).entropy
+    entropy = without_ids(logits, entropy=True).entropy
     assert entropy is not None
     return entropy
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """The same: no ``chunk_size`` has to say in which pieces the rows are read."""
+    """The entropy of every row; no ``chunk_size`` has to say in which pieces rows are read."""
     return entropy_from_logits(logits)
 
 
