@@ -1,6 +1,6 @@
 """``python -m benchmarks.sampled_kl``: bias and noise of each estimate of the reverse KL, and of its gradient.
 
-Every token that a student could draw is weighed by its probability, so the figures are exact: nothing is sampled.
+Every token that a student could draw is weighted by its probability, so the figures are exact: nothing is sampled.
 Prints the table, writes the JSON (``--out``) and, with ``--docs``, the table in docs/on-policy-and-drafts.md.
 """
 

@@ -86,20 +86,20 @@ def _plain_several(s: Tensor, t: Tensor, labels: Tensor | None, divergence: Dive
     return torch.stack([plain_loss(s, t, labels, one, reduction="none", **options) for one in each])
 
 
-def _weighed(log_probs: Tensor, entropy: Tensor) -> Tensor:
+def _weighted(log_probs: Tensor, entropy: Tensor) -> Tensor:
     """Each token's numbers, with other weights for each, so that each has a gradient of its own."""
     return torch.cat([-log_probs, 0.3 * entropy[..., None]], -1)
 
 
 def _ids(labels: Tensor) -> Tensor:
-    """Two a token, or none where it is masked."""
+    """Two ids a token, or none where it is masked."""
     return torch.stack([labels, torch.where(labels >= 0, labels // 2, labels)], -1)
 
 
 def _log_probs(student: Any, teacher: Any, labels: Tensor, *, divergence: None, **options) -> Tensor:
     of = token_log_probs(student, _ids(labels), entropy=True, **options)
     assert of.entropy is not None
-    return _weighed(of.log_probs, of.entropy)
+    return _weighted(of.log_probs, of.entropy)
 
 
 def _plain_log_probs(
@@ -108,7 +108,7 @@ def _plain_log_probs(
     log_q, ids = (s / temperature).log_softmax(-1), _ids(labels)
     entropy = -(log_q.exp() * log_q.masked_fill(log_q.isneginf(), 0.0)).sum(-1)
     asked = log_q.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
-    return _weighed(asked, entropy.masked_fill(labels < 0, 0.0))
+    return _weighted(asked, entropy.masked_fill(labels < 0, 0.0))
 
 
 class Function(NamedTuple):
@@ -142,7 +142,7 @@ class Scenario:
 
     @property
     def about(self) -> str:
-        """The divergence, or what has none."""
+        """The divergence, or the function where it has none."""
         return self.function if self.divergence is None else str(self.divergence)
 
     def problem(self, device: str) -> Problem:

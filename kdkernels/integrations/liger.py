@@ -541,8 +541,9 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         return_entropy: bool = False,
         selected_token_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """With ``return_entropy`` the entropies ``[M]`` follow, with ``selected_token_ids`` ``[K]`` the
-        log-probabilities ``[M, K]`` of these; all are 0 for ignored tokens, and all are differentiable."""
+        """The negative log-probabilities ``[M]``. With ``return_entropy`` the entropies ``[M]`` follow, with
+        ``selected_token_ids`` ``[K]`` the log-probabilities ``[M, K]`` of these; all are 0 for ignored tokens, and all
+        are differentiable."""
         ids = given_ids(target, ignore_index)[:, None]
         if selected_token_ids is not None:
             selected = given_ids(selected_token_ids, None).expand(len(target), -1)

@@ -347,7 +347,7 @@ class DistillationTrainer(Trainer):
         causal_lm.base_model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
     def _check_lm_heads_can_stay_sharded(self, teacher: Any) -> None:
-        """ValueError where they cannot."""
+        """ValueError where the lm_heads cannot stay sharded."""
         if not (self.is_fsdp_enabled and self.accelerator.is_fsdp2):
             raise ValueError(
                 "keep_sharded=True is of FSDP2: give fsdp=True with fsdp_version 2, or leave it out"
@@ -366,7 +366,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"keep_sharded=True needs lm_heads of as many rows, got {rows}; leave it out")
 
     def _shard_lm_head(self, model: Any) -> None:
-        """By itself, before accelerate shards it together with the last norm."""
+        """Shards the lm_head by itself, before accelerate shards it together with the last norm."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         head = model.get_output_embeddings()

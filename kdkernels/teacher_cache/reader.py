@@ -113,7 +113,7 @@ class TeacherCache(torch.utils.data.Dataset):
             thread.join()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files: a worker process opens its own."""
+        """The state without open files: a worker process opens its own."""
         state = self.__dict__ | {"_files": OrderedDict(), "_groups": OrderedDict()}
         del state["_lock"]
         return state

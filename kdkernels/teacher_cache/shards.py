@@ -32,7 +32,7 @@ PER_TOKEN = {"bfloat16": ("log_mass",), "uint8": ("log_mass", "span")}
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard: its file, what it weighs and which sequences are its rows."""
+    """A committed shard: its file, its size and which sequences are its rows."""
 
     file: str
     sha256: str

@@ -163,7 +163,7 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
 
 
 def exit_code(settings: Settings) -> int | None:
-    """Of a stage, in a process of its own."""
+    """Runs a stage in a process of its own; its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([train.__name__])
     process = context.Process(target=_stage, args=(settings.mode, settings.asked))

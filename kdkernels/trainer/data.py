@@ -138,7 +138,7 @@ class Sequences(Dataset):
         return {"input_ids": ids, "labels": labels}
 
     def fingerprint(self) -> str:
-        """Of ids and labels: another order or mask gives another one."""
+        """A hash of ids and labels: another order or mask gives another one."""
         from ..teacher_cache import data_fingerprint
 
         return data_fingerprint((ids for ids, _ in self.rows), (labels for _, labels in self.rows))

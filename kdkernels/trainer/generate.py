@@ -130,7 +130,7 @@ def make_prompts(
 
 
 def _whole_characters(text: str) -> str:
-    """Without the halves of a character that lie at the ends of cut tokens."""
+    """The text without the halves of a character that lie at the ends of cut tokens."""
     return text.strip("\N{REPLACEMENT CHARACTER}")
 
 

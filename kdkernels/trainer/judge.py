@@ -72,7 +72,7 @@ def calibration_error(given: train.Ingredients, model: Any) -> float:
 
 
 def binned_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
-    """Of probabilities [N] and whether each was right [N].
+    """The calibration error of probabilities [N], given whether each was right [N].
 
     >>> binned_error(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([True, False, False]))
     0.3

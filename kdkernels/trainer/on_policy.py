@@ -107,7 +107,8 @@ class OnPolicyTrainer(ReliableTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _batch(self, batch: dict[str, Tensor], number: int, device: torch.device) -> dict[str, Tensor]:
-        """Drawn from the step and not from a stream, so that a resumed run draws and writes the same."""
+        """The batch itself, or what the student writes after the beginnings of its rows. The step seeds both draws, so
+        that a resumed run draws and writes the same."""
         place = f"{self.args.seed} {self.state.global_step} {number}"
         if random.Random(place).random() >= self.policy.student_share:  # alike on all processes
             return batch

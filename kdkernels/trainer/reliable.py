@@ -58,7 +58,7 @@ class ReliableTrainer(DistillationTrainer):
         self.callback_handler.on_train_begin = on_train_begin  # type: ignore[method-assign, assignment]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Without the keys that are in no checkpoint because they are tied to one that is."""
+        """Leaves out the keys that are in no checkpoint because they are tied to one that is."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         missing = [key for key in load_result.missing_keys if tied.get(key, key) in load_result.missing_keys]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
@@ -186,7 +186,7 @@ class ReliableTrainer(DistillationTrainer):
         return loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Once, where processes that share a model all have the same."""
+        """Counts tokens once where processes that share a model all have the same."""
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
         added = self.state.num_input_tokens_seen - before

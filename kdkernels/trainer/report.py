@@ -33,7 +33,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def training_seconds(row: Row) -> float:
-    """Of training alone: without evaluations and checkpoints, and without what the teacher wrote."""
+    """The seconds of training alone, without evaluations and checkpoints, and without what the teacher wrote."""
     return row["tokens"] / row["tokens_per_second"]
 
 

@@ -243,7 +243,7 @@ class Settings:
 
 
 def for_mode(mode: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that have a meaning in ``mode``."""
+    """The options that have a meaning in ``mode``."""
     return {name: value for name, value in values.items() if mode in modes_of(name)}
 
 

@@ -109,7 +109,7 @@ def soft(given: Ingredients) -> ReliableTrainer:
 
 
 def from_cache(given: Ingredients, targets: str) -> ReliableTrainer:
-    """The same from a teacher cache; the teacher is not loaded."""
+    """The student learns from a teacher cache; the teacher is not loaded."""
     from .cached import with_targets
 
     loss, options = given.loss_options(), with_targets(targets, given.trainer_options())
