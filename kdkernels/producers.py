@@ -29,6 +29,11 @@ from .targets import SparseTarget, Tail
 GEMMA_SAMPLES = 256
 #: fp64 rows alive at once in the widest of the selections below, beside the teacher's own tile.
 _TEMPORARIES = 6
+#: On a CPU, bytes of one of them at a time: malloc gives the pages of larger ones back, and each pass faults them in again.
+_PIECE_BYTES = 4 * 2**20
+#: Entries that top_p looks at first, and how many times more where those have not the mass. Sorting all of a large
+#: vocabulary takes 60 times as long as finding its first.
+_FIRST_SLOTS, _MORE_SLOTS = 128, 8
 
 Logits = Tensor | LinearHead
 _Select = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -181,15 +186,33 @@ def _top_p(
     """(ids, log-probabilities) of the fewest entries that hold the mass ``p``, of the ``most`` largest."""
 
     def select(logits: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        ids, values = _top(logits, most)
-        mass = values.exp()
-        chosen = (mass.cumsum(-1) - mass < p) & (values > -torch.inf)
-        chosen[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
-        slots = max(int(chosen.sum(-1).max()), 1)
-        chosen, ids, values = chosen[:, :slots], ids[:, :slots], values[:, :slots]
-        return torch.where(chosen, ids, -1), torch.where(chosen, values, -torch.inf)
+        k = most if p == 1 else min(_FIRST_SLOTS, most)
+        ids, values, short = _nucleus(logits, p, k)
+        left = short.nonzero()[:, 0]
+        while k < most and len(left):
+            k = min(k * _MORE_SLOTS, most)
+            more_ids, more_values, short = _nucleus(logits[left], p, k)
+            wider = max(more_ids.shape[1] - ids.shape[1], 0)
+            ids, values = F.pad(ids, (0, wider), value=-1), F.pad(values, (0, wider), value=-torch.inf)
+            ids[left, : more_ids.shape[1]], values[left, : more_ids.shape[1]] = more_ids, more_values
+            left = left[short]
+        return ids, values
 
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), -torch.inf, select)
+
+
+def _nucleus(logits: Tensor, p: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, log-probabilities) of the fewest of the ``k`` largest entries that hold the mass ``p``, and the rows whose
+    ``k`` do not."""
+    ids, values = _top(logits, k)
+    mass = values.exp()
+    total = mass.cumsum(-1)
+    chosen = (total - mass < p) & (values > -torch.inf)
+    chosen[:, :1] |= values[:, :1].isnan()  # a teacher of NaN is one slot of NaN, which the loss refuses
+    slots = max(int(chosen.sum(-1).max()), 1)
+    short = (total[:, -1] < p) & (values[:, -1] > -torch.inf)
+    chosen, ids, values = chosen[:, :slots], ids[:, :slots], values[:, :slots]
+    return torch.where(chosen, ids, -1), torch.where(chosen, values, -torch.inf), short
 
 
 @torch.library.register_fake(_top_p)
@@ -208,12 +231,21 @@ def _sample(
 ) -> tuple[Tensor, Tensor]:
     """(ids, weights) of what the ``draws`` ``[tokens, n]`` of :func:`_uniform` hit."""
 
-    def select(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        logprobs = logits - _normaliser(logits)
+    def piece(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        normaliser = _normaliser(logits)
+        logprobs = logits - normaliser
+        if proposal_temperature == 1:  # then each weighs the same, or is NaN
+            each = 0 * normaliser + 1 / draws.shape[1]
+            return _inverted(logprobs.exp_(), draws), each.expand(draws.shape)
         proposal = (logprobs / proposal_temperature).log_softmax(-1)
-        drawn = _inverted(proposal.exp(), draws[rows])
+        drawn = _inverted(proposal.exp(), draws)
         each = (logprobs.gather(-1, drawn) - proposal.gather(-1, drawn)).exp() / draws.shape[1]
-        return _added_up(drawn, each)
+        return drawn, each
+
+    def select(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        size = max(_PIECE_BYTES // (8 * vocab), 1) if logits.device.type == "cpu" else len(logits)
+        made = map(piece, logits.split(size), draws[rows].split(size))
+        return _added_up(*map(torch.cat, zip(*made)))
 
     return _collect(_Given(teacher, logit_map, vocab, chunk_bytes), 0.0, select)
 

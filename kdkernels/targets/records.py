@@ -8,7 +8,9 @@ Nothing but torch is imported: numpy arrays, lists and the producers' own object
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 Slots = list[tuple[int, float]]
+Columns = tuple[array, array]  #: the same as an array of ids and one of log-probabilities
 
 #: What the producers write into empty slots; -inf is another way, and older Megatron shards have -1e4.
 AXOLOTL_EMPTY, MEGATRON_EMPTY, TINKER_EMPTY = -1e9, -1e3, -99999.0
@@ -30,18 +33,19 @@ def vllm(prompt_logprobs: Sequence[Any], *, top_k: int | None = None) -> Pair:
 
     Source: vLLM 0.11 and later, vllm/logprobs.py (Logprob, FlatLogprobs, PromptLogprobs).
     """
-    rows: list[Slots] = []
+    rows: list[Slots | Columns] = []
     for t, entry in enumerate(prompt_logprobs):
         where = f"vLLM's prompt_logprobs[{t}]"
         if not entry:
             _check(t == 0, f"{where} is {entry!r}; only the first may be empty")
             continue
-        _check(
-            t > 0 and isinstance(entry, Mapping),
-            f"{where} is {_what(entry)}, not a dict of Logprob"
-            if t
-            else f"{where} has log-probabilities, but nothing comes before the first token",
-        )
+        if t == 0:
+            raise ValueError(f"{where} has log-probabilities, but nothing comes before the first token")
+        if not isinstance(entry, Mapping):  # not by _check: a row's repr takes longer than the row
+            raise ValueError(f"{where} is {_what(entry)}, not a dict of Logprob")
+        if (row := _vllm_row(entry, top_k)) is not None:
+            rows.append(row)
+            continue
         slots = []
         for token, item in entry.items():
             field = item.get if isinstance(item, Mapping) else lambda name, of=item: getattr(of, name, None)
@@ -55,6 +59,32 @@ def vllm(prompt_logprobs: Sequence[Any], *, top_k: int | None = None) -> Pair:
         rows.append(slots)
     _check(len(prompt_logprobs) > 0, "vLLM's prompt_logprobs is empty")
     return _padded(rows + [[]] * (len(prompt_logprobs) - len(rows)))
+
+
+def _vllm_row(entry: Mapping[Any, Any], top_k: int | None) -> Columns | None:
+    """A token's (ids, logprobs) at once; None where anything is not as vLLM writes it, which is then named."""
+    items = entry.values()
+    try:
+        try:
+            logprobs = [item.logprob for item in items]
+            ranks = None if top_k is None else [item.rank for item in items]
+        except AttributeError:  # from JSON
+            logprobs = [item["logprob"] for item in items]
+            ranks = None if top_k is None else [item["rank"] for item in items]
+    except (AttributeError, TypeError, KeyError):
+        return None
+    ids: Any = list(entry)
+    if ids and isinstance(ids[0], str):
+        try:
+            ids = [int(token) if isinstance(token, str) else token for token in ids]
+        except ValueError:
+            return None
+    if ranks is not None:
+        if not set(map(type, ranks)) <= {int}:
+            return None
+        kept = [rank <= top_k for rank in ranks]
+        ids, logprobs = list(compress(ids, kept)), list(compress(logprobs, kept))
+    return _columns(ids, logprobs)
 
 
 def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
@@ -150,7 +180,7 @@ def trl_server(
         f"TRL's result has {len(all_ids)} sequences of ids, "
         f"{len(all_logprobs)} of logprobs and {len(starts)} of prompt_lengths",
     )
-    sequences: list[list[Slots]] = []
+    sequences: list[list[Slots | Columns]] = []
     for i, (ids, logprobs, begin) in enumerate(zip(all_ids, all_logprobs, starts)):
         where = f"TRL's sequence {i}"
         _check(begin >= 0, f"{where} has no prompt: nothing says its first token")
@@ -159,10 +189,11 @@ def trl_server(
             f"{where} has other slots in logprobs than in ids",
         )
         rows = [
-            [(_id(token, where), _logprob(value, where)) for token, value in zip(*row)]
+            _columns(*row) or [(_id(token, where), _logprob(value, where)) for token, value in zip(*row)]
             for row in zip(ids, logprobs)
         ]
-        sequences.append([[]] * begin + rows + ([] if prompt_lengths is None else [[]]))
+        empty: list[Slots | Columns] = [[]]
+        sequences.append(empty * begin + rows + ([] if prompt_lengths is None else [[]]))
     longest = max((len(rows) for rows in sequences), default=0)
     length = longest if length is None else length
     _check(length >= longest, f"TRL's result has {longest} tokens, more than length={length}")
@@ -189,10 +220,16 @@ def tinker(topk_prompt_logprobs: Any) -> Pair:
         )
         return _earlier(*_emptied(ids, logprobs, logprobs > TINKER_EMPTY))
     _check(topk_prompt_logprobs, "tinker's topk_prompt_logprobs is empty: ask for it in the request")
-    rows: list[Slots] = []
+    rows: list[Slots | Columns] = []
     for t, entry in enumerate(topk_prompt_logprobs):
         where = f"tinker's topk_prompt_logprobs[{t}]"
         _check(t > 0 or not entry, f"{where} has log-probabilities, but nothing comes before the first token")
+        try:
+            if entry and (row := _columns(*zip(*entry))) is not None:
+                rows.append(row)
+                continue
+        except (TypeError, ValueError):
+            pass  # what follows says what is wrong
         try:
             rows.append([(_id(token, where), _logprob(logprob, where)) for token, logprob in entry or []])
         except TypeError:
@@ -354,20 +391,56 @@ def _logprob(value: Any, where: str) -> float:
     return number
 
 
-def _padded(rows: Sequence[Slots]) -> Pair:
+def _columns(ids: Any, logprobs: Any) -> Columns | None:
+    """A token's slots as arrays, checked at once as :func:`_id` and :func:`_logprob` check them one by one; None where one
+    of them would refuse, or convert."""
+    try:
+        columns = array("q", ids), array("d", logprobs)
+    except (TypeError, OverflowError, ValueError):
+        return None
+    return columns if _fine(*columns) else None
+
+
+def _fine(ids: array, logprobs: array) -> bool:
+    if len(ids) != len(logprobs):
+        return False
+    return not ids or (min(ids) >= 0 and max(logprobs) < 1e-2 and sum(logprobs) < math.inf)  # the sum: no NaN
+
+
+def _padded(rows: Sequence[Slots | Columns]) -> Pair:
     """[T, K] of rows of (id, logprob). K is the longest row; shorter ones end in empty slots."""
-    slots = max([1, *(len(row) for row in rows)])
-    ids = torch.tensor([[token for token, _ in row] + [-1] * (slots - len(row)) for row in rows])
-    values = [[value for _, value in row] + [-math.inf] * (slots - len(row)) for row in rows]
-    return ids.long().view(-1, slots), torch.tensor(values, dtype=torch.float32).view(-1, slots)
+    columns = [row if isinstance(row, tuple) else tuple(zip(*row)) or ((), ()) for row in rows]
+    slots = max([1, *(len(ids) for ids, _ in columns)])
+    if not rows:
+        return torch.empty(0, slots, dtype=torch.int64), torch.empty(0, slots)
+    all_ids, all_values = array("q"), array("d")
+    for ids, values in columns:
+        missing = slots - len(ids)
+        all_ids.extend(ids)
+        all_ids.extend([-1] * missing)
+        all_values.extend(values)
+        all_values.extend([-math.inf] * missing)
+    found = torch.frombuffer(all_ids, dtype=torch.int64).clone()
+    logprobs = torch.frombuffer(all_values, dtype=torch.float64).float()
+    return found.view(-1, slots), logprobs.view(-1, slots)
 
 
 def _rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
     """[T, K] of T lists, K the longest; short ones are padded."""
     _check(len(rows), f"{whose} is empty")
     for t, row in enumerate(rows):
-        _check(isinstance(row, (list, tuple)), f"{whose}[{t}] is {_what(row)}, not a list")
+        if not isinstance(row, (list, tuple)):  # not by _check: a row's repr takes longer than the row
+            raise ValueError(f"{whose}[{t}] is {_what(row)}, not a list")
     slots = max(1, *(len(row) for row in rows))
+    for code, held, wanted in (("q", torch.int64, torch.int64), ("d", torch.float64, torch.float32)):
+        try:
+            flat = array(code)
+            for row in rows:
+                flat.extend(array(code, row))
+                flat.extend([pad] * (slots - len(row)))  # type: ignore[list-item]
+            return torch.frombuffer(flat, dtype=held).to(wanted, copy=True).view(-1, slots)
+        except (TypeError, OverflowError, ValueError):
+            pass  # other numbers, or none
     return torch.tensor([[*row, *[pad] * (slots - len(row))] for row in rows])
 
 

@@ -155,6 +155,8 @@ class SparseTarget:
         nothing = 0.0 if self.logprobs is None else -torch.inf
         grow = [n for have, want in zip(reversed(self.ids.shape), reversed(shape)) for n in (0, want - have)]
         mask = torch.ones_like(self.ids, dtype=torch.bool) if masked and self.mask is None else self.mask
+        if not any(grow) and mask is self.mask:
+            return self
         return self._with(
             ids=F.pad(self.ids, grow, value=-1),
             mask=None if mask is None else F.pad(mask, grow, value=False),
@@ -190,10 +192,10 @@ class SparseTarget:
         >>> SparseTarget.collate([one, two]).ids[0].tolist()
         [[0, 0], [-1, -1], [-1, -1]]
         """
-        wide = _of_one_width(targets)
-        longest = max(t.ids.shape[0] for t in wide)
-        masked = wide[0].mask is not None
-        return SparseTarget.stack([t._padded((longest, *t.ids.shape[1:]), masked) for t in wide])
+        targets, slots, masked = _alike(targets)
+        longest = max(t.ids.shape[0] for t in targets)
+        wide = [t._padded((longest, *t.ids.shape[1:-1], slots), masked) for t in targets]
+        return _joined(wide, torch.stack)
 
     # What other programs wrote; kdkernels.targets.records says what shape each of them has.
 
@@ -231,6 +233,12 @@ class SparseTarget:
 
 
 def _of_one_width(targets: Sequence[SparseTarget]) -> list[SparseTarget]:
+    targets, slots, masked = _alike(targets)
+    return [t._padded((*t.leading_shape, slots), masked) for t in targets]
+
+
+def _alike(targets: Sequence[SparseTarget]) -> tuple[list[SparseTarget], int, bool]:
+    """(the targets, the slots of the widest, whether any has a mask). ValueError where they cannot be one."""
     targets = list(targets)
     if not targets:
         raise ValueError("expected at least one SparseTarget, got none")
@@ -238,8 +246,7 @@ def _of_one_width(targets: Sequence[SparseTarget]) -> list[SparseTarget]:
         found = {getattr(t, what) for t in targets}
         if len(found) > 1:
             raise ValueError(f"SparseTargets of one batch must agree, got {', '.join(sorted(found))}")
-    slots, masked = max(t.slots for t in targets), any(t.mask is not None for t in targets)
-    return [t._padded((*t.leading_shape, slots), masked) for t in targets]
+    return targets, max(t.slots for t in targets), any(t.mask is not None for t in targets)
 
 
 def _leading(dim: int, count: int) -> int:

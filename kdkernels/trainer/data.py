@@ -148,7 +148,10 @@ def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequenc
     """Documents as sequences of tokens. Text is packed; every completion is a sequence of its own."""
     if records and kind_of(records[0]) == "text":
         return Sequences(_packed(records, tokenizer, max_length))
-    found = [_completion(record, tokenizer, max_length) for record in records]
+    texts = [_prompt_and_completion(record, tokenizer) for record in records]
+    encoded = _encoded([text for pair in texts for text in pair], tokenizer)
+    pairs = zip(records, encoded[::2], encoded[1::2])
+    found = [_completion(*each, tokenizer.eos_token_id, max_length) for each in pairs]
     rows = [row for row in found if row is not None]
     if len(rows) < len(found):
         say(
@@ -162,7 +165,7 @@ def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequenc
 def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
     texts = [record["text"] for record in records]
     stream: list[int] = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+    for ids in _encoded(texts, tokenizer):
         stream += [*ids, tokenizer.eos_token_id]
     blocks = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
     if blocks and len(blocks[-1]) < 2:
@@ -170,11 +173,27 @@ def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tupl
     return [(block, block) for block in blocks]
 
 
-def _completion(record: Record, tokenizer: Any, max_length: int) -> tuple[list[int], list[int], bool] | None:
+def _encoded(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """All at once: so tokenizers takes every core."""
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+
+
+def _completion(
+    record: Record, prompt: list[int], completion: list[int], end: int, max_length: int
+) -> tuple[list[int], list[int], bool] | None:
     """(ids, labels, whether it was cut here). Only the completion's tokens and its end of text have labels; one that did
     not end has no end of text, and None says that nothing is left of it."""
     where = record["where"]
-    prompt, completion = _prompt_and_completion(record, tokenizer)
+    if record["ended"] and _is_plain(record):
+        completion = [*completion, end]
     if not completion and not record["ended"]:
         return None
     ids = prompt + completion
@@ -191,13 +210,13 @@ def _completion(record: Record, tokenizer: Any, max_length: int) -> tuple[list[i
     return ids[:max_length], labels[:max_length], len(ids) > max_length
 
 
-def _prompt_and_completion(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-    if kind_of(record) == "completions" and isinstance(record["prompt"], str):
-        end = [tokenizer.eos_token_id] if record["ended"] else []
-        return encode(record["prompt"]), encode(record["completion"]) + end
-    prompt, completion = _chat(record, tokenizer)
-    return encode(prompt), encode(completion)
+def _is_plain(record: Record) -> bool:
+    """Two texts; else messages, whose template writes the end of text."""
+    return kind_of(record) == "completions" and isinstance(record["prompt"], str)
+
+
+def _prompt_and_completion(record: Record, tokenizer: Any) -> tuple[str, str]:
+    return (record["prompt"], record["completion"]) if _is_plain(record) else _chat(record, tokenizer)
 
 
 def _chat(record: Record, tokenizer: Any) -> tuple[str, str]:
