@@ -109,7 +109,7 @@ def sampled_kl(
     refuse_transforms([student_log_probs], has_reference=False)
     largest = torch.finfo(student_log_probs.dtype).max
     slope = slope.clamp(-largest, largest).to(student_log_probs.dtype)
-    return autograd.attach(value, [student_log_probs.unsqueeze(-1)], [slope.unsqueeze(-1)])
+    return autograd.attach_one(value, student_log_probs.unsqueeze(-1), slope.unsqueeze(-1))
 
 
 def _log_ratio(of: Tensor, to: Tensor) -> Tensor:

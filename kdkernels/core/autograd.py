@@ -156,8 +156,20 @@ def _(value, inputs, gradients):
     return torch.empty_like(value)
 
 
+@operator("attach_one")
+def attach_one(value: Tensor, input: Tensor, gradient: Tensor) -> Tensor:
+    """:func:`attach` of one input. Where a list is among an operator's arguments torch walks through all of them in Python
+    several times a call."""
+    return value.clone()
+
+
+@torch.library.register_fake(attach_one)
+def _(value, input, gradient):
+    return torch.empty_like(value)
+
+
 def _attach_setup(ctx, inputs, output) -> None:
-    ctx.gradients = list(inputs[2])
+    ctx.gradients = list(inputs[2]) if isinstance(inputs[2], list) else [inputs[2]]
     ctx.versions = [] if tracing(output) else _versions(ctx.gradients)
 
 
@@ -193,6 +205,13 @@ def _attach_backward(ctx, arriving):
 
 
 torch.library.register_autograd(attach, _attach_backward, setup_context=_attach_setup)
+
+
+def _attach_one_backward(ctx, arriving):
+    return None, _attach_backward(ctx, arriving)[1][0], None
+
+
+torch.library.register_autograd(attach_one, _attach_one_backward, setup_context=_attach_setup)
 
 
 @operator("deferred")

@@ -114,4 +114,6 @@ def evaluate_each(student: Logits, teacher: Teacher, call: Call) -> tuple[Tensor
 
 
 def _attached(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    if len(inputs) == 1:
+        return autograd.attach_one(value, inputs[0], gradients[0])
     return autograd.attach(value, inputs, gradients) if inputs else value
