@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,27 +25,30 @@ class Peak:
 
 
 def _status(field: str) -> int:
+    """Bytes; 0 where the system does not tell."""
     with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 @contextlib.contextmanager
 def resident_peak() -> Iterator[Peak]:
-    """``.bytes`` is, after the block, how far resident memory rose above its value at the start.
+    """``.bytes`` is, after the block, how far resident memory rose above its value at the start. Pages of libraries, which the
+    system takes away and reads again as it likes, do not count.
 
     OSError where the system does not let a process reset its high-water mark (not Linux, say).
     """
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
-    before, peak = _status("VmRSS"), Peak()
+    before, libraries, peak = _status("VmRSS"), _status("RssFile"), Peak()
     yield peak
-    peak.bytes = max(_status("VmHWM") - before, 0)
+    read = max(_status("RssFile") - libraries, 0)
+    peak.bytes = max(_status("VmHWM") - before - read, 0)
 
 
 def give_back_free_memory() -> None:
     """What malloc keeps for later would hide a peak."""
-    if os.name == "posix":
-        ctypes.CDLL(None).malloc_trim(0)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 @contextlib.contextmanager
