@@ -1,10 +1,13 @@
 """The logit losses of NVIDIA ModelOpt (``modelopt.torch.distill``) by their names and signatures.
 
 ``LogitsDistillationLoss`` is what its Hugging Face trainer uses; ``LogitsKLLoss`` and
-``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank or on many. Values and gradients
-are ModelOpt's, but that rows of half-precision logits are computed in fp32, and that on many ranks the loss comes
-back whole on each. There ModelOpt's ``TopKLogitsKLLoss`` has a gradient that is tensor_model_parallel_size times the
-loss's, since its all_gather sums over ranks that all have the same loss; here it is the loss's. Each is a torch ``_Loss``, which ``mtd.convert`` asks of a criterion.
+``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank or on many. Each is a torch
+``_Loss``, which ``mtd.convert`` asks of a criterion. Values and gradients are ModelOpt's, with three differences:
+
+* rows of half-precision logits are computed in fp32;
+* on many ranks the loss comes back whole on each;
+* there ModelOpt's ``TopKLogitsKLLoss`` has tensor_model_parallel_size times the loss's gradient, since its all_gather
+  sums over ranks that all have the same loss; here it is the loss's.
 """
 
 from __future__ import annotations
