@@ -85,6 +85,39 @@ def test_samples_are_unbiased(proposal_temperature):
     assert (kept - dense).norm() > 0.01 and (sampled.mean(0) - dense).norm() < 0.2 * (kept - dense).norm()
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 2**17])
+def test_top_p_of_wide_vocabularies_looks_further_only_where_it_must(chunk_bytes):
+    """Its first look is at 128 entries, the second at 1024: rows that need one, two and three, and some that have no more
+    to see."""
+    vocab, spread = 3000, torch.tensor([9.0, 4.0, 1.0, 0.1, 4.0, 0.1])
+    logits = torch.randn(6, vocab, dtype=torch.float64) * spread[:, None]
+    logits[4, 5:], logits[5, 700:] = -torch.inf, -torch.inf
+    for p in (0.5, 0.9, 0.999, 1.0):
+        target = kd.top_p_target(logits, p, chunk_bytes=chunk_bytes)
+        log_p, order = logits.log_softmax(-1).sort(-1, descending=True)
+        needed = (log_p.exp().cumsum(-1) - log_p.exp() < p) & (log_p > -torch.inf)
+        counts = needed.sum(-1)
+        assert target.slots == counts.max() > 128
+        for row, count in enumerate(counts.tolist()):
+            assert (target.ids[row] >= 0).sum() == count
+            assert target.ids[row, :count].equal(order[row, :count])
+            assert torch.allclose(target.logprobs[row, :count], log_p[row, :count], rtol=0, atol=1e-12)
+            assert (target.logprobs[row, count:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_samples_of_many_rows_are_those_of_each(temperature):
+    """More rows than are drawn at a time."""
+    teacher = torch.randn(70, 16384)
+    assert 70 * 16384 * 8 > 2 * producers._PIECE_BYTES
+    draw = lambda chunk_bytes: (  # noqa: E731
+        torch.manual_seed(3),
+        kd.sample_target(teacher, 5, temperature, chunk_bytes=chunk_bytes),
+    )[1]
+    at_once, each = draw(2**30), draw(1)
+    assert at_once.ids.equal(each.ids) and at_once.weights.equal(each.weights)
+
+
 def test_samples_are_counts_and_repeatable():
     teacher = torch.randn(5, 30)
     one, two = (kd.sample_target(teacher, 40, generator=torch.Generator().manual_seed(3)) for _ in range(2))
