@@ -33,7 +33,7 @@ def served(monkeypatch):
         monkeypatch.setattr(module, name, recorded)
 
     spy(tiles, "serving", lambda module: module.name)
-    spy(reference, "operator", lambda _: "reference")
+    spy(reference, "compute", lambda _: "reference")
     return names
 
 
