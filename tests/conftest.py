@@ -1,5 +1,6 @@
 """Shared by the tests here: each usable backend, each divergence."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def device(request):
     else:
         with torch.device(where):
             yield where
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed_left():
+    """transformers keeps the last DeepSpeed configuration for as long as anybody has it, garbage too."""
+    yield
+    if module := sys.modules.get("transformers.integrations.deepspeed"):
+        module.unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,12 +12,14 @@ from benchmarks.memory import give_back_free_memory, resident_peak
 _MMAP_THRESHOLD = -3
 
 
-def peak_of(run):
-    """Bytes above what is there before, what ``run`` returns included; its second run counts."""
-    with _large_blocks_apart():
+def peak_of(run, *, from_nothing=False):
+    """Bytes above what is there before, what ``run`` returns included; its second run counts. ``from_nothing``: without the
+    free memory that other tests have left, in which all of a step might find room."""
+    with _large_blocks_apart() if from_nothing else contextlib.nullcontext():
         run()  # whatever is loaded and cached once
         gc.collect()  # other tests' garbage, which would be given back meanwhile
-        give_back_free_memory()  # in which a step would find room
+        if from_nothing:
+            give_back_free_memory()
         try:
             with resident_peak() as peak:
                 kept = run()
