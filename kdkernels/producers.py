@@ -234,7 +234,7 @@ def _sample(
     def piece(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         normaliser = _normaliser(logits)
         logprobs = logits - normaliser
-        if proposal_temperature == 1:  # then each weighs the same, or is NaN
+        if proposal_temperature == 1:  # all draws weigh the same; 0 * NaN keeps a teacher of NaN one
             each = 0 * normaliser + 1 / draws.shape[1]
             return _inverted(logprobs.exp_(), draws), each.expand(draws.shape)
         proposal = (logprobs / proposal_temperature).log_softmax(-1)

@@ -174,7 +174,7 @@ def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tupl
 
 
 def _encoded(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """All at once: so tokenizers takes every core."""
+    """The ids of each text, from one call: tokenizers spreads it over all cores."""
     if not texts:
         return []
     return tokenizer(
