@@ -25,24 +25,21 @@ class Peak:
 
 
 def _status(field: str) -> int:
-    """Bytes; 0 where the system does not tell."""
     with open("/proc/self/status") as lines:
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 @contextlib.contextmanager
 def resident_peak() -> Iterator[Peak]:
-    """``.bytes`` is, after the block, how far resident memory rose above its value at the start. Pages of libraries, which the
-    system takes away and reads again as it likes, do not count.
+    """``.bytes`` is, after the block, how far resident memory rose above its value at the start.
 
     OSError where the system does not let a process reset its high-water mark (not Linux, say).
     """
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
-    before, libraries, peak = _status("VmRSS"), _status("RssFile"), Peak()
+    before, peak = _status("VmRSS"), Peak()
     yield peak
-    read = max(_status("RssFile") - libraries, 0)
-    peak.bytes = max(_status("VmHWM") - before - read, 0)
+    peak.bytes = max(_status("VmHWM") - before, 0)
 
 
 def give_back_free_memory() -> None:

@@ -18,9 +18,9 @@ from ..backends.row_state import Pass
 from ..checks import require
 from .shards import Place, named
 
-# torch.distributed.nn.functional binds the default process group as a default argument when it is imported. torch's compiler imports it late,
-# when there is a group, and that reference would outlive destroy_process_group; the group's threads can then abort the
-# process at its end. Imported here, it mostly finds no group.
+# torch.distributed.nn.functional binds the default process group as a default argument when it is imported. torch's
+# compiler imports it late, when there is a group, and that reference would outlive destroy_process_group; the group's
+# threads can then abort the process at its end. Imported here, it mostly finds no group.
 if dist.is_available():
     import torch.distributed.nn.functional
 
