@@ -209,7 +209,7 @@ def test_memory_is_the_gradient():
             leaf = x.detach().requires_grad_()
             function(leaf, t, reduction="batchmean", log_target=True).backward()
 
-        return peak_of(step, from_nothing=True) / (x.numel() * 4)
+        return peak_of(step) / (x.numel() * 4)
 
     # The gradient, and what the allocator makes of pieces of 4 MiB.
     ours, theirs = peak(functional.kl_div), peak(F.kl_div)

@@ -130,9 +130,9 @@ def test_memory_of_logit_losses_falls():
         leaf = student.detach().requires_grad_()
         GKDTrainer.generalized_jsd_loss(leaf, teacher, labels).backward()
 
-    theirs = peak_of(step, from_nothing=True)
+    theirs = peak_of(step)
     with dropin.patch():
-        ours = peak_of(step, from_nothing=True)
+        ours = peak_of(step)
     unit = student.numel() * 4
     assert theirs >= 6 * unit and ours <= 1.5 * unit
 
@@ -147,9 +147,9 @@ def test_memory_of_the_chunked_loss_falls():
             0
         ].backward()
 
-    theirs = peak_of(step, from_nothing=True)
+    theirs = peak_of(step)
     with dropin.patch():
-        ours = peak_of(step, from_nothing=True)
+        ours = peak_of(step)
     assert ours <= 0.6 * theirs
 
 
