@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
+import kdkernels.teacher_cache.reader as reader_module  # noqa: E402
 import kdkernels.teacher_cache.writer as writer_module  # noqa: E402
 from benchmarks import pages  # noqa: E402
 from benchmarks import teacher_cache as benchmark  # noqa: E402
@@ -180,11 +181,12 @@ def test_what_is_read_is_what_was_written(tmp_path, ranks, shard_tokens):
 
 
 def test_several_short_sequences_share_a_row_group(tmp_path):
-    write(tmp_path / "c", manifest(sequences=60))
+    write(tmp_path / "c", manifest(sequences=240))
     file = next((tmp_path / "c").glob("*.parquet"))
-    assert pq.ParquetFile(file).metadata.num_row_groups == 9
+    groups = -(-240 // -(-writer_module.ROW_GROUP_TOKENS // 20))
+    assert pq.ParquetFile(file).metadata.num_row_groups == groups > reader_module.OPEN_ROW_GROUPS
     cache = TeacherCache(tmp_path / "c")
-    for index in torch.randperm(60).tolist():
+    for index in torch.randperm(240).tolist():
         assert_same(cache[index], index)
 
 
@@ -231,7 +233,8 @@ def test_a_page_that_rots_under_an_open_cache_is_found(tmp_path):
     cache = TeacherCache(tmp_path / "c")
     assert_same(cache[0], 0)
     victim = next((tmp_path / "c").glob("*.parquet"))
-    column = pq.ParquetFile(victim).metadata.row_group(8).column(2)
+    metadata = pq.ParquetFile(victim).metadata
+    column = metadata.row_group(metadata.num_row_groups - 1).column(2)
     with open(victim, "r+b") as file:
         file.seek(column.data_page_offset + column.total_compressed_size - 3)
         byte = file.read(1)
