@@ -139,6 +139,8 @@ def _distinct(ids: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     """Each id once, ascending; what is stored under it several times is added up."""
     ids, order, new = _ascending(torch.where(log_t > -torch.inf, ids, -1))
     log_t = log_t.gather(1, order)
+    if ids.device.type == "cpu" and not (~new & (ids >= 0)).any():  # elsewhere looking would stop the stream
+        return ids, torch.where(ids >= 0, log_t, -torch.inf)
     group = new.cumsum(-1) - 1
     peak = torch.full_like(log_t, -torch.inf).scatter_reduce_(1, group, log_t, "amax").gather(1, group)
     each = torch.where(log_t > -torch.inf, (log_t - peak).exp(), 0.0)
