@@ -30,13 +30,20 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// Whether the runtime answered. Answers are remembered, and what fails for want of memory, with which code is
+// loaded, says nothing of the device: that is an error.
+inline bool answered(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return true;
+  cudaGetLastError();
+  if (error == cudaErrorMemoryAllocation) check(error, what);
+  return false;
+}
+
 // What the kernel was compiled for, 0 where none of its code runs on the current device. The kernel decides
 // what can be launched, not the device: code for sm_80 has no clusters on a newer device either.
 inline int architecture(const void* kernel) {
   cudaFuncAttributes found{};
-  if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion;
-  cudaGetLastError();
-  return 0;
+  return answered(cudaFuncGetAttributes(&found, kernel), "attributes of the kernel") ? found.ptxVersion : 0;
 }
 
 // Every launch needs it, so it is asked once for each device.
@@ -87,15 +94,12 @@ inline int resident_clusters(const void* kernel, const Geometry& g) {
     return found * attribute(cudaDevAttrMultiProcessorCount, device);
   }
   if (g.cluster > kPortableCluster &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
-    cudaGetLastError();
+      !answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                "large clusters of the kernel"))
     return 0;
-  }
   cudaLaunchAttribute attributes;
   const cudaLaunchConfig_t c = config(g.cluster, g, nullptr, &attributes);
-  if (cudaOccupancyMaxActiveClusters(&found, kernel, &c) == cudaSuccess) return found;
-  cudaGetLastError();
-  return 0;
+  return answered(cudaOccupancyMaxActiveClusters(&found, kernel, &c), "clusters of the kernel") ? found : 0;
 }
 
 template <class... Arguments>

@@ -280,14 +280,13 @@ class TestFewRows:
         assert torch.allclose(torch.stack(losses), losses[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("factor", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 2.5, 1 + 1e-9])
 def test_scale(dtype, factor):
-    values, by = torch.randn(3, 50_001).to(dtype), torch.tensor(factor)
-    scaled = launch.scale_(values.clone(), by)
-    assert (
-        torch.equal(scaled, values) if factor == 1.0 else relative(scaled, values.double() * factor) < 2**-8
-    )
+    wide = torch.promote_types(dtype, F32)
+    values, by = torch.randn(3, 50_001, dtype=torch.float64).to(dtype), torch.tensor(factor, dtype=wide)
+    scaled, exact = launch.scale_(values.clone(), by), values.to(wide) * by
+    assert torch.allclose(scaled.to(wide), exact, rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
 def test_divergences_are_all_here():

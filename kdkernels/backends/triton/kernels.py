@@ -134,7 +134,7 @@ def _weight(pointer, live, ASKED: tl.constexpr):
 
 @triton.jit
 def _weights(F: tl.constexpr, pointer, row, live):
-    pointer += row * OUTPUTS
+    pointer += tl.cast(row, tl.int64) * OUTPUTS
     return Weights(
         soft=_weight(pointer + SOFT, live, F.kind != 0 or F.sparse),
         label=_weight(pointer + LABEL, live, F.label),
@@ -236,7 +236,7 @@ def fused(
         grads = _gradient_rows(F, g_rows, h_rows, i, row.student)
         span, nothing = Span(0, columns, 0, columns), Softmax(0.0, 0.0, 0.0)
         stored = Stored(row.student.row, 0, row.student.row, 0.0, Normaliser(0.0, 0.0), nothing)
-        results_row = results + i * RESULTS
+        results_row = results + tl.cast(i, tl.int64) * RESULTS
         if live:
             r = fold_row(F, row, stored, span, LANES, K)
             if F.kind > REVERSE_KL:
@@ -245,8 +245,8 @@ def fused(
             found = _results(F, r, columns)
             for k in tl.static_range(RESULTS):
                 tl.store(results_row + k, found[k])
+            tl.debug_barrier()
             if _any(w):
-                tl.debug_barrier()
                 write_gradient(F, r, row, w, stored, span, grads, LANES, K)
         else:
             for k in tl.static_range(RESULTS):
@@ -461,13 +461,14 @@ def gradient(
 
 @_kernel
 def scale(values, factor, count, TILE: tl.constexpr):
-    """values *= factor ``[]``, rounded once. Where the factor is 1, as it nearly always is in a backward,
+    """values *= factor ``[]`` in fp32 at least, rounded once. Where the factor is 1, as it nearly always is in a backward,
     nothing is read or written, and nobody had to wait to find out."""
-    by = tl.load(factor).to(tl.float32)
+    wide: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    by = tl.load(factor).to(wide)
     if by != 1.0:
         step = tl.num_programs(0).to(tl.int64) * TILE
         for start in range(tl.program_id(0).to(tl.int64) * TILE, count, step):
             at = values + start + tl.arange(0, TILE)
             inside = start + tl.arange(0, TILE) < count
-            scaled = tl.load(at, mask=inside).to(tl.float32) * by
+            scaled = tl.load(at, mask=inside).to(wide) * by
             tl.store(at, scaled.to(values.dtype.element_ty), mask=inside)

@@ -82,9 +82,9 @@ class _Tiles:
     """The tensors of a call and what follows from their shapes: tiles, programs, arguments."""
 
     def __init__(self, tile: Tile, spec: Spec, gradients: Gradients = _NONE, sparse: bool = False) -> None:
-        self.student, self.teacher = _adjacent(tile.student), None
+        self.student, self.teacher = tile.student, None
         if tile.teacher is not None and (_teacher_needed(spec) or gradients.teacher is not None):
-            self.teacher = _adjacent(tile.teacher)
+            self.teacher = tile.teacher
         self.labels = None if tile.labels is None else tile.labels.contiguous()
         self.temperature, self.parameters = tile.temperature, tile.parameters
         self.gradients, self.offset, self.vocab = gradients, tile.offset, tile.vocab
@@ -95,7 +95,10 @@ class _Tiles:
         aligned = self.columns % self.k == 0 and all(_aligned(t) for t in tensors)
         self.flags = _flags(self, spec, sparse, aligned)
         self.closed = self.flags.kind <= REVERSE_KL.value
-        self.options = options(self.chip.maker, self.columns, self.closed and aligned)
+        self.heavy = self.flags.kind == ALPHA_BETA.value or self.flags.teacher_label
+        self.heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
+        light = self.closed and aligned and not self.heavy
+        self.options = options(self.chip.maker, self.columns, light)
         self.lanes = self.options.num_warps * self.chip.warp * self.options.lanes
         self.tile = self.lanes * self.k
         pair = [t for t in (self.student, self.teacher) if t is not None]
@@ -107,10 +110,9 @@ class _Tiles:
         """What a kernel over tiles is compiled with."""
         made = dict(F=self.flags, LANES=self.lanes, K=self.k, num_warps=self.options.num_warps, **_NO_FUSION)
         if self.chip.maker == "nvidia":
-            # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here.
-            heavy = self.flags.kind == ALPHA_BETA.value or self.flags.teacher_label
-            heavy |= SOFTCAP.value in (self.flags.student_map, self.flags.teacher_map)
-            made["maxnreg"] = 184 if heavy else 128  # what AlphaBeta with every option takes on sm_100
+            # By itself ptxas stops at 64 or 128 and spills a few, for an occupancy that helps nobody here. With sixteen warps
+            # 128 is all that a multiprocessor has.
+            made["maxnreg"] = 184 if self.heavy else 128  # what AlphaBeta with every option takes on sm_100
         return made
 
     @property
@@ -161,10 +163,6 @@ class _Tiles:
         wanted = -(-self.chip.multiprocessors * self.options.programs // self.rows)
         part = -(-tiles // min(tiles, wanted))
         return -(-tiles // part), part * self.tile
-
-
-def _adjacent(tile: Tensor) -> Tensor:
-    return tile if tile.stride(-1) == 1 or tile.shape[-1] == 1 else tile.contiguous()
 
 
 def _stride(tile: Tensor | None) -> int:
@@ -293,12 +291,11 @@ def _solved(sparse: SparseGradient | None) -> dict:
     """The solved outcomes of a sparse target."""
     if sparse is None:
         return dict(ids=None, slots=0, stored=None, stored_stride=0, rest=None, at_1=None, softmax=None)
-    stored = _adjacent(sparse.stored)
     return dict(
         ids=sparse.ids.contiguous(),
         slots=sparse.ids.shape[1],
-        stored=stored,
-        stored_stride=stored.stride(0),
+        stored=sparse.stored,
+        stored_stride=sparse.stored.stride(0),
         rest=sparse.rest.contiguous(),
         at_1=sparse.at_1,
         softmax=sparse.softmax,
