@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .outcomes import Outcomes
-from .protocol import Gradients, SparseGradient, Tile
+from .protocol import KERNEL_DTYPES, Gradients, SparseGradient, Tile, other_dtypes
 from .sparse_rows import in_two_passes
 from .spec import RESULTS, Asked, Spec, packed
 
 name = "native"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.kdkernels_native
 #: Of a sparse target, beside a row in a GPU's shared memory; beyond it the row is read twice.
 _MOST_SLOTS = 4096
@@ -67,8 +66,7 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
         return f"it serves cpu and cuda tensors, not {device.type}"
     if device.type == "cuda" and (problem := _cuda_problem(device)):
         return problem
-    odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
-    return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
+    return other_dtypes(dtypes)
 
 
 def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
@@ -98,7 +96,7 @@ def advise_huge_pages(fresh: Tensor) -> None:
 def serves_columns(gradient: Tensor) -> bool:
     """Whether :func:`column_squares` and :func:`gather_columns` take these rows."""
     adjacent = gradient.stride(1) == 1
-    return _problem is None and gradient.device.type == "cpu" and gradient.dtype in _DTYPES and adjacent
+    return _problem is None and gradient.device.type == "cpu" and gradient.dtype in KERNEL_DTYPES and adjacent
 
 
 def column_squares(gradient: Tensor) -> Tensor:
@@ -116,11 +114,6 @@ def gather_columns(gradient: Tensor, ids: Tensor) -> Tensor:
     return rest
 
 
-def _adjacent(rows: Tensor | None) -> Tensor | None:
-    """The kernels want a row's logits side by side; any row stride is fine."""
-    return rows if rows is None or rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def _new_results(tile: Tile) -> Tensor:
     return tile.student.new_zeros(tile.student.shape[0], RESULTS, dtype=torch.float64)
 
@@ -128,8 +121,8 @@ def _new_results(tile: Tile) -> Tensor:
 def fused(tile: Tile, weights: Tensor, spec: Spec, gradients: Gradients) -> Tensor:
     results = _new_results(tile)
     _ops.fused(
-        _adjacent(tile.student),
-        _adjacent(tile.teacher),
+        tile.student,
+        tile.teacher,
         tile.labels,
         tile.temperature,
         tile.parameters,
@@ -143,8 +136,8 @@ def fused(tile: Tile, weights: Tensor, spec: Spec, gradients: Gradients) -> Tens
 
 def accumulate(tile: Tile, spec: Spec, state: Tensor, skipped: Tensor | None = None) -> None:
     _ops.accumulate(
-        _adjacent(tile.student),
-        _adjacent(tile.teacher),
+        tile.student,
+        tile.teacher,
         tile.labels,
         tile.temperature,
         packed(spec),
@@ -156,8 +149,8 @@ def accumulate(tile: Tile, spec: Spec, state: Tensor, skipped: Tensor | None = N
 
 def accumulate_value(tile: Tile, spec: Spec, state: Tensor) -> None:
     _ops.accumulate_value(
-        _adjacent(tile.student),
-        _adjacent(tile.teacher),
+        tile.student,
+        tile.teacher,
         tile.temperature,
         tile.parameters,
         packed(spec),
@@ -177,8 +170,8 @@ def gradient(
     if sparse is not None and spec.asked & Asked.ENTROPY:
         solved = (*solved[:-1], sparse.softmax)
     _ops.gradient(
-        _adjacent(tile.student),
-        _adjacent(tile.teacher),
+        tile.student,
+        tile.teacher,
         tile.labels,
         tile.temperature,
         tile.parameters,
@@ -197,7 +190,7 @@ def fused_sparse(tile: Tile, target: Outcomes, weights: Tensor, spec: Spec, grad
         return in_two_passes(sys.modules[__name__], tile, target, weights, spec, gradients)
     results = _new_results(tile)
     _ops.fused_sparse(
-        _adjacent(tile.student),
+        tile.student,
         *target,
         tile.labels,
         tile.temperature,

@@ -10,6 +10,15 @@ from torch import Tensor
 from .outcomes import Outcomes
 from .spec import Spec
 
+#: Of the rows that compiled kernels read and write.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def other_dtypes(dtypes: list[torch.dtype]) -> str | None:
+    """Why compiled kernels do not serve rows of these dtypes; None where they do."""
+    other = sorted({str(d) for d in dtypes if d not in KERNEL_DTYPES})
+    return f"it serves fp32, bf16 and fp16 rows, not {', '.join(other)}" if other else None
+
 
 class Tile(NamedTuple):
     """One vocabulary chunk of both models' rows, and where it lies.
@@ -49,7 +58,7 @@ class SparseGradient(NamedTuple):
 
     ids: Tensor  # int64 [n, K], ascending; -1: none
     rest: Tensor  # fp64 [n]
-    stored: Tensor  # [n, K]
+    stored: Tensor  # [n, K], adjacent columns
     reference: Tensor  # fp64 [n]
     log_sum_exp_t1: Tensor  # fp64 [n]
     log_sum_exp: Tensor  # fp64 [n]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..protocol import other_dtypes
 from ..spec import Spec
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 name = "triton"
 _ENTRY_POINTS = ("fused", "fused_sparse", "accumulate", "accumulate_value", "gradient", "scale_")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _interpreted() -> bool:
@@ -48,8 +48,7 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
         return problem
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it serves cuda tensors, not {device.type}"
-    odd = sorted({str(d) for d in dtypes if d not in _DTYPES})
-    return f"it serves fp32, bf16 and fp16 rows, not {', '.join(odd)}" if odd else None
+    return other_dtypes(dtypes)
 
 
 def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
