@@ -245,7 +245,8 @@ def main() -> None:
                 found.append(u)
                 failed |= not u.good
                 if arguments.verbose or not u.good:
-                    print(u, divergence, tile, gradient, options, "" if u.good else "SPILLS OR DOES NOT FIT", flush=True)
+                    verdict = "" if u.good else "SPILLS OR DOES NOT FIT"
+                    print(u, divergence, tile, gradient, options, verdict, flush=True)
         for name in sorted({u.kernel for u in found}):
             mine = [u for u in found if u.kernel == name]
             print(
