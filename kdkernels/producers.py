@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import chosen_backend, serving
 from .backends.protocol import Tile
-from .backends.row_state import RowState, new_state
+from .backends.row_state import Normaliser, RowState, new_state
 from .backends.spec import LogitMap, Spec
 from .checks import check_tensor, integer, number, positive_integer, require
 from .core.option_checks import checked
@@ -62,14 +62,14 @@ def _given(teacher: Logits, vocab_size: int | None, chunk_bytes: int | None) -> 
     return _Given(tensors, list(of.logit_map), vocab, options["chunk_bytes"] or DEFAULT_CHUNK_BYTES)
 
 
-def _normaliser(logits: Tensor, skipped: Tensor | None = None) -> Tensor:
-    """logsumexp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
+def _normaliser(logits: Tensor, skipped: Tensor | None = None) -> Normaliser:
+    """log sum exp of each row but for the ids ``skipped`` (ascending), ``[rows, 1]`` fp64."""
     spec, state = Spec(), new_state(logits.shape[0], logits.device)
     backend = serving(chosen_backend(), logits.device, [logits.dtype], spec)
     one = torch.ones(1, dtype=torch.float64, device=logits.device)
     backend.accumulate(Tile(logits, None, None, one, one, 0, logits.shape[1]), spec, state, skipped)
     of = RowState.of(state).student
-    return (of.reference + of.log_sum_exp)[:, None]
+    return Normaliser(of.reference[:, None], of.log_sum_exp[:, None])
 
 
 def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,8 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids, _normalised(values.double(), rest)
 
 
-def _normalised(values: Tensor, rest: Tensor | None) -> Tensor:
-    """Logits ``[rows, K]`` as log-probabilities, where those of all others have the logsumexp ``rest`` ``[rows, 1]``.
+def _normalised(values: Tensor, rest: Normaliser | None) -> Tensor:
+    """Logits ``[rows, K]`` as log-probabilities, where those of all others have the log sum exp ``rest`` ``[rows, 1]``.
 
     What the largest leaves of the mass is added up beside it and not to it, so that it keeps its digits.
     """
@@ -92,7 +92,7 @@ def _normalised(values: Tensor, rest: Tensor | None) -> Tensor:
     values = values - torch.where(top == -torch.inf, 0.0, top)  # a row of empty slots stays one
     normaliser = values.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
     if rest is not None:
-        normaliser = torch.logaddexp(normaliser, rest - top)
+        normaliser = torch.logaddexp(normaliser, rest.reference - top + rest.log_sum_exp)
     return torch.where(values == -torch.inf, values, values - normaliser)
 
 
@@ -233,9 +233,9 @@ def _sample(
 
     def piece(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         normaliser = _normaliser(logits)
-        logprobs = logits - normaliser
+        logprobs = logits - normaliser.reference - normaliser.log_sum_exp
         if proposal_temperature == 1:  # all draws weigh the same; 0 * NaN keeps a teacher of NaN one
-            each = 0 * normaliser + 1 / draws.shape[1]
+            each = 0 * normaliser.lse + 1 / draws.shape[1]
             return _inverted(logprobs.exp_(), draws), each.expand(draws.shape)
         proposal = (logprobs / proposal_temperature).log_softmax(-1)
         drawn = _inverted(proposal.exp(), draws)

@@ -25,6 +25,9 @@ def test_double_backward_is_refused_not_wrong(backend):
     leaf = torch.randn(3, 10, requires_grad=True)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(kd.kl_div(leaf, torch.randn(3, 10)), leaf, create_graph=True)
+    arriving = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(kd.kl_div(leaf, torch.randn(3, 10)), leaf, arriving, create_graph=True)
 
 
 def test_reference_is_twice_differentiable():

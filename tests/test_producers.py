@@ -53,6 +53,18 @@ def test_top_p_is_the_smallest_set(form, p):
     assert few.slots <= 2 and torch.allclose(few.logprobs[..., 0], target.logprobs[..., 0])
 
 
+@pytest.mark.parametrize("far", [1e20, -1e20, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_logits_are_uniform_however_far_from_0(backend, far):
+    row, wide = torch.full((1, 5), far), torch.full((1, 1000), far)
+    with kd.use_backend(backend):
+        made = kd.top_k_target(row, 2), kd.target_at(row, torch.tensor([[0, 1]])), kd.top_p_target(wide, 0.5)
+        samples = [kd.sample_target(row, 8, t) for t in (1.0, 2.0)]
+    assert [t.logprobs.exp().sum().item() for t in made] == pytest.approx([0.4, 0.4, 0.5], rel=1e-2)
+    assert made[2].slots in (500, 501)
+    assert [s.weights.sum().item() for s in samples] == pytest.approx([1.0, 1.0], rel=1e-5)
+
+
 @pytest.mark.parametrize("gap", [8.0, 15.0, 30.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mass_left_keeps_its_digits(backend, gap):

@@ -96,6 +96,8 @@ def test_vllm_malformed(t, entry, says):
 def test_vllm_without_ranks():
     with pytest.raises(ValueError, match=r"prompt_logprobs\[1\]\[7\] has no rank"):
         SparseTarget.from_vllm([None, {7: Logprob(-0.25)}], top_k=1)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        SparseTarget.from_vllm(PROMPT_LOGPROBS, top_k=0)
     with pytest.raises(ValueError, match="prompt_logprobs is empty"):
         SparseTarget.from_vllm([])
 
@@ -262,6 +264,11 @@ def test_axolotl_both_paddings():
             {"target_logprobs": [[-1.0, -2.0], None, [-1.0], [-1.0]]},
             r"target_logprobs\[1\] is None, not a list",
         ),
+        (
+            {"target_token_ids": [[0, 1], [4, 9], [7, 3], [8]]},
+            r"target_logprobs\[3\] has 2 slots, the ids 1",
+        ),
+        ({"target_mask": [[0, 0], [0], [1, 1], [1, 1]]}, r"target_mask\[1\] has 1 slots, the ids 2"),
         (
             {"target_logprobs": [[-1.0, -2.0], [-1.0, math.nan], [-1.0, -2.0], [-1.0, -2.0]]},
             r"target_logprobs\[\[1, 1\]\]",

@@ -36,12 +36,14 @@ struct Source {
   int bytes() const { return bytes_of(dtype); }
   const char* at(int64_t start) const { return row + start * bytes(); }
 
-  // One logit of the row.
+  Vec mapped(Vec raw) const { return cap != 0 ? vtanh(raw * (scale / cap)) * cap : raw * scale; }
+
+  // One logit of the row, to the bit as it is in a block: the row's normaliser is made of those, and what is
+  // left beside a confident label, or far from 0, is their difference.
   double logit(int64_t i) const {
-    float raw[kLanes];
+    float raw[kLanes] = {};
     load_floats(row, dtype, i, 1, raw);
-    const double z = (double)raw[0] * scale;
-    return cap == 0 ? z : cap * std::tanh(z / cap);
+    return is_mapped() ? mapped(load(raw))[0] : raw[0];
   }
 
   // n logits from `start`, mapped, padded with -inf to whole vectors. Where there is nothing to map or pad
@@ -55,11 +57,8 @@ struct Source {
   float* floats(int64_t start, int n, float* buffer) const {
     load_floats(row, dtype, start, n, buffer);
     const int end = padded(n);
-    if (cap != 0) {
-      for (int i = 0; i < end; i += kLanes) store(buffer + i, vtanh(load(buffer + i) * (scale / cap)) * cap);
-    } else if (scale != 1) {
-      for (int i = 0; i < end; i += kLanes) store(buffer + i, load(buffer + i) * scale);
-    }
+    if (is_mapped())
+      for (int i = 0; i < end; i += kLanes) store(buffer + i, mapped(load(buffer + i)));
     for (int i = n; i < end; ++i) buffer[i] = -kInf;  // last: a cap would make -cap of it
     return buffer;
   }

@@ -33,6 +33,7 @@ def vllm(prompt_logprobs: Sequence[Any], *, top_k: int | None = None) -> Pair:
 
     Source: vLLM 0.11 and later, vllm/logprobs.py (Logprob, FlatLogprobs, PromptLogprobs).
     """
+    _check(top_k is None or top_k >= 1, f"top_k must be at least 1, got {top_k}")
     rows: list[Slots | Columns] = []
     for t, entry in enumerate(prompt_logprobs):
         where = f"vLLM's prompt_logprobs[{t}]"
@@ -147,6 +148,8 @@ def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
         _check(name in row, f"axolotl's row has no {name}, only {', '.join(row)}")
         column = row[name]
         columns.append(column if isinstance(column, Tensor) else _rectangle(column, f"axolotl's {name}", pad))
+    for name in ("target_logprobs", "target_mask"):
+        _check_slots(row[name], row["target_token_ids"], f"axolotl's {name}")
     ids, logprobs, mask = columns
     _check(
         ids.shape == logprobs.shape == mask.shape and ids.dim() >= 2,
@@ -442,6 +445,15 @@ def _rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
         except (TypeError, OverflowError, ValueError):
             pass  # other numbers, or none
     return torch.tensor([[*row, *[pad] * (slots - len(row))] for row in rows])
+
+
+def _check_slots(rows: Any, beside: Any, whose: str) -> None:
+    """Lists of lists have as many slots in each row as ``beside``."""
+    if isinstance(rows, Tensor) or isinstance(beside, Tensor) or len(rows) != len(beside):
+        return  # shapes say it
+    for t, (row, other) in enumerate(zip(rows, beside)):
+        if len(row) != len(other):
+            raise ValueError(f"{whose}[{t}] has {len(row)} slots, the ids {len(other)}")
 
 
 def _wider(values: Tensor, slots: int, fill: float) -> Tensor:

@@ -280,6 +280,25 @@ class TestFewRows:
         assert torch.allclose(torch.stack(losses), losses[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "divergence, within",
+    [(kd.JSD(0.99999), 1e-5), (kd.SkewKL(0.99999), 1e-3), (kd.SkewReverseKL(0.99999), 1e-3)],
+    ids=str,
+)
+def test_what_a_share_leaves_of_1(divergence, within):
+    """1 - 0.99999 in fp32 would be wrong by 1.4e-3."""
+    student, teacher = torch.randn(2, 5, 300)
+
+    def run(backend, dtype):
+        leaf = student.to(dtype).requires_grad_()
+        with kd.use_backend(backend):
+            loss = kd.distillation_loss(leaf, teacher.to(dtype), divergence=divergence)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    for mine, true in zip(run("triton", F32), run("reference", torch.float64)):
+        assert relative(mine, true) < within
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 2.5, 1 + 1e-9])
 def test_scale(dtype, factor):

@@ -56,6 +56,13 @@ def _mixture(a, b):
     return tl.maximum(a + b, TINY)
 
 
+class Share(NamedTuple):
+    """A divergence's number and what it leaves of 1, which fp32 would not have beside a number near 1."""
+
+    part: tl.tensor
+    rest: tl.tensor
+
+
 # The logarithms come from p and q, not from the logits: between models that agree the terms cancel to second
 # order, and only what is computed from the same numbers does so. The skewed divergences add d to phi, which
 # sums to 0 over a row and leaves of every term its second order.
@@ -63,13 +70,12 @@ def _mixture(a, b):
 
 @triton.jit
 def _jsd(p, q, beta):
-    complement = 1.0 - beta
-    bp = beta * p
-    cq = complement * q
+    bp = beta.part * p
+    cq = beta.rest * q
     m = _mixture(bp, cq)
     d = p - q
-    q_psi = cq * _log_ratio(q, m, -beta * d)
-    return bp * _log_ratio(p, m, complement * d) + q_psi, q_psi
+    q_psi = cq * _log_ratio(q, m, -beta.part * d)
+    return bp * _log_ratio(p, m, beta.rest * d) + q_psi, q_psi
 
 
 # SkewKL's psi is -p / m (times 1 - alpha). Adding 1 makes it 0 where p = q. But where p and q have little in common,
@@ -79,19 +85,17 @@ def _jsd(p, q, beta):
 
 @triton.jit
 def _skew_kl(p, q, alpha, disagree):
-    complement = 1.0 - alpha
-    cq = complement * q
-    m = _mixture(alpha * p, cq)
-    d = complement * (q - p)
+    cq = alpha.rest * q
+    m = _mixture(alpha.part * p, cq)
+    d = alpha.rest * (q - p)
     return d + p * _log_ratio(p, m, -d), cq * (tl.where(disagree, -p, d) / m)
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, alpha, DETACHED: tl.constexpr):
-    complement = 1.0 - alpha
-    aq = alpha * q
-    m = _mixture(aq, complement * p)
-    d = complement * (p - q)
+    aq = alpha.part * q
+    m = _mixture(aq, alpha.rest * p)
+    d = alpha.rest * (p - q)
     q_log = q * _log_ratio(q, m, -d)
     q_psi = q_log
     if not DETACHED:
@@ -219,11 +223,12 @@ def _alpha_beta(p, q, x, log_p, log_q, c):
 
 @triton.jit
 def load_parameters(F: tl.constexpr, pointer):
-    """The divergence's numbers as :func:`terms` reads them: alpha-beta's corners, else one fp32 number."""
+    """The divergence's numbers as :func:`terms` reads them: alpha-beta's corners, else one number's share."""
     if F.kind == ALPHA_BETA:
         return _corners(tl.load(pointer), tl.load(pointer + 1))
     else:
-        return tl.load(pointer).to(tl.float32)
+        part = tl.load(pointer)
+        return Share(part.to(tl.float32), (1.0 - part).to(tl.float32))
 
 
 @triton.jit
@@ -250,5 +255,5 @@ def terms(F: tl.constexpr, p, q, x, log_p, log_q, parameters, disagree):
         return _alpha_beta(p, q, x, log_p, log_q, parameters)
     else:
         tl.static_assert(F.kind == MIXED)
-        reverse = times(q, -x) * (1.0 - parameters)
-        return times(p, x) * parameters + reverse, parameters * (q - p) + reverse
+        reverse = times(q, -x) * parameters.rest
+        return times(p, x) * parameters.part + reverse, parameters.part * (q - p) + reverse
