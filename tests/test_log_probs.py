@@ -151,6 +151,10 @@ def test_statistics(backend):
     assert not made.logsumexp.requires_grad and made.entropy is None
     first = kd.token_log_probs(torch.zeros(2, 40), torch.tensor([7, 0]), return_stats=True)
     assert first.top1.tolist() == [0, 0]  # of equal ones, stored or not
+    for near in ([1e6, 1e6 + 0.4], [100.0, 100.00002]):  # a few ulps are a difference
+        for asked_id in (-1, 0, 1):
+            made = kd.token_log_probs(torch.tensor([near]), torch.tensor([asked_id]), return_stats=True)
+            assert made.top1.item() == 1
 
 
 def values_and_gradient(logits, ids, **options):

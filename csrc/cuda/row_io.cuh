@@ -47,13 +47,15 @@ struct Anything {
   KD_HD static DType of_gradient(DType dtype) { return dtype; }
 };
 
-// raw -> cap * tanh(scale * raw / cap); cap 0: no tanh.
+// raw -> cap * tanh(scale * raw / cap); cap 0: no tanh. Rounded before a reference is subtracted: a label's
+// logit, which is read by itself, then has the same bits.
 struct LogitMap {
   float scale = 1, cap = 0;
 
   KD_HD bool identity() const { return scale == 1 && cap == 0; }
   KD_HD float operator()(float raw) const {
-    return cap == 0 ? raw * scale : cap * KD_ISA::vtanh(raw * (scale / cap));
+    using KD_ISA::rounded_product;
+    return cap == 0 ? rounded_product(raw, scale) : rounded_product(KD_ISA::vtanh(raw * (scale / cap)), cap);
   }
   // d logit / d raw, from the logit.
   KD_HD float slope(float logit) const {

@@ -173,16 +173,19 @@ def _agreement(target: Outcomes, stored: Tensor, side: SideState, spec: Spec) ->
     theirs = target.teacher[:, :-1].argmax(-1)
     agree = (mine == theirs) & (target.ids[:, 0] >= 0)
     if spec.tail != Tail.CONDITIONAL:
-        agree &= top_token(target.ids, stored, side) == target.ids.gather(1, mine[:, None])[:, 0]
+        top = top_token(target.ids, stored, side, spec.student_map)
+        agree &= top == target.ids.gather(1, mine[:, None])[:, 0]
     return agree.double()
 
 
-def top_token(ids: Tensor, stored: Tensor, side: SideState) -> Tensor:
+def top_token(ids: Tensor, stored: Tensor, side: SideState, logit_map: LogitMap) -> Tensor:
     """The student's top-1 token ``[rows]``, stored or not, the first of equal ones."""
     best, at = stored.max(-1)
     id, best, top = ids.gather(1, at[:, None])[:, 0], best.double(), side.top_logit
-    # Equal logits are equal here too, however the backend rounded its softcap.
-    tie = (best - top).abs() <= 4 * torch.finfo(stored.dtype).eps * top.abs()
+    tie = best == top
+    if logit_map.softcap:
+        # Torch and a backend round it in ways of their own, and equal logits are equal here too.
+        tie |= (best - top).abs() <= 4 * torch.finfo(stored.dtype).eps * top.abs()
     mine = torch.where(tie, id < side.top_index, best > top)
     return torch.where(mine, id, side.top_index.long())
 

@@ -216,7 +216,7 @@ def _read_off(tiles: Tiles, given: Tensor, slot: Tensor, state: Tensor, stored: 
         log_probs=torch.where(given >= 0, whole.log_q.gather(1, slot), 0.0),
         entropy=whole.entropy if spec.asked & Asked.ENTROPY else torch.zeros_like(side.reference),
         logsumexp=whole.reference / rows.temperature + whole.log_sum_exp,
-        top1=top_token(ids, stored, side) if spec.stats else torch.full_like(ids[:, 0], -1),
+        top1=top_token(ids, stored, side, spec.student_map) if spec.stats else torch.full_like(ids[:, 0], -1),
     )
     if rows.labels is None:
         return made
