@@ -233,7 +233,7 @@ def _sample(
 
     def piece(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         normaliser = _normaliser(logits)
-        logprobs = logits - normaliser.reference - normaliser.log_sum_exp
+        logprobs = (logits - normaliser.reference).sub_(normaliser.log_sum_exp)
         if proposal_temperature == 1:  # all draws weigh the same; 0 * NaN keeps a teacher of NaN one
             each = 0 * normaliser.lse + 1 / draws.shape[1]
             return _inverted(logprobs.exp_(), draws), each.expand(draws.shape)
