@@ -191,7 +191,7 @@ def cuobjdump(option: str, binary: bytes) -> str:
 
 def usage(kernel, target: str) -> Usage:
     name = kernel.metadata.name
-    rest = kernel.metadata.shared, 32 * kernel.metadata.num_warps
+    shared, threads = kernel.metadata.shared, TARGETS[target].warp_size * kernel.metadata.num_warps
     if "cubin" not in kernel.asm:
         text = kernel.asm["amdgcn"]
         found = {
@@ -199,10 +199,10 @@ def usage(kernel, target: str) -> Usage:
             for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
         }
         spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-        return Usage(name, target, found["vgpr_count"], spilled, *rest)
+        return Usage(name, target, found["vgpr_count"], spilled, shared, threads)
     text = cuobjdump("-res-usage", kernel.asm["cubin"])
     read = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL", "SHARED")}  # type: ignore[index]
-    return Usage(name, target, read["REG"], read["STACK"] + read["LOCAL"], *rest)
+    return Usage(name, target, read["REG"], read["STACK"] + read["LOCAL"], shared, threads)
 
 
 def usages(compiled: list, target: str) -> list[Usage]:

@@ -32,7 +32,7 @@ _TEMPORARIES = 6
 #: On a CPU, bytes of one of them at a time: malloc gives the pages of larger ones back, and each pass faults them in again.
 _PIECE_BYTES = 4 * 2**20
 #: Entries that top_p looks at first, and how many times more where those have not the mass. Sorting all of a large
-#: vocabulary takes 60 times as long as finding its first.
+#: vocabulary takes far longer than finding its first.
 _FIRST_SLOTS, _MORE_SLOTS = 128, 8
 
 Logits = Tensor | LinearHead

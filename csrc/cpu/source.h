@@ -36,10 +36,11 @@ struct Source {
   int bytes() const { return bytes_of(dtype); }
   const char* at(int64_t start) const { return row + start * bytes(); }
 
+  // Where is_mapped().
   Vec mapped(Vec raw) const { return cap != 0 ? vtanh(raw * (scale / cap)) * cap : raw * scale; }
 
-  // One logit of the row, to the bit as it is in a block: the row's normaliser is made of those, and what is
-  // left beside a confident label, or far from 0, is their difference.
+  // One logit of the row, with the bits that it has in a block. A label's loss is the normaliser, which is
+  // made of blocks, less this: of a confident label, or far from 0, that difference is small.
   double logit(int64_t i) const {
     float raw[kLanes] = {};
     load_floats(row, dtype, i, 1, raw);

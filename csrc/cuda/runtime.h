@@ -30,9 +30,9 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// Whether the runtime answered. Answers are remembered, and what fails for want of memory, with which code is
-// loaded, says nothing of the device: that is an error.
-inline bool answered(cudaError_t error, const char* what) {
+// Whether a call of the runtime succeeded. Callers remember a failure as a property of the device. Too little
+// memory is none (a kernel's code is loaded at its first use), and is thrown.
+inline bool succeeded(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return true;
   cudaGetLastError();
   if (error == cudaErrorMemoryAllocation) check(error, what);
@@ -43,7 +43,7 @@ inline bool answered(cudaError_t error, const char* what) {
 // what can be launched, not the device: code for sm_80 has no clusters on a newer device either.
 inline int architecture(const void* kernel) {
   cudaFuncAttributes found{};
-  return answered(cudaFuncGetAttributes(&found, kernel), "attributes of the kernel") ? found.ptxVersion : 0;
+  return succeeded(cudaFuncGetAttributes(&found, kernel), "attributes of the kernel") ? found.ptxVersion : 0;
 }
 
 // Every launch needs it, so it is asked once for each device.
@@ -94,12 +94,12 @@ inline int resident_clusters(const void* kernel, const Geometry& g) {
     return found * attribute(cudaDevAttrMultiProcessorCount, device);
   }
   if (g.cluster > kPortableCluster &&
-      !answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-                "large clusters of the kernel"))
+      !succeeded(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 "large clusters of the kernel"))
     return 0;
   cudaLaunchAttribute attributes;
   const cudaLaunchConfig_t c = config(g.cluster, g, nullptr, &attributes);
-  return answered(cudaOccupancyMaxActiveClusters(&found, kernel, &c), "clusters of the kernel") ? found : 0;
+  return succeeded(cudaOccupancyMaxActiveClusters(&found, kernel, &c), "clusters of the kernel") ? found : 0;
 }
 
 template <class... Arguments>

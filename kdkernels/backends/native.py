@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .outcomes import Outcomes
-from .protocol import KERNEL_DTYPES, Gradients, SparseGradient, Tile, other_dtypes
+from .protocol import KERNEL_DTYPES, Gradients, SparseGradient, Tile, why_not_dtypes
 from .sparse_rows import in_two_passes
 from .spec import RESULTS, Asked, Spec, packed
 
@@ -66,7 +66,7 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
         return f"it serves cpu and cuda tensors, not {device.type}"
     if device.type == "cuda" and (problem := _cuda_problem(device)):
         return problem
-    return other_dtypes(dtypes)
+    return why_not_dtypes(dtypes)
 
 
 def bytes_per_logit(dtypes: list[torch.dtype]) -> int:

@@ -10,11 +10,11 @@ from torch import Tensor
 from .outcomes import Outcomes
 from .spec import Spec
 
-#: Of the rows that compiled kernels read and write.
+#: What rows compiled kernels read and write.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def other_dtypes(dtypes: list[torch.dtype]) -> str | None:
+def why_not_dtypes(dtypes: list[torch.dtype]) -> str | None:
     """Why compiled kernels do not serve rows of these dtypes; None where they do."""
     other = sorted({str(d) for d in dtypes if d not in KERNEL_DTYPES})
     return f"it serves fp32, bf16 and fp16 rows, not {', '.join(other)}" if other else None

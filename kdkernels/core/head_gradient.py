@@ -18,8 +18,7 @@ _MOST_MEANS = 64
 class HiddenGradient:
     """dH ``[N, H]``. A row that is one product is written in the model's dtype. Where it comes ``in_parts`` (kept columns
     and a mean) or the vocabulary is cut, parts are added up in fp32 (fp64 stays). With an ``exchange`` the lm_head is one
-    rank's shard, and rows are summed over the group once they have
-    this rank's whole part."""
+    rank's shard, and rows are summed over the group once they have this rank's whole part."""
 
     def __init__(self, weight: Tensor, exchange: Exchange | None, *, in_parts: bool) -> None:
         self.weight, self.exchange, self.in_parts = weight, exchange, in_parts

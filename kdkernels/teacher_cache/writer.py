@@ -16,8 +16,8 @@ from . import codec, shards
 from .manifest import LATER, NAME, Manifest
 from .shards import Shard
 
-#: A row group is what is read at once: one sequence, or several short ones. Sequences of 128 tokens, K = 64, take 5 % fewer bytes
-#: together than alone, and one of a shard that must be opened is read 3.5 times as fast; from 1024 on, shuffled reads are slower.
+#: A row group is what is read at once: one sequence, or several short ones. Together these compress better than alone, and
+#: with fewer groups a shard is opened faster. In larger groups a shuffled reader unpacks more than it keeps, which costs more.
 ROW_GROUP_TOKENS = 512
 
 

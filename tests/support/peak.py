@@ -35,9 +35,8 @@ def _nothing_free():
     libc, taken = _libc(), []
     if glibc := platform.libc_ver()[0] == "glibc":
         libc.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
-        while not _is_mapped(block := libc.malloc(_MAPPED_FROM)):
-            taken.append(block)
-        taken.append(block)
+        while not (taken and _is_mapped(taken[-1])):
+            taken.append(libc.malloc(_MAPPED_FROM))
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..protocol import other_dtypes
+from ..protocol import why_not_dtypes
 from ..spec import Spec
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
         return problem
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it serves cuda tensors, not {device.type}"
-    return other_dtypes(dtypes)
+    return why_not_dtypes(dtypes)
 
 
 def bytes_per_logit(dtypes: list[torch.dtype]) -> int:

@@ -57,7 +57,7 @@ def _mixture(a, b):
 
 
 class Share(NamedTuple):
-    """A divergence's number and what it leaves of 1, which fp32 would not have beside a number near 1."""
+    """A divergence's number, and 1 minus it: subtracted in fp64, since fp32 has few digits left of it near 1."""
 
     part: tl.tensor
     rest: tl.tensor
