@@ -240,7 +240,7 @@ def examine(scenario: Scenario, names: list[BackendName], device: str) -> list[O
     problem, function = scenario.problem(device), FUNCTIONS[scenario.function]
     meaning = {k: v for k, v in scenario.options.items() if k != "chunk_bytes"}
     oracle = problem.oracle(loss=function.ours, divergence=scenario.divergence, **meaning)
-    if unfit := _unfit(oracle, problem):
+    if unfit := _unfit(oracle, problem, scenario.divergence):
         return [Outcome(name, scenario, [], [], unfit) for name in names]
     plain = problem.plain(scenario.divergence, loss=function.plain, **meaning)
     made = []
@@ -284,14 +284,15 @@ def beyond_32_bits(name: BackendName, device: str, *, tokens: int = 2**14 + 8, v
     return Outcome(name, scenario, checks, [str(check) for check in checks if not check.ok])
 
 
-def _unfit(oracle: Result, problem: Problem) -> str | None:
+def _unfit(oracle: Result, problem: Problem, divergence: Divergence | None) -> str | None:
     """Why the oracle's result does not fit into the problem's dtypes; None if it fits."""
     value, grads = oracle
-    largest = max(float(g.abs().max()) for g in grads)
+    largest, tokens = max(float(g.abs().max()) for g in grads), problem.labels.numel()
     if not (largest < math.inf and value.abs().max() < torch.finfo(torch.float32).max):
         return "the oracle is infinite here"
-    # fp16 gradients are made per token, before the mean's divisor, so that GradScaler's factor comes first.
-    if problem.dtype == torch.float16 and largest * problem.labels.numel() > torch.finfo(torch.float16).max:
+    # It waits in fp16 for the mean's divisor and GradScaler's factor; see core/evaluate.py for the 64.
+    lift = 1 if isinstance(divergence, AlphaBeta) else 64
+    if problem.dtype == torch.float16 and lift * largest * tokens > torch.finfo(torch.float16).max:
         return "the gradient of one token does not fit fp16"
     return None
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from .. import reference
 from ..backends import reference_asked
 from ..backends.spec import Asked, Output
+from ..divergences import AlphaBeta
 from ..heads import ShardedLogits
 from . import autograd
 from .inplace import check_inplace
-from .request import Call
+from .request import Call, Request
 from .sides import Logits, Teacher
 
 
@@ -73,15 +74,35 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
             losses, results, *_ = autograd.deferred(*request.arguments())
             return Evaluated(reducer.apply(losses[:, 0]), None, results)
         # A tolerance is of the weighted gradient, whose weights have not arrived.
-        call = replace(call, request=replace(request, gradient_tolerance=0.0))
-    solved = _solve(call, inplace)
+        request = replace(request, gradient_tolerance=0.0)
+    lift = _lift(request) if needed and request.student[0].dtype == torch.float16 else None
+    if lift is not None:
+        request = replace(request, weights=request.weights * lift[:, None])
+    solved = _solve(replace(call, request=request), inplace)
     value = autograd.row_losses(solved.results, request.weights)
     if not reducer.per_row:
         value = _attached(reducer.apply(value), request.wanted(), solved.gradients)
         return Evaluated(value, None, solved.results)
     # fp64 stays inside: what is added up in a reduction is rounded once.
     value = _attached(value.reshape(reducer.leading), request.wanted(), solved.gradients)
+    if lift is not None:
+        value = value / lift.reshape(reducer.leading)
     return Evaluated(reducer.apply(value), None, solved.results)
+
+
+def _lift(request: Request) -> Tensor:
+    """``[N]``: the power of two that a token's weights are multiplied by while its gradient waits in fp16 for what arrives.
+
+    It puts them between 32 and 64: a gradient of 1e-6 a weight keeps fp16's digits, and one of 1000 a weight fits. Powers
+    of probabilities may need more room, and nobody knows of a user's formula: there between 1/2 and 1.
+    """
+    kind = request.spec.kind
+    highest = 0 if kind < 0 or kind == AlphaBeta.code else 6
+    weights = request.weights.abs()
+    weights[:, [Output.SOFT, Output.ENTROPY]] /= request.temperature[:, None]
+    total = weights.sum(1) * abs(request.spec.student_scale)
+    _, exponent = torch.frexp(total.clamp(1e-30, 1e30))
+    return torch.ldexp(torch.ones_like(total), highest - exponent)
 
 
 def _both(call: Call) -> Evaluated:

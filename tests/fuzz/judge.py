@@ -196,6 +196,17 @@ def _soft_weight(call: Call) -> float:
     return call.options["soft_weight"] * squared
 
 
+def _most_fp16(call: Call, side: Side) -> float:
+    """The largest gradient, of a token of weight 1, that can wait in fp16: its terms' weights are brought up to 64, or 1."""
+    if side is not call.student or call.kind in ("cross_entropy", "log_probs"):
+        terms = [1.0]
+    else:
+        terms = [call.options.get(name, 0.0) for name in ("hard_weight", "entropy_weight")]
+        terms.append(_soft_weight(call) / call.options["temperature"])
+    lift = 1 if call.divergence[0] == "alpha_beta" else 64
+    return torch.finfo(torch.float16).max / lift * sum(map(abs, terms))
+
+
 def _plain_soft(call: Call, z: Tensor, teacher: Tensor | None, T: float) -> Tensor:
     if isinstance(call.teacher, kd.SparseTarget):
         target = sparse_truth(call.teacher)
@@ -276,8 +287,9 @@ def _judge(call: Call, ours, theirs, truths) -> None:
             continue  # nothing of an infinite loss
         terms = oracle.terms(side.truth(call.vocab), size * factor)
         one = slopes[0] / np.where(size * factor == 0, 1, size * factor)[:, None]
-        if side.tensors[0].memory.dtype == torch.float16 and abs(np.nan_to_num(one)).max(initial=0) > 65504:
-            continue  # the gradient of a loss of weight 1 is kept in fp16, which has no such number
+        largest = abs(np.nan_to_num(one)).max(initial=0)
+        if side.tensors[0].memory.dtype == torch.float16 and largest > _most_fp16(call, side):
+            continue  # the gradient waits in fp16 for what arrives
         for i, (grad, plain_grad) in enumerate(zip(grads, plain_grads)):
             if grad is not None:
                 plain_grad = torch.zeros_like(grad) if plain_grad is None else plain_grad

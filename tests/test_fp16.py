@@ -1,0 +1,98 @@
+"""fp16 logits, whose gradient waits for the reduction's divisor and a loss scale in a dtype that ends at 65504 and loses
+digits below 6e-5."""
+
+import pytest
+import torch
+from problems import relative
+
+import kdkernels as kd
+
+TOKENS, VOCAB = 16, 4096
+LABELS = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(0))
+#: What GradScaler multiplies a loss by at first.
+LOSS_SCALE = 2.0**16
+
+
+def weights(value):
+    """Each token has its own power of ten around ``value``."""
+    return value * 10.0 ** (torch.arange(TOKENS) % 3 - 1)
+
+
+LOSSES = {
+    "T = 20": lambda s, t, **o: kd.kl_div(s, t, temperature=20.0, **o),
+    "JSD, T = 20": lambda s, t, **o: kd.js_divergence(s, t, temperature=20.0, **o),
+    "T = 1 to 30": lambda s, t, **o: kd.kl_div(s, t, temperature=torch.linspace(1, 30, TOKENS), **o),
+    "light": lambda s, t, **o: (
+        kd.distillation_loss(s, t, divergence=kd.ReverseKL(), token_weights=weights(1e-5), **o) * 1e5
+    ),
+    "heavy": lambda s, t, **o: kd.kl_div(s, t, token_weights=weights(1e6), **o) * 1e-6,
+    "classes": lambda s, t, **o: (
+        kd.cross_entropy(s, LABELS, class_weights=torch.full((VOCAB,), 1e6), reduction="sum", **o) * 1e-7
+    ),
+    "terms": lambda s, t, **o: (
+        kd.distillation_loss(
+            s, t, LABELS, soft_weight=1e-4, hard_weight=1e-6, z_loss=1e-3, entropy_weight=1e-5, **o
+        )
+        * 1e4
+    ),
+    "entropy": lambda s, t, **o: kd.distillation_loss(
+        s, t, soft_weight=0.0, entropy_weight=-1.0, temperature=50.0, **o
+    ),
+    "top 8": lambda s, t, **o: kd.kl_div(s, kd.top_k_target(t, 8, tail="conditional"), temperature=20.0, **o),
+    "some tokens": lambda s, t, **o: kd.kl_div(s, t, temperature=20.0, mask=LABELS % 3 > 0, **o),
+}
+
+
+def gradients(loss, backend, dtype, logits, scale=LOSS_SCALE):
+    leaves = [t.to(dtype).requires_grad_() for t in logits]
+    with kd.use_backend(backend):
+        value = loss(*leaves)
+    (value.sum() * scale).backward()
+    return value.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_keeps_its_digits(backend, loss):
+    logits = torch.randn(2, TOKENS, VOCAB).half()
+    expected, (oracle,) = gradients(LOSSES[loss], "reference", torch.float64, logits)
+    value, (grad,) = gradients(LOSSES[loss], backend, torch.float16, logits)
+    assert relative(value, expected) < 1e-4 and relative(grad, oracle) < 6e-4
+
+
+@pytest.mark.parametrize(
+    "options", [{"inplace": True}, {"chunk_bytes": 4000}, {"reduction": "none"}], ids=lambda o: next(iter(o))
+)
+def test_however_it_is_made(backend, options):
+    logits, loss = torch.randn(2, TOKENS, VOCAB).half(), LOSSES["T = 20"]
+    expected, (oracle,) = gradients(loss, "reference", torch.float64, logits)
+    scale = LOSS_SCALE / TOKENS if "reduction" in options else LOSS_SCALE
+    value, (grad,) = gradients(
+        lambda s, t: loss(s * 1, t, **options), backend, torch.float16, logits, scale=scale
+    )
+    assert relative(value.mean(), expected) < 1e-4 and relative(grad, oracle) < 6e-4
+
+
+def test_powers_of_probabilities(backend):
+    """Their gradients may be thousands."""
+
+    def loss(student, teacher):
+        powers = kd.AlphaBeta(0.5, -0.5)
+        return kd.distillation_loss(2 * student, teacher, divergence=powers, reduction="none") / 64
+
+    logits = torch.randn(2, TOKENS, VOCAB).half()
+    _, (oracle,) = gradients(loss, "reference", torch.float64, logits, scale=1)
+    _, (grad,) = gradients(loss, backend, torch.float16, logits, scale=1)
+    of_a_token = 64 / 2 * oracle.abs().max()
+    assert 2000 < of_a_token < 60000 and relative(grad, oracle) < 1e-3
+
+
+def test_both_models_of_a_codistillation(backend):
+    logits, heavy = torch.randn(2, TOKENS, VOCAB).half(), weights(1e6)
+
+    def loss(student, teacher):
+        both = kd.codistillation_loss(student, teacher, LABELS, temperature=20.0, token_weights=heavy)
+        return (both.student + both.teacher) * 1e-6
+
+    _, oracle = gradients(loss, "reference", torch.float64, logits)
+    _, grads = gradients(loss, backend, torch.float16, logits)
+    assert len(grads) == 2 and all(relative(a, b) < 6e-4 for a, b in zip(grads, oracle))
