@@ -96,7 +96,11 @@ def test_vllm_malformed(t, entry, says):
 def test_vllm_without_ranks():
     with pytest.raises(ValueError, match=r"prompt_logprobs\[1\]\[7\] has no rank"):
         SparseTarget.from_vllm([None, {7: Logprob(-0.25)}], top_k=1)
-    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+    with pytest.raises(TypeError, match="top_k must be an int, got 1.5"):
+        SparseTarget.from_vllm(PROMPT_LOGPROBS, top_k=1.5)
+    with pytest.raises(ValueError, match="prompt_logprobs is None: ask for it"):
+        SparseTarget.from_vllm(None)
+    with pytest.raises(ValueError, match="top_k must be > 0, got 0"):
         SparseTarget.from_vllm(PROMPT_LOGPROBS, top_k=0)
     with pytest.raises(ValueError, match="prompt_logprobs is empty"):
         SparseTarget.from_vllm([])
@@ -210,6 +214,12 @@ def test_distillkit_published_sizes():
         ({"bytepacked_indices": [[0] * 10, [0] * 9]}, r"tokens of \[9, 10\] bytes in bytepacked_indices"),
         ({"bytepacked_indices": [[0] * 10]}, "3 tokens of compressed_logprobs but 1 of bytepacked_indices"),
         ({"bytepacked_indices": [["x"] * 10] * 3}, "something else than bytes in bytepacked_indices"),
+        ({"bytepacked_indices": torch.full((3, 10), 256)}, r"bytepacked_indices\[0, 0\] is 256, not a byte"),
+        (
+            {"compressed_logprobs": torch.full((3, 25), 0.5)},
+            r"compressed_logprobs\[0, 0\] is 0.5, not a byte",
+        ),
+        ({"compressed_logprobs": [[255] * 25] * 3}, "compressed_logprobs has NaN"),
         ({"input_ids": [1] * 9}, "9 input_ids but 3 tokens"),
     ],
 )
@@ -217,6 +227,11 @@ def test_distillkit_malformed(change, says):
     row = {k: v for k, v in (distillkit_row()[0] | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):
         SparseTarget.from_distillkit(row, SMALL)
+
+
+def test_distillkit_without_a_config():
+    with pytest.raises(ValueError, match="config has no exact_k, only d, k"):
+        SparseTarget.from_distillkit(distillkit_row()[0], {"d": 1000, "k": 8})
 
 
 # --- axolotl -----------------------------------------------------------------------------------
@@ -271,8 +286,15 @@ def test_axolotl_both_paddings():
         ({"target_mask": [[0, 0], [0], [1, 1], [1, 1]]}, r"target_mask\[1\] has 1 slots, the ids 2"),
         (
             {"target_logprobs": [[-1.0, -2.0], [-1.0, math.nan], [-1.0, -2.0], [-1.0, -2.0]]},
-            r"target_logprobs\[\[1, 1\]\]",
+            r"target_logprobs\[1, 1\] is nan, not a log-prob",
         ),
+        (
+            {"target_token_ids": [[0, 1], [4, 9], [7.5, 3], [8, 2]]},
+            r"token_ids\[2, 0\] is 7.5, not a token id",
+        ),
+        ({"target_token_ids": [[0, 1], [4, 9], [7, -3], [8, 2]]}, r"token_ids\[2, 1\] is -3, not a token id"),
+        ({"target_token_ids": [["0", "1"]] * 4}, "target_token_ids has something else than numbers"),
+        ({"target_mask": [[0, 0], [0, 0.5], [1, 1], [1, 1]]}, r"target_mask\[1, 1\] is 0.5, not 0 or 1"),
     ],
 )
 def test_axolotl_malformed(change, says):
@@ -312,6 +334,12 @@ def test_trl_server():
         ),
         ({"logprobs": SERVER["logprobs"][:1]}, {}, "2 sequences of ids, 1 of logprobs"),
         ({"logprob_token_ids": [[[7, 3], [9, 0]], [["?", 0]]]}, {}, "sequence 1 has '.' for a token id"),
+        (
+            {"logprob_token_ids": [[[7, 3], [2**63, 0]], [[4, 0]]]},
+            {},
+            "has 9223372036854775808 for a token id",
+        ),
+        ({"logprob_token_ids": [[7, 3], [4]]}, {}, r"ids is \[\[7, 3\], \[4\]\], not \[B, completion, K\]"),
         ({}, {"prompt_lengths": [1, 0]}, "sequence 1 has no prompt"),
         ({}, {"prompt_lengths": [1]}, "and 1 of prompt_lengths"),
         ({}, {"length": 1}, "2 tokens, more than length=1"),
@@ -321,6 +349,11 @@ def test_trl_server_malformed(change, options, says):
     result = {k: v for k, v in (SERVER | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):
         SparseTarget.from_trl_server(result, **options)
+
+
+def test_trl_server_with_half_a_token():
+    with pytest.raises(TypeError, match="a prompt's length must be an int, got 1.5"):
+        SparseTarget.from_trl_server(SERVER, prompt_lengths=[1, 1.5])
 
 
 # --- tinker ------------------------------------------------------------------------------------
@@ -335,6 +368,22 @@ TOPK_NP = SimpleNamespace(  # TopkLogprobs: int32 and float32 [length, k], (0, -
 @pytest.mark.parametrize("form", [TOPK, TOPK_NP])
 def test_tinker(form):
     assert rows(SparseTarget.from_tinker(form)) == approx([{7: -0.25, 3: -2.0}, {}, {9: -0.5}, {}])
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"logprobs": [[-1.0, -2.0]] * 4}, "log-probabilities in row 0, but nothing comes before"),
+        ({"logprobs": [[-99999.0] * 2, [math.nan, -1.0]] * 2}, r"logprobs\[1, 0\] is nan, not a log-prob"),
+        ({"logprobs": [[-99999.0] * 2, [-1.0, 5.0]] * 2}, r"logprobs\[1, 1\] is 5.0, not a log-prob"),
+        ({"token_ids": [[0, 0], [7.5, 3], [0, 0], [9, 0]]}, r"token_ids\[1, 0\] is 7.5, not a token id"),
+        ({"token_ids": [[0, 0], [7, 3], [0, 0], [-9, 0]]}, r"token_ids\[3, 0\] is -9, not a token id"),
+    ],
+)
+def test_tinker_malformed_arrays(change, says):
+    arrays = vars(TOPK_NP) | {name: np.array(values) for name, values in change.items()}
+    with pytest.raises(ValueError, match=says):
+        SparseTarget.from_tinker(SimpleNamespace(**arrays))
 
 
 @pytest.mark.parametrize(
@@ -390,9 +439,15 @@ def test_megatron():
         ({"indices_low": torch.zeros(2, 2, 2, dtype=torch.int32)}, "micro-batch 0 has ids in torch.int32"),
         (
             {"values": torch.full((2, 2, 2), math.nan)},
-            "micro-batch 0 has values that are no log-probabilities",
+            r"micro-batch 0: values\[0, 0, 0\] is nan, not a log-prob",
         ),
-        ({"values": [MEGATRON["values"]]}, "micro-batches of values"),
+        ({"values": []}, "micro-batches of values"),
+        ({name: [] for name in MEGATRON}, "payload has no micro-batch"),
+        ({"values": [[[-1.0]]]}, r"micro-batch 0 has \[\[-1.0\]\], not a tensor"),
+        (
+            {name: [each, each[:1]] for name, each in MEGATRON.items()},
+            "micro-batch 1 has 1 tokens a sequence, the first 2",
+        ),
     ],
 )
 def test_megatron_malformed(change, says):

@@ -16,6 +16,8 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import integer, positive_integer
+
 Pair = tuple[Tensor, Tensor]
 Slots = list[tuple[int, float]]
 Columns = tuple[array, array]  #: the same as an array of ids and one of log-probabilities
@@ -33,7 +35,8 @@ def vllm(prompt_logprobs: Sequence[Any], *, top_k: int | None = None) -> Pair:
 
     Source: vLLM 0.11 and later, vllm/logprobs.py (Logprob, FlatLogprobs, PromptLogprobs).
     """
-    _check(top_k is None or top_k >= 1, f"top_k must be at least 1, got {top_k}")
+    top_k = None if top_k is None else positive_integer("top_k", top_k)
+    _check(prompt_logprobs is not None, "vLLM's prompt_logprobs is None: ask for it in SamplingParams")
     rows: list[Slots | Columns] = []
     for t, entry in enumerate(prompt_logprobs):
         where = f"vLLM's prompt_logprobs[{t}]"
@@ -98,6 +101,8 @@ def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
     Source: arcee-ai/DistillKit, distillkit/sample_logits_vllm.py (rows), compression/config.py,
     compression/monotonic_logprobs.py and compression/bitpack.py (bytes).
     """
+    for name in ("d", "k", "exact_k"):
+        _check(name in config, f"DistillKit's config has no {name}, only {', '.join(config)}")
     _check(
         "packed_indices" not in row,
         "DistillKit's row is in its legacy format (packed_indices); capture it again "
@@ -123,6 +128,7 @@ def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
     bad = (ids >= config["d"]).any(-1).nonzero().flatten().tolist()
     _check(not bad, f"DistillKit's bytepacked_indices{bad[:1]} has an id beyond d={config['d']}")
     logprobs = _distillkit_logprobs(packed, config)
+    _check(not logprobs.isnan().any(), "DistillKit's compressed_logprobs has NaN")
     tokens = len(row["input_ids"]) if "input_ids" in row else len(ids)
     _check(
         tokens - len(ids) in (0, 1),
@@ -156,9 +162,9 @@ def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
         "axolotl's target_token_ids, target_logprobs and "
         f"target_mask have shapes {tuple(ids.shape)}, {tuple(logprobs.shape)} and {tuple(mask.shape)}",
     )
-    bad = (logprobs.isnan() | (logprobs > 1e-2)).nonzero()
-    _check(not len(bad), f"axolotl's target_logprobs{bad[:1].tolist()} is no log-probability")
-    pair = _emptied(ids.long(), logprobs.float(), mask.bool() & (logprobs > AXOLOTL_EMPTY))
+    _refuse((mask != 0) & (mask != 1), mask, "axolotl's target_mask", "0 or 1")
+    full = mask.bool() & ~(logprobs <= AXOLOTL_EMPTY)
+    pair = _emptied(ids, logprobs, full, "axolotl's target_token_ids", "axolotl's target_logprobs")
     return _earlier(*pair) if shift else pair
 
 
@@ -177,7 +183,12 @@ def trl_server(
     for name in ("logprobs", "logprob_token_ids"):
         _check(name in result, f"TRL's result has no {name}, only {', '.join(result)}")
     all_ids, all_logprobs = result["logprob_token_ids"], result["logprobs"]
-    starts = [0] * len(all_ids) if prompt_lengths is None else [p - 1 for p in prompt_lengths]
+    _check_nested(all_ids, "TRL's logprob_token_ids")
+    _check_nested(all_logprobs, "TRL's logprobs")
+    if prompt_lengths is None:
+        starts = [0] * len(all_ids)
+    else:
+        starts = [integer("a prompt's length", length) - 1 for length in prompt_lengths]
     _check(
         len(all_ids) == len(all_logprobs) == len(starts),
         f"TRL's result has {len(all_ids)} sequences of ids, "
@@ -214,14 +225,18 @@ def tinker(topk_prompt_logprobs: Any) -> Pair:
     Source: tinker 0.38.0, tinker/types/sample_response.py and topk_logprobs.py.
     """
     if hasattr(topk_prompt_logprobs, "token_ids"):
-        ids = torch.as_tensor(topk_prompt_logprobs.token_ids).long()
-        logprobs = torch.as_tensor(topk_prompt_logprobs.logprobs).float()
+        ids = torch.as_tensor(topk_prompt_logprobs.token_ids)
+        logprobs = torch.as_tensor(topk_prompt_logprobs.logprobs)
         _check(
             ids.shape == logprobs.shape and ids.dim() == 2,
             f"tinker's token_ids {tuple(ids.shape)} and logprobs "
             f"{tuple(logprobs.shape)} are not both [tokens, k]",
         )
-        return _earlier(*_emptied(ids, logprobs, logprobs > TINKER_EMPTY))
+        full = ~(logprobs <= TINKER_EMPTY)
+        _check(
+            not full[:1].any(), "tinker's arrays have log-probabilities in row 0, but nothing comes before it"
+        )
+        return _earlier(*_emptied(ids, logprobs, full, "tinker's token_ids", "tinker's logprobs"))
     _check(topk_prompt_logprobs, "tinker's topk_prompt_logprobs is empty: ask for it in the request")
     rows: list[Slots | Columns] = []
     for t, entry in enumerate(topk_prompt_logprobs):
@@ -253,16 +268,18 @@ def megatron(payload: Mapping[str, Any]) -> Pair:
     for name in ("values", "indices_low", "bit_17"):
         _check(name in payload, f"Megatron's payload has no {name}, only {', '.join(payload)}")
     parts = [payload[name] for name in ("values", "indices_low", "bit_17")]
-    if isinstance(parts[0], Tensor):
-        parts = [[part] for part in parts]
+    parts = [[part] if isinstance(part, Tensor) else part for part in parts]
     _check(
         len({len(part) for part in parts}) == 1,
         f"Megatron's payload has {[len(part) for part in parts]} micro-batches of "
         "values, indices_low and bit_17",
     )
-    batches = []
+    _check(parts[0], "Megatron's payload has no micro-batch")
+    batches: list[Pair] = []
     for i, (values, low, high) in enumerate(zip(*parts)):
         where = f"Megatron's micro-batch {i}"
+        for part in (values, low, high):
+            _check(isinstance(part, Tensor), f"{where} has {_what(part)}, not a tensor")
         _check(
             values.shape == low.shape == high.shape and values.dim() == 3,
             f"{where} has shapes {tuple(values.shape)}, "
@@ -272,12 +289,12 @@ def megatron(payload: Mapping[str, Any]) -> Pair:
             low.dtype == torch.uint16 and high.dtype == torch.bool,
             f"{where} has ids in {low.dtype} and {high.dtype}, not in uint16 and bool",
         )
+        ids, full = (high.long() << 16) | low.long(), ~(values <= MEGATRON_EMPTY)
+        batches.append(_emptied(ids, values, full, f"{where}: indices", f"{where}: values"))
         _check(
-            not values.isnan().any() and (values <= 1e-2).all(),
-            f"{where} has values that are no log-probabilities",
+            len(ids) == len(batches[0][0]),
+            f"{where} has {len(ids)} tokens a sequence, the first {len(batches[0][0])}",
         )
-        ids = (high.long() << 16) | low.long()
-        batches.append(_emptied(ids, values.float(), values > MEGATRON_EMPTY))
     slots = max(ids.shape[-1] for ids, _ in batches)
     wide = [(_wider(ids, slots, -1), _wider(logprobs, slots, -math.inf)) for ids, logprobs in batches]
     return (
@@ -354,6 +371,7 @@ def _bytes(row: Mapping[str, Any], name: str, whose: str) -> Tensor:
     _check(name in row, f"{whose} has no {name}, only {', '.join(row)}")
     value = row[name]
     if isinstance(value, Tensor):
+        _refuse((value < 0) | (value > 255) | (value != value.long()), value, f"{whose}'s {name}", "a byte")
         return value.to(torch.uint8)
     widths = {len(token) for token in value}
     _check(len(widths) == 1, f"{whose} has tokens of {sorted(widths)} bytes in {name}")
@@ -371,6 +389,14 @@ def _check(fine: Any, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_nested(lists: Any, whose: str) -> None:
+    """Lists of lists of lists, or of tensors."""
+    fine = hasattr(lists, "__len__") and all(
+        hasattr(rows, "__len__") and all(hasattr(row, "__len__") for row in rows) for rows in lists
+    )
+    _check(fine, f"{whose} is {_what(lists)}, not [B, completion, K]")
+
+
 def _what(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
@@ -381,7 +407,7 @@ def _id(token: Any, where: str) -> int:
         value = int(token)
     except (TypeError, ValueError):
         value = -1
-    _check(value >= 0 and not isinstance(token, float), f"{where} has {token!r} for a token id")
+    _check(0 <= value < 2**63 and not isinstance(token, float), f"{where} has {token!r} for a token id")
     return value
 
 
@@ -444,7 +470,10 @@ def _rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
             return torch.frombuffer(flat, dtype=held).to(wanted, copy=True).view(-1, slots)
         except (TypeError, OverflowError, ValueError):
             pass  # other numbers, or none
-    return torch.tensor([[*row, *[pad] * (slots - len(row))] for row in rows])
+    try:
+        return torch.tensor([[*row, *[pad] * (slots - len(row))] for row in rows])
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{whose} has something else than numbers") from None
 
 
 def _check_slots(rows: Any, beside: Any, whose: str) -> None:
@@ -467,5 +496,14 @@ def _earlier(ids: Tensor, logprobs: Tensor) -> Pair:
     return ids, logprobs
 
 
-def _emptied(ids: Tensor, logprobs: Tensor, full: Tensor) -> Pair:
-    return ids.masked_fill(~full, -1), logprobs.masked_fill(~full, -math.inf)
+def _emptied(ids: Tensor, logprobs: Tensor, full: Tensor, ids_name: str, logprobs_name: str) -> Pair:
+    """The same with the slots that are not ``full`` empty, checked as :func:`_id` and :func:`_logprob` check numbers."""
+    _refuse(full & ((ids < 0) | (ids != ids.long())), ids, ids_name, "a token id")
+    _refuse(~(logprobs < 1e-2), logprobs, logprobs_name, "a log-probability")
+    return ids.long().masked_fill(~full, -1), logprobs.float().masked_fill(~full, -math.inf)
+
+
+def _refuse(bad: Tensor, values: Tensor, whose: str, wanted: str) -> None:
+    """ValueError that names the first of ``values`` that is ``bad``."""
+    for at in bad.nonzero()[:1].tolist():
+        raise ValueError(f"{whose}{at} is {values[tuple(at)].item()}, not {wanted}")
