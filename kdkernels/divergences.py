@@ -23,7 +23,7 @@ from typing import Any, Callable, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import number
+from .checks import flag, number
 
 __all__ = [
     "Divergence",
@@ -358,6 +358,7 @@ class SkewReverseKL(Divergence):
         super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
+        flag("SkewReverseKL's detach_mixture", self.detach_mixture)
 
     @property
     def kind(self) -> int:

@@ -191,6 +191,7 @@ BAD_TYPES = [
     (lambda: kd.cross_entropy(S, Y, class_weights=[1.0] * 10), "class_weights.*list"),
     (lambda: kd.JSD("0.5"), "JSD's beta.*'0.5'"),
     (lambda: kd.SkewReverseKL(0.1, None), "SkewReverseKL's detach_mixture.*None"),
+    (lambda: kd.SkewReverseKL(0.1, 1.5), "SkewReverseKL's detach_mixture must be True or False, got 1.5"),
     (lambda: kd.Mixed(None), "Mixed's weight.*None"),
     (lambda: kd.DistillationLoss(temprature=2.0), "DistillationLoss.*temprature.*temperature"),
     (lambda: kd.KLDivLoss(divergence=kd.JSD()), "KLDivLoss.*divergence"),

@@ -238,6 +238,15 @@ def test_views_with_memory_in_common_are_refused(backend, views):
             kd.kl_div(s, t.detach(), inplace=True)
 
 
+def test_a_teacher_made_of_the_students_logits(backend):
+    """An lm_head's rows are read again and again; a column of the same place is read before it is written."""
+    z = torch.randn(8, 8, requires_grad=True) * 1
+    for hidden, weight in ((torch.randn(8, 8), z.detach()), (z.detach(), torch.randn(8, 8))):
+        with pytest.raises(ValueError, match="views of one tensor"):
+            kd.kl_div(z, kd.LinearHead(hidden, weight), inplace=True)
+    assert kd.kl_div(z, z.detach(), inplace=True) == 0
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_inplace_refuses_logits_that_share_memory(backend, compiled):
     """``unfold`` and ``expand``: a gradient written to one place would be another's too."""
