@@ -123,14 +123,8 @@ KD_HD Vec vexp(Vec x) {
   return exp_scaled(vmax(vmin(x, splat(88.9f)), splat(one.low)), one);
 }
 
-KD_HD Vec quotient(Vec a, Vec b) {
-#if defined(__AVX512F__)
-  const Vec r = (Vec)_mm512_rcp14_ps((__m512)b);
-  return a * (r + r * (1.0f - b * r));
-#else
-  return a / b;
-#endif
-}
+// A divider works beside the multipliers, which Newton's steps from an estimate would keep busy.
+KD_HD Vec quotient(Vec a, Vec b) { return a / b; }
 
 // In pairs: in a chain each addition would wait for the one before it.
 KD_HD double sum(Vec v) {

@@ -40,8 +40,9 @@ def _log_ratio(p, m, d):
     leaves r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), whose numerator and denominator are taken times m. k stays
     where it is in the bits: ``of_k`` is k's bits in an exponent, and a conversion would be a slow instruction.
     """
-    of_k = (p.to(tl.int32, bitcast=True) - m.to(tl.int32, bitcast=True) + 0x400000) & -0x800000
-    over = tl.where(of_k == 0, d, p * (0x3F800000 - of_k).to(tl.float32, bitcast=True) - m)
+    bits = p.to(tl.int32, bitcast=True)
+    of_k = (bits - m.to(tl.int32, bitcast=True) + 0x400000) & -0x800000
+    over = tl.where(of_k == 0, d, (bits - of_k).to(tl.float32, bitcast=True) - m)
     h = over / tl.fma(over, 0.5, m)
     z = h * h
     y = tl.fma(z, 2.37301759e-3, 1.24866157e-2)
