@@ -47,9 +47,10 @@ def assert_right(found, expected):
         assert theirs.norm() > 1e-3 and error < 4e-3, error
 
 
-def test_in_a_cuda_graph(kernels):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_a_cuda_graph(kernels, dtype):
     """Captured once, replayed on other numbers."""
-    static = problem()
+    static = problem(dtype)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -60,7 +61,7 @@ def test_in_a_cuda_graph(kernels):
     with torch.cuda.graph(graph):
         found = run(*static)
     for _ in range(2):
-        for tensor, other in zip(static, problem()):
+        for tensor, other in zip(static, problem(dtype)):
             tensor.copy_(other)
         graph.replay()
         torch.cuda.synchronize()
@@ -112,9 +113,10 @@ def test_a_head_over_chunks_of_tokens(kernels, compiled):
         assert_right(torch.autograd.grad(run(*leaves, chunk_bytes=chunk_bytes), leaves), expected)
 
 
-def test_nothing_waits(kernels):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nothing_waits(kernels, dtype):
     """Forward and backward only enqueue: a synchronisation would be an error here."""
-    given = problem()
+    given = problem(dtype)
     run(*given)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -19,6 +19,9 @@ from .inplace import check_inplace
 from .request import Call, Request
 from .sides import Logits, Teacher
 
+#: Of the sum of a token's weights while its gradient waits in fp16.
+_LEAST_EXPONENT, _HIGHEST_EXPONENT = 6, 13
+
 
 class _Solved(NamedTuple):
     """Per-row results, and the gradients that are needed; in place, the student's logits are its gradient."""
@@ -75,7 +78,7 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
             return Evaluated(reducer.apply(losses[:, 0]), None, results)
         # A tolerance is of the weighted gradient, whose weights have not arrived.
         request = replace(request, gradient_tolerance=0.0)
-    lift = _lift(request) if needed and request.student[0].dtype == torch.float16 else None
+    lift = _lift(request) if needed else None
     if lift is not None:
         request = replace(request, weights=request.weights * lift[:, None])
     solved = _solve(replace(call, request=request), inplace)
@@ -90,19 +93,24 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
     return Evaluated(reducer.apply(value), None, solved.results)
 
 
-def _lift(request: Request) -> Tensor:
+def _lift(request: Request) -> Tensor | None:
     """``[N]``: the power of two that a token's weights are multiplied by while its gradient waits in fp16 for what arrives.
 
-    It puts them between 32 and 64: a gradient of 1e-6 a weight keeps fp16's digits, and one of 1000 a weight fits. Powers
-    of probabilities may need more room, and nobody knows of a user's formula: there between 1/2 and 1.
+    It brings their sum to at least 32, so that a gradient of 1e-6 a weight keeps fp16's digits and one of 1000 a weight
+    fits, and to less than 2^13. A gradient at a high temperature T is about 1 / T^2. None where it may have any size: that
+    of powers of probabilities, and of a user's formula.
     """
     kind = request.spec.kind
-    highest = 0 if kind < 0 or kind == AlphaBeta.code else 6
+    if request.student[0].dtype != torch.float16 or kind < 0 or kind == AlphaBeta.code:
+        return None
     weights = request.weights.abs()
-    weights[:, [Output.SOFT, Output.ENTROPY]] /= request.temperature[:, None]
+    if request.spec.tempered:
+        for output in (Output.SOFT, Output.ENTROPY):  # one by one: a list of columns would be copied to a GPU
+            weights[:, output] /= request.temperature.square()
     total = weights.sum(1) * abs(request.spec.student_scale)
-    _, exponent = torch.frexp(total.clamp(1e-30, 1e30))
-    return torch.ldexp(torch.ones_like(total), highest - exponent)
+    exponent = torch.frexp(total.clamp(1e-30, 1e30)).exponent  # of weights that are all 0, a number
+    shift = (_LEAST_EXPONENT - exponent).clamp(min=0).minimum(_HIGHEST_EXPONENT - exponent)
+    return torch.ldexp(torch.ones_like(total), shift)
 
 
 def _both(call: Call) -> Evaluated:
