@@ -214,12 +214,14 @@ def test_distillkit_published_sizes():
         ({"bytepacked_indices": [[0] * 10, [0] * 9]}, r"tokens of \[9, 10\] bytes in bytepacked_indices"),
         ({"bytepacked_indices": [[0] * 10]}, "3 tokens of compressed_logprobs but 1 of bytepacked_indices"),
         ({"bytepacked_indices": [["x"] * 10] * 3}, "something else than bytes in bytepacked_indices"),
+        ({"bytepacked_indices": [[-1] * 10] * 3}, "something else than bytes in bytepacked_indices"),
+        ({"bytepacked_indices": [[0.5] * 10] * 3}, "something else than bytes in bytepacked_indices"),
         ({"bytepacked_indices": torch.full((3, 10), 256)}, r"bytepacked_indices\[0, 0\] is 256, not a byte"),
         (
             {"compressed_logprobs": torch.full((3, 25), 0.5)},
             r"compressed_logprobs\[0, 0\] is 0.5, not a byte",
         ),
-        ({"compressed_logprobs": [[255] * 25] * 3}, "compressed_logprobs has NaN"),
+        ({"compressed_logprobs": [[255] * 25] * 3}, r"log-probabilities\[0, 0\] is nan, not a log-prob"),
         ({"input_ids": [1] * 9}, "9 input_ids but 3 tokens"),
     ],
 )
@@ -229,9 +231,33 @@ def test_distillkit_malformed(change, says):
         SparseTarget.from_distillkit(row, SMALL)
 
 
-def test_distillkit_without_a_config():
-    with pytest.raises(ValueError, match="config has no exact_k, only d, k"):
-        SparseTarget.from_distillkit(distillkit_row()[0], {"d": 1000, "k": 8})
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"exact_k": None}, "config has no exact_k, only d, k"),
+        ({"exact_k": 9}, "config has d=1000, k=8 and exact_k=9"),
+        ({"d": 0}, "config has d=0"),
+        ({"exact_dtype": "flt"}, "config has 'flt' for a dtype"),
+    ],
+)
+def test_distillkit_malformed_config(change, says):
+    config = {name: value for name, value in (SMALL | change).items() if value is not None}
+    with pytest.raises(ValueError, match=says):
+        SparseTarget.from_distillkit(distillkit_row()[0], config)
+
+
+def test_distillkit_bytes_in_any_form():
+    row = distillkit_row()[0]
+    expected = rows(SparseTarget.from_distillkit(row, SMALL))
+    as_numbers = lambda value: torch.tensor([list(token) for token in value], dtype=torch.uint8)  # noqa: E731
+    for form in (
+        lambda value: [bytes(token) for token in value],
+        lambda value: as_numbers(value).numpy().astype(np.int64),
+        lambda value: as_numbers(value).view(torch.int8),
+        lambda value: as_numbers(value).to(torch.uint16),
+    ):
+        other = {name: form(row[name]) for name in ("bytepacked_indices", "compressed_logprobs")}
+        assert rows(SparseTarget.from_distillkit(row | other, SMALL)) == expected
 
 
 # --- axolotl -----------------------------------------------------------------------------------
@@ -270,9 +296,28 @@ def test_axolotl_both_paddings():
     assert rows(SparseTarget.from_axolotl(ragged)) == [{}, {4: -1.0, 9: -2.0}, {7: -1.0}, {8: -1.0, 2: -2.0}]
 
 
+def test_arrays_of_any_integers():
+    for dtype in (np.int32, np.uint16, np.uint32, np.uint64, np.float64):
+        ids = np.array(DATASET_ROW["target_token_ids"]).astype(dtype)
+        row = {name: np.array(DATASET_ROW[name]) for name in ("target_logprobs", "target_mask")}
+        found = SparseTarget.from_axolotl(row | {"target_token_ids": ids})
+        assert rows(found) == rows(SparseTarget.from_axolotl(DATASET_ROW))
+        arrays = SimpleNamespace(token_ids=TOPK_NP.token_ids.astype(dtype), logprobs=TOPK_NP.logprobs)
+        assert rows(SparseTarget.from_tinker(arrays)) == rows(SparseTarget.from_tinker(TOPK_NP))
+    batch = {name: each.tolist() for name, each in BATCH.items()}
+    assert rows(SparseTarget.from_axolotl(batch)) == rows(SparseTarget.from_axolotl(BATCH))
+    arrays = {name: each.numpy() for name, each in MEGATRON.items()}
+    assert rows(SparseTarget.from_megatron(arrays)) == approx(MEGATRON_ROWS)
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
+        ({"target_token_ids": 7}, "target_token_ids is 7, not a list of lists"),
+        (
+            {"target_token_ids": [[2.0**24 + 1, 2**24 + 1.5]] * 4},
+            r"ids\[2, 1\] is 16777217.5, not a token id",
+        ),
         ({"target_mask": None}, "axolotl's row has no target_mask"),
         ({"target_mask": [[1, 1]] * 3}, r"shapes \(4, 2\), \(4, 2\) and \(3, 2\)"),
         (
@@ -373,7 +418,7 @@ def test_tinker(form):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"logprobs": [[-1.0, -2.0]] * 4}, "log-probabilities in row 0, but nothing comes before"),
+        ({"logprobs": [[-1.0, -2.0]] * 4}, "not empty in row 0, but nothing comes before"),
         ({"logprobs": [[-99999.0] * 2, [math.nan, -1.0]] * 2}, r"logprobs\[1, 0\] is nan, not a log-prob"),
         ({"logprobs": [[-99999.0] * 2, [-1.0, 5.0]] * 2}, r"logprobs\[1, 1\] is 5.0, not a log-prob"),
         ({"token_ids": [[0, 0], [7.5, 3], [0, 0], [9, 0]]}, r"token_ids\[1, 0\] is 7.5, not a token id"),
@@ -392,6 +437,12 @@ def test_tinker_malformed_arrays(change, says):
         (None, "is empty: ask for it"),
         ([[(1, -1.0)]], r"topk_prompt_logprobs\[0\] has log-probabilities, but nothing"),
         ([None, [7, 3]], r"topk_prompt_logprobs\[1\] is \[7, 3\], not a list of"),
+        ([None, [(7, -1.0, 0)]], "not a list of"),
+        ([None, [(math.inf, -1.0)]], "has inf for a token id"),
+        (
+            SimpleNamespace(token_ids=None, logprobs=np.zeros((2, 2))),
+            "tinker's token_ids has None, not an array",
+        ),
         ([None, [(7, "x")]], r"topk_prompt_logprobs\[1\] has 'x' for a log-probability"),
         (
             SimpleNamespace(token_ids=np.zeros((2, 3)), logprobs=np.zeros((2, 2))),
@@ -443,7 +494,7 @@ def test_megatron():
         ),
         ({"values": []}, "micro-batches of values"),
         ({name: [] for name in MEGATRON}, "payload has no micro-batch"),
-        ({"values": [[[-1.0]]]}, r"micro-batch 0 has \[\[-1.0\]\], not a tensor"),
+        ({"values": [None]}, "micro-batch 0 has None, not an array of numbers"),
         (
             {name: [each, each[:1]] for name, each in MEGATRON.items()},
             "micro-batch 1 has 1 tokens a sequence, the first 2",

@@ -103,6 +103,8 @@ def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
     """
     for name in ("d", "k", "exact_k"):
         _check(name in config, f"DistillKit's config has no {name}, only {', '.join(config)}")
+    d, k, exact_k = (integer(f"DistillKit's {name}", config[name]) for name in ("d", "k", "exact_k"))
+    _check(d > 1 and 0 <= exact_k <= k and k > 0, f"DistillKit's config has {d=}, {k=} and {exact_k=}")
     _check(
         "packed_indices" not in row,
         "DistillKit's row is in its legacy format (packed_indices); capture it again "
@@ -115,7 +117,7 @@ def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
         f"DistillKit's row has {len(packed)} tokens of compressed_logprobs but "
         f"{len(packed_ids)} of bytepacked_indices",
     )
-    k, (parts, id_bytes) = config["k"], distillkit_bytes(config)
+    parts, id_bytes = distillkit_bytes(config)
     for name, found, wanted in (
         ("compressed_logprobs", packed, sum(parts)),
         ("bytepacked_indices", packed_ids, id_bytes),
@@ -125,10 +127,10 @@ def distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> Pair:
             f"DistillKit's {name} has {found.shape[1]} bytes a token; this config gives {wanted}",
         )
     ids = _unpack(packed_ids, _id_bits(config), k)
-    bad = (ids >= config["d"]).any(-1).nonzero().flatten().tolist()
-    _check(not bad, f"DistillKit's bytepacked_indices{bad[:1]} has an id beyond d={config['d']}")
+    bad = (ids >= d).any(-1).nonzero().flatten().tolist()
+    _check(not bad, f"DistillKit's bytepacked_indices{bad[:1]} has an id beyond {d=}")
     logprobs = _distillkit_logprobs(packed, config)
-    _check(not logprobs.isnan().any(), "DistillKit's compressed_logprobs has NaN")
+    _refuse(~(logprobs < math.inf), logprobs, "DistillKit's log-probabilities", "a log-probability")
     tokens = len(row["input_ids"]) if "input_ids" in row else len(ids)
     _check(
         tokens - len(ids) in (0, 1),
@@ -152,8 +154,7 @@ def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
     columns = []
     for name, pad in (("target_token_ids", 0), ("target_logprobs", -math.inf), ("target_mask", 0)):
         _check(name in row, f"axolotl's row has no {name}, only {', '.join(row)}")
-        column = row[name]
-        columns.append(column if isinstance(column, Tensor) else _rectangle(column, f"axolotl's {name}", pad))
+        columns.append(_rectangle(row[name], f"axolotl's {name}", pad))
     for name in ("target_logprobs", "target_mask"):
         _check_slots(row[name], row["target_token_ids"], f"axolotl's {name}")
     ids, logprobs, mask = columns
@@ -188,7 +189,7 @@ def trl_server(
     if prompt_lengths is None:
         starts = [0] * len(all_ids)
     else:
-        starts = [integer("a prompt's length", length) - 1 for length in prompt_lengths]
+        starts = [integer("a prompt's length", tokens) - 1 for tokens in prompt_lengths]
     _check(
         len(all_ids) == len(all_logprobs) == len(starts),
         f"TRL's result has {len(all_ids)} sequences of ids, "
@@ -209,7 +210,7 @@ def trl_server(
         empty: list[Slots | Columns] = [[]]
         sequences.append(empty * begin + rows + ([] if prompt_lengths is None else [[]]))
     longest = max((len(rows) for rows in sequences), default=0)
-    length = longest if length is None else length
+    length = longest if length is None else integer("length", length)
     _check(length >= longest, f"TRL's result has {longest} tokens, more than length={length}")
     ids, values = _padded([row for rows in sequences for row in rows + [[]] * (length - len(rows))])
     return ids.unflatten(0, (len(sequences), length)), values.unflatten(0, (len(sequences), length))
@@ -225,16 +226,17 @@ def tinker(topk_prompt_logprobs: Any) -> Pair:
     Source: tinker 0.38.0, tinker/types/sample_response.py and topk_logprobs.py.
     """
     if hasattr(topk_prompt_logprobs, "token_ids"):
-        ids = torch.as_tensor(topk_prompt_logprobs.token_ids)
-        logprobs = torch.as_tensor(topk_prompt_logprobs.logprobs)
+        ids = _array(topk_prompt_logprobs.token_ids, "tinker's token_ids")
+        logprobs = _array(topk_prompt_logprobs.logprobs, "tinker's logprobs")
         _check(
-            ids.shape == logprobs.shape and ids.dim() == 2,
+            ids.shape == logprobs.shape and ids.dim() == 2 and len(ids) > 0,
             f"tinker's token_ids {tuple(ids.shape)} and logprobs "
             f"{tuple(logprobs.shape)} are not both [tokens, k]",
         )
         full = ~(logprobs <= TINKER_EMPTY)
         _check(
-            not full[:1].any(), "tinker's arrays have log-probabilities in row 0, but nothing comes before it"
+            not full[0].any(),
+            "tinker's arrays are not empty in row 0, but nothing comes before the first token",
         )
         return _earlier(*_emptied(ids, logprobs, full, "tinker's token_ids", "tinker's logprobs"))
     _check(topk_prompt_logprobs, "tinker's topk_prompt_logprobs is empty: ask for it in the request")
@@ -249,9 +251,10 @@ def tinker(topk_prompt_logprobs: Any) -> Pair:
         except (TypeError, ValueError):
             pass  # what follows says what is wrong
         try:
-            rows.append([(_id(token, where), _logprob(logprob, where)) for token, logprob in entry or []])
-        except TypeError:
+            slots = [(token, logprob) for token, logprob in entry or []]
+        except (TypeError, ValueError):
             raise ValueError(f"{where} is {_what(entry)}, not a list of (id, logprob)") from None
+        rows.append([(_id(token, where), _logprob(logprob, where)) for token, logprob in slots])
     return _padded(rows[1:] + [[]])
 
 
@@ -268,7 +271,7 @@ def megatron(payload: Mapping[str, Any]) -> Pair:
     for name in ("values", "indices_low", "bit_17"):
         _check(name in payload, f"Megatron's payload has no {name}, only {', '.join(payload)}")
     parts = [payload[name] for name in ("values", "indices_low", "bit_17")]
-    parts = [[part] if isinstance(part, Tensor) else part for part in parts]
+    parts = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
     _check(
         len({len(part) for part in parts}) == 1,
         f"Megatron's payload has {[len(part) for part in parts]} micro-batches of "
@@ -276,10 +279,9 @@ def megatron(payload: Mapping[str, Any]) -> Pair:
     )
     _check(parts[0], "Megatron's payload has no micro-batch")
     batches: list[Pair] = []
-    for i, (values, low, high) in enumerate(zip(*parts)):
+    for i, each in enumerate(zip(*parts)):
         where = f"Megatron's micro-batch {i}"
-        for part in (values, low, high):
-            _check(isinstance(part, Tensor), f"{where} has {_what(part)}, not a tensor")
+        values, low, high = (_array(part, where) for part in each)
         _check(
             values.shape == low.shape == high.shape and values.dim() == 3,
             f"{where} has shapes {tuple(values.shape)}, "
@@ -352,12 +354,18 @@ def _id_bits(config: Mapping[str, Any]) -> int:
     return math.ceil(math.log2(config["d"]))
 
 
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    _check(isinstance(dtype, torch.dtype), f"DistillKit's config has {name!r} for a dtype")
+    return dtype  # type: ignore[return-value]
+
+
 def _width(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
+    return _dtype(dtype).itemsize
 
 
 def _as(part: Tensor, dtype: str) -> Tensor:
-    return part.contiguous().view(getattr(torch, dtype)).float() if part.shape[1] else part.float()
+    return part.contiguous().view(_dtype(dtype)).float() if part.shape[1] else part.float()
 
 
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -368,17 +376,21 @@ def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _bytes(row: Mapping[str, Any], name: str, whose: str) -> Tensor:
+    """[T, bytes] uint8."""
     _check(name in row, f"{whose} has no {name}, only {', '.join(row)}")
     value = row[name]
     if isinstance(value, Tensor):
-        _refuse((value < 0) | (value > 255) | (value != value.long()), value, f"{whose}'s {name}", "a byte")
+        if value.dtype not in (torch.uint8, torch.int8):
+            value = _whole(value, f"{whose}'s {name}", "a byte")
+            _refuse((value < 0) | (value > 255), value, f"{whose}'s {name}", "a byte")
         return value.to(torch.uint8)
-    widths = {len(token) for token in value}
-    _check(len(widths) == 1, f"{whose} has tokens of {sorted(widths)} bytes in {name}")
     try:
-        return torch.tensor([list(token) for token in value], dtype=torch.uint8)
-    except (TypeError, ValueError, RuntimeError):
+        packed = [bytes(token if isinstance(token, bytes) else list(token)) for token in value]
+    except (TypeError, ValueError):
         raise ValueError(f"{whose} has something else than bytes in {name}") from None
+    widths = {len(token) for token in packed}
+    _check(len(widths) == 1, f"{whose} has tokens of {sorted(widths)} bytes in {name}")
+    return torch.frombuffer(bytearray().join(packed), dtype=torch.uint8).view(len(packed), -1)
 
 
 # --- shared ------------------------------------------------------------------------------------
@@ -390,11 +402,13 @@ def _check(fine: Any, message: str) -> None:
 
 
 def _check_nested(lists: Any, whose: str) -> None:
-    """Lists of lists of lists, or of tensors."""
-    fine = hasattr(lists, "__len__") and all(
-        hasattr(rows, "__len__") and all(hasattr(row, "__len__") for row in rows) for rows in lists
-    )
-    _check(fine, f"{whose} is {_what(lists)}, not [B, completion, K]")
+    """Lists of lists of lists, or of arrays."""
+    try:
+        fine = all(len(row) >= 0 for rows in lists for row in rows)
+    except TypeError:
+        fine = False
+    if not fine:  # not by _check: a record's repr takes longer than the record
+        raise ValueError(f"{whose} is {_what(lists)}, not [B, completion, K]")
 
 
 def _what(value: Any) -> str:
@@ -405,7 +419,7 @@ def _what(value: Any) -> str:
 def _id(token: Any, where: str) -> int:
     try:
         value = int(token)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = -1
     _check(0 <= value < 2**63 and not isinstance(token, float), f"{where} has {token!r} for a token id")
     return value
@@ -414,7 +428,7 @@ def _id(token: Any, where: str) -> int:
 def _logprob(value: Any, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     _check(number < 1e-2, f"{where} has {value!r} for a log-probability")  # nan too
     return number
@@ -455,30 +469,38 @@ def _padded(rows: Sequence[Slots | Columns]) -> Pair:
 
 
 def _rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
-    """[T, K] of T lists, K the longest; short ones are padded."""
+    """[T, K] of T lists, K the longest; short ones are padded. What has one shape is taken as it is."""
+    if isinstance(rows, Tensor) or hasattr(rows, "__array__"):
+        return _array(rows, whose)
+    if not isinstance(rows, (list, tuple)):  # not by _check: a record's repr takes longer than the record
+        raise ValueError(f"{whose} is {_what(rows)}, not a list of lists")
     _check(len(rows), f"{whose} is empty")
     for t, row in enumerate(rows):
         if not isinstance(row, (list, tuple)):  # not by _check: a row's repr takes longer than the row
             raise ValueError(f"{whose}[{t}] is {_what(row)}, not a list")
     slots = max(1, *(len(row) for row in rows))
-    for code, held, wanted in (("q", torch.int64, torch.int64), ("d", torch.float64, torch.float32)):
+    for code, dtype in (("q", torch.int64), ("d", torch.float64)):
         try:
             flat = array(code)
             for row in rows:
                 flat.extend(array(code, row))
                 flat.extend([pad] * (slots - len(row)))  # type: ignore[list-item]
-            return torch.frombuffer(flat, dtype=held).to(wanted, copy=True).view(-1, slots)
+            return torch.frombuffer(flat, dtype=dtype).clone().view(-1, slots)
         except (TypeError, OverflowError, ValueError):
             pass  # other numbers, or none
     try:
-        return torch.tensor([[*row, *[pad] * (slots - len(row))] for row in rows])
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return torch.tensor(rows, dtype=torch.float64)  # a batch of sequences of one length
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{whose} has something else than numbers") from None
 
 
 def _check_slots(rows: Any, beside: Any, whose: str) -> None:
     """Lists of lists have as many slots in each row as ``beside``."""
-    if isinstance(rows, Tensor) or isinstance(beside, Tensor) or len(rows) != len(beside):
+    if (
+        not isinstance(rows, (list, tuple))
+        or not isinstance(beside, (list, tuple))
+        or len(rows) != len(beside)
+    ):
         return  # shapes say it
     for t, (row, other) in enumerate(zip(rows, beside)):
         if len(row) != len(other):
@@ -497,13 +519,32 @@ def _earlier(ids: Tensor, logprobs: Tensor) -> Pair:
 
 
 def _emptied(ids: Tensor, logprobs: Tensor, full: Tensor, ids_name: str, logprobs_name: str) -> Pair:
-    """The same with the slots that are not ``full`` empty, checked as :func:`_id` and :func:`_logprob` check numbers."""
-    _refuse(full & ((ids < 0) | (ids != ids.long())), ids, ids_name, "a token id")
+    """The same, with empty slots where it is not ``full``. What is no log-probability is refused everywhere, what is no id
+    where it is ``full``."""
+    ids = _whole(ids, ids_name, "a token id", where=full)
+    _refuse(full & (ids < 0), ids, ids_name, "a token id")
     _refuse(~(logprobs < 1e-2), logprobs, logprobs_name, "a log-probability")
-    return ids.long().masked_fill(~full, -1), logprobs.float().masked_fill(~full, -math.inf)
+    return ids.masked_fill(~full, -1), logprobs.float().masked_fill(~full, -math.inf)
+
+
+def _array(given: Any, whose: str) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{whose} has {_what(given)}, not an array of numbers") from None
+
+
+def _whole(numbers: Tensor, whose: str, wanted: str, where: Tensor | None = None) -> Tensor:
+    """``numbers`` as int64; ValueError where one is no whole number."""
+    whole = numbers.long()
+    if numbers.is_floating_point():
+        bad = numbers != whole
+        _refuse(bad if where is None else bad & where, numbers, whose, wanted)
+    return whole
 
 
 def _refuse(bad: Tensor, values: Tensor, whose: str, wanted: str) -> None:
     """ValueError that names the first of ``values`` that is ``bad``."""
-    for at in bad.nonzero()[:1].tolist():
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
         raise ValueError(f"{whose}{at} is {values[tuple(at)].item()}, not {wanted}")
