@@ -40,8 +40,8 @@ namespace KD_ISA {
 
 // p / m = 2^k r. The difference of their bits is nearly that of their logarithms, and gives a k that leaves r
 // in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)). Numerator and denominator are taken times m, which
-// leaves one quotient, p / 2^k by its exponent's bits, and d as the numerator where k is 0. The polynomial is
-// minimax, to 3e-9.
+// leaves one quotient, and d as its numerator where k is 0. Elsewhere k is subtracted from the exponent of p;
+// of 0 and of subnormals that makes another number. The polynomial is minimax, to 3e-9.
 KD_HD Vec log_ratio(Vec p, Vec m, Vec d) {
   const Ints k = (as_ints(p) - as_ints(m) + 0x400000) & (int32_t)0xff800000;  // k's bits in an exponent
   const Vec over = select(k == 0, d, as_vec(as_ints(p) - k) - m);

@@ -355,10 +355,10 @@ class SkewReverseKL(Divergence):
     detached_code: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
+        flag("SkewReverseKL's detach_mixture", self.detach_mixture)
         super().__post_init__()
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(f"SkewReverseKL needs 0 <= alpha < 1, got alpha={self.alpha}")
-        flag("SkewReverseKL's detach_mixture", self.detach_mixture)
 
     @property
     def kind(self) -> int:
