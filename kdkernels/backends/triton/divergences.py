@@ -38,7 +38,8 @@ def _log_ratio(p, m, d):
 
     As csrc/vec.h: p / m = 2^k r. The difference of their bits is nearly that of their logarithms, and gives a k that
     leaves r in [2/3, 3/2]. log r = 2 atanh((r - 1) / (r + 1)), whose numerator and denominator are taken times m. k is
-    subtracted from the exponent of p; of 0 and of subnormals that makes another number. It stays where it is in the bits: ``of_k`` is k's bits in an exponent, and a conversion would be a slow instruction.
+    subtracted from the exponent of p; of 0 and of subnormals that makes another number. k stays where it is in the bits:
+    ``of_k`` is k's bits in an exponent, and a conversion would be a slow instruction.
     """
     bits = p.to(tl.int32, bitcast=True)
     of_k = (bits - m.to(tl.int32, bitcast=True) + 0x400000) & -0x800000
