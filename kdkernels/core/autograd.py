@@ -127,10 +127,9 @@ def _(student, teacher, labels, temperature, parameters, weights, *_):
 
 
 def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
-    """Writing over the student must not change what is still to be read of the teacher."""
-    for (
-        t
-    ) in teacher:  # a teacher's logits in the same places are read before these are written; nothing else is
+    """Writing over the student must not change what is still to be read of the teacher: logits in the same places are read
+    before they are written, and nothing else is."""
+    for t in teacher:
         same = len(teacher) == 1 and t.data_ptr() == student.data_ptr() and t.stride() == student.stride()
         if not same and overlap(student, t):
             raise ValueError(
