@@ -199,13 +199,13 @@ def _soft_weight(call: Call) -> float:
 def _most_fp16(call: Call, side: Side, token_weights: Tensor) -> float:
     """The largest gradient of a token of weight 1 that can wait in fp16: it waits times its weight, and where the sum of
     its terms' weights is less than 64, times what brings that to 64."""
-    T, times = call.options.get("temperature", 1.0), float(token_weights.abs().max()) if call.tokens else 1.0
+    T, times = call.options.get("temperature", 1.0), float(token_weights.abs().max()) if call.tokens else 0.0
     if side is not call.student or call.kind in ("cross_entropy", "log_probs"):
         times = max(times, 64.0)
     elif call.divergence[0] != "alpha_beta":
         soft, entropy = _soft_weight(call) / T**2, call.options.get("entropy_weight", 0.0) / T**2
         times = max(times, 64 / (abs(soft) + abs(entropy) + abs(call.options.get("hard_weight", 0.0)) or 1))
-    return torch.finfo(torch.float16).max / times
+    return torch.finfo(torch.float16).max / (times or 1.0)
 
 
 def _plain_soft(call: Call, z: Tensor, teacher: Tensor | None, T: float) -> Tensor:
