@@ -296,20 +296,6 @@ def test_axolotl_both_paddings():
     assert rows(SparseTarget.from_axolotl(ragged)) == [{}, {4: -1.0, 9: -2.0}, {7: -1.0}, {8: -1.0, 2: -2.0}]
 
 
-def test_arrays_of_any_integers():
-    for dtype in (np.int32, np.uint16, np.uint32, np.uint64, np.float64):
-        ids = np.array(DATASET_ROW["target_token_ids"]).astype(dtype)
-        row = {name: np.array(DATASET_ROW[name]) for name in ("target_logprobs", "target_mask")}
-        found = SparseTarget.from_axolotl(row | {"target_token_ids": ids})
-        assert rows(found) == rows(SparseTarget.from_axolotl(DATASET_ROW))
-        arrays = SimpleNamespace(token_ids=TOPK_NP.token_ids.astype(dtype), logprobs=TOPK_NP.logprobs)
-        assert rows(SparseTarget.from_tinker(arrays)) == rows(SparseTarget.from_tinker(TOPK_NP))
-    batch = {name: each.tolist() for name, each in BATCH.items()}
-    assert rows(SparseTarget.from_axolotl(batch)) == rows(SparseTarget.from_axolotl(BATCH))
-    arrays = {name: each.numpy() for name, each in MEGATRON.items()}
-    assert rows(SparseTarget.from_megatron(arrays)) == approx(MEGATRON_ROWS)
-
-
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -493,8 +479,9 @@ def test_megatron():
             r"micro-batch 0: values\[0, 0, 0\] is nan, not a log-prob",
         ),
         ({"values": []}, "micro-batches of values"),
+        ({"values": [MEGATRON["values"]]}, "micro-batches of values"),
         ({name: [] for name in MEGATRON}, "payload has no micro-batch"),
-        ({"values": [None]}, "micro-batch 0 has None, not an array of numbers"),
+        ({name: [None] for name in MEGATRON}, "micro-batch 0 has None, not an array of numbers"),
         (
             {name: [each, each[:1]] for name, each in MEGATRON.items()},
             "micro-batch 1 has 1 tokens a sequence, the first 2",
@@ -505,3 +492,20 @@ def test_megatron_malformed(change, says):
     payload = {k: v for k, v in (MEGATRON | change).items() if v is not None}
     with pytest.raises(ValueError, match=says):
         SparseTarget.from_megatron(payload)
+
+
+# --- all ---------------------------------------------------------------------------------------
+
+
+def test_arrays_of_any_integers():
+    for dtype in (np.int32, np.uint16, np.uint32, np.uint64, np.float64):
+        ids = np.array(DATASET_ROW["target_token_ids"]).astype(dtype)
+        row = {name: np.array(DATASET_ROW[name]) for name in ("target_logprobs", "target_mask")}
+        found = SparseTarget.from_axolotl(row | {"target_token_ids": ids})
+        assert rows(found) == rows(SparseTarget.from_axolotl(DATASET_ROW))
+        arrays = SimpleNamespace(token_ids=TOPK_NP.token_ids.astype(dtype), logprobs=TOPK_NP.logprobs)
+        assert rows(SparseTarget.from_tinker(arrays)) == rows(SparseTarget.from_tinker(TOPK_NP))
+    batch = {name: each.tolist() for name, each in BATCH.items()}
+    assert rows(SparseTarget.from_axolotl(batch)) == rows(SparseTarget.from_axolotl(BATCH))
+    arrays = {name: each.numpy() for name, each in MEGATRON.items()}
+    assert rows(SparseTarget.from_megatron(arrays)) == approx(MEGATRON_ROWS)

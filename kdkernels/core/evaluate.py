@@ -19,7 +19,7 @@ from .inplace import check_inplace
 from .request import Call, Request
 from .sides import Logits, Teacher
 
-#: Of the sum of a token's weights while its gradient waits in fp16.
+#: While a token's gradient waits in fp16 the sum of its weights has an exponent between these.
 _LEAST_EXPONENT, _HIGHEST_EXPONENT = 6, 13
 
 
@@ -30,11 +30,11 @@ class _Solved(NamedTuple):
     gradients: list[Tensor]
 
 
-def _solve(call: Call, inplace: bool) -> _Solved:
-    """What the operator makes of a call, outside autograd."""
-    student, teacher, *others = call.request.arguments()
+def _solve(request: Request, inplace: bool) -> _Solved:
+    """What the operator makes of a request, outside autograd."""
+    student, teacher, *others = request.arguments()
     student, teacher = [t.detach() for t in student], [t.detach() for t in teacher]
-    if inplace and any(call.request.needs_grad):
+    if inplace and any(request.needs_grad):
         results = autograd.rows_(student[0], teacher, *others[:-2])
         return _Solved(results, student)
     results, *gradients = autograd.rows(student, teacher, *others)
@@ -81,7 +81,7 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
     lift = _lift(request) if needed else None
     if lift is not None:
         request = replace(request, weights=request.weights * lift[:, None])
-    solved = _solve(replace(call, request=request), inplace)
+    solved = _solve(request, inplace)
     value = autograd.row_losses(solved.results, request.weights)
     if not reducer.per_row:
         value = _attached(reducer.apply(value), request.wanted(), solved.gradients)
@@ -103,7 +103,7 @@ def _lift(request: Request) -> Tensor | None:
     kind = request.spec.kind
     if request.student[0].dtype != torch.float16 or kind < 0 or kind == AlphaBeta.code:
         return None
-    weights = request.weights.abs()
+    weights = request.weights[:, : Output.TEACHER_LABEL].abs()  # without the teacher's own
     if request.spec.tempered:
         for output in (Output.SOFT, Output.ENTROPY):  # one by one: a list of columns would be copied to a GPU
             weights[:, output] /= request.temperature.square()
@@ -116,7 +116,7 @@ def _lift(request: Request) -> Tensor | None:
 def _both(call: Call) -> Evaluated:
     """Both models' losses from one pass."""
     request = call.request
-    solved, inputs = _solve(call, inplace=False), request.wanted()
+    solved, inputs = _solve(request, inplace=False), request.wanted()
     split = sum(request.needs_grad[: len(request.student)])
     own = request.weights[:, Output.TEACHER_LABEL]
     loss = call.reducer.apply(autograd.row_losses(solved.results, request.weights))

@@ -8,6 +8,7 @@ Nothing but torch is imported: numpy arrays, lists and the producers' own object
 from __future__ import annotations
 
 import math
+import reprlib
 from array import array
 from collections.abc import Mapping
 from itertools import compress
@@ -271,7 +272,8 @@ def megatron(payload: Mapping[str, Any]) -> Pair:
     for name in ("values", "indices_low", "bit_17"):
         _check(name in payload, f"Megatron's payload has no {name}, only {', '.join(payload)}")
     parts = [payload[name] for name in ("values", "indices_low", "bit_17")]
-    parts = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
+    if not isinstance(parts[0], (list, tuple)):
+        parts = [[part] for part in parts]
     _check(
         len({len(part) for part in parts}) == 1,
         f"Megatron's payload has {[len(part) for part in parts]} micro-batches of "
@@ -381,8 +383,10 @@ def _bytes(row: Mapping[str, Any], name: str, whose: str) -> Tensor:
     value = row[name]
     if isinstance(value, Tensor):
         if value.dtype not in (torch.uint8, torch.int8):
-            value = _whole(value, f"{whose}'s {name}", "a byte")
-            _refuse((value < 0) | (value > 255), value, f"{whose}'s {name}", "a byte")
+            value = _signed(value)
+            _refuse(
+                (value < 0) | (value > 255) | (value != value.floor()), value, f"{whose}'s {name}", "a byte"
+            )
         return value.to(torch.uint8)
     try:
         packed = [bytes(token if isinstance(token, bytes) else list(token)) for token in value]
@@ -407,13 +411,12 @@ def _check_nested(lists: Any, whose: str) -> None:
         fine = all(len(row) >= 0 for rows in lists for row in rows)
     except TypeError:
         fine = False
-    if not fine:  # not by _check: a record's repr takes longer than the record
-        raise ValueError(f"{whose} is {_what(lists)}, not [B, completion, K]")
+    _check(fine, f"{whose} is {_what(lists)}, not [B, completion, K]")
 
 
 def _what(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+    """A few of its entries: all of a record's take longer to print than to read."""
+    return reprlib.repr(value)
 
 
 def _id(token: Any, where: str) -> int:
@@ -472,8 +475,7 @@ def _rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
     """[T, K] of T lists, K the longest; short ones are padded. What has one shape is taken as it is."""
     if isinstance(rows, Tensor) or hasattr(rows, "__array__"):
         return _array(rows, whose)
-    if not isinstance(rows, (list, tuple)):  # not by _check: a record's repr takes longer than the record
-        raise ValueError(f"{whose} is {_what(rows)}, not a list of lists")
+    _check(isinstance(rows, (list, tuple)), f"{whose} is {_what(rows)}, not a list of lists")
     _check(len(rows), f"{whose} is empty")
     for t, row in enumerate(rows):
         if not isinstance(row, (list, tuple)):  # not by _check: a row's repr takes longer than the row
@@ -521,10 +523,10 @@ def _earlier(ids: Tensor, logprobs: Tensor) -> Pair:
 def _emptied(ids: Tensor, logprobs: Tensor, full: Tensor, ids_name: str, logprobs_name: str) -> Pair:
     """The same, with empty slots where it is not ``full``. What is no log-probability is refused everywhere, what is no id
     where it is ``full``."""
-    ids = _whole(ids, ids_name, "a token id", where=full)
-    _refuse(full & (ids < 0), ids, ids_name, "a token id")
+    ids = _signed(ids)
+    _refuse(full & ((ids < 0) | (ids != ids.floor())), ids, ids_name, "a token id")
     _refuse(~(logprobs < 1e-2), logprobs, logprobs_name, "a log-probability")
-    return ids.masked_fill(~full, -1), logprobs.float().masked_fill(~full, -math.inf)
+    return ids.long().masked_fill(~full, -1), logprobs.float().masked_fill(~full, -math.inf)
 
 
 def _array(given: Any, whose: str) -> Tensor:
@@ -534,13 +536,9 @@ def _array(given: Any, whose: str) -> Tensor:
         raise ValueError(f"{whose} has {_what(given)}, not an array of numbers") from None
 
 
-def _whole(numbers: Tensor, whose: str, wanted: str, where: Tensor | None = None) -> Tensor:
-    """``numbers`` as int64; ValueError where one is no whole number."""
-    whole = numbers.long()
-    if numbers.is_floating_point():
-        bad = numbers != whole
-        _refuse(bad if where is None else bad & where, numbers, whose, wanted)
-    return whole
+def _signed(numbers: Tensor) -> Tensor:
+    """Integers as int64: of unsigned ones torch compares no more than bytes."""
+    return numbers if numbers.is_floating_point() else numbers.long()
 
 
 def _refuse(bad: Tensor, values: Tensor, whose: str, wanted: str) -> None:
