@@ -240,7 +240,7 @@ def examine(scenario: Scenario, names: list[BackendName], device: str) -> list[O
     problem, function = scenario.problem(device), FUNCTIONS[scenario.function]
     meaning = {k: v for k, v in scenario.options.items() if k != "chunk_bytes"}
     oracle = problem.oracle(loss=function.ours, divergence=scenario.divergence, **meaning)
-    if unfit := _unfit(oracle, problem, scenario.divergence):
+    if unfit := _unfit(oracle, problem):
         return [Outcome(name, scenario, [], [], unfit) for name in names]
     plain = problem.plain(scenario.divergence, loss=function.plain, **meaning)
     made = []
@@ -284,16 +284,14 @@ def beyond_32_bits(name: BackendName, device: str, *, tokens: int = 2**14 + 8, v
     return Outcome(name, scenario, checks, [str(check) for check in checks if not check.ok])
 
 
-def _unfit(oracle: Result, problem: Problem, divergence: Divergence | None) -> str | None:
+def _unfit(oracle: Result, problem: Problem) -> str | None:
     """Why the oracle's result does not fit into the problem's dtypes; None if it fits."""
     value, grads = oracle
-    largest, tokens = max(float(g.abs().max()) for g in grads), problem.labels.numel()
+    largest = max(float(g.abs().max()) for g in grads)
     if not (largest < math.inf and value.abs().max() < torch.finfo(torch.float32).max):
         return "the oracle is infinite here"
-    # In fp16 a token's gradient waits for the mean's divisor, times up to 64 over the sum of its terms' weights, each over
-    # T^2 (core/evaluate.py). That sum is 1 / 4 at least here.
-    lift = 1 if isinstance(divergence, AlphaBeta) else 256
-    if problem.dtype == torch.float16 and lift * largest * tokens > torch.finfo(torch.float16).max:
+    # fp16 gradients are made per token, before the mean's divisor, so that GradScaler's factor comes first.
+    if problem.dtype == torch.float16 and largest * problem.labels.numel() > torch.finfo(torch.float16).max:
         return "the gradient of one token does not fit fp16"
     return None
 
