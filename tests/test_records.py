@@ -79,6 +79,7 @@ def test_vllm(form):
         (0, {1: Logprob(-1.0, 1)}, r"prompt_logprobs\[0\] has log-probabilities, but nothing comes before"),
         (2, None, r"prompt_logprobs\[2\] is None; only the first may be empty"),
         (2, [(1, -1.0)], r"prompt_logprobs\[2\] is \[\(1, -1.0\)\], not a dict"),
+        (2, np.array([1.0, 2.0]), r"prompt_logprobs\[2\] is array\(\[1., 2.\]\), not a dict"),
         (1, {1: -1.0}, r"prompt_logprobs\[1\]\[1\] is -1.0, not a Logprob"),
         (3, {"x": Logprob(-1.0, 1)}, r"prompt_logprobs\[3\] has 'x' for a token id"),
         (3, {-1: Logprob(-1.0, 1)}, r"prompt_logprobs\[3\] has -1 for a token id"),
@@ -104,6 +105,8 @@ def test_vllm_without_ranks():
         SparseTarget.from_vllm(PROMPT_LOGPROBS, top_k=0)
     with pytest.raises(ValueError, match="prompt_logprobs is empty"):
         SparseTarget.from_vllm([])
+    with pytest.raises(ValueError, match="prompt_logprobs is 5, not a list with an entry per token"):
+        SparseTarget.from_vllm(5)
 
 
 # --- DistillKit --------------------------------------------------------------------------------
@@ -238,11 +241,21 @@ def test_distillkit_malformed(change, says):
         ({"exact_k": 9}, "config has d=1000, k=8 and exact_k=9"),
         ({"d": 0}, "config has d=0"),
         ({"exact_dtype": "flt"}, "config has 'flt' for a dtype"),
+        (
+            {"residual_bins": [{"element_bits": 4}]},
+            r"residual_bins\[0\] has no scale_dtype, only element_bits",
+        ),
     ],
 )
 def test_distillkit_malformed_config(change, says):
     config = {name: value for name, value in (SMALL | change).items() if value is not None}
     with pytest.raises(ValueError, match=says):
+        SparseTarget.from_distillkit(distillkit_row()[0], config)
+
+
+def test_distillkit_with_another_term():
+    config = SMALL | {"polynomial_terms": [*SMALL["polynomial_terms"][:-1], "cube"]}
+    with pytest.raises(ValueError, match="config has 'cube' among its polynomial_terms"):
         SparseTarget.from_distillkit(distillkit_row()[0], config)
 
 
@@ -373,6 +386,8 @@ def test_trl_server():
         ({"logprob_token_ids": [[7, 3], [4]]}, {}, r"ids is \[\[7, 3\], \[4\]\], not \[B, completion, K\]"),
         ({}, {"prompt_lengths": [1, 0]}, "sequence 1 has no prompt"),
         ({}, {"prompt_lengths": [1]}, "and 1 of prompt_lengths"),
+        ({}, {"prompt_lengths": 2}, "prompt_lengths is 2, not one number per sequence"),
+        ({}, {"prompt_lengths": torch.tensor(2)}, r"prompt_lengths is tensor\(2\), not one number per"),
         ({}, {"length": 1}, "2 tokens, more than length=1"),
     ],
 )
@@ -420,7 +435,10 @@ def test_tinker_malformed_arrays(change, says):
 @pytest.mark.parametrize(
     "record, says",
     [
-        (None, "is empty: ask for it"),
+        (None, "is None: ask for it"),
+        ([], "is empty: ask for it"),
+        (5, "is 5, not a list with an entry per token"),
+        (np.array([[[7.0, -0.25]]]), r"topk_prompt_logprobs\[0\] has log-probabilities, but nothing"),
         ([[(1, -1.0)]], r"topk_prompt_logprobs\[0\] has log-probabilities, but nothing"),
         ([None, [7, 3]], r"topk_prompt_logprobs\[1\] is \[7, 3\], not a list of"),
         ([None, [(7, -1.0, 0)]], "not a list of"),
@@ -478,8 +496,12 @@ def test_megatron():
             {"values": torch.full((2, 2, 2), math.nan)},
             r"micro-batch 0: values\[0, 0, 0\] is nan, not a log-prob",
         ),
-        ({"values": []}, "micro-batches of values"),
-        ({"values": [MEGATRON["values"]]}, "micro-batches of values"),
+        ({"values": [MEGATRON["values"]]}, "lists of micro-batches beside single tensors"),
+        ({"values": 5, "bit_17": [5], "indices_low": [5]}, "lists of micro-batches beside single tensors"),
+        (
+            {"values": [], "bit_17": [5], "indices_low": [5]},
+            r"\[0, 1, 1\] micro-batches of values, indices_low and bit_17",
+        ),
         ({name: [] for name in MEGATRON}, "payload has no micro-batch"),
         ({name: [None] for name in MEGATRON}, "micro-batch 0 has None, not an array of numbers"),
         (
@@ -509,3 +531,21 @@ def test_arrays_of_any_integers():
     assert rows(SparseTarget.from_axolotl(batch)) == rows(SparseTarget.from_axolotl(BATCH))
     arrays = {name: each.numpy() for name, each in MEGATRON.items()}
     assert rows(SparseTarget.from_megatron(arrays)) == approx(MEGATRON_ROWS)
+
+
+# --- all ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "read, whose",
+    [
+        (SparseTarget.from_axolotl, "axolotl's row"),
+        (SparseTarget.from_trl_server, "TRL's result"),
+        (SparseTarget.from_megatron, "Megatron's payload"),
+        (lambda row: SparseTarget.from_distillkit(row, RECOMMENDED), "DistillKit's row"),
+        (lambda config: SparseTarget.from_distillkit({}, config), "DistillKit's config"),
+    ],
+)
+def test_no_dict(read, whose):
+    with pytest.raises(ValueError, match=f"{whose} is \\[5\\], not a dict"):
+        read([5])
