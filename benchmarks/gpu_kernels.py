@@ -18,7 +18,7 @@ from typing import Any, Iterator
 import torch
 
 import kdkernels as kd
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 
 ROWS, WIDTH = 3, 16
 #: One block a row, several blocks a row; the last one is no multiple of a vector.

@@ -9,7 +9,7 @@ from problems import BACKENDS
 
 import kdkernels as kd
 from kdkernels.backends import native
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 from kdkernels.core import autograd
 
 #: Not searched for examples, which would import them: what serves processes of their own changes Triton, for one.

@@ -5,7 +5,7 @@ import torch
 from compiled import assert_compiled
 
 import kdkernels as kd
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 
 N, V, H, K = 6, 21, 8, 4
 

@@ -15,7 +15,7 @@ import kdkernels as kd
 from kdkernels.backends import native
 from kdkernels.backends.protocol import Gradients, Tile
 from kdkernels.backends.spec import OUTPUTS, Asked, Output, Spec
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 from kdkernels.divergences import simplified
 
 ROOT = Path(__file__).parent.parent

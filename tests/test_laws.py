@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import BACKENDS
 
 import kdkernels as kd
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 from kdkernels.core.schedule import plan
 
 problems = st.tuples(st.integers(1, 6), st.integers(2, 300), st.integers(0, 10**6), st.floats(0.1, 8.0))

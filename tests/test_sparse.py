@@ -6,7 +6,7 @@ from problems import assert_exact, assert_refused, relative
 from sparse_problems import FORWARD_ONLY, TAILS, SparseProblem
 
 import kdkernels as kd
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore:a temperature other")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 import kdkernels as kd
 from kdkernels.backends import eager
 from kdkernels.commands import verify
+from kdkernels.commands.verify.scenario import DIVERGENCES, DTYPES, FORMS, Scenario
 from kdkernels.testing import ROWS, assert_matches_reference
 
 FEW = [
-    verify.Scenario("random", kd.JSD(0.3), torch.float32, options=dict(hard_weight=0.5)),
-    verify.Scenario("random", kd.ForwardKL(), torch.bfloat16, ("head", "head")),
-    verify.Scenario("equal", kd.ReverseKL(), torch.float32, rows="equal"),
-    verify.Scenario("V=1", kd.TotalVariation(), torch.float32, shape=(4,), vocab=1),
-    verify.Scenario(
+    Scenario("random", kd.JSD(0.3), torch.float32, options=dict(hard_weight=0.5)),
+    Scenario("random", kd.ForwardKL(), torch.bfloat16, ("head", "head")),
+    Scenario("equal", kd.ReverseKL(), torch.float32, rows="equal"),
+    Scenario("V=1", kd.TotalVariation(), torch.float32, shape=(4,), vocab=1),
+    Scenario(
         "chunked",
         kd.ForwardKL(),
         torch.float32,
@@ -24,9 +25,9 @@ FEW = [
         vocab=700,
         options=dict(chunk_bytes=16_000),
     ),
-    verify.Scenario("entropy", kd.SkewKL(0.1), torch.float32, options=dict(entropy_weight=-0.5)),
-    verify.Scenario("several", kd.JSD(0.1), torch.float32, function="several divergences"),
-    verify.Scenario("ids: random", None, torch.float32, function="token_log_probs"),
+    Scenario("entropy", kd.SkewKL(0.1), torch.float32, options=dict(entropy_weight=-0.5)),
+    Scenario("several", kd.JSD(0.1), torch.float32, function="several divergences"),
+    Scenario("ids: random", None, torch.float32, function="token_log_probs"),
 ]
 
 
@@ -163,12 +164,12 @@ def test_scenarios_cover_the_matrix():
     assert {s.rows for s in made} == set(ROWS)
     assert {s.vocab for s in made} >= {1, 262144}
     assert {(s.divergence, s.dtype, s.form) for s in made if s.divergence is not None} == {
-        (d, t, f) for d in verify.DIVERGENCES for t in verify.DTYPES for f in verify.FORMS
+        (d, t, f) for d in DIVERGENCES for t in DTYPES for f in FORMS
     }
     for function in ("several divergences", "token_log_probs"):
         found = {(s.dtype, s.form) for s in made if s.function == function}
-        assert found == {(t, f) for t in verify.DTYPES for f in verify.FORMS[:2]}
-    kinds = {type(d) for d in verify.DIVERGENCES}
+        assert found == {(t, f) for t in DTYPES for f in FORMS[:2]}
+    kinds = {type(d) for d in DIVERGENCES}
     assert kinds == {k for k in kd.Divergence.__subclasses__() if k.code > 0}
 
 

@@ -33,7 +33,7 @@ import kdkernels as kd
 from kdkernels.backends.protocol import Tile
 from kdkernels.backends.spec import Asked, Spec
 from kdkernels.backends.triton import launch
-from kdkernels.commands.verify import DIVERGENCES
+from kdkernels.commands.verify.scenario import DIVERGENCES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FULL = dict(temperature=2.0, hard_weight=0.5, label_smoothing=0.1, z_loss=0.01)
