@@ -96,6 +96,11 @@ CASES = [
     Case("head from logits", dict(student="head"), dict(divergence=kd.ReverseKL(), num_items=7), ranks=2),
     Case("logits from head", dict(teacher="head"), dict(divergence=kd.JSD(), **MIX), ranks=4),
     Case("token losses of logits", {}, dict(reduction="none", **MIX), ranks=2),
+    *(
+        Case(f"token losses of {dtype}", dict(dtype=dtype, scale=1.0), dict(reduction="none"), split="empty")
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    Case("in place", {}, dict(inplace=True, vocab_size=50, **MIX), ranks=3, split="even"),
     Case("token losses of heads", HEADS, dict(reduction="none", divergence=kd.JSD(), **MIX), ranks=3),
     Case("token numbers", HEADS, dict(temperature=per_token(0.5), hard_weight=per_token(0.0)), ranks=2),
     Case("token weights", HEADS, dict(token_weights=per_token(-0.5), divergence=kd.ReverseKL()), ranks=4),
@@ -218,6 +223,9 @@ POLICIES = [
     Case("of logits", {}, dict(temperature=1.7), "token_log_probs", ranks=3, split="empty"),
     Case("of heads", dict(softcap=5.0, **HEADS), dict(chunk_bytes=3000), "token_log_probs", ranks=4),
     Case("of bf16 heads", dict(dtype=torch.bfloat16, **HEADS), {}, "token_log_probs", ranks=2),
+    Case("vocab_size", {}, dict(vocab_size=50), "token_log_probs", ranks=3, split="even"),
+    Case("in place", {}, dict(inplace=True, vocab_size=50), "token_log_probs", ranks=3, split="even"),
+    Case("bf16", dict(dtype=torch.bfloat16), {}, "token_log_probs", split="empty"),
 ]
 STATS = [
     Case("stats of a sparse target", {}, dict(return_stats=True, hard_weight=0.5), tail="bucket", ranks=3),
@@ -333,12 +341,10 @@ def same_on_all_ranks(parts):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_shards_are_exact(case, outcomes):
     parts, problem = of(outcomes, ("exact", case.name)), case.made()
-    options = dict(case.options)
+    options = case.meaning
     if case.loss == "cross_entropy":
         options.update(soft_weight=0.0, hard_weight=1.0)
-    oracle = problem.oracle(**options)
-    options.pop("chunk_bytes", None)
-    plain = problem.plain(**options)
+    oracle, plain = problem.oracle(**options), problem.plain(**options)
     (loss,) = same_on_all_ranks(parts)
     assert_exact((loss, whole(parts)), oracle, plain, dtype=problem.dtype, projected=problem.projected)
 
@@ -349,8 +355,7 @@ def test_token_losses_of_shards(case, outcomes):
         ("several", shard_cases.several) if case in SEVERAL else ("policies", shard_cases.policy_loss)
     )
     parts, problem = of(outcomes, (kind, case.name)), case.made()
-    options = {name: value for name, value in case.options.items() if name != "chunk_bytes"}
-    truth, gradients = problem.oracle(loss=loss, **options)
+    truth, gradients = problem.oracle(loss=loss, **case.meaning)
     (loss,) = same_on_all_ranks(parts)
     ulp = torch.finfo(problem.dtype).eps
     assert relative(loss, truth) < 10 * ulp
@@ -375,9 +380,7 @@ def test_both_models_learn_on_shards(case, outcomes):
 @pytest.mark.filterwarnings("ignore:a temperature other")
 def test_sparse_targets_on_shards(case, outcomes):
     parts = of(outcomes, ("sparse", case.name))
-    options = dict(case.options)
-    options.pop("chunk_bytes", None)
-    truth, gradients = case.made().oracle(**options)
+    truth, gradients = case.made().oracle(**case.meaning)
     (loss,) = same_on_all_ranks(parts)
     assert torch.allclose(loss.double(), truth, rtol=1e-5, atol=2e-6)
     for mine, oracle in zip(whole(parts), gradients, strict=True):
@@ -484,7 +487,7 @@ def test_ranks_are_checked(name, outcomes):
 def test_ranks_with_tokens_of_their_own(case, outcomes):
     """As if the lm_head were whole on every rank, and its gradient averaged or summed over the ranks."""
     parts, problem = of(outcomes, ("own tokens", case.name)), case.made()
-    options = {name: value for name, value in case.options.items() if name != "chunk_bytes"}
+    options = case.meaning
     bounds, shards = shard_own_tokens.token_bounds(case.ranks), []
     for rank, outcome in enumerate(parts):
         here = slice(bounds[rank], bounds[rank + 1])

@@ -27,12 +27,11 @@ from .scaling import batched, scaled, tracing
 from .walk import merged_for, walk
 
 
-def new_gradient(logits: Tensor, vocab: int) -> Tensor:
+def new_gradient(logits: Tensor) -> Tensor:
+    """An empty buffer for it."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.device.type == "cpu":
         native.advise_huge_pages(grad)
-    if vocab < grad.shape[-1]:
-        grad[..., vocab:].zero_()
     return grad
 
 
@@ -41,8 +40,8 @@ def _buffers(request: Request) -> Gradients:
     count = len(request.student)
     own, theirs = request.needs_grad[:count], request.needs_grad[count:]
     return Gradients(
-        new_gradient(request.student[0], request.columns_here) if count == 1 and any(own) else None,
-        new_gradient(request.teacher[0], request.columns_here) if len(theirs) == 1 and any(theirs) else None,
+        new_gradient(request.student[0]) if count == 1 and any(own) else None,
+        new_gradient(request.teacher[0]) if len(theirs) == 1 and any(theirs) else None,
     )
 
 
@@ -116,9 +115,7 @@ def rows_(
         results, gradient = reference.compute(request)
         student.copy_(gradient)
         return results
-    results = walk(request, Gradients(student, None))[0]
-    student[..., request.columns_here :].zero_()
-    return results
+    return walk(request, Gradients(student, None))[0]
 
 
 @torch.library.register_fake(rows_)

@@ -104,7 +104,7 @@ def log_probs_gradient(
     request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":
         return reference.log_prob_gradients(request, arriving)
-    buffer = None if request.has_head else new_gradient(student[0], vocab)
+    buffer = None if request.has_head else new_gradient(student[0])
     grads = backward(request, arriving, Finished(*finished), buffer)
     return [g.view(t.shape) for g, t in zip(grads, request.wanted())]
 
@@ -139,7 +139,6 @@ def log_probs_gradient_(
         student.copy_(reference.log_prob_gradients(request, arriving)[0])
         return
     backward(request, arriving, Finished(*finished), student)
-    student[..., vocab:].zero_()
 
 
 @torch.library.register_fake(log_probs_gradient_)

@@ -43,6 +43,8 @@ class LogitRows:
         self.logits, self.vocab, self.grad = logits, vocab, grad
         self.tokens = math.prod(logits.shape[:-1])
         self.index: Tensor | None = None
+        if grad is not None and vocab < grad.shape[-1]:
+            grad[..., vocab:].zero_()  # columns beyond the vocabulary, which no tile has
         self.segment = folding_tokens(logits) if grad is None else min(map(folding_tokens, (logits, grad)))
 
     @property

@@ -36,7 +36,7 @@ def _multiply(grad: Tensor, factor: Tensor, out: Tensor) -> None:
             _multiply(*part)
     else:
         grad, out = flat(grad), flat(out)
-        step = max(_SLAB_LOGITS // grad.shape[1], 1)
+        step = max(_SLAB_LOGITS // max(grad.shape[1], 1), 1)  # an empty shard has no columns
         for g, f, o in zip(grad.split(step), factor.reshape(-1, 1).split(step), out.split(step)):
             torch.mul(g, f, out=o)
 

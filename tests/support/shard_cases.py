@@ -32,6 +32,11 @@ class Case:
         False  # ranks with tokens of their own have another number of ids for each, by their number
     )
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """The options without those that say how it is computed."""
+        return {name: value for name, value in self.options.items() if name not in ("chunk_bytes", "inplace")}
+
     def made(self) -> Problem:
         torch.manual_seed(len(self.name))
         kind = functools.partial(SparseProblem, tail=self.tail) if self.tail else Problem
@@ -63,12 +68,12 @@ class Outcome:
     calls: list[tuple[str, int]] = field(default_factory=list)
 
 
-def part(tensors, bounds, rank, head, shard):
+def part(tensors, bounds, rank, head, shard, inplace=False):
     """(this rank's leaves, its form of the model)."""
     here = slice(bounds[rank], bounds[rank + 1])
     if len(tensors) == 1:
         leaves = [tensors[0][..., here].clone().requires_grad_()]
-        return leaves, kd.ShardedLogits(leaves[0], shard)
+        return leaves, kd.ShardedLogits(leaves[0] * 1 if inplace else leaves[0], shard)
     leaves = [tensors[0].clone(), *(t[here].clone() for t in tensors[1:])]
     leaves = [t.requires_grad_() for t in leaves]
     return leaves, kd.LinearHead(*leaves, shard=shard, **head)
@@ -76,8 +81,9 @@ def part(tensors, bounds, rank, head, shard):
 
 def policy(student, labels, more=0, **options):
     """Of each token: the log-probabilities of two ids and ``more`` and the entropy as a loss, and the statistics."""
+    vocab = options.get("vocab_size", VOCAB)
     others = [
-        torch.where(labels == -100, labels, (7 * labels + 3 + 5 * at) % VOCAB) for at in range(1 + more)
+        torch.where(labels == -100, labels, (7 * labels + 3 + 5 * at) % vocab) for at in range(1 + more)
     ]
     made = kd.token_log_probs(student, torch.stack([labels, *others], -1), entropy=True, **options)
     loss = 0.5 * made.log_probs[..., 1:].sum(-1) - made.log_probs[..., 0] - 0.3 * made.entropy
@@ -111,7 +117,8 @@ def sharded(case, group):
     """What this rank makes of a case."""
     problem, bounds, rank = case.made(), case.bounds(), dist.get_rank(group)
     shard = kd.Shard(group, **case.shard)
-    own, student = part(problem.student, bounds, rank, problem.head, shard)
+    inplace = case.options.get("inplace", False)
+    own, student = part(problem.student, bounds, rank, problem.head, shard, inplace)
     theirs, teacher = [], getattr(problem, "target", None)
     if teacher is None:
         theirs, teacher = part(problem.teacher, bounds, rank, problem.head, shard)

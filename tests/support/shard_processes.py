@@ -108,6 +108,7 @@ def ended(rank, folder):
 def on_rank(rank, folder, given):
     """Every case of this rank's groups; an exception is a result too."""
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # new memory is NaN until it is written
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
