@@ -45,6 +45,23 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")
-        return getattr(torch.ops.kdkernels, name).default
+        op = getattr(torch.ops.kdkernels, name).default
+        if mutates_args:
+            _library.impl(name, _marking(op, mutates_args), "ADInplaceOrView", with_keyset=True)
+        return op
 
     return define
+
+
+def _marking(op: Any, mutates_args: tuple[str, ...]) -> Callable[..., Any]:
+    """Counts a write to each argument that ``op`` overwrites, so that autograd refuses a backward that needs what was
+    there. Kernels write through pointers, which nobody counts."""
+    places = [at for at, argument in enumerate(op._schema.arguments) if argument.name in mutates_args]
+
+    def mark(keyset: Any, *given: Any) -> Any:
+        for at in places:
+            torch.autograd.graph.increment_version(given[at])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *given)
+
+    return mark

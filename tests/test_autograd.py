@@ -103,13 +103,59 @@ def test_only_inplace_overwrites(backend):
     assert torch.equal(leaf.detach(), before[0]) and torch.equal(problem.teacher[0], before[1])
 
 
-def test_overwriting_what_autograd_needs_is_an_error(backend):
-    """softmax saved its output: overwriting that must not give a wrong gradient silently."""
-    source = torch.randn(2, 30, requires_grad=True)
-    logits = source.softmax(-1)
-    loss = kd.kl_div(logits, torch.randn(2, 30), inplace=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+@pytest.mark.parametrize("ours", ["kl_div", "token_log_probs"])
+@pytest.mark.parametrize("view", [lambda y: y, lambda y: y.view(2, 3, 5)], ids=["whole", "view"])
+def test_overwriting_what_autograd_needs_is_an_error(backend, ours, view):
+    """tanh saves its output, and log_softmax another loss's: overwriting them must not give a wrong gradient silently."""
+    source, teacher, ids = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5), torch.arange(6) % 5
+
+    def loss(inplace, logits):
+        given = view(logits)
+        if ours == "kl_div":
+            return kd.kl_div(given, view(teacher), inplace=inplace)
+        return kd.token_log_probs(given, ids.view(given.shape[:-1]), inplace=inplace).log_probs.sum()
+
+    def refused(made):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            made.backward()
+
+    refused(loss(True, source.tanh()))
+    if ours == "kl_div":  # which overwrites in the forward
+        for other in (lambda y: y.square().sum(), lambda y: kd.token_log_probs(y, ids).log_probs.sum()):
+            logits = source * 1
+            refused(other(logits) + loss(True, logits))
+
+
+class Viewed(torch.autograd.Function):
+    """A view of which torch knows nothing, as DTensor.to_local() makes them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("view", [lambda y: y.view(-1, 10), Viewed.apply], ids=["view", "Function"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_view_in_place_is_differentiated_as_a_view(backend, view, reduction):
+    """torch would differentiate one that was written to as as_strided, which takes a gradient more."""
+    source, teacher = torch.randn(2, 3, 10, requires_grad=True), torch.randn(2, 3, 10)
+    gradients = []
+    for inplace in (False, True):
+        logits = view(source * 1)
+        of = logits.grad_fn
+        loss = kd.kl_div(logits, teacher.view(logits.shape), inplace=inplace, reduction=reduction).sum()
+        nodes, found = [loss.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            found.add(node)
+            nodes += [each for each, _ in node.next_functions if each is not None]
+        assert of in found
+        gradients += torch.autograd.grad(loss, source)
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])

@@ -108,6 +108,19 @@ def test_with_symbols(name):
     assert_compiled(*CASES[name], dynamic=True)
 
 
+def test_overwriting_what_autograd_needs_is_an_error():
+    def loss(x, inplace):
+        logits = x * 1
+        return logits.square().sum() + kd.kl_div(logits, torch.zeros_like(x), inplace=inplace)
+
+    x = torch.randn(3, V, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    compiled(x, False).backward()
+    with pytest.raises(Exception, match="modified by an inplace operation"):
+        compiled(x, True).backward()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", CASES)

@@ -48,13 +48,15 @@ def logits_of_another(form, dtype):
         return torch.randn(shape).to(dtype), lambda x: x[:, :-1], torch.randn(shape).to(dtype)[:, 1:]
     if form == "transposed":
         return torch.randn(V, N).to(dtype), lambda x: x.t(), torch.randn(V, N).to(dtype).t()
+    if form == "flattened":
+        return torch.randn(2, N // 2, V).to(dtype), lambda x: x.view(-1, V), torch.randn(N, V).to(dtype)
     teacher = torch.randn(N, V).to(dtype)
     if form == "head beside":
         teacher = kd.LinearHead(torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype))
     return torch.randn(N, V).to(dtype), lambda x: x, teacher
 
 
-@pytest.mark.parametrize("form", ["plain", "transposed", slow("shifted"), slow("head beside")])
+@pytest.mark.parametrize("form", ["plain", "transposed", "flattened", slow("shifted"), slow("head beside")])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["none", slow("mean")])
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def logits_of_another(form, dtype):
 def test_logits_cost_one_gradient_of_their_own_dtype(dtype, reduction, inplace, form):
     """Nothing in place: no half-precision gradient is widened to be scaled, and no layout copied whole.
 
-    The gradient is taken for the view: what torch makes of it for the buffer is torch's.
+    In place the backward goes through the view. Of a slice torch makes a gradient of the whole.
     """
     buffer, view, teacher = logits_of_another(form, dtype)
     labels = torch.randint(0, V, view(buffer).shape[:-1])
@@ -72,11 +74,11 @@ def test_logits_cost_one_gradient_of_their_own_dtype(dtype, reduction, inplace, 
     def run():
         student = view(handed(buffer)) if inplace else view(buffer).detach().requires_grad_()
         loss = kd.kl_div(student, teacher, labels, reduction=reduction, inplace=inplace, chunk_bytes=CHUNK)
-        return torch.autograd.grad(loss.sum() * 0.5, student)
+        return (loss.sum() * 0.5).backward() if inplace else torch.autograd.grad(loss.sum() * 0.5, student)
 
     unit = buffer.numel() * buffer.element_size()
     assert unit > SLACK + CHUNK, "a copy would fit"
-    assert peak_of(run) <= (0 if inplace else unit) + SLACK + CHUNK
+    assert peak_of(run) <= (0 if inplace and form != "shifted" else unit) + SLACK + CHUNK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)

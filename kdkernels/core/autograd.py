@@ -135,6 +135,18 @@ def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
             )
 
 
+def overwrite(student: Tensor, *given) -> Tensor:
+    """:func:`rows_`, whose write is counted when ``attach`` has taken the student's place in the graph.
+
+    Of a view that was written to torch makes that place anew: as_strided, whose backward takes a gradient more, or an error
+    where a torch.autograd.Function made the view. What is traced has its writes in order, and is not told here.
+    """
+    if tracing(student):
+        return rows_(student, *given)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return rows_(student, *given)
+
+
 def refuse_double_backward(compiling: bool) -> None:
     if torch.is_grad_enabled() and not compiling:
         raise RuntimeError(
@@ -168,7 +180,11 @@ def _(value, input, gradient):
 
 def _attach_setup(ctx, inputs, output) -> None:
     ctx.gradients = list(inputs[2]) if isinstance(inputs[2], list) else [inputs[2]]
-    ctx.versions = [] if tracing(output) else _versions(ctx.gradients)
+    if tracing(output):
+        ctx.versions = []
+        return
+    torch.autograd.graph.increment_version(ctx.gradients)  # those in place have overwritten logits
+    ctx.versions = _versions(ctx.gradients)
 
 
 def _versions(gradients: list[Tensor]) -> list[int]:

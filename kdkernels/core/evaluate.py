@@ -35,7 +35,7 @@ def _solve(request: Request, inplace: bool) -> _Solved:
     student, teacher, *others = request.arguments()
     student, teacher = [t.detach() for t in student], [t.detach() for t in teacher]
     if inplace and any(request.needs_grad):
-        results = autograd.rows_(student[0], teacher, *others[:-2])
+        results = autograd.overwrite(student[0], teacher, *others[:-2])
         return _Solved(results, student)
     results, *gradients = autograd.rows(student, teacher, *others)
     return _Solved(results, gradients)

@@ -20,6 +20,10 @@ def dtensors(group):
         parts = [distribute_tensor(t.detach(), mesh, p).requires_grad_() for t, p in zip(tensors, placements)]
         both = [x[0] if len(x) == 1 else kd.LinearHead(*x) for x in (parts, tensors)]
         losses = [kd.cross_entropy(student, labels, label_smoothing=0.1) for student in both]
+        if len(tensors) == 1:
+            expected = torch.autograd.grad(losses[0], parts, retain_graph=True)[0]
+            inplace = kd.cross_entropy(parts[0] * 1, labels, label_smoothing=0.1, inplace=True)
+            assert torch.equal(torch.autograd.grad(inplace, parts)[0].to_local(), expected.to_local())
         losses += [kd.js_divergence(student, teacher) for student, teacher in zip(both, [both[0], both[1]])]
         mine = torch.autograd.grad(losses[0], parts)
         assert [list(g.placements) for g in mine] == [list(t.placements) for t in parts]

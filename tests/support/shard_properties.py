@@ -84,7 +84,7 @@ def inplace_views(group):
             before, logits = wide.detach().clone(), wide[:, 2:7]
             loss = kd.cross_entropy(kd.ShardedLogits(logits, kd.Shard(group)), labels, inplace=inplace)
             changed = (wide.detach() != before).any(0).tolist()
-            gradients.append(torch.autograd.grad(loss, logits)[0])
+            gradients.append(torch.autograd.grad(loss, given)[0])
         made.append((changed, *gradients))
     return made
 
