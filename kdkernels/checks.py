@@ -37,13 +37,15 @@ def check_tensor(name: str, given: Any) -> None:
 def check_plain(name: str, given: Any) -> None:
     """A tensor that goes into an operator as it is."""
     check_tensor(name, given)
-    if torch.compiler.is_compiling():
-        return
-    if hasattr(given, "to_local"):
+    if not torch.compiler.is_compiling() and hasattr(given, "to_local"):
         raise ValueError(
             f"{name} must be a plain Tensor, got a {type(given).__name__}; give {name}.to_local()"
         )
-    if _is_batched(given):
+    _refuse_batched(name, given)
+
+
+def _refuse_batched(name: str, given: Tensor) -> None:
+    if not torch.compiler.is_compiling() and _is_batched(given):
         raise RuntimeError(
             f"torch.func.vmap over {name} cannot see through kdkernels' operators; use leading dimensions"
         )
@@ -59,6 +61,7 @@ def _is_batched(t: Tensor) -> bool:
 
 
 def check_constant(name: str, given: Tensor) -> None:
+    _refuse_batched(name, given)
     if given.requires_grad:
         raise ValueError(f"{name} requires grad, but it is a constant here and would get none; detach it")
 
@@ -87,9 +90,11 @@ def number(name: str, given: Any) -> Any:
         given = given.item()
     if not isinstance(given, (numbers.Real, *_UNKNOWN)):
         raise TypeError(f"{name} must be a number, got {shown(given)}")
-    if not -_LARGEST <= given <= _LARGEST:  # type: ignore[operator]
+    if not isinstance(given, (int, float, *_UNKNOWN)):
+        given = float(given)  # numpy would compare in the number's own dtype
+    if not -_LARGEST <= given <= _LARGEST:
         raise ValueError(f"{name} must be a finite number, got {given}")
-    return given if isinstance(given, (int, float, *_UNKNOWN)) else float(given)
+    return given
 
 
 def integer(name: str, given: Any) -> int:

@@ -150,14 +150,13 @@ class LinearHead:
     def leading_shape(self) -> torch.Size:
         return self.hidden.shape[:-1]
 
-    @property
-    def _is_cast(self) -> bool:
+    def _are_cast(self, tensors: list[Tensor]) -> bool:
         """By autocast, which leaves fp64 alone."""
-        return self.hidden.dtype != torch.float64 and under_autocast(self.hidden.device)
+        return under_autocast(self.hidden.device) and all(t.dtype != torch.float64 for t in tensors)
 
     def _check_dtypes(self, tensors: list[Tensor]) -> None:
         if not all(t.is_floating_point() for t in tensors) or (
-            not self._is_cast and len({t.dtype for t in tensors}) > 1
+            not self._are_cast(tensors) and len({t.dtype for t in tensors}) > 1
         ):
             raise ValueError(
                 f"LinearHead needs one floating dtype, got {[str(t.dtype) for t in tensors]}; "
@@ -169,7 +168,7 @@ class LinearHead:
         given = [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
         self._check_dtypes(given)  # again: autocast may have ended since
         kind = self.hidden.device.type
-        if self._is_cast:
+        if self._are_cast(given):
             given = [t.to(torch.get_autocast_dtype(kind)) for t in given]
         return given
 

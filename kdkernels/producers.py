@@ -16,7 +16,7 @@ from .backends import chosen_backend, serving
 from .backends.protocol import Tile
 from .backends.row_state import Normaliser, RowState, new_state
 from .backends.spec import LogitMap, Spec
-from .checks import check_tensor, integer, number, positive_integer, require
+from .checks import check_plain, check_tensor, integer, number, positive_integer, require
 from .core.option_checks import checked
 from .core.schedule import DEFAULT_CHUNK_BYTES
 from .core.sides import common_vocab, side
@@ -54,7 +54,13 @@ class _Given(NamedTuple):
 
 def _given(teacher: Logits, vocab_size: int | None, chunk_bytes: int | None) -> _Given:
     options = checked(vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    if isinstance(teacher, SparseTarget):
+        raise TypeError(
+            "teacher is a kd.SparseTarget already; give the logits or the kd.LinearHead that it is of"
+        )
     of = side("teacher", teacher)
+    for tensor in of.tensors:
+        check_plain("teacher", tensor)
     if of.shard is not None:
         raise ValueError("a sparse target is taken from a teacher's whole vocabulary, not from a shard of it")
     vocab = common_vocab(of, None, options["vocab_size"])

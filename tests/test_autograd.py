@@ -322,6 +322,9 @@ def test_vmap_over_what_is_said_of_tokens_is_refused(backend):
         (torch.func.vmap(lambda y: kd.kl_div(s, t, token_weights=y)), "token_weights"),
         (torch.func.vmap(lambda y: kd.token_log_probs(s, y).log_probs), "ids"),
         (sparse, "SparseTarget's tensors"),
+        (torch.func.vmap(lambda y: kd.kl_div(s, t, temperature=y[0])), "temperature"),
+        (torch.func.vmap(lambda y: kd.kl_div(s, t, num_items=y[0])), "num_items"),
+        (torch.func.vmap(lambda y: kd.top_k_target(y.float(), 2).ids), "teacher"),
     ]:
         with pytest.raises(RuntimeError, match=f"vmap over {name} cannot see through kdkernels"):
             call(y)

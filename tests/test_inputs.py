@@ -1,7 +1,9 @@
 """Bad input is one clear ValueError; odd but legal input is exact."""
 
+import fractions
 import math
 
+import numpy as np
 import pytest
 import torch
 from problems import Problem, assert_refused, relative
@@ -159,11 +161,13 @@ BAD = [
     (lambda: kd.CrossEntropyLoss(reduction="average"), "average.*batchmean"),
     (lambda: kd.JSDivergenceLoss(beta=1.5), "beta.*1.5"),
     (lambda: autocast_head(torch.float64), "float64.*float32"),
+    (lambda: autocast_head(torch.float32, torch.float64), "float32.*float64"),
     (lambda: kd.kl_div(autocast_head(torch.bfloat16), T), "bfloat16.*float32"),
 ]
 
 BAD_TYPES = [
     (lambda: kd.kl_div(S, None), "teacher.*None"),
+    (lambda: kd.top_k_target(kd.top_k_target(T, 2), 1), "teacher is a kd.SparseTarget already"),
     (lambda: kd.codistillation_loss(S, None, Y), "None"),
     (lambda: kd.linear_cross_entropy(None, T, Y), "LinearHead's hidden.*None"),
     (lambda: kd.LinearHead(S, [[1.0]]), "LinearHead's weight.*list"),
@@ -210,15 +214,23 @@ BAD_TYPES = [
 ]
 
 
-def autocast_head(dtype):
+def autocast_head(dtype, weight_dtype=torch.float32):
     """Mixed dtypes, which autocast allows: but not beside fp64, and not once it has ended."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return kd.LinearHead(torch.randn(4, 8, dtype=dtype), torch.randn(10, 8))
+        return kd.LinearHead(torch.randn(4, 8, dtype=dtype), torch.randn(10, 8, dtype=weight_dtype))
 
 
 @pytest.mark.parametrize("call,message", BAD, ids=[m for _, m in BAD])
 def test_bad_input(call, message):
     assert_refused(call, message)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int32, fractions.Fraction])
+def test_numbers_of_other_libraries(kind):
+    options = dict(temperature=kind(2), soft_weight=kind(3), num_items=kind(4), reduction="sum")
+    plain = {name: 1.0 * int(value) for name, value in options.items() if name != "reduction"}
+    assert torch.equal(kd.kl_div(S, T, **options), kd.kl_div(S, T, **{**options, **plain}))
 
 
 @pytest.mark.parametrize("call,message", BAD_TYPES, ids=[m for _, m in BAD_TYPES])

@@ -71,7 +71,10 @@ def _num_items(name: str, given: Any) -> int | float | Tensor | None:
     if isinstance(given, Tensor):
         check_one_number(name, given)
         return given  # checked_items looks at its value
-    if given is not None and not number(name, given) > 0:
+    if given is None:
+        return None
+    given = number(name, given)
+    if not given > 0:
         raise ValueError(f"{name} must be > 0, got {given}")
     return given
 
