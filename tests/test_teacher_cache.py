@@ -133,6 +133,12 @@ def test_counts_and_duplicates_are_exact():
     assert torch.equal(dense(through(target, "count", draws=4)), dense(target))
     with pytest.raises(ValueError, match="multiples of 1/3"):
         through(target, "count", draws=3)
+    given_counts = SparseTarget(torch.tensor([[5, 2], [7, -1]]), weights=torch.tensor([[255.0, 1], [256, 0]]))
+    says = (
+        "token 1 has weight 256 for id 7, which is 65536 of 256 draws, and values 'count' hold at most 65535"
+    )
+    with pytest.raises(ValueError, match=says):
+        through(given_counts, "count", draws=256)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +216,14 @@ def test_memory_and_threads_are_bounded(tmp_path):
     assert len(cache._groups) <= 4 and len(cache._verified) <= 6  # 1 taken, 3 queued, 1 in hand
     stream.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("prefetch, error", [(None, TypeError), (0, ValueError), (-1, ValueError)])
+def test_a_prefetch_without_a_bound_is_refused(tmp_path, prefetch, error):
+    """When it is asked for, not when the first record is; None would wait for ever."""
+    write(tmp_path / "c", manifest())
+    with pytest.raises(error, match="prefetch must be .*, got"):
+        TeacherCache(tmp_path / "c").stream(prefetch=prefetch)
 
 
 def test_every_flipped_byte_is_found_and_named(tmp_path):
@@ -296,6 +310,7 @@ def test_nothing_of_the_user_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="thesis.tex"):
         CacheWriter(tmp_path / "c", manifest())
     assert (tmp_path / "c" / "thesis.tex").read_text() == "mine"
+    assert len(list((tmp_path / "c").iterdir())) == 1  # nothing is left beside it
     write(tmp_path / "d", manifest())
     with pytest.raises(FileExistsError, match="k 8, not 16"):
         CacheWriter(tmp_path / "d", manifest(k=16))
@@ -329,6 +344,77 @@ def test_a_writer_takes_each_sequence_once_and_only_its_own(tmp_path):
             CacheWriter(tmp_path / "c", manifest(), rank=1, world_size=2)
     with CacheWriter(tmp_path / "c", manifest()) as writer:  # another number of ranks goes on
         assert writer.todo() == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+def test_any_integer_is_an_index(tmp_path, integer):
+    with CacheWriter(tmp_path / "c", manifest()) as writer:
+        for index in writer.todo():
+            writer.write(integer(index), *sequence(index))
+    assert_same(TeacherCache(tmp_path / "c")[5], 5)
+
+
+@pytest.mark.parametrize("index", [1.0, np.float64(1), None, "1", torch.tensor(1.0)], ids=repr)
+def test_what_is_no_index_loses_nothing(tmp_path, index):
+    with CacheWriter(tmp_path / "c", manifest()) as writer:
+        writer.write(0, *sequence(0))
+        with pytest.raises(TypeError, match="index must be an int, got"):
+            writer.write(index, *sequence(1))
+    assert CacheWriter(tmp_path / "c", manifest()).todo() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "ids, says",
+    [
+        ([1.0, 2.5], "sequence 1 has input_ids of float64, not of an integer type"),
+        ([True, False], "sequence 1 has input_ids of bool, not of an integer type"),
+        ([1, 2**31], "sequence 1 has id 2147483648 at 1, which does not fit in 32 bits"),
+        ([-(2**31) - 1, 2], "sequence 1 has id -2147483649 at 0, which does not fit in 32 bits"),
+        (np.array([1, 2**63], np.uint64), "sequence 1 has id 9223372036854775808 at 1"),
+        ([[1, 2], [3, 4]], r"sequence 1 has input_ids \[2, 2\], not \[T\]"),
+        ([[1, 2], [3]], "sequence 1 has input_ids that are no array"),
+        (7, r"sequence 1 has input_ids \[\], not \[T\]"),
+    ],
+    ids=str,
+)
+def test_tokens_that_would_be_changed_are_refused(tmp_path, ids, says):
+    """Before they are in a shard with others."""
+    target = SparseTarget(torch.tensor([[3], [4]]), torch.tensor([[-1.0], [-2.0]]))
+    extremes = [-(2**31), 2**31 - 1]
+    with CacheWriter(tmp_path / "c", manifest(sequences=2)) as writer:
+        writer.write(0, extremes, target)
+        with pytest.raises(ValueError, match=says) as error:
+            writer.write(1, ids, target)
+        assert "\n" not in str(error.value)
+        writer.write(1, np.array([8, 9], np.uint16), target)
+    cache = TeacherCache(tmp_path / "c")
+    assert [record.input_ids.tolist() for record in cache.stream()] == [extremes, [8, 9]]
+
+
+def test_a_closed_writer_takes_nothing(tmp_path):
+    """Another may have its rank by then."""
+    writer = CacheWriter(tmp_path / "c", manifest())
+    writer.write(0, *sequence(0))
+    writer.close()
+    with pytest.raises(RuntimeError, match="c is closed; open another, which goes on where it was"):
+        writer.write(1, *sequence(1))
+    writer.close()
+    assert CacheWriter(tmp_path / "c", manifest()).todo() == [1, 2, 3, 4, 5]
+
+
+def test_a_shard_without_tokens(tmp_path):
+    nothing = SparseTarget(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
+    with CacheWriter(tmp_path / "c", manifest(sequences=2)) as writer:
+        assert writer.bytes_per_token is None
+        writer.write(0, [], nothing)
+        writer.commit()
+        assert writer.bytes_per_token is None
+        writer.write(1, *sequence(1))
+        writer.commit()
+        assert writer.bytes_per_token > 1
+    cache = TeacherCache(tmp_path / "c")
+    assert cache[0].input_ids.shape == (0,) and cache[0].target.ids.shape == (0, 1)
+    assert_same(cache[1], 1)
 
 
 def test_files_are_on_disk_before_they_have_a_name(tmp_path, monkeypatch):

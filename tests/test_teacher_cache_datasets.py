@@ -68,6 +68,10 @@ def test_a_dataset_of_the_users_own(tmp_path):
         from_dataset(empty, tmp_path / "n", **OF, tail="truncate")
     with pytest.raises(ValueError, match="no column logprobs"):
         from_dataset(dataset.remove_columns("weights"), tmp_path / "d", **OF)
+    for no_id in (2.5, float("nan"), float("inf")):
+        broken = datasets.Dataset.from_dict({"input_ids": [[1]], "ids": [[[no_id]]], "weights": [[[1.0]]]})
+        with pytest.raises(ValueError, match=f"row 0 has {no_id} for an id, not an integer"):
+            from_dataset(broken, tmp_path / str(no_id), **OF, tail="truncate")
     ragged = dataset.map(lambda row: {"weights": [[1.0]] * len(row["ids"])})
     with pytest.raises(ValueError, match="row 0 has other slots in weights"):
         from_dataset(ragged, tmp_path / "e", **OF)

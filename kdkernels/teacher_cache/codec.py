@@ -76,12 +76,7 @@ def encode(
     if dtype == "float32":
         return columns | {"values": values.astype(np.float32)}
     if dtype == "count":
-        drawn = np.rint(values.astype(np.float64) * draws)
-        if kind != "weights" or np.abs(drawn - values.astype(np.float64) * draws).max(initial=0) > 1e-3:
-            raise ValueError(
-                f"values 'count' need weights that are multiples of 1/{draws}; use another dtype"
-            )
-        return columns | {"values": drawn.astype(np.uint16)}
+        return columns | {"values": _drawn(counts, ids, values, kind, draws)}
 
     logs = values.astype(np.float64) if kind == "logprobs" else np.log(values.astype(np.float64))
     slots = counts[counts > 0]
@@ -127,6 +122,23 @@ def _check(counts: NDArray, ids: NDArray, values: NDArray, kind: str, vocab_size
     bad = np.flatnonzero(~np.isfinite(values) | ((values < 0) & (kind == "weights")))
     if len(bad):
         raise ValueError(f"token {_token(counts, bad[0])} has {kind} {values[bad[0]]} for id {ids[bad[0]]}")
+
+
+def _drawn(counts: NDArray, ids: NDArray, values: NDArray, kind: str, draws: int) -> NDArray:
+    """How often each id was drawn. ValueError where that is no whole number, or does not fit."""
+    times = values.astype(np.float64) * draws
+    whole = np.rint(times)
+    if kind != "weights" or np.abs(whole - times).max(initial=0) > 1e-3:
+        raise ValueError(f"values 'count' need weights that are multiples of 1/{draws}; use another dtype")
+    most = np.iinfo(np.uint16).max
+    bad = np.flatnonzero(whole > most)
+    if len(bad):
+        raise ValueError(
+            f"token {_token(counts, bad[0])} has weight {values[bad[0]]:g} for id {ids[bad[0]]}, which is "
+            f"{whole[bad[0]]:.0f} of {draws} draws, and values 'count' hold at most {most}; "
+            f"give weights that are count / {draws}, or use another dtype"
+        )
+    return whole.astype(np.uint16)
 
 
 def _token(counts: NDArray, slot: int) -> int:

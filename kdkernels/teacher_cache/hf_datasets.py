@@ -87,4 +87,7 @@ def _target(index: int, row: dict[str, Any], kind: str, tail: Tail) -> SparseTar
     if [len(slots) for slots in row[kind]] != counts.tolist():
         raise ValueError(f"row {index} has other slots in {kind} than in ids")
     ids, values = (np.concatenate([np.asarray(s) for s in row[name]]) for name in ("ids", kind))
+    bad = np.flatnonzero(~np.isfinite(ids) | (np.floor(ids) != ids))
+    if len(bad):
+        raise ValueError(f"row {index} has {ids[bad[0]]} for an id, not an integer")
     return pad(counts, ids, values, kind=kind, tail=tail, slots=int(counts.max(initial=0)))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..checks import positive_integer
 from ..targets import SparseTarget
 from . import codec, shards
 from .manifest import Manifest
@@ -80,6 +81,10 @@ class TeacherCache(torch.utils.data.Dataset):
 
     def stream(self, order: Iterable[int] | None = None, *, prefetch: int = 16) -> Iterator[Record]:
         """Records in ``order`` (0, 1, 2, ... if None), read up to ``prefetch`` ahead by a thread."""
+        prefetch = positive_integer("prefetch", prefetch)
+        return self._read_ahead(range(len(self)) if order is None else order, prefetch)
+
+    def _read_ahead(self, order: Iterable[int], prefetch: int) -> Iterator[Record]:
         ahead: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
         stop = threading.Event()
 
@@ -94,7 +99,7 @@ class TeacherCache(torch.utils.data.Dataset):
 
         def read() -> None:
             try:
-                for index in range(len(self)) if order is None else order:
+                for index in order:
                     if not put(self[index]):
                         return
                 put(None)

@@ -10,7 +10,9 @@ from typing import Iterator, Sequence
 import filelock
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from ..checks import integer
 from ..targets import SparseTarget
 from . import codec, shards
 from .manifest import LATER, NAME, Manifest
@@ -64,6 +66,7 @@ class CacheWriter:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RuntimeError(f"another process is writing to {directory} as rank {rank}") from None
+        self._closed = False
         self._last: Shard | None = None
         self._pending: list[tuple[int, codec.Columns]] = []
         self._pending_tokens = 0
@@ -81,24 +84,48 @@ class CacheWriter:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes per token of this writer's last shard, or of the first while it is being written; None before that."""
+        """Bytes per token of this writer's last shard, or of the first while it is being written; None where that has no
+        tokens."""
         if self._last is not None:
-            return self._last.bytes / self._last.tokens
+            return self._last.bytes / self._last.tokens if self._last.tokens else None
         return self._temporary.stat().st_size / self._tokens if self._tokens else None
 
     def write(self, index: int, input_ids: Sequence[int], target: SparseTarget) -> None:
-        """Add one sequence: ``input_ids`` [T] and its target [T, K] (row t is about token t + shift)."""
-        manifest, ids = self.manifest, np.asarray(input_ids)
-        if not 0 <= index < manifest.sequences:
-            raise ValueError(f"sequence {index} is not one of {manifest.sequences}")
-        if index % self.world_size != self.rank:
-            raise ValueError(f"sequence {index} is not for rank {self.rank} of {self.world_size}")
-        if index in self.done:
-            raise ValueError(f"sequence {index} is already written")
+        """Add one sequence: ``input_ids`` [T] and its target [T, K] (row t is about token t + shift).
+
+        TypeError or ValueError where that cannot be stored as it is, RuntimeError after :meth:`close`.
+        """
+        if self._closed:
+            raise RuntimeError(
+                f"this writer of {self.directory} is closed; open another, which goes on where it was"
+            )
+        index = self._own(index)
+        ids = _token_ids(index, input_ids)
         if tuple(target.leading_shape) != (len(ids),):
             raise ValueError(
                 f"sequence {index} has {len(ids)} tokens but a target {tuple(target.leading_shape)}"
             )
+        self._pending.append((index, {"input_ids": ids} | self._columns(index, target)))
+        self._pending_tokens += len(ids)
+        self.done.add(index)
+        if self._tokens + self._pending_tokens >= self.shard_tokens:
+            self.commit()
+        elif self._pending_tokens >= ROW_GROUP_TOKENS:
+            self._write_row_group()
+
+    def _own(self, index: int) -> int:
+        """``index`` as an int, which the records can hold; a sequence that this writer has yet to write."""
+        index = int(integer("index", index))
+        if not 0 <= index < self.manifest.sequences:
+            raise ValueError(f"sequence {index} is not one of {self.manifest.sequences}")
+        if index % self.world_size != self.rank:
+            raise ValueError(f"sequence {index} is not for rank {self.rank} of {self.world_size}")
+        if index in self.done:
+            raise ValueError(f"sequence {index} is already written")
+        return index
+
+    def _columns(self, index: int, target: SparseTarget) -> codec.Columns:
+        manifest = self.manifest
         for name, given in (
             ("tail", target.tail),
             ("kind", "weights" if target.logprobs is None else "logprobs"),
@@ -107,30 +134,18 @@ class CacheWriter:
                 raise ValueError(
                     f"sequence {index} has {name} {given!r}, the manifest {getattr(manifest, name)!r}"
                 )
-        counts, token_ids, values = codec.flatten(target)
+        counts, ids, values = codec.flatten(target)
         if counts.max(initial=0) > manifest.k:
             raise ValueError(
                 f"sequence {index} has {counts.max()} slots in a token, the manifest k={manifest.k}"
             )
+        options = {"kind": manifest.kind, "dtype": manifest.values}
         try:
-            columns = codec.encode(
-                counts,
-                token_ids,
-                values,
-                kind=manifest.kind,
-                dtype=manifest.values,
-                vocab_size=manifest.vocab_size,
-                draws=manifest.k,
+            return codec.encode(
+                counts, ids, values, vocab_size=manifest.vocab_size, draws=manifest.k, **options
             )
         except ValueError as error:
             raise ValueError(f"sequence {index}: {error}") from None
-        self._pending.append((index, {"input_ids": ids.astype(np.int32)} | columns))
-        self._pending_tokens += len(ids)
-        self.done.add(index)
-        if self._tokens + self._pending_tokens >= self.shard_tokens:
-            self.commit()
-        elif self._pending_tokens >= ROW_GROUP_TOKENS:
-            self._write_row_group()
 
     def commit(self) -> None:
         """Make what was written so far permanent."""
@@ -157,6 +172,7 @@ class CacheWriter:
         try:
             self.commit()
         finally:
+            self._closed = True
             self._lock.release()
 
     def __enter__(self) -> CacheWriter:
@@ -211,15 +227,15 @@ class CacheWriter:
 def _claim(directory: Path, manifest: Manifest) -> Manifest:
     """Make the directory a cache with this manifest, and return what it has. FileExistsError if that is another."""
     directory.mkdir(parents=True, exist_ok=True)
+    # Before the lock, which would be left in a directory that is somebody else's. A cache has its manifest before any
+    # other file: looked for last, it is there if another process has just made one.
+    others = sorted(p.name for p in directory.iterdir() if p.suffix != ".lock" and p.name != NAME + ".tmp")
+    if others and not (directory / NAME).exists():
+        raise FileExistsError(
+            f"{directory} is not empty and no teacher cache (it has {others[0]}); choose another directory"
+        )
     with filelock.FileLock(directory / "manifest.lock"):
         if not (directory / NAME).exists():
-            others = sorted(
-                p.name for p in directory.iterdir() if p.suffix != ".lock" and p.name != NAME + ".tmp"
-            )
-            if others:
-                raise FileExistsError(
-                    f"{directory} is not empty and no teacher cache (it has {others[0]}); choose another directory"
-                )
             shards.write_text(directory / NAME, manifest.to_json())
         found = Manifest.read(directory)
     for name, value in dataclasses.asdict(manifest).items():
@@ -229,3 +245,24 @@ def _claim(directory: Path, manifest: Manifest) -> Manifest:
                 f"{directory} has a cache with {name} {had!r}, not {value!r}; choose another directory"
             )
     return found
+
+
+def _token_ids(index: int, input_ids: Sequence[int]) -> NDArray:
+    """``input_ids`` as they are stored. Those that int32 would change are refused."""
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"sequence {index} has input_ids that are no array: {error}") from None
+    if ids.ndim != 1:
+        raise ValueError(
+            f"sequence {index} has input_ids {list(ids.shape)}, not [T]; write sequences one by one"
+        )
+    if not len(ids):
+        return ids.astype(np.int32)
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"sequence {index} has input_ids of {ids.dtype}, not of an integer type")
+    limits = np.iinfo(np.int32)
+    bad = np.flatnonzero((ids < limits.min) | (ids > limits.max))
+    if len(bad):
+        raise ValueError(f"sequence {index} has id {ids[bad[0]]} at {bad[0]}, which does not fit in 32 bits")
+    return ids.astype(np.int32)
