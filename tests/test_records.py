@@ -309,6 +309,51 @@ def test_axolotl_both_paddings():
     assert rows(SparseTarget.from_axolotl(ragged)) == [{}, {4: -1.0, 9: -2.0}, {7: -1.0}, {8: -1.0, 2: -2.0}]
 
 
+RAGGED_BATCH = {  # lists of what BATCH has, without its empty slots at the end of a token
+    "target_token_ids": [[[7, 3], [8]], [[4], []]],
+    "target_logprobs": [[[-0.25, -1.75], [-0.125]], [[-0.5], []]],
+    "target_mask": [[[1, 1], [1]], [[1], []]],
+}
+
+
+def test_axolotl_batch_of_ragged_tokens():
+    assert rows(SparseTarget.from_axolotl(RAGGED_BATCH)) == rows(SparseTarget.from_axolotl(BATCH))
+    whole = {name: column[:1] for name, column in RAGGED_BATCH.items()} | {
+        "target_logprobs": [[[-1, -2], [-3]]]
+    }
+    assert rows(SparseTarget.from_axolotl(whole)) == [{7: -1.0, 3: -2.0}, {8: -3.0}]  # of integers too
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            {"target_token_ids": [[[7, 3], [8]], [[4]]]},
+            r"target_token_ids has sequences of \[1, 2\] tokens; fill them up to one length, or read one after",
+        ),
+        ({"target_mask": [[[1, 1], [1, 0]], [[1], []]]}, r"target_mask\[0\]\[1\] has 2 slots, the ids 1"),
+        (
+            {"target_logprobs": [[[-1.0, -2.0], [-1.0]], [[-1.0], None]]},
+            r"logprobs\[1\]\[1\] is None, not a list",
+        ),
+        ({"target_logprobs": [[[-1.0, -2.0], ["-1"]], [[-1.0], []]]}, "something else than numbers"),
+        ({"target_mask": [[[1, 1]], [[1]]]}, r"shapes \(2, 2, 2\), \(2, 2, 2\) and \(2, 1, 2\)"),
+        ({"target_mask": [[1, 1], [1, 1]]}, r"shapes \(2, 2, 2\), \(2, 2, 2\) and \(2, 2\)"),
+    ],
+)
+def test_axolotl_malformed_batch(change, says):
+    with pytest.raises(ValueError, match=says) as error:
+        SparseTarget.from_axolotl(RAGGED_BATCH | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list")
+def test_axolotl_arrays_in_lists():
+    row = {name: list(np.array(DATASET_ROW[name])) for name in DATASET_ROW if name.startswith("target")}
+    batch = {name: [column] for name, column in row.items()}
+    assert rows(SparseTarget.from_axolotl(batch)) == rows(SparseTarget.from_axolotl(DATASET_ROW))
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

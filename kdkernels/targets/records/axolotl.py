@@ -8,7 +8,7 @@ from typing import Any
 
 from .arrays import Pair, earlier, emptied, refuse
 from .shape import check, check_fields
-from .slots import rectangle
+from .slots import nested, rectangle
 
 #: In an empty slot; -inf is another way.
 EMPTY = -1e9
@@ -18,7 +18,7 @@ def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
     """axolotl's columns target_token_ids, target_logprobs, target_mask ``[T, K]``, or a batch ``[B, T, K]``.
 
     An empty slot is masked and has -inf (its datasets, chat_template.py) or -1e9 (its collator,
-    collator.py); rows of a dataset may differ in K. With ``shift=0`` row t goes with the hidden state t,
+    collator.py); tokens in lists may differ in K. With ``shift=0`` row t goes with the hidden state t,
     as in axolotl's own loss (kernels/liger.py). Give ``shift=1`` if your rows are about token t itself,
     as its online collator writes them: they then move one to the left and the last is empty.
 
@@ -44,7 +44,7 @@ def axolotl(row: Mapping[str, Any], *, shift: int = 0) -> Pair:
 
 
 def _check_slots(rows: Any, beside: Any, whose: str) -> None:
-    """Lists of lists have as many slots in each row as ``beside``."""
+    """Lists have as many slots in each token as ``beside``."""
     if (
         not isinstance(rows, (list, tuple))
         or not isinstance(beside, (list, tuple))
@@ -52,5 +52,7 @@ def _check_slots(rows: Any, beside: Any, whose: str) -> None:
     ):
         return  # shapes say it
     for t, (row, other) in enumerate(zip(rows, beside)):
-        if len(row) != len(other):
+        if nested(row):
+            _check_slots(row, other, f"{whose}[{t}]")
+        elif not nested(other) and len(row) != len(other):
             raise ValueError(f"{whose}[{t}] has {len(row)} slots, the ids {len(other)}")

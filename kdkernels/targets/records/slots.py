@@ -73,8 +73,13 @@ def padded(rows: Sequence[Slots | Columns]) -> Pair:
     return found.view(-1, slots), logprobs.view(-1, slots)
 
 
+def nested(row: Any) -> bool:
+    """Whether these are the tokens of a sequence, each a list of slots, and not the slots of a token."""
+    return isinstance(row, (list, tuple)) and len(row) > 0 and isinstance(row[0], (list, tuple))
+
+
 def rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
-    """[T, K] of T lists, K the longest; short ones are padded. What has one shape is taken as it is."""
+    """[T, K] of T lists, K the longest, or [B, T, K] of B lists of T; short ones are padded. An array is taken as it is."""
     if isinstance(rows, Tensor) or hasattr(rows, "__array__"):
         return array_of(rows, whose)
     check(isinstance(rows, (list, tuple)), f"{whose} is {what(rows)}, not a list of lists")
@@ -82,6 +87,8 @@ def rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
     for t, row in enumerate(rows):
         if not isinstance(row, (list, tuple)):
             raise ValueError(f"{whose}[{t}] is {what(row)}, not a list")
+    if any(map(nested, rows)):
+        return _batch(rows, whose, pad)
     slots = max(1, *(len(row) for row in rows))
     for code, dtype in (("q", torch.int64), ("d", torch.float64)):
         try:
@@ -93,6 +100,22 @@ def rectangle(rows: Sequence[Any], whose: str, pad: float) -> Tensor:
         except (TypeError, OverflowError, ValueError):
             pass  # other numbers, or none
     try:
-        return torch.tensor(rows, dtype=torch.float64)  # a batch of sequences of one length
+        return torch.tensor(rows, dtype=torch.float64)  # lists of arrays of one length
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{whose} has something else than numbers") from None
+
+
+def _batch(sequences: Sequence[Any], whose: str, pad: float) -> Tensor:
+    """[B, T, K] of B sequences of one length: which end of a shorter one to fill up, nobody has said."""
+    lengths = sorted({len(tokens) for tokens in sequences})
+    check(
+        len(lengths) == 1,
+        f"{whose} has sequences of {lengths} tokens; fill them up to one length, or read one after the other",
+    )
+    for b, tokens in enumerate(sequences):
+        for t, slots in enumerate(tokens):
+            if not isinstance(slots, (list, tuple)):
+                raise ValueError(f"{whose}[{b}][{t}] is {what(slots)}, not a list")
+    return rectangle([slots for tokens in sequences for slots in tokens], whose, pad).unflatten(
+        0, (len(sequences), lengths[0])
+    )
