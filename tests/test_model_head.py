@@ -250,6 +250,23 @@ def test_other_models_are_refused_in_one_line(name):
         call_through_head(build(), {"input_ids": token_ids()}, logits_of)
 
 
+def test_another_lm_head_is_checked_too():
+    """Of a model that was measured before; and the one that was measured is not measured again."""
+    model, inputs = causal("Llama"), {"input_ids": token_ids()}
+    call_through_head(model, inputs, logits_of)
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    call_through_head(model, inputs, logits_of)
+    assert len(calls) == 1
+    first = model.lm_head
+    model.lm_head = Head(first, lambda self, z: 3 * z)
+    with pytest.raises(ValueError, match=r"lm_head \(Head\) does more than hidden @ weight.T"):
+        call_through_head(model, inputs, logits_of)
+    model.lm_head = nn.Linear(32, VOCAB, dtype=torch.float64)
+    ours = call_through_head(model, inputs, logits_of)
+    torch.testing.assert_close(ours.double(), model(**inputs).logits, rtol=1e-6, atol=1e-6)
+
+
 def test_inputs_that_the_forward_does_not_name_are_refused():
     """It takes **kwargs and would pass over an image in silence."""
     model, ids = causal("Llama"), token_ids()

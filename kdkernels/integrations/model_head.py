@@ -36,8 +36,10 @@ _PASSED_ON = {*TransformersKwargs.__annotations__, "attention_mask", "use_cache"
 _WAY_OUT = "distil it from its logits, kd.distillation_loss(model(**batch).logits, ...)"
 
 
-#: What check_head measured, by model.
-_logit_maps: weakref.WeakKeyDictionary[nn.Module, LogitMap] = weakref.WeakKeyDictionary()
+#: What check_head measured, by model, and of which lm_head: another one may do more than the first.
+_logit_maps: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], LogitMap]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def call_through_head(
@@ -69,9 +71,9 @@ def call_through_head(
             the first call checks it, and gathers it once. A teacher's head beside it must be handed over so as well.
 
     Raises:
-        ValueError: a model whose logits are not those of a linear head (:func:`check_head`, which its first call
-            runs), an input that its forward does not name, a compiled ``model``; ``keep_sharded`` of an lm_head that is
-            no such unit, tied to embeddings, or adapted.
+        ValueError: a model whose logits are not those of a linear head (:func:`check_head`, which the first call with
+            an lm_head runs), an input that its forward does not name, a compiled ``model``; ``keep_sharded`` of an
+            lm_head that is no such unit, tied to embeddings, or adapted.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
@@ -82,7 +84,9 @@ def call_through_head(
     >>> loss.backward()
     """
     own, causal_lm, head = _parts(model)
-    logit_map = _logit_maps.get(causal_lm) or check_head(model)
+    checked, logit_map = _logit_maps.get(causal_lm, (None, LogitMap()))
+    if checked is None or checked() is not head:
+        logit_map = check_head(model)
 
     def forward(hidden: Tensor) -> tuple[Any, Tensor]:
         linear = (_sharded_head if keep_sharded else _linear_head)(head, hidden, logit_map)
@@ -138,7 +142,8 @@ def check_head(model: nn.Module) -> LogitMap:
             raise ValueError(
                 f"{name} or its lm_head has a forward hook, which gets no logits here: {error}; remove it, or {_WAY_OUT}"
             ) from error
-    _logit_maps[causal_lm] = logit_map = _measured(name, given, logits)
+    logit_map = _measured(name, given, logits)
+    _logit_maps[causal_lm] = weakref.ref(head), logit_map
     return logit_map
 
 
