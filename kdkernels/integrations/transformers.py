@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import Any, Callable
 
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel, Trainer
 
 import kdkernels as kd
@@ -36,8 +38,8 @@ class DistillationTrainer(Trainer):
     the soft and hard terms, entropies and top-1 agreement, means over the tokens since the last log, and ``kl``,
     the forward KL at temperature 1. Where that is the soft term it costs nothing; else it is a second
     loss without a gradient, on the steps that logging_steps logs only, and the mean over that step's tokens.
-    ``evaluate`` gives, exact over the tokens of the set, ``eval_loss`` (the training loss), ``eval_hard``
-    (cross entropy), ``eval_kl``, entropies and agreement.
+    ``evaluate`` gives, exact over the tokens of the set whatever the batches and the number of processes, ``eval_loss``
+    (the training loss), ``eval_hard`` (cross entropy), ``eval_kl``, entropies and agreement.
 
     Instead of a teacher, batches may hold what it said: ``target_ids [B, L, K]`` with ``target_logprobs`` or
     ``target_weights``, of which row i is about what the model says at i (see :class:`kdkernels.SparseTarget`).
@@ -65,7 +67,8 @@ class DistillationTrainer(Trainer):
     Raises:
         ValueError: an option of Trainer that needs logits, DataParallel, keep_sharded where it cannot be, a model whose logits are
             not those of a linear head (:func:`check_head`; without its weights here, at its first batch),
-            a batch without labels or with an input that a model's forward does not name.
+            a batch without labels or with an input that a model's forward does not name, an evaluation in which
+            processes would repeat rows that cannot be told from others.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
     >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -265,7 +268,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def row_statistics(self, student: kd.LinearHead, target: Any, labels: Tensor) -> dict[str, Tensor]:
-        """One sequence's token-summed statistics, for evaluation."""
+        """The token-summed statistics of a batch's rows, for evaluation."""
         tokens = (labels >= 0).sum()
         if target is None:
             loss = hard = kd.cross_entropy(student, labels, reduction="sum", **self.cut)
@@ -300,34 +303,25 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *ignored: Any, **options: Any
     ) -> tuple:
+        """Adds a batch to the sums of this process. evaluation_loop makes the means of them, the loss included."""
         inputs = self._prepare_inputs(inputs)
-        labels = shifted_labels(inputs)
-
-        def rows(student: kd.LinearHead, target: Any) -> dict[str, Tensor]:
-            each = [
-                self.row_statistics(
-                    row_of(student, i), None if target is None else row_of(target, i), labels[i]
-                )
-                for i in range(labels.shape[0])
-            ]
-            return {name: torch.stack([row[name].float() for row in each]) for name in each[0]}
-
+        labels = shifted_labels(inputs).clone()
+        labels[_rows_that_count(self._eval_dataloader, len(labels), self.args.process_index) :] = -100
         with torch.no_grad(), self.accelerator.autocast():
-            sums = self.student_call(model, inputs, rows)
-        if self.get_tp_size() < self.accelerator.num_processes:  # else all have the same sequences
-            # One entry per sequence, so that gather_for_metrics can drop those that only fill up the last batch.
-            sums = self.accelerator.gather_for_metrics(sums)
-        tokens = sums.pop("tokens").sum()
-        self._eval_sums.add({name: values.sum() for name, values in sums.items()}, tokens)
-        return (sums["loss"].sum() / tokens.clamp(min=1), None, None)
+            sums = self.student_call(
+                model, inputs, lambda student, target: self.row_statistics(student, target, labels)
+            )
+        tokens = sums.pop("tokens")
+        self._eval_sums.add(sums, tokens)
+        return (None, None, None)
 
-    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-        self._eval_sums = _Sums()
-        output: Any = super().evaluation_loop(*arguments, **options)
+    def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
+        _repeat_whole_batches(dataloader)
+        self._eval_dataloader, self._eval_sums = dataloader, _Sums()
+        output: Any = super().evaluation_loop(dataloader, *arguments, **options)
         prefix = options.get("metric_key_prefix", "eval")
-        output.metrics.update(
-            {f"{prefix}_{name}": value for name, value in self._eval_sums.means(nothing=math.nan).items()}
-        )
+        means = self._eval_sums.means(self.accelerator, nothing=math.nan)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
     # -- placing the models ---------------------------------------------------------------------
@@ -431,6 +425,46 @@ def row_of(head: Any, row: int) -> Any:
     if isinstance(head, kd.SparseTarget):
         return head[row]
     return replace(head, hidden=head.hidden[row])
+
+
+def _shard_of(dataloader: Any) -> BatchSamplerShard | None:
+    """What gives this process its batches of a data set with a length, where accelerate shares that out."""
+    found = (getattr(dataloader, name, None) for name in ("batch_sampler", "sampler"))
+    return next((each for each in found if isinstance(each, BatchSamplerShard)), None)
+
+
+def _repeat_whole_batches(dataloader: Any) -> None:
+    """Makes accelerate repeat whole batches, where there are not as many for each process, and no single samples.
+
+    It fills up the last batches with samples that came before, so that processes make as many calls of as many rows.
+    Which rows of a batch those are, only the collator knows: a padding-free one makes one row of all samples, and
+    another may make two of each. But of a repeated batch no row counts. ValueError where accelerate cannot do this.
+    """
+    dataset, shard = getattr(dataloader, "dataset", None), _shard_of(dataloader)
+    if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
+        raise ValueError(
+            f"dispatch_batches=False shares out an eval_dataset without a length among {dataset.num_processes} processes "
+            "by repeating samples, which would count twice; give one with a length, or leave dispatch_batches out"
+        )
+    if shard is None:
+        return
+    if shard.split_batches:  # each batch is cut in pieces, the last one among samples
+        size = shard.batch_size // shard.num_processes
+        shard.batch_sampler = BatchSampler(shard.batch_sampler.sampler, size, shard.drop_last)
+        shard.split_batches = False
+    shard.batch_size, shard.even_batches = None, True  # of no certain size: taken as they are
+
+
+def _rows_that_count(dataloader: Any, rows: int, process: int) -> int:
+    """Of this batch's ``rows``; those after them are there for other processes to have as many."""
+    if not getattr(dataloader, "end_of_dataloader", False):
+        return rows
+    if (shard := _shard_of(dataloader)) is not None:
+        left = 0 if shard.drop_last else len(shard.batch_sampler) % shard.num_processes
+        return rows if not left or shard.process_index < left else 0
+    if isinstance(dataloader, DataLoaderDispatcher):  # it shares out the rows that the collator made
+        return min(rows, max(0, dataloader.remainder - process * rows))
+    return rows
 
 
 class _Sums:
