@@ -190,7 +190,8 @@ def distillation_loss(
         num_items: divide the sum by this instead: the tokens of a whole accumulated batch.
         vocab_size: use only the first entries of both vocabularies (padding cut off).
         inplace: the student's logits are overwritten with their gradient. Nobody else may write to them
-            before the backward. Of logits that are a view autograd knows no gradient any more; the view holds it.
+            before the backward. Of logits that are a view autograd knows no gradient any more, and calls no hook that
+            is set on it afterwards; the view holds the gradient.
             Student and teacher may be parts of one tensor that have no memory in common, as the halves of a batch
             are.
         return_stats: also return :class:`Stats`, which are computed only then.

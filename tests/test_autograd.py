@@ -1,5 +1,10 @@
 """Autograd, torch.compile and autocast: the operators behave as torch's own do."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from problems import Problem, arguments, relative
@@ -156,6 +161,34 @@ def test_a_view_in_place_is_differentiated_as_a_view(backend, view, reduction):
         assert of in found
         gradients += torch.autograd.grad(loss, source)
     assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_a_hook_on_a_view_that_was_overwritten():
+    """FSDP sets one on what a module returns; torch's own state of such a view ends the process. In one of its own."""
+    for view in ("y[:, 1:]", "y.view(2, -1)", "Viewed.apply(y)"):
+        code = f"""
+import torch, kdkernels as kd
+from test_autograd import Viewed
+source = torch.randn(2, 3, 10, requires_grad=True)
+gradients = []
+for inplace, before in ((False, True), (True, False), (True, True)):
+    y = source * 1
+    logits = {view}
+    called = []
+    if before:
+        logits.register_hook(lambda gradient: called.append("before"))
+    loss = kd.kl_div(logits, torch.zeros_like(logits), inplace=inplace)
+    try:
+        logits.register_hook(lambda gradient: called.append("after"))
+    except RuntimeError as error:
+        assert inplace and "is a view and is being modified inplace" in str(error), error
+    gradients += torch.autograd.grad(loss, source)
+    assert ("before" in called) == before
+assert all(torch.equal(gradients[0], each) for each in gradients) and gradients[0].any()
+"""
+        where = dict(os.environ, PYTHONPATH=f"{Path(__file__).parent}:{Path(__file__).parent / 'support'}")
+        made = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)
+        assert made.returncode == 0, (view, made.returncode, made.stderr)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])

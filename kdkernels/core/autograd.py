@@ -12,6 +12,8 @@ results with the gradients that are needed. Two more connect these to autograd:
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -145,6 +147,19 @@ def overwrite(student: Tensor, *given) -> Tensor:
         return rows_(student, *given)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return rows_(student, *given)
+
+
+def renew(overwritten: Tensor) -> None:
+    """Has torch make a view's own place in the graph anew, now that ``attach`` has the old one.
+
+    Until somebody asks for it a view that was written to has one that is no more, and ``register_hook``, which FSDP calls
+    of what a module returns, ends the process.
+    """
+    if not tracing(overwritten) and overwritten._is_view():
+        with contextlib.suppress(
+            RuntimeError
+        ):  # of a torch.autograd.Function's view: register_hook says the same
+            overwritten.grad_fn  # noqa: B018
 
 
 def refuse_double_backward(compiling: bool) -> None:

@@ -83,14 +83,14 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
         request = replace(request, weights=request.weights * lift[:, None])
     solved = _solve(request, inplace)
     value = autograd.row_losses(solved.results, request.weights)
-    if not reducer.per_row:
-        value = _attached(reducer.apply(value), request.wanted(), solved.gradients)
-        return Evaluated(value, None, solved.results)
     # fp64 stays inside: what is added up in a reduction is rounded once.
-    value = _attached(value.reshape(reducer.leading), request.wanted(), solved.gradients)
+    value = value.reshape(reducer.leading) if reducer.per_row else reducer.apply(value)
+    value = _attached(value, request.wanted(), solved.gradients)
+    if inplace and needed:
+        autograd.renew(request.student[0])
     if lift is not None:
         value = value / lift.reshape(reducer.leading)
-    return Evaluated(reducer.apply(value), None, solved.results)
+    return Evaluated(reducer.apply(value) if reducer.per_row else value, None, solved.results)
 
 
 def _lift(request: Request) -> Tensor | None:
