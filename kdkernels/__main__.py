@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from .backends import chosen_backend
+from .backends import chosen_backend, native
 
 #: Command -> (module, what it does). Imported when called: a command may need an extra.
 COMMANDS = {
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> None:
     command = parser.parse_args(arguments[:1]).command
     try:
         chosen_backend()
+        native.instruction_set()
     except (ValueError, RuntimeError) as error:
         if command != "info" or isinstance(error, ValueError):  # it says what is not usable, and why
             sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ inputs and answers for them with the fp64 oracle and with the plain PyTorch form
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -386,11 +387,12 @@ def _compare_loss(value: Tensor, truth: Tensor, plain: Tensor, projection: float
     """Without a reduction rows are compared one by one, and the worst is reported."""
     wide = torch.finfo(value.dtype).eps
     value, truth, plain = (v.detach().double().reshape(-1) for v in (value, truth, plain))
-    errors, plain_errors = (value - truth).abs(), (plain - truth).abs()
+    errors, plain_errors = (torch.where(x == truth, 0.0, (x - truth).abs()) for x in (value, plain))
     # Where the plain formula overflows, its error allows nothing. The ulp is that of the loss's dtype, for a
     # loss made of log-probabilities near 1.
     excused = torch.where(plain_errors.isfinite(), plain_errors, 0.0)
-    tolerances = 2 * excused + 64 * wide * (1 + truth.abs()) + projection * truth.abs()
+    size = torch.where(truth.isfinite(), truth.abs(), 0.0)  # infinite losses are equal or not
+    tolerances = 2 * excused + 64 * wide * (1 + size) + projection * size
     worst = int((errors - tolerances).nan_to_num(nan=math.inf).argmax())
     return Check("loss", *(x[worst].item() for x in (value, truth, errors, plain_errors, tolerances)))
 
@@ -437,12 +439,14 @@ def assert_matches_reference(
         head: ``logit_scale`` and ``softcap`` of the LinearHeads.
         labels: some are -100, the others valid; False gives None.
         seed: of the inputs; the global generator is left as it was.
-        options: what the loss means, as :func:`kdkernels.distillation_loss` takes it.
+        options: what the loss means, as :func:`kdkernels.distillation_loss` takes it, but for mask and ignore_index:
+            labels say which tokens take part.
 
     Raises:
         AssertionError: a value or gradient is further from the oracle than twice the plain
             formula's error and a few ulp; inputs were overwritten; or the gradient does not scale
             with the loss. The message names the problem and the numbers.
+        TypeError: an option that does not say what a loss means.
 
     >>> import torch, kdkernels as kd
     >>> def mine(student, teacher, labels):
@@ -454,6 +458,9 @@ def assert_matches_reference(
     Traceback (most recent call last):
     AssertionError: random rows, torch.float32, logits from logits: loss: ..., the oracle's ...; error ...
     """
+    meanings = list(inspect.signature(plain_loss).parameters)[3:]
+    if others := [name for name in options if name not in meanings]:
+        raise TypeError(f"{others[0]} is no option here; what a loss means is said by {', '.join(meanings)}")
     if rows is None:
         biased = bias or "head" not in (student, teacher)
         rows = [kind for kind in ROWS if kind != "equal" and (biased or kind not in _BY_BIAS)]

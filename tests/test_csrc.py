@@ -79,6 +79,11 @@ def test_an_instruction_set_that_is_not_there_is_an_error():
     command = [sys.executable, "-c", check]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert "KDKERNELS_ISA=avx3, but on this machine there are baseline to" in done.stderr
+    told = subprocess.run(
+        [sys.executable, "-m", "kdkernels", "info"], env=environment, capture_output=True, text=True
+    )
+    assert told.returncode == 1 and told.stderr.startswith("error: KDKERNELS_ISA=avx3, but on this machine")
+    assert told.stderr.count("\n") == 1
 
 
 def rounded_by_the_instruction(x):

@@ -218,7 +218,15 @@ OWN = [
         split="empty",
     ),
 ]
-DIFFERENT = ["tokens", "a number", "an option", "dtype", "labels", *shard_refusals.VALUES]
+DIFFERENT = [
+    "tokens",
+    "a number",
+    "an option",
+    "dtype",
+    "labels",
+    *shard_refusals.VALUES,
+    *shard_refusals.OF_HEADS,
+]
 POLICIES = [
     Case("of logits", {}, dict(temperature=1.7), "token_log_probs", ranks=3, split="empty"),
     Case("of heads", dict(softcap=5.0, **HEADS), dict(chunk_bytes=3000), "token_log_probs", ranks=4),

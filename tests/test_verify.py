@@ -262,3 +262,22 @@ def test_both_values_are_shown():
         AssertionError, match=r"padding rows, .* loss: nan, the oracle's [1-9]\d*\.\d+; error nan"
     ):
         assert_matches_reference(naive, dtypes=[torch.float32], rows=["padding"])
+
+
+def test_a_loss_that_is_infinite_where_the_oracle_is():
+    """Label smoothing over padding."""
+    options = dict(hard_weight=0.5, label_smoothing=0.1)
+    assert_matches_reference(lambda s, t, y: kd.distillation_loss(s, t, y, **options), **options)
+    with pytest.raises(AssertionError, match="inf"):
+        assert_matches_reference(
+            lambda s, t, y: kd.distillation_loss(s, t, y, **options).clamp(max=1e6),
+            rows=["padding"],
+            **options,
+        )
+
+
+def test_options_that_are_not_what_a_loss_means():
+    with pytest.raises(
+        TypeError, match="mask is no option here; what a loss means is said by divergence, temp"
+    ):
+        assert_matches_reference(lambda s, t, y: s.sum(), mask=torch.ones(3, 5, dtype=torch.bool))

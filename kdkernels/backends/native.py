@@ -75,7 +75,7 @@ def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
 
 def instruction_set() -> str | None:
     """The instruction set that the CPU's row loops use: "avx512bf16", "avx512", "avx2" or "baseline". None without a native
-    backend.
+    backend. ValueError where KDKERNELS_ISA asks for one that is not here.
 
     >>> import kdkernels as kd
     >>> kd.instruction_set() in ("avx512bf16", "avx512", "avx2", "baseline", None)
@@ -83,7 +83,11 @@ def instruction_set() -> str | None:
     """
     if _problem:
         return None
-    code = torch.ops.kdkernels_native.instruction_set(torch.empty(0, device="cpu"))
+    try:
+        code = torch.ops.kdkernels_native.instruction_set(torch.empty(0, device="cpu"))
+    except RuntimeError as error:
+        said = str(error).partition("kdkernels: ")[2]
+        raise ValueError(said.splitlines()[0]) from None
     return ("baseline", "avx2", "avx512", "avx512bf16")[code]
 
 

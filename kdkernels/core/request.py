@@ -286,7 +286,10 @@ def make(
 
 def signature(request: Request, leading: torch.Size) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group, so that they walk the same chunks; a loss's target aside."""
+    heads = [side for side in (request.student, request.teacher) if len(side) > 1 and not request.spec.tail]
     same: dict[str, Any] = {
+        **({} if request.place is None else request.place.options()),
+        "hidden widths": [side[0].shape[-1] for side in heads],
         **{f"the loss's {part}": [getattr(spec, part) for spec in request.specs] for part in Spec._fields},
         "vocabulary": request.vocab,
         "chunk_bytes": request.chunk_bytes,
@@ -307,6 +310,7 @@ def signature(request: Request, leading: torch.Size) -> dict[str, Any]:
 def _signature(call: Call) -> dict[str, Any]:
     request = call.request
     same = signature(request, call.reducer.leading)
+    same["reduction"] = "none" if call.reducer.per_row else "one number"
     if request.spec.tail and request.has_all_tokens:
         ids, values = request.teacher
         same["slots"] = ids.shape[-1]

@@ -37,6 +37,15 @@ class Place(NamedTuple):
         """A line for each field. A compiler follows it."""
         return "\n".join([str(field) for field in self])
 
+    def options(self) -> dict[str, str]:
+        """What :class:`Shard`'s options were, as ranks compare them."""
+        return {
+            "the shard's tokens": "sharded" if self.own_tokens else "replicated",
+            "the shard's data_parallel": "mean" if self.averaged else "sum",
+            "the shard's reduce_hidden": str(self.reduce_hidden),
+            "the shard's reduce_dtype": self.reduce_dtype,
+        }
+
     @staticmethod
     @functools.cache
     def from_text(text: str) -> Place | None:
@@ -75,7 +84,8 @@ class AnotherRanksError(ValueError):
 
 
 def _all_gather_objects(group: Any, message: Any) -> list[Any]:
-    """Every rank's message, in the order of the ranks. An exception that one of them sends is raised on all."""
+    """Every rank's message, in the order of the ranks. An exception that one of them sends is raised on all, and so is one
+    where messages are of different kinds: then ranks are in different calls."""
     received: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(received, message, group=group)
     if isinstance(message, Exception):
@@ -83,6 +93,10 @@ def _all_gather_objects(group: Any, message: Any) -> list[Any]:
     for rank, theirs in enumerate(received):
         if isinstance(theirs, Exception):
             raise AnotherRanksError(f"rank {rank} of the shard's group: {theirs}")
+        if type(theirs) is not type(message):
+            raise AnotherRanksError(
+                f"rank {rank} of the shard's group makes another call, or one with another kind of teacher"
+            )
     return received
 
 
@@ -101,11 +115,10 @@ def agreed(shard: Shard, make: Callable[[], Any], signature: Callable[[Any], dic
         raise
     first, *others = _all_gather_objects(group, signature(made))
     for rank, other in enumerate(others, 1):
-        for name, here in first.items():
-            if other[name] != here:
-                raise ValueError(
-                    f"ranks 0 and {rank} of the shard's group differ in {name}: {here}, {other[name]}"
-                )
+        for name in first | other:
+            here, there = first.get(name), other.get(name)
+            if here != there:
+                raise ValueError(f"ranks 0 and {rank} of the shard's group differ in {name}: {here}, {there}")
     return made
 
 

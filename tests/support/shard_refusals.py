@@ -95,6 +95,31 @@ VALUES = {
 }
 
 
+def headed(group, *, width=6, teacher=None, reduction="mean", **options):
+    student = kd.LinearHead(torch.zeros(3, width), torch.zeros(5, width), shard=kd.Shard(group, **options))
+    if teacher == "head":
+        return kd.kl_div(student, kd.LinearHead(torch.zeros(3, 4), torch.zeros(5, 4), shard=kd.Shard(group)))
+    if teacher == "sparse":
+        return sparse(student)
+    return kd.cross_entropy(student, torch.tensor([1, 2, 3]), reduction=reduction)
+
+
+#: The same of a Shard's options, and of heads: a call with the group, and 1 on one rank.
+OF_HEADS = {
+    "the shard's tokens": lambda group, one: headed(group, tokens=("replicated", "sharded")[one]),
+    "the shard's data_parallel": lambda group, one: headed(
+        group, tokens="sharded", data_parallel=("mean", "sum")[one]
+    ),
+    "the shard's reduce_hidden": lambda group, one: headed(group, reduce_hidden=not one),
+    "the shard's reduce_dtype": lambda group, one: headed(
+        group, reduce_dtype=(torch.float32, torch.bfloat16)[one]
+    ),
+    "hidden widths": lambda group, one: headed(group, width=6 + one, tokens="sharded"),
+    "reduction": lambda group, one: headed(group, reduction=("mean", "none")[one], tokens="sharded"),
+    "another kind of teacher": lambda group, one: headed(group, teacher=("head", "sparse")[one]),
+}
+
+
 def other_arguments(name, group):
     """What ranks say that differ in something, with KDKERNELS_CHECK_RANKS=1."""
     rank = dist.get_rank(group)
@@ -112,6 +137,9 @@ def other_arguments(name, group):
     pattern = pattern if rank != 1 else "differ|temperature must be|needs fp64"
     os.environ["KDKERNELS_CHECK_RANKS"] = "1"
     try:
+        if name in OF_HEADS:
+            said = f"differ in {name}|makes another call, or one with {name}"
+            return told(lambda: OF_HEADS[name](group, int(rank == 1)), said)
         logits = torch.zeros(tokens, 5, dtype=dtype)
         sides = [kd.ShardedLogits(logits, kd.Shard(group)) for _ in range(2)]
         if name in VALUES:
