@@ -1,6 +1,8 @@
 """``python -m kdkernels train compare``: its plan, what students are judged by, and what the report says."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from trainer_runs import WRITES, options, run  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
@@ -41,14 +44,11 @@ def test_a_comparison_goes_on_as_it_is_asked_for_now(tmp_path, monkeypatch, caps
     values = options(tmp_path / "run", data=[str(text)], ways=["plain", "soft"], max_steps=1, **WRITES)
     judged = []
 
-    def exit_code(settings):
-        train.run(resolve(settings.mode, settings.asked))
-
     def judge_one(given, teacher, folder, prompts):
         judged.append((folder, prompts))
         return {**row(5.0), "writes": {}}
 
-    monkeypatch.setattr(compare, "exit_code", exit_code)
+    in_this_process(monkeypatch)
     monkeypatch.setattr(judge, "judged", judge_one)
     for prompts, counts in ((4, [4] * 3), (4, []), (8, [8] * 3)):
         compare.compare(resolve("compare", {**values, "judged_prompts": prompts}))
@@ -57,6 +57,75 @@ def test_a_comparison_goes_on_as_it_is_asked_for_now(tmp_path, monkeypatch, caps
     text.write_text(text.read_text().replace("line 3 ", "another "))
     with pytest.raises(UserError, match="co had other text in --data than soft"):
         compare.compare(resolve("compare", {**values, "ways": ["plain", "soft", "co"]}))
+
+
+def in_this_process(monkeypatch, *, fails=False):
+    """Stages as runs here, and nothing that judges them."""
+
+    def exit_code(settings):
+        if fails:
+            return 1
+        train.run(resolve(settings.mode, settings.asked))
+
+    monkeypatch.setattr(compare, "exit_code", exit_code)
+    monkeypatch.setattr(judge, "judged", lambda *_: {**row(5.0), "writes": {}})
+
+
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "metrics.jsonl", "comparison.json"])
+def test_what_no_comparison_wrote_is_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path} holds {name}, but no comparison: "):
+        compare.compare(resolve("compare", options(tmp_path, max_steps=1, **WRITES)))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, '{"mine": 1}')]
+
+
+def test_a_comparison_s_own_files_are_written_again(tmp_path, monkeypatch):
+    """An earlier version's too, which has no begun.json; a run that could not begin may have left another one."""
+    in_this_process(monkeypatch)
+    values = options(tmp_path, ways=["plain", "soft"], max_steps=1, **WRITES)
+    (tmp_path / "begun.json").write_text('{"text": "x", "processes": 1}')
+    for _ in range(3):
+        compare.compare(resolve("compare", values))
+        assert "Soft distillation" in (tmp_path / "report.md").read_text()
+        (tmp_path / "report.md").write_text("old")
+        (tmp_path / "begun.json").unlink()
+
+
+@pytest.mark.parametrize("stages", [[], ["teacher"]])
+def test_a_comparison_that_was_killed_goes_on(stages, tmp_path, monkeypatch):
+    """With the tokenizer of its stages. Before any has begun, another one may be asked for."""
+    values = options(tmp_path, ways=["plain", "soft"], max_steps=1, **WRITES)
+    settings = resolve("compare", values)
+    compare.claim_folder(settings)
+    for name in stages:
+        train.run(resolve("hard", compare.plan(settings)[name].asked))
+    trained = compare.tokenizer(settings)
+    in_this_process(monkeypatch)
+    if stages:
+        Path(trained, "it_is_the_same").touch()
+        compare.compare(settings)
+        assert Path(trained, "it_is_the_same").exists()
+    else:
+        compare.compare(resolve("compare", {**values, "tokenizer_size": 310}))
+        assert len(AutoTokenizer.from_pretrained(trained)) == 310
+
+
+def test_a_killed_comparison_s_tokenizer_is_its_own_only_if_it_trains_one(tmp_path, saved):
+    """What was given as --tokenizer may lie in the folder too."""
+    folder = shutil.copytree(saved, tmp_path / "tokenizer")
+    values = options(tmp_path, ways=["plain", "soft"], **WRITES)
+    compare.claim_folder(resolve("compare", {**values, "tokenizer": str(folder)}))
+    with pytest.raises(UserError, match=f"{tmp_path} holds tokenizer, but no comparison"):
+        compare.claim_folder(resolve("compare", values))
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_a_comparison_that_could_not_begin_leaves_its_folder_free(tmp_path, monkeypatch):
+    in_this_process(monkeypatch, fails=True)
+    values = options(tmp_path, ways=["plain", "soft"], max_steps=1, **WRITES)
+    with pytest.raises(UserError, match="teacher did not finish"):
+        compare.compare(resolve("compare", values))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rates, steps", [((300.0, 200.0), 6), ((200.0, 300.0), 4)])

@@ -7,7 +7,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import error_of, options, run  # noqa: E402
+from trainer_runs import error_of, options, run, with_opening  # noqa: E402
 
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
@@ -34,6 +34,28 @@ def test_packing_loses_nothing(tokenizer):
     rows = data.sequences(texts, tokenizer, 4).rows
     stream = [token for ids, _ in rows for token in ids]
     assert tokenizer.decode(stream) == "".join(r["text"] + tokenizer.eos_token for r in texts)
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(saved, tokenizer):
+    """And ends once. What a text says itself is not said twice."""
+    own = with_opening(saved)
+    bos, end = own.bos_token_id, own.eos_token_id
+    assert data.opening(own) == [bos] and data.opening(tokenizer) == []
+    said = ["def f", "<bos>def f", f"def f{own.eos_token}"]
+    plain = own("def f", add_special_tokens=False)["input_ids"]
+    ((ids, labels),) = data.sequences([{"text": text} for text in said], own, 64).rows
+    assert ids == labels == [bos, *plain, end] * 3
+    prompt, completion = plain[:-1], plain[-1:]
+    rows = [("def", " f"), ("<bos>def", f" f{own.eos_token}"), ("", "def f")]
+    lines = [data._record({"prompt": a, "completion": b}, "text", "here") for a, b in rows]
+    short = [bos, *prompt, *completion, end], [-100] * (1 + len(prompt)) + [*completion, end]
+    assert data.sequences(lines, own, 64).rows == [short, short, ([bos, *plain, end], [-100, *plain, end])]
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chat = data._record(
+        {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, "text", ""
+    )
+    ((ids, _),) = data.sequences([chat], own, 64).rows
+    assert own.decode(ids) == "<user>x<assistant>x"  # as the template writes it
 
 
 def test_validation_is_spread_over_the_held_out_text():
@@ -64,6 +86,66 @@ def test_messages_through_the_chat_template(tokenizer):
     assert (
         tokenizer.decode(ids) == "<user>hi" + tokenizer.eos_token + "<assistant>there" + tokenizer.eos_token
     )
+
+
+#: A template that shows all that it is given.
+GIVEN = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood }}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_a_template_is_given_the_rows_tools_and_options(tools, pair, tokenizer):
+    """TRL's columns; tools may be JSON, for which .parquet needs no schema."""
+    tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
+    tokenizer.chat_template = GIVEN
+    user, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    messages = {"prompt": [user], "completion": [answer]} if pair else {"messages": [user, answer]}
+    row = {**messages, "tools": tools, "chat_template_kwargs": {"mood": "calm"}}
+    for ended, closed in ((True, "<end>"), (False, "")):
+        record = data._record({**row, "ended": ended}, "text", "here")
+        ((ids, labels),) = data.sequences([record], tokenizer, 256).rows
+        before = json.dumps(TOOLS) + "calm<user>x<end><assistant>"
+        assert tokenizer.decode(ids) == f"{before}x{closed}"
+        assert tokenizer.decode([token for token in labels if token >= 0]) == f"x{closed}"
+
+
+@pytest.mark.parametrize(
+    "beside, says",
+    [
+        ({"tools": "{"}, "tools are neither a list nor JSON"),
+        ({"tools": {"f": 1}}, "tools must be a list, got dict"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping, got list"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "takes no such messages: .*tokenize"),
+    ],
+)
+def test_what_no_template_can_be_given(beside, says, tmp_path, tokenizer):
+    tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
+    tokenizer.chat_template = GIVEN
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages, **beside}) + "\n")
+    with pytest.raises(UserError, match=f"c.jsonl line 1: .*{says}"):
+        data.sequences(data.read(DataSettings(data=[str(tmp_path / "c.jsonl")])), tokenizer, 64)
+
+
+@pytest.mark.parametrize("name", ["b/rows.jsonl", "rows.parquet"])
+def test_rows_in_a_folder_are_not_learnt_as_text(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "a.txt").write_text("text")
+    for hidden in (".git", "__pycache__"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / path.name).write_text("{}")
+    assert data.read(DataSettings(data=[str(tmp_path)])) == [{"text": "text"}]
+    path.write_text('{"text": "x"}')
+    with pytest.raises(
+        UserError, match=f"{tmp_path} holds {path}, .* give such files themselves, --data {path}"
+    ):
+        data.read(DataSettings(data=[str(tmp_path)]))
 
 
 def _saved(tokenizer):

@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import huggingface_hub  # noqa: E402
-from trainer_runs import error_of, options, run, weights  # noqa: E402
+import safetensors.torch  # noqa: E402
+from trainer_runs import PACKAGE, error_of, options, run, weights  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, files, models, reliable, train  # noqa: E402
@@ -26,7 +27,7 @@ from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
     [
         ({"student": "no/such/model"}, "no model no/such/model"),
         ({"student": "{tmp}"}, "cannot load model"),
-        ({"tokenizer": "{tmp}"}, "cannot load tokenizer"),
+        ({"tokenizer": "{tmp}"}, "brings no tokenizer"),
         ({"tokenizer": "no/such/model"}, "no tokenizer no/such/model"),
         ({"data": ["{tmp}/nothing.txt"]}, "no data"),
         ({"data": ["{tmp}/empty.jsonl"]}, "no text in"),
@@ -109,6 +110,42 @@ def test_half_a_tokenizer_is_never_used(tmp_path, capsys, monkeypatch):
     run("soft", tmp_path / "run", max_steps=1)
 
 
+def test_a_tokenizer_that_nothing_was_begun_with_is_not_used(tmp_path, capsys):
+    """It may be of another size, or of other text."""
+    (tmp_path / "text.txt").write_text("a" * 99)
+    asked = {"max_steps": 1, "data": [str(tmp_path / "text.txt")]}
+    assert "a batch takes 9999" in error_of(
+        capsys, "soft", tmp_path, dataloader_drop_last=True, per_device_train_batch_size=9999, **asked
+    )
+    assert not (tmp_path / "run" / "tokenizer").exists()
+    (tmp_path / "text.txt").write_text("some more text " * 99)
+    run("soft", tmp_path / "run", **asked)
+    trained = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
+    for name in ("begun.json", "result.json", "checkpoint-1"):  # killed before it had begun
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (tmp_path / "text.txt").write_text("other words altogether " * 99)
+    run("soft", tmp_path / "run", resume=True, **asked)
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes() != trained
+
+
+def test_a_tokenizer_that_no_run_made_stays(tmp_path, tokenizer, saved, capsys):
+    folder = tmp_path / "run" / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    before = (folder / "tokenizer.json").read_bytes()
+    for mode in ("soft", "compare"):
+        assert "run holds tokenizer, but no " in error_of(capsys, mode, tmp_path)
+        assert "the only batch" in error_of(
+            capsys,
+            "soft",
+            tmp_path,
+            tokenizer=str(folder),
+            dataloader_drop_last=True,
+            per_device_train_batch_size=9999,
+        )
+    assert (folder / "tokenizer.json").read_bytes() == before
+
+
 def test_a_teacher_in_shards_does_not_write(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
     assert "give that run's completions.jsonl as --data" in error_of(capsys, "hard", tmp_path)
@@ -126,6 +163,43 @@ def test_tokenizer_mismatch(tmp_path, saved, capsys):
     other.save_pretrained(tmp_path / "other")
     message = error_of(capsys, "soft", tmp_path, student=str(saved), teacher=str(tmp_path / "other"))
     assert "tokenizer mismatch" in message and "300 tokens" in message
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+def test_a_model_without_a_tokenizer_takes_the_one_that_is_given(kind, tmp_path, saved, capsys):
+    """For a Qwen2 transformers would make one that knows no word."""
+    bare = str(tmp_path / "bare")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=300, num_key_value_heads=2, **sizes)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(bare)
+    for named in ({"student": bare}, {"teacher": bare}, {"student": bare, "teacher": str(saved)}):
+        assert f"{bare} brings no tokenizer: give the one" in error_of(capsys, "soft", tmp_path, **named)
+    run("soft", tmp_path / "ours", student=bare, teacher=str(saved), tokenizer=str(saved), max_steps=1)
+    larger = models.train_tokenizer([path.read_text() for path in PACKAGE.glob("*.py")], 400)
+    larger.save_pretrained(tmp_path / "larger")
+    message = error_of(capsys, "soft", tmp_path, student=bare, tokenizer=str(tmp_path / "larger"))
+    assert "bare has a vocabulary of 300, the tokenizer 400" in message
+
+
+def test_weights_that_are_not_all_there_are_one_line(tmp_path, saved, tokenizer):
+    """transformers would draw them at random, and say so in a warning."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    file = folder / "model.safetensors"
+    whole = safetensors.torch.load_file(file)
+    name, tied = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+
+    def load(**changes):
+        kept = {n: t for n, t in {**whole, **changes}.items() if t is not None}
+        safetensors.torch.save_file(kept, file, metadata={"format": "pt"})
+        return models.load_model(str(folder), tokenizer, dtype="float32", seed=0, max_length=32)
+
+    for changes in ({name: None}, {name: whole[name][1:].clone()}):
+        with pytest.raises(UserError, match=f"cannot load model {folder}: .*, {name}; give the whole model"):
+            load(**changes)
+    with pytest.raises(UserError, match=f"{tied} and 1 more; give the whole model"):
+        load(**{name: None, tied: None})
+    head = load(**{tied: None, "lm_head.weight": whole[tied]}).get_input_embeddings()  # the one is the other
+    assert torch.equal(head.weight, whole[tied])
 
 
 def test_models_that_tensor_parallelism_cannot_share_out(tmp_path, saved):
@@ -256,7 +330,7 @@ def test_an_unknown_backend_in_the_environment_is_one_line(command, monkeypatch)
     assert "\n" not in caught.value.code
 
 
-@pytest.mark.parametrize("name", ["checkpoint-2", "model", "result.json", "comparison.json"])
+@pytest.mark.parametrize("name", ["checkpoint-2", "model", "result.json", "comparison.json", "tokenizer"])
 def test_what_no_run_of_ours_left_is_not_overwritten(name, tmp_path, capsys):
     (tmp_path / "run" / name).mkdir(parents=True)
     for mode in ("soft", "hard"):

@@ -118,6 +118,26 @@ def test_co_logs_kl_at_temperature_1(tmp_path):
     assert kl[0] > 1e-3 and kl[1] == pytest.approx(kl[0], rel=1e-5)
 
 
+def test_co_unscales_gradients_once_and_clips_each_model(tmp_path, monkeypatch):
+    """What --fp16 makes of a GPU's run, put in by hand: the command refuses fp16 on a CPU."""
+    settings = resolve("co", options(tmp_path, max_steps=2, max_grad_norm=0.01, remove_unused_columns=False))
+    trainer, norms = train.build(settings), []
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    class Norms(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *ignored, **given):
+            for model in trainer.models:
+                norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+
+    trainer.add_callback(Norms())
+    trainer.train()
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    logged = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert len(logged) == 2 and all(0.1 < norm < 20 for norm in logged)  # of both as they were, unscaled
+
+
 def test_co_takes_trainers_options_for_one_model(tmp_path, capsys):
     """Recomputed activations change no bit; the best checkpoint (here: the highest loss) is of both models."""
     run("co", tmp_path / "plain", eval_steps=2)

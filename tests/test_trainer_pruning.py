@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from trainer_runs import PACKAGE  # noqa: E402
@@ -100,6 +100,47 @@ def test_a_config_with_an_entry_for_each_layer_loses_those_too():
     student = prune.without_layers(Qwen2ForCausalLM(config).eval(), [1, 2])
     assert student.config.layer_types == ["full_attention", "sliding_attention"]
     assert student(torch.arange(9)[None]).logits.shape == (1, 9, 50)
+
+
+SIZES = dict(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+MOE = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+
+
+@pytest.mark.parametrize(
+    "kind, config, dropped, says",
+    [
+        (
+            "Qwen3Moe",
+            {**MOE, "mlp_only_layers": [1]},
+            [0],
+            r"layers.0.mlp.gate_proj.weight would be missing, not",
+        ),
+        (
+            "Qwen2Moe",
+            {**MOE, "decoder_sparse_step": 2, "shared_expert_intermediate_size": 16},
+            [2],
+            r"layers.2.mlp.gate.weight would be missing, not \(2, 32\)",
+        ),
+        ("DiffLlama", {}, [0], "or how many there are, says what it does, and the student would say"),
+    ],
+)
+def test_a_layer_that_is_what_it_is_by_its_place_stays_there(kind, config, dropped, says):
+    """The student would be saved with a config that makes another model."""
+    made = getattr(transformers, f"{kind}Config")(**SIZES, **config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+    with pytest.raises(
+        UserError, match=f"^a {made.model_type} cannot lose these layers, give another --drop .*{says}"
+    ):
+        prune.without_layers(model, dropped)
+    other = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+    prune.without_layers(other, [3])
 
 
 @pytest.mark.parametrize(

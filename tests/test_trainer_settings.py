@@ -1,6 +1,7 @@
 """``python -m kdkernels train``: the options, from the command line and from YAML; what cannot be is refused before anything is read."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import yaml  # noqa: E402
-from trainer_runs import PACKAGE, options  # noqa: E402
+from trainer_runs import PACKAGE, flags, options  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import train  # noqa: E402
 from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
+from kdkernels.trainer.compare import plan  # noqa: E402
 from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
 
 SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_model": True}
@@ -252,6 +254,38 @@ def test_help_is_short_and_names_the_options(capsys):
     assert caught.value.code == 0 and len(text.splitlines()) < 130
     assert "--divergence" in text and "--learning_rate" in text and "--push_to_hub" not in text
     assert "--soft_warmup" not in text and "--prompts" not in text  # of other modes
+
+
+def test_a_token_of_the_hub_is_written_to_no_file(tmp_path):
+    """Neither as YAML nor as Trainer's training_args.bin. The stages of compare have it."""
+    settings = resolve("compare", options(tmp_path, hub_token="hf_x", ways=["plain", "soft"]))
+    assert "hub_token" not in settings.to_dict() and settings.run.hub_token == "hf_x"
+    assert pickle.loads(pickle.dumps(settings.run)).hub_token is None
+    for stage in plan(settings).values():
+        assert (
+            stage.run.hub_token == stage.asked["hub_token"] == "hf_x" and "hub_token" not in stage.to_dict()
+        )
+
+
+def test_a_run_goes_on_with_another_token_of_the_hub(tmp_path):
+    """Where an earlier version has written one to config.yaml, too."""
+    train.claim_folder(resolve("soft", options(tmp_path, hub_token="hf_x")))
+    text = (tmp_path / "config.yaml").read_text()
+    assert "hf_x" not in text
+    again = resolve("soft", options(tmp_path, hub_token="hf_y", resume=True))
+    assert not train.claim_folder(again)
+    (tmp_path / "config.yaml").write_text(text + "hub_token: hf_x\n")
+    assert not train.claim_folder(again)
+
+
+def test_an_option_of_an_enum_is_written_and_read_again(tmp_path):
+    """transformers' own options have them: debug, as a list."""
+    settings = parse("soft", [*flags(options(tmp_path)), "--debug", "underflow_overflow"])
+    text = yaml.safe_dump(settings.to_dict())
+    assert "debug:\n- underflow_overflow\n" in text
+    for values in (yaml.safe_load(text), settings.asked):
+        values = {name: value for name, value in values.items() if name != "mode"}
+        assert resolve("soft", values).run.debug == settings.run.debug
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "co"])

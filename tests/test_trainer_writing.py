@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
-from trainer_runs import options  # noqa: E402
+from trainer_runs import options, with_opening  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 
 from kdkernels.trainer import data, generate, models  # noqa: E402
@@ -20,6 +20,7 @@ from kdkernels.trainer.settings import UserError  # noqa: E402
 from kdkernels.trainer.writing import continued, ends_of  # noqa: E402
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [12, 13]]
+CHAT = generate.Prompt([{"role": "user", "content": "hi"}], "<user>hi")
 
 
 @pytest.fixture
@@ -127,11 +128,11 @@ def test_only_a_completion_that_ended_is_taught_an_end_of_text(ends, tmp_path, m
     if ends:
         with torch.no_grad():
             model.lm_head.bias[0] = 1e4
-    texts = ["def f(x):", "a"]
+    prompts = [generate.Prompt(text, text) for text in ("def f(x):", "a")]
     asked = settings(tmp_path)
-    said = generate.complete(asked, model, own, generate.encode(asked, own, texts))
+    said = generate.complete(asked, model, own, generate.encode(asked, own, prompts))
     assert [ended for _, ended in said] == [ends, ends]
-    lines = [generate._line(text, *each) for text, each in zip(texts, said)]
+    lines = [prompt.line(*each) for prompt, each in zip(prompts, said)]
     rows = read_back(tmp_path / "c.jsonl", lines, own)
     assert [own.eos_token_id in labels for _, labels in rows] == [ends, ends]
     assert ends or all(len(ids) > 20 for ids, _ in rows)  # up to max_length 32, whatever the other's prompt
@@ -142,8 +143,7 @@ def test_a_chat_that_was_cut_is_not_closed(tmp_path, own):
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    given = [{"role": "user", "content": "hi"}]
-    lines = [generate._line(given, "there ", ended) for ended in (True, False)]
+    lines = [CHAT.line("there ", ended) for ended in (True, False)]
     learnt = [
         own.decode([token for token in labels if token >= 0])
         for _, labels in read_back(tmp_path / "c.jsonl", lines, own)
@@ -178,21 +178,21 @@ BY_LENGTH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.content | 
 def test_of_a_cut_chat_nothing_is_learnt_that_closes_it(template, said, learnt, tmp_path, own):
     """However short its text is, and whatever the template makes of it."""
     own.chat_template = template
-    line = generate._line([{"role": "user", "content": "hi"}], said, False)
-    rows = read_back(tmp_path / "c.jsonl", [line], own)
+    rows = read_back(tmp_path / "c.jsonl", [CHAT.line(said, False)], own)
     texts = [own.decode([token for token in labels if token >= 0]) for _, labels in rows]
     assert texts == ([] if learnt is None else [learnt])
 
 
 def test_a_template_whose_end_of_a_cut_chat_is_unknown(tmp_path, own):
     own.chat_template = BY_LENGTH
-    line = generate._line([{"role": "user", "content": "hi"}], "there", False)
+    line = CHAT.line("there", False)
     with pytest.raises(UserError, match="line 1 was cut, and this chat template closes a message by what it"):
         read_back(tmp_path / "c.jsonl", [line], own)
 
 
 def test_cut_completions_without_any_text_are_left_out(tmp_path, own, capsys):
-    lines = [generate._line("x", "", False), generate._line("x", "y", True)]
+    x = generate.Prompt("x", "x")
+    lines = [x.line("", False), x.line("y", True)]
     assert len(read_back(tmp_path / "c.jsonl", lines, own)) == 1
     assert "1 of 2 completions are cut, with no text left" in capsys.readouterr().out
 
@@ -202,7 +202,9 @@ def test_a_padded_teacher_writes_tokens_alone(tmp_path, model, own):
     with torch.no_grad():
         model.get_output_embeddings().weight[300:] = 9.0
     asked = settings(tmp_path)
-    said = generate.complete(asked, model, own, generate.encode(asked, own, ["def f(x):"] * 4))
+    said = generate.complete(
+        asked, model, own, generate.encode(asked, own, [generate.Prompt("", "def f(x):")] * 4)
+    )
     assert all(text for text, _ in said)
 
 
@@ -317,11 +319,53 @@ def test_prompts_have_whole_characters(tmp_path, own):
     asked = settings(tmp_path, prompt_tokens=4, max_length=7)
     packed = data.sequences([{"text": "ab日本語日本語日本語"}], own, 7)
     prompts = generate.make_prompts(asked, [{"text": ""}], own, packed)
-    assert prompts and all(given == text and "�" not in text for given, text in prompts)
-    assert all(text for text, _ in prompts)
+    assert prompts and all(each.given == each.text and "�" not in each.text for each in prompts)
+    assert all(each.text for each in prompts)
     with pytest.raises(UserError, match="prompt_tokens=1: no training sequence begins with a whole"):
         asked.generation.prompt_tokens = 1
         generate.make_prompts(asked, [{"text": ""}], own, data.Sequences(packed.rows[1:2]))
+
+
+def test_the_teacher_reads_prompts_as_they_are_learnt(tmp_path, saved):
+    """What the tokenizer puts before a text is put before those it continues, once, and not into what is written."""
+    own = with_opening(saved)
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    asked = settings(tmp_path, prompt_tokens=4, max_length=16)
+    packed = data.sequences([{"text": "import math, os, sys"}, {"text": "def f(x): return x"}], own, 16)
+    prompts = generate.make_prompts(asked, [{"text": ""}], own, packed)
+    assert packed.rows[0][0][:1] == data.opening(own) and not prompts[0].text.startswith("<bos>")
+    encoded = generate.encode(asked, own, prompts)
+    assert encoded[0] == packed.rows[0][0][:4]
+    written = read_back(tmp_path / "c.jsonl", [each.line(" y", True) for each in prompts], own)
+    assert [ids[: len(prompt)] for (ids, _), prompt in zip(written, encoded)] == encoded
+    chat = generate._prompt({"messages": [{"role": "user", "content": "x"}], "where": ""}, own)
+    assert own.bos_token_id not in generate.encode(asked, own, [chat])[0]
+
+
+def test_completions_of_another_opening_are_not_taken(tmp_path, saved, own):
+    """The vocabulary is the same: only what is put before a text differs."""
+    one, other = with_opening(saved), with_opening(saved)
+    other.backend_tokenizer.post_processor = own.backend_tokenizer.post_processor
+    assert data.opening(other) == []
+    wrote(tmp_path / "a", one)
+    with pytest.raises(UserError, match="c.jsonl was written with other prompts"):
+        wrote(tmp_path / "b", other)
+
+
+def test_what_is_beside_messages_is_written_back(tmp_path, own):
+    """So that reading a completion again renders the prompt that the teacher has continued."""
+    own.chat_template = (
+        "{{ tools | tojson }}{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    beside = {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "calm"}}
+    record = {"messages": [{"role": "user", "content": "x"}], "where": "here", "ended": True, **beside}
+    prompt = generate._prompt(record, own)
+    assert prompt.text == '[{"name": "f"}]calm<user>x<assistant>'
+    line = prompt.line("y", True)
+    assert {name: line[name] for name in beside} == beside
+    ((ids, _),) = read_back(tmp_path / "c.jsonl", [line], own)
+    assert own.decode(ids) == prompt.text + "y"
 
 
 def test_a_vocabulary_goes_to_its_largest_id(own):

@@ -6,10 +6,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 import kdkernels as kd
@@ -95,6 +96,24 @@ class SoftWeight:
         elif self.kind == "warmup_stable_decay":
             x = min(1.0, x / self.warmup, (1 - x) / self.warmup) if self.warmup else 1.0
         return self.start + (self.peak - self.start) * x
+
+
+def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scales gradients down to a norm of ``largest``, and returns the norm that they had, a plain tensor.
+
+    Under FSDP they are shards over a mesh, but for those of modules that it was told to ignore, and torch sums up the
+    squares of one mesh at a time.
+    """
+    meshes: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    norms: list[Any] = [get_total_norm([p.grad for p in group]) for group in meshes.values()]  # type: ignore[misc]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for group in meshes.values():
+        clip_grads_with_norm_(group, largest, norm)
+    return norm
 
 
 class CodistillationTrainer(ReliableTrainer):
@@ -205,11 +224,11 @@ class CodistillationTrainer(ReliableTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         pair = self.accelerator.unwrap_model(model)
-        norms = [
-            self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
-            for part in (pair.student, pair.teacher)
-        ]
-        return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
+        # Once: accelerate's clip_grad_norm_ would do it for each model, and both have one optimizer.
+        self.accelerator.unscale_gradients()
+        return torch.stack(
+            [clip(part.parameters(), self.args.max_grad_norm) for part in (pair.student, pair.teacher)]
+        ).norm()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import json
 import sys
 import typing
@@ -113,7 +114,7 @@ def resolve(
         )
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise UserError(" ".join(str(error).split())) from error
-    asked = {name: value for name, value in vars(given).items() if name in FIELDS}
+    asked = {name: _plain(value) for name, value in vars(given).items() if name in FIELDS}
     settings = Settings(mode, model, data, loss, generation, policy, compare, run, asked)
     check(settings)
     if settings.loss.hard_weight is None:
@@ -123,6 +124,13 @@ def resolve(
     run.dataloader_pin_memory = run.dataloader_pin_memory and torch.cuda.is_available()
     settings.loss.teacher_learning_rate = settings.loss.teacher_learning_rate or run.learning_rate
     return settings
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML and the command line have it: enums by their names."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _as_arguments(values: dict[str, Any], parser: HfArgumentParser) -> list[str]:

@@ -6,15 +6,17 @@ that is finished is reused, one that was killed goes on from its last checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 import transformers
@@ -24,10 +26,13 @@ import kdkernels as kd
 from . import data, judge, models, progress, report, train
 from .command_line import resolve
 from .files import read_metrics, write_whole
-from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode
+from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode, is_secret, one_line
 
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"
+REPORT = "report.md"
+#: What a comparison writes beside its stages.
+WRITTEN = (REPORT, report.PICTURE, train.METRICS, train.COMPARISON)
 #: Stages that are no way of distillation -> what they do.
 DOING = {
     "teacher": "the teacher learns the text",
@@ -48,6 +53,57 @@ def compare(settings: Settings) -> None:
             f"--output_dir {settings.output_dir} holds a run: it is not overwritten, choose another folder"
         )
     models.check_models(settings.model, settings.data.max_length)
+    with claimed(settings):
+        _compare(settings)
+
+
+@contextlib.contextmanager
+def claimed(settings: Settings) -> Iterator[None]:
+    """The folder for a comparison: a new one, or one that a command before this one began."""
+    claim_folder(settings)
+    folder = settings.output_dir
+    try:
+        yield
+    except UserError:
+        if not any_stage(folder):
+            # What could not begin leaves its folder free for another.
+            (folder / train.BEGUN).unlink(missing_ok=True)
+            train.discard_tokenizer(settings)
+        raise
+
+
+def claim_folder(settings: Settings) -> None:
+    """Writes whose the folder is to begun.json. UserError if something else would be overwritten there."""
+    folder, trains = settings.output_dir, settings.model.trains_tokenizer
+    before, anew = begun_as(folder), not any_stage(folder)
+    if anew and before.get("trains_tokenizer"):
+        shutil.rmtree(folder / train.TOKENIZER, ignore_errors=True)  # of a command that was killed
+    names = [*(() if before else WRITTEN), *([train.TOKENIZER] if anew and trains else ())]
+    if others := [name for name in names if (folder / name).exists()]:
+        raise UserError(
+            f"--output_dir {folder} holds {others[0]}, but no comparison: it is not overwritten, choose another folder"
+        )
+    with one_line(f"cannot use --output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / train.BEGUN, json.dumps({"mode": "compare", "trains_tokenizer": trains}))
+
+
+def begun_as(folder: Path) -> dict[str, Any]:
+    """What begun.json says of a comparison; of a finished one of an earlier version, its settings; {} if there is none."""
+    for name, part in ((train.BEGUN, None), (train.COMPARISON, "settings")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing of ours
+            values = json.loads((folder / name).read_text())
+            values = values[part] if part else values
+            if values["mode"] == "compare":
+                return values
+    return {}
+
+
+def any_stage(folder: Path) -> bool:
+    return any(train.begun(folder / name) for name in ("teacher", *WAYS))
+
+
+def _compare(settings: Settings) -> None:
     start = time.perf_counter()
     stages = plan(settings)
     count = len(stages) + ("longer" in settings.compare.ways)
@@ -66,7 +122,7 @@ def compare(settings: Settings) -> None:
     lines = [json.dumps({"run": name, **line}) + "\n" for name, metrics in curves.items() for line in metrics]
     write_whole(folder / train.METRICS, "".join(lines))
     report.draw(folder / report.PICTURE, curves, comparison)
-    write_whole(folder / "report.md", report.text(comparison))
+    write_whole(folder / REPORT, report.text(comparison))
     print(
         f"\n{report.table(comparison)}\n\n{' '.join(report.sentences(comparison))}\n\n"
         f"Report, picture, metrics and models are in {folder}/"
@@ -87,7 +143,8 @@ def earlier(settings: Settings) -> dict[str, Any] | None:
 
 def plan(settings: Settings) -> dict[str, Settings]:
     """Stage -> its settings: a teacher, if it must be made first, and the students."""
-    folder, shared = settings.output_dir, settings.to_dict()
+    folder, secret = settings.output_dir, {n: v for n, v in settings.asked.items() if is_secret(n)}
+    shared = {**settings.to_dict(), **secret}
     del shared["mode"]
     scratch = settings.model.teacher in SCRATCH
     shared["tokenizer"] = tokenizer(settings)
@@ -129,9 +186,9 @@ def plan(settings: Settings) -> dict[str, Settings]:
 
 def tokenizer(settings: Settings) -> str:
     """The tokenizer of every stage: one that was given, or trained here."""
-    if settings.model.tokenizer or settings.model.pretrained:
+    if not settings.model.trains_tokenizer:
         return settings.model.tokenizer or settings.model.pretrained[0]
-    folder = settings.output_dir / "tokenizer"
+    folder = settings.output_dir / train.TOKENIZER
     if not folder.exists():
         print(f"training a tokenizer on {', '.join(settings.data.data)}", flush=True)
         records, _ = data.split(data.read(settings.data), settings.data)

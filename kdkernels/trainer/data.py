@@ -11,12 +11,14 @@ from typing import Any, Iterator
 import torch
 from torch.utils.data import Dataset
 
+from . import chat
 from .progress import say
 from .settings import DataSettings, UserError, one_line
 
 IGNORE = -100
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  #: where a chat template puts what a message says
-#: ``{"text"}``; or ``{"prompt", "completion"}`` or ``{"messages"}``, with "where" they were read and whether they "ended".
+ROWS = (".jsonl", ".parquet")  #: suffixes of files whose rows are the documents
+#: ``{"text"}``; or ``{"prompt", "completion"}`` or ``{"messages"}``, with "where" they were read, whether they "ended", and
+#: what a chat template is given beside messages.
 Record = dict[str, Any]
 
 
@@ -74,6 +76,11 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
     for path in sorted(folder.rglob("*.py" if stdlib else "*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not skip & set(parts) and not any(p.startswith(".") for p in parts):
+            if path.suffix in ROWS:
+                raise UserError(
+                    f"{folder} holds {path}, whose rows are documents, and of a folder every file is learnt as it "
+                    f"stands: give such files themselves, --data {path}"
+                )
             try:
                 yield {"text": path.read_text(encoding="utf-8")}
             except UnicodeDecodeError:
@@ -84,28 +91,19 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
 
 def _record(row: Any, text_field: str, where: str) -> Record:
     if isinstance(row, dict):
-        beside = {"where": where, "ended": row.get("ended") is not False}
-        if _is_chat(row.get("messages")):
-            return {"messages": row["messages"], **beside}
+        about = {"where": where, "ended": row.get("ended") is not False}
+        if chat.is_chat(row.get("messages")):
+            return {"messages": row["messages"], **about, **chat.beside(row, where)}
         prompt, completion = row.get("prompt"), row.get("completion")
-        if (
-            all(isinstance(part, str) for part in (prompt, completion))
-            or _is_chat(prompt)
-            and _is_chat(completion)
-        ):
-            return {"prompt": prompt, "completion": completion, **beside}
+        if all(isinstance(part, str) for part in (prompt, completion)):
+            return {"prompt": prompt, "completion": completion, **about}
+        if chat.is_chat(prompt) and chat.is_chat(completion):
+            return {"prompt": prompt, "completion": completion, **about, **chat.beside(row, where)}
         if isinstance(row.get(text_field), str):
             return {"text": row[text_field]}
     raise UserError(
         f"{where} has neither a text {text_field!r} nor messages nor a prompt and a completion, which are "
         "texts or lists of messages, {role, content}"
-    )
-
-
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        for message in messages
     )
 
 
@@ -149,8 +147,10 @@ def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequenc
     if records and kind_of(records[0]) == "text":
         return Sequences(_packed(records, tokenizer, max_length))
     texts = [_prompt_and_completion(record, tokenizer) for record in records]
-    encoded = _encoded([text for pair in texts for text in pair], tokenizer)
-    pairs = zip(records, encoded[::2], encoded[1::2])
+    ids = encoded([text for pair in texts for text in pair], tokenizer)
+    start = opening(tokenizer)
+    prompts = [opened(p, start) if _is_plain(record) else p for record, p in zip(records, ids[::2])]
+    pairs = zip(records, prompts, ids[1::2])
     found = [_completion(*each, tokenizer.eos_token_id, max_length) for each in pairs]
     rows = [row for row in found if row is not None]
     if len(rows) < len(found):
@@ -164,17 +164,34 @@ def sequences(records: list[Record], tokenizer: Any, max_length: int) -> Sequenc
 
 def _packed(records: list[Record], tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
     texts = [record["text"] for record in records]
+    start, end = opening(tokenizer), tokenizer.eos_token_id
     stream: list[int] = []
-    for ids in _encoded(texts, tokenizer):
-        stream += [*ids, tokenizer.eos_token_id]
+    for ids in encoded(texts, tokenizer):
+        stream += _ended(opened(ids, start), end)
     blocks = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
     if blocks and len(blocks[-1]) < 2:
         blocks.pop()  # one token at the end predicts nothing
     return [(block, block) for block in blocks]
 
 
-def _encoded(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """The ids of each text, from one call: tokenizers spreads it over all cores."""
+def opening(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before a text, such as Llama's <bos>; most put none there."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    at = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(at, 0)]
+
+
+def opened(ids: list[int], start: list[int]) -> list[int]:
+    """The ids of a text after those of its :func:`opening`, which it may have been written with."""
+    return ids if ids[: len(start)] == start else [*start, *ids]
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def encoded(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The ids of each text, from one call: tokenizers spreads it over all cores. Nothing is put before or after it."""
     if not texts:
         return []
     return tokenizer(
@@ -193,7 +210,7 @@ def _completion(
     not end has no end of text, and None says that nothing is left of it."""
     where = record["where"]
     if record["ended"] and _is_plain(record):
-        completion = [*completion, end]
+        completion = _ended(completion, end)
     if not completion and not record["ended"]:
         return None
     ids = prompt + completion
@@ -216,52 +233,11 @@ def _is_plain(record: Record) -> bool:
 
 
 def _prompt_and_completion(record: Record, tokenizer: Any) -> tuple[str, str]:
-    return (record["prompt"], record["completion"]) if _is_plain(record) else _chat(record, tokenizer)
-
-
-def _chat(record: Record, tokenizer: Any) -> tuple[str, str]:
-    """The last message is the completion; what comes before it, the prompt. Both as the chat template has them."""
-    where = record["where"]
-    messages = (
-        record["messages"] if kind_of(record) == "messages" else [*record["prompt"], *record["completion"]]
-    )
-    if not messages or messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: the last message must be the assistant's")
-    prompt = rendered(messages[:-1], tokenizer, where, add_generation_prompt=True)
-    whole = rendered(messages, tokenizer, where)
-    if not whole.startswith(prompt):
-        raise UserError(f"{where}: this chat template renders a prompt differently once it is answered")
-    completion = whole[len(prompt) :]
-    if not record["ended"]:
-        completion = _not_closed(completion, prompt, messages, tokenizer, where)
-    return prompt, completion
-
-
-def _not_closed(
-    completion: str, prompt: str, messages: list[dict[str, Any]], tokenizer: Any, where: str
-) -> str:
-    """The completion without what the template closes a message with, whatever that says; "" if it says nothing."""
-    other = rendered([*messages[:-1], {**messages[-1], "content": MARK}], tokenizer, where)
-    opening, mark, closing = other[len(prompt) :].rpartition(MARK)
-    if not mark or not completion.endswith(closing):
-        raise UserError(
-            f"{where} was cut, and this chat template closes a message by what it says: leave it out"
-        )
-    text = completion[: len(completion) - len(closing)]
-    nothing = text.strip() == opening.strip() or not str(messages[-1]["content"]).strip()
-    return "" if nothing else text
-
-
-def rendered(messages: list[dict[str, Any]], tokenizer: Any, where: str, **options: Any) -> str:
-    """Messages as the tokenizer's chat template has them."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the data holds messages, but the tokenizer has no chat template; give prompt and completion"
-        )
-    if not messages:
-        raise UserError(f"{where} has no message before the assistant's: there is nothing to answer")
-    with one_line(f"{where}: the chat template takes no such messages"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    if _is_plain(record):
+        return record["prompt"], record["completion"]
+    chats = kind_of(record) == "messages"
+    messages = record["messages"] if chats else [*record["prompt"], *record["completion"]]
+    return chat.prompt_and_completion(messages, record, tokenizer)
 
 
 class Collator:

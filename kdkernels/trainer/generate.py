@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
 from transformers import set_seed
 
 from ..teacher_cache import tokenizer_hash
-from .data import Record, Sequences, kind_of, rendered
+from .chat import BESIDE, rendered
+from .data import Record, Sequences, encoded, kind_of, opened, opening
 from .files import locked, write_whole
 from .models import fingerprint, vocabulary
 from .progress import bar, say
@@ -24,6 +26,26 @@ from .writing import continued, ends_of
 
 #: What finished completions may differ in: they are draws of the same distribution.
 DRAWN_BY = ("seed", "generation_batch_size")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the teacher continues."""
+
+    given: Any  #: a text, or messages
+    text: str  #: the same as the teacher reads it
+    beside: dict[str, Any] = field(default_factory=dict)  #: what the chat template is given beside messages
+
+    @property
+    def plain(self) -> bool:
+        return isinstance(self.given, str)
+
+    def line(self, completion: str, ended: bool) -> dict[str, Any]:
+        """The prompt with its completion, as it is read again."""
+        if self.plain:
+            return {"prompt": self.given, "completion": completion, "ended": ended}
+        said = {"role": "assistant", "content": completion}
+        return {"messages": [*self.given, said], **self.beside, "ended": ended}
 
 
 def write_completions(
@@ -35,7 +57,7 @@ def write_completions(
     path = Path(options.completions or settings.output_dir / "completions.jsonl")
     part, beside = path.with_name(path.name + ".part"), path.with_suffix(".made.json")
     prompts = make_prompts(settings, records, tokenizer, packed)
-    encoded = encode(settings, tokenizer, [text for _, text in prompts])
+    ids = encode(settings, tokenizer, prompts)
     made = made_of(settings, tokenizer, prompts)
     mine = settings.run.resume and options.completions is None
     with one_line(f"cannot write completions to {path}"):
@@ -62,9 +84,9 @@ def write_completions(
             disable=settings.run.disable_tqdm,
         ):
             set_seed(settings.run.seed + first)
-            texts = complete(settings, teacher, tokenizer, encoded[first : first + size])
-            for (given, _), (text, ended) in zip(prompts[first : first + size], texts):
-                file.write(json.dumps(_line(given, text, ended)) + "\n")
+            texts = complete(settings, teacher, tokenizer, ids[first : first + size])
+            for prompt, said in zip(prompts[first : first + size], texts):
+                file.write(json.dumps(prompt.line(*said)) + "\n")
             file.flush()
             seconds = time.perf_counter() - start
             write_whole(beside, json.dumps({**made, "seconds": seconds}))
@@ -72,15 +94,16 @@ def write_completions(
     return path, seconds
 
 
-def made_of(settings: Settings, tokenizer: Any, prompts: list[tuple[Any, str]]) -> dict[str, Any]:
+def made_of(settings: Settings, tokenizer: Any, prompts: list[Prompt]) -> dict[str, Any]:
     """All that unfinished completions depend on; finished ones are good without ``DRAWN_BY``."""
     teacher, seed = str(settings.model.teacher), settings.run.seed
+    read = [*((prompt.given, prompt.text) for prompt in prompts), *opening(tokenizer)]
     return {
         "teacher": [teacher, seed] if teacher in SCRATCH else fingerprint(teacher, writes=True),
         "dtype": settings.model.dtype,
         "seed": seed,
         "tokenizer": tokenizer_hash(tokenizer),
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps(read).encode()).hexdigest(),
         "max_length": settings.data.max_length,
         "sampling_temperature": settings.generation.sampling_temperature,
         "generation_batch_size": settings.generation.generation_batch_size,
@@ -113,20 +136,24 @@ def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path, *, mi
 
 def make_prompts(
     settings: Settings, records: list[Record], tokenizer: Any, packed: Sequences
-) -> list[tuple[Any, str]]:
-    """(what to write beside the completion, the text to continue): the data's prompts, or the beginnings of its texts."""
+) -> list[Prompt]:
+    """The data's prompts, or the beginnings of its texts."""
     count = settings.generation.prompts
     if kind_of(records[0]) != "text":
         return [_prompt(record, tokenizer) for record in records[:count]]
     length = settings.generation.prompt_tokens
     if length >= settings.data.max_length:
         raise UserError(f"prompt_tokens={length} leaves no room in max_length={settings.data.max_length}")
-    texts = [_whole_characters(tokenizer.decode(ids[:length])) for ids, _ in packed.rows[:count]]
+    start = opening(tokenizer)
+    heads = [ids[:length] for ids, _ in packed.rows[:count]]
+    # Without the opening, which encode puts before every text.
+    heads = [ids[len(start) :] if ids[: len(start)] == start else ids for ids in heads]
+    texts = [_whole_characters(tokenizer.decode(ids)) for ids in heads]
     if not any(texts):
         raise UserError(
             f"prompt_tokens={length}: no training sequence begins with a whole character; give more"
         )
-    return [(text, text) for text in texts if text]
+    return [Prompt(text, text) for text in texts if text]
 
 
 def _whole_characters(text: str) -> str:
@@ -134,30 +161,27 @@ def _whole_characters(text: str) -> str:
     return text.strip("\N{REPLACEMENT CHARACTER}")
 
 
-def _prompt(record: Record, tokenizer: Any) -> tuple[Any, str]:
+def _prompt(record: Record, tokenizer: Any) -> Prompt:
     given = record["messages"] if kind_of(record) == "messages" else record["prompt"]
     if isinstance(given, str):
-        return given, given
+        return Prompt(given, given)
     if given and given[-1]["role"] == "assistant":
         given = given[:-1]
-    return given, rendered(given, tokenizer, record["where"], add_generation_prompt=True)
+    text = rendered(given, record, tokenizer, add_generation_prompt=True)
+    return Prompt(given, text, {name: record[name] for name in BESIDE if name in record})
 
 
-def _line(given: Any, completion: str, ended: bool) -> dict[str, Any]:
-    if isinstance(given, str):
-        return {"prompt": given, "completion": completion, "ended": ended}
-    return {"messages": [*given, {"role": "assistant", "content": completion}], "ended": ended}
-
-
-def encode(settings: Settings, tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of every prompt. UserError if there are none, or if they leave no room in max_length."""
-    length = settings.data.max_length
-    prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    if (longest := max(map(len, prompts))) >= length:
+def encode(settings: Settings, tokenizer: Any, prompts: list[Prompt]) -> list[list[int]]:
+    """The tokens of every prompt, as data.sequences has them when the completion is learnt. UserError if there are none, or
+    if they leave no room in max_length."""
+    length, start = settings.data.max_length, opening(tokenizer)
+    texts = encoded([prompt.text for prompt in prompts], tokenizer)
+    rows = [opened(ids, start) if prompt.plain else ids for prompt, ids in zip(prompts, texts)]
+    if (longest := max(map(len, rows))) >= length:
         raise UserError(f"a prompt of {longest} tokens leaves no room in max_length={length}")
-    if not all(prompts):
+    if not all(rows):
         raise UserError("a prompt has no tokens: there is nothing to continue; leave it out of --data")
-    return prompts
+    return rows
 
 
 def complete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+from transformers.utils import cached_file
 
 from .files import save_whole
 from .settings import SCRATCH, ModelSettings, Settings, UserError, one_line
@@ -31,6 +33,17 @@ MODEL_FILES = (
     "*.safetensors",
     "pytorch_model*.bin",
     "adapter_model.bin",
+)
+#: One of which every tokenizer has that transformers loads.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 )
 
 
@@ -94,12 +107,12 @@ def parameters(model: Any, *, trained: bool = False) -> int:
 def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path) -> Any:
     """The tokenizer that both models share, trained on ``texts`` if neither brings one."""
     named = settings.pretrained
-    if settings.tokenizer or named:
-        tokenizer = _pretrained(AutoTokenizer, settings.tokenizer or named[0], "tokenizer")
+    if not settings.trains_tokenizer:
+        ours = settings.tokenizer or named[0]
+        tokenizer = _tokenizer(ours)
         for name in named[0 if settings.tokenizer else 1 :]:
-            _check_same(
-                tokenizer, _pretrained(AutoTokenizer, name, "tokenizer"), settings.tokenizer or named[0], name
-            )
+            if not settings.tokenizer or has_tokenizer(name):
+                _check_same(tokenizer, _tokenizer(name), ours, name)
     elif (keep_in / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(keep_in)
     else:
@@ -110,6 +123,18 @@ def load_tokenizer(settings: ModelSettings, texts: Iterable[str], keep_in: Path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {settings.tokenizer or named[0]} has no end-of-text token")
     return tokenizer
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a model brings a tokenizer."""
+    where, file = source(name)
+    if file:
+        return True
+    for each in TOKENIZER_FILES:
+        with contextlib.suppress(OSError):  # it is not there
+            cached_file(where, each)
+            return True
+    return False
 
 
 def vocabulary(tokenizer: Any) -> int:
@@ -157,13 +182,28 @@ def load_model(
             )
         ).to(getattr(torch, dtype))
     shared: dict[str, Any] = {} if tensor_parallel == 1 else _shared_out(name, tensor_parallel)
-    model = plain(_pretrained(AutoModelForCausalLM, name, "model", dtype=getattr(torch, dtype), **shared))
+    model = plain(_whole(name, dtype=getattr(torch, dtype), **shared))
     weight = model.get_output_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 the weight tensor itself is empty
     if rows < vocabulary(tokenizer):
         raise UserError(
             f"model {name} has a vocabulary of {rows}, the tokenizer {vocabulary(tokenizer)}: "
             "they do not belong together"
+        )
+    return model
+
+
+def _whole(name: str, **options: Any) -> Any:
+    """A model of which every weight was found. transformers draws the others at random, with no more than a warning."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _pretrained(AutoModelForCausalLM, name, "model", **options)
+    once = {weight for weight, _ in model.named_parameters()}  # of tied ones the first
+    odd = sorted(once & set(found["missing_keys"]) | {weight for weight, *_ in found["mismatched_keys"]})
+    if odd:
+        more = f" and {len(odd) - 1} more" if odd[1:] else ""
+        raise UserError(
+            f"cannot load model {name}: what its config asks for is missing or of another shape in its weights, "
+            f"{odd[0]}{more}; give the whole model, with the config that it was saved with"
         )
     return model
 
@@ -227,6 +267,16 @@ def _pretrained(cls: Any, name: str, what: str, **options: Any) -> Any:
                 f"(scratch models are {', '.join(SCRATCH)}; packaged ones {', '.join(PACKAGED)})"
             ) from problem
         raise
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer that is there. For some models' configs transformers would make one that knows no word."""
+    tokenizer = None
+    if not Path(name).is_dir() or has_tokenizer(name):
+        tokenizer = _pretrained(AutoTokenizer, name, "tokenizer")
+    if tokenizer is None or not has_tokenizer(name):
+        raise UserError(f"{name} brings no tokenizer: give the one that it was trained with, --tokenizer")
+    return tokenizer
 
 
 def _check_same(ours: Any, theirs: Any, our_name: str, their_name: str) -> None:

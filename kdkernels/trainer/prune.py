@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from .settings import UserError
+from .settings import UserError, one_line
 
 
 def influence(model: Any, rows: list[list[int]]) -> list[float]:
@@ -49,7 +50,38 @@ def without_layers(model: Any, dropped: list[int]) -> Any:
         if isinstance(value, list) and len(value) == len(layers):  # one entry for each layer
             setattr(model.config, name, [value[index] for index in kept])
     model.config.num_hidden_layers = len(kept)
+    check_config(model)
     return model
+
+
+def check_config(model: Any) -> None:
+    """Raises :class:`UserError` if the model's config makes another model: one in which a layer's place says what it is."""
+    refused = f"a {model.config.model_type} cannot lose these layers"
+    with one_line(refused), torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config)).eval()
+    refused += ", give another --drop or another model: by its config a layer's place, or how many there are, says what "
+    ours, theirs = (each.state_dict() for each in (model, made))
+    for name in ours | theirs:
+        if (own := _shape(ours.get(name))) != (other := _shape(theirs.get(name))):
+            raise UserError(f"{refused}it is, and {name} would be {other}, not {own}")
+    _share(model, made)
+    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    with torch.inference_mode():
+        said, would_say = (each(input_ids=ids, use_cache=False).logits for each in (model, made))
+    if not torch.allclose(said, would_say, rtol=0, atol=1e-4 * said.abs().max().item()):
+        raise UserError(f"{refused}it does, and the student would say something else once it is loaded")
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def _share(model: Any, made: Any) -> None:
+    """Puts the tensors of ``model`` into another one of the same names, with those that are in no file."""
+    made.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        module, _, last = name.rpartition(".")
+        setattr(made.get_submodule(module), last, buffer)
 
 
 def layers_of(model: Any) -> nn.ModuleList:

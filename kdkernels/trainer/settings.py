@@ -94,6 +94,11 @@ class ModelSettings:
         """The models that are loaded and not made from scratch."""
         return [name for name in (self.student, self.teacher) if name is not None and name not in SCRATCH]
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the run makes a tokenizer of its own."""
+        return not (self.tokenizer or self.pretrained)
+
 
 @dataclass
 class DataSettings:
@@ -191,6 +196,10 @@ class RunSettings(TrainingArguments):
             self.greater_is_better = self.metric_for_best_model.endswith("agreement")
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What Trainer writes to training_args.bin, and uploads: no token."""
+        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
+
 
 #: What --help shows of TrainingArguments, beside what RunSettings sets; --help_all shows the rest.
 SHOWN = (
@@ -231,7 +240,8 @@ class Settings:
         return self.run.world_size // self.model.tensor_parallel
 
     def to_dict(self) -> dict[str, Any]:
-        """What --config reads back: every option of the mode's, and of TrainingArguments what is shown or was set."""
+        """What --config reads back: every option of the mode's, and of TrainingArguments what is shown or was set, but for
+        tokens of the hub: it is written to files, and uploaded."""
         values: dict[str, Any] = {}
         for part in (self.model, self.data, self.loss, self.generation, self.policy, self.compare):
             values.update(dataclasses.asdict(part))
@@ -239,7 +249,16 @@ class Settings:
             if each.name in self.asked and (each.name in SHOWN or self.asked[each.name] != default_of(each)):
                 values[each.name] = self.asked[each.name]
         del values["resume"]
-        return {"mode": self.mode, **for_mode(self.mode, values)}
+        return {"mode": self.mode, **without_secrets(for_mode(self.mode, values))}
+
+
+def is_secret(name: str) -> bool:
+    """As transformers names what no file may show, hub_token."""
+    return name.endswith("_token")
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not is_secret(name)}
 
 
 def for_mode(mode: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Iterator
 
 import torch
@@ -26,9 +28,11 @@ from .generate import write_completions
 from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, seconds_before
-from .settings import Settings, UserError, divergence_of, for_mode, one_line
+from .settings import Settings, UserError, divergence_of, for_mode, one_line, without_secrets
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
+#: The folder of a tokenizer that is trained on --data.
+TOKENIZER = "tokenizer"
 #: The text and the number of processes that a run began with.
 BEGUN = "begun.json"
 #: What `compare` leaves in its folder.
@@ -220,6 +224,7 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
             # A run that could not begin leaves its folder free for another. config.yaml says whose the others are.
             for name in (METRICS, BEGUN, CONFIG):
                 (folder / name).unlink(missing_ok=True)
+            discard_tokenizer(settings)
         raise
     result = {
         "mode": settings.mode,
@@ -305,8 +310,11 @@ def claim_folder(settings: Settings) -> bool:
     path = settings.output_dir / CONFIG
     if path.exists():
         check_same_settings(settings)
+        if not begun(settings.output_dir):
+            discard_tokenizer(settings)
         return False
     names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", COMPARISON]
+    names += [TOKENIZER] if settings.model.trains_tokenizer else []
     others = [name for name in names if (settings.output_dir / name).exists()]
     others += [METRICS] if read_metrics(settings.output_dir / METRICS) else []
     if others:
@@ -321,6 +329,17 @@ def claim_folder(settings: Settings) -> bool:
     return True
 
 
+def begun(folder: Path) -> bool:
+    """Whether the run in a folder has come as far as its text."""
+    return any((folder / name).exists() for name in (BEGUN, RESULT)) or bool(checkpoints(folder))
+
+
+def discard_tokenizer(settings: Settings) -> None:
+    """Removes a tokenizer that no run has begun with: the next one may be of another size, or of other text."""
+    if settings.model.trains_tokenizer:
+        shutil.rmtree(settings.output_dir / TOKENIZER, ignore_errors=True)
+
+
 def check_same_settings(settings: Settings) -> None:
     """A run is never overwritten, and only goes on under its own settings."""
     folder = settings.output_dir
@@ -329,7 +348,7 @@ def check_same_settings(settings: Settings) -> None:
             f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
         )
     with one_line(f"cannot read {folder / CONFIG}"):
-        before = for_mode(settings.mode, yaml.safe_load((folder / CONFIG).read_text()))
+        before = for_mode(settings.mode, without_secrets(yaml.safe_load((folder / CONFIG).read_text())))
     now = settings.to_dict()
     changed = sorted(
         n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
@@ -371,7 +390,7 @@ def ingredients(settings: Settings) -> Ingredients:
     train_records, validation_records = data.split(records, settings.data)
     with settings.run.main_process_first(desc="tokenizer"):
         tokenizer = models.load_tokenizer(
-            settings.model, data.texts_of(train_records), settings.output_dir / "tokenizer"
+            settings.model, data.texts_of(train_records), settings.output_dir / TOKENIZER
         )
     length, source = settings.data.max_length, ", ".join(settings.data.data)
     train = data.check_trainable(data.sequences(train_records, tokenizer, length), source)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from kdkernels.__main__ import main
@@ -60,6 +61,16 @@ def start_weights(name, folder, seed):
     """What a model made from scratch begins with."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return models.load_model(name, tokenizer, dtype="float32", seed=seed, max_length=32).state_dict()
+
+
+def with_opening(folder):
+    """The tokenizer of a folder, with a <bos> before every text, as Llama's has it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 #: What a micro teacher writes, in hard and compare.
