@@ -72,21 +72,24 @@ def _json(line: str, where: str) -> Any:
 def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
     """The text files of a folder in a fixed order; of the standard library the modules without their tests."""
     skip = {"test", "tests", "idle_test", "site-packages", "__pycache__"} if stdlib else {"__pycache__"}
-    not_text = 0
+    not_text, of_rows = 0, []
     for path in sorted(folder.rglob("*.py" if stdlib else "*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not skip & set(parts) and not any(p.startswith(".") for p in parts):
             if path.suffix in ROWS:
-                raise UserError(
-                    f"{folder} holds {path}, whose rows are documents, and of a folder every file is learnt as it "
-                    f"stands: give such files themselves, --data {path}"
-                )
+                of_rows.append(path)
+                continue
             try:
                 yield {"text": path.read_text(encoding="utf-8")}
             except UnicodeDecodeError:
                 not_text += 1
     if not_text:
         say(f"{folder}: {not_text} files are not UTF-8 text and are left out")
+    if of_rows:
+        say(
+            f"{folder}: {len(of_rows)} files hold rows and not text, and are left out: to learn them, give the files "
+            f"themselves, --data {of_rows[0]}"
+        )
 
 
 def _record(row: Any, text_field: str, where: str) -> Record:
