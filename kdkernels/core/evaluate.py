@@ -108,7 +108,8 @@ def _lift(request: Request) -> Tensor | None:
         for output in (Output.SOFT, Output.ENTROPY):  # one by one: a list of columns would be copied to a GPU
             weights[:, output] /= request.temperature.square()
     total = weights.sum(1) * abs(request.spec.student_scale)
-    exponent = torch.frexp(total.clamp(1e-30, 1e30)).exponent  # of weights that are all 0, a number
+    # Of weights that are all 0 it is a number too. As fp64: torch's compiler makes no C++ of int32 vectors less a number.
+    exponent = torch.frexp(total.clamp(1e-30, 1e30)).exponent.double()
     shift = (_LEAST_EXPONENT - exponent).clamp(min=0).minimum(_HIGHEST_EXPONENT - exponent)
     return torch.ldexp(torch.ones_like(total), shift)
 
