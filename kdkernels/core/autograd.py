@@ -30,7 +30,7 @@ from .walk import merged_for, walk
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """An empty buffer for it."""
+    """Memory for the gradient of ``logits``, not yet written to."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.device.type == "cpu":
         native.advise_huge_pages(grad)
@@ -138,10 +138,11 @@ def _refuse_overlap(student: Tensor, teacher: list[Tensor]) -> None:
 
 
 def overwrite(student: Tensor, *given) -> Tensor:
-    """:func:`rows_`, whose write is counted when ``attach`` has taken the student's place in the graph.
+    """:func:`rows_`, whose write autograd is told of by ``attach``, and not before.
 
-    Of a view that was written to torch makes that place anew: as_strided, whose backward takes a gradient more, or an error
-    where a torch.autograd.Function made the view. What is traced has its writes in order, and is not told here.
+    Once a view counts as written to, torch gives it another grad_fn: as_strided, whose backward allocates one more gradient,
+    or an error if a torch.autograd.Function made the view. ``attach`` is to be linked to the one that it had. A compiler
+    must be told at once.
     """
     if tracing(student):
         return rows_(student, *given)
@@ -150,15 +151,14 @@ def overwrite(student: Tensor, *given) -> Tensor:
 
 
 def renew(overwritten: Tensor) -> None:
-    """Has torch make a view's own place in the graph anew, now that ``attach`` has the old one.
+    """Gives a view that ``attach`` has marked as written to its new grad_fn.
 
-    Until somebody asks for it a view that was written to has one that is no more, and ``register_hook``, which FSDP calls
-    of what a module returns, ends the process.
+    torch does so when grad_fn is read. ``register_hook``, which FSDP calls on what a module returns, does not read it first,
+    and crashes the process on the old one.
     """
     if not tracing(overwritten) and overwritten._is_view():
-        with contextlib.suppress(
-            RuntimeError
-        ):  # of a torch.autograd.Function's view: register_hook says the same
+        # A view that a torch.autograd.Function made has none: register_hook raises the same error.
+        with contextlib.suppress(RuntimeError):
             overwritten.grad_fn  # noqa: B018
 
 

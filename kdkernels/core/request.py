@@ -286,10 +286,12 @@ def make(
 
 def signature(request: Request, leading: torch.Size) -> dict[str, Any]:
     """What must be the same on all ranks of a shard's group, so that they walk the same chunks; a loss's target aside."""
-    heads = [side for side in (request.student, request.teacher) if len(side) > 1 and not request.spec.tail]
+    assert request.place is not None
+    models = [request.student] if request.spec.tail else [request.student, request.teacher]
+    heads = [tensors for tensors in models if len(tensors) > 1]
     same: dict[str, Any] = {
-        **({} if request.place is None else request.place.options()),
-        "hidden widths": [side[0].shape[-1] for side in heads],
+        **request.place.options(),
+        "hidden widths": [hidden.shape[-1] for hidden, *_ in heads],
         **{f"the loss's {part}": [getattr(spec, part) for spec in request.specs] for part in Spec._fields},
         "vocabulary": request.vocab,
         "chunk_bytes": request.chunk_bytes,
