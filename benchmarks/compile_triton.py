@@ -173,7 +173,8 @@ def call_sparse(
     """The two passes around a sparse target's outcomes."""
     grad, state = _logits(gradient, rows, columns), rs.new_state(rows, torch.device("cpu"))
     ids, one = torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
-    sparse = SparseGradient(ids, one, torch.zeros(rows, slots + 1)[:, :-1], one, one, one, one)
+    stored, packed = torch.zeros(rows, slots + 1)[:, :-1], one.new_zeros(rows, 5)
+    sparse = SparseGradient(ids, one, stored, *(part.contiguous() for part in packed.split([2, 3], 1)))
     given = _tile(_logits(tile, rows, columns), None, torch.zeros(2, dtype=torch.float64))
     spec, weights = Spec(**options), torch.ones(rows, OUTPUTS, dtype=torch.float64)
     launch.accumulate(given, spec, state, skipped=ids)

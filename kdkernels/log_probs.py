@@ -117,7 +117,10 @@ def token_log_probs(
         request = operators.request_of(call.given, call.static, "reference")
         made = Values(*reference.log_prob_values(request, student))
     else:
-        made = Values(*operators.log_probs(*call.given, *call.static, inplace)[: len(Values._fields)])
+        tensors, *others = call.given
+        absent = [None] * (3 - len(tensors))
+        values = operators.log_probs(*tensors, *absent, *others, *call.static, inplace)
+        made = Values(*values[: len(Values._fields)])
     leading, dtype = own.leading, loss_dtype(own.tensors)
     return TokenLogProbs(
         made.log_probs.reshape(ids.shape).to(dtype),

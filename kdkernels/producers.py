@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import chosen_backend, serving
 from .backends.protocol import Tile
-from .backends.row_state import Normaliser, RowState, new_state
+from .backends.row_state import Normaliser, new_state, student_side
 from .backends.spec import LogitMap, Spec
 from .checks import check_plain, check_tensor, integer, number, positive_integer, require
 from .core.option_checks import checked
@@ -74,7 +74,7 @@ def _normaliser(logits: Tensor, skipped: Tensor | None = None) -> Normaliser:
     backend = serving(chosen_backend(), logits.device, [logits.dtype], spec)
     one = torch.ones(1, dtype=torch.float64, device=logits.device)
     backend.accumulate(Tile(logits, None, None, one, one, 0, logits.shape[1]), spec, state, skipped)
-    of = RowState.of(state).student
+    of = student_side(state)
     return Normaliser(of.reference[:, None], of.log_sum_exp[:, None])
 
 

@@ -288,11 +288,9 @@ def test_opcheck(form):
     spec = Spec(tail=Tail.TRUNCATE, asked=Bits.ENTROPY, stats=1).text()
     needs_grad = [t.requires_grad for t in student]
     shared = spec, VOCAB, "", 2**20, needs_grad, 0.0
-    torch.library.opcheck(
-        log_prob_operators.log_probs, (student, ids, labels, temperature, *shared, form == "logits")
-    )
-    made = log_prob_operators.log_probs(student, ids, labels, temperature, *shared, False)
-    finished, choice = [t.detach() for t in made[4:8]], made[8]
+    given = *[*student, None, None][:3], ids, labels, temperature, *shared
+    torch.library.opcheck(log_prob_operators.log_probs, (*given, form == "logits"))
+    _, _, _, _, *finished, choice = (t.detach() for t in log_prob_operators.log_probs(*given, False))
     arriving = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     detached = [t.detach() for t in student]
     given = ids, *arriving, labels, temperature, finished

@@ -266,9 +266,9 @@ def _hard_gradient(z: Tensor, tile: Tile, hard: _Hard) -> Tensor:
 
 def _entropy_gradient(z: Tensor, tile: Tile, side: SideState, sparse: SparseGradient | None) -> Tensor:
     """q (mean shift - shift) / T: that is -q (log q + H) / T without the normaliser, which cancels."""
-    whole = (side.reference, side.log_sum_exp, side.mean_shift)
-    if sparse is not None:
-        whole = (sparse.reference, sparse.log_sum_exp, sparse.mean_shift)
+    whole = (
+        (side.reference, side.log_sum_exp, side.mean_shift) if sparse is None else sparse.softmax.unbind(1)
+    )
     reference, log_sum_exp, mean = (_column(number, z) for number in whole)
     shift = (z - reference) / _column(tile.temperature, z)
     q = (shift - log_sum_exp).exp()
@@ -295,8 +295,7 @@ def _student_gradient(
             weights[:, Output.LABEL],
             weights[:, Output.SMOOTH],
             weights[:, Output.LSE_SQUARED],
-            row.student.reference if sparse is None else sparse.reference,
-            row.student.sum_exp_t1.log() if sparse is None else sparse.log_sum_exp_t1,
+            *(row.student.at_1 if sparse is None else sparse.at_1.unbind(1)),
         )
         weighted = (hard.label != 0) | (hard.smooth != 0) | (hard.lse_squared != 0)
         total = total + _times(_column(weighted, z), _hard_gradient(z, tile, hard))

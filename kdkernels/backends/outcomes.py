@@ -107,47 +107,52 @@ def outcomes(ids: Tensor, values: Tensor, temperature: Tensor, spec: Spec, *, dt
     elif spec.tail == Tail.RENORMALIZE:
         log_t = log_t / temperature[:, None]
     elif spec.tail == Tail.TRUNCATE:
-        log_a = torch.where(some, log_t.logsumexp(-1), -torch.inf)
+        log_a = log_t.logsumexp(-1)
         scale = log_a.exp()
-        constant = torch.where(some, scale * log_a, 0.0)
-    tail = torch.where(some, tail, 0.0)
+        constant = (scale * log_a).masked_fill_(~some, 0.0)
+    tail.masked_fill_(~some, 0.0)
     return Outcomes(ids, torch.cat([log_t, tail[:, None]], 1).to(dtype), scale, constant, rounding)
 
 
 def _log_weights(ids: Tensor, values: Tensor, linear: bool) -> Tensor:
-    values = values.double()
-    return torch.where(ids >= 0, values.log() if linear else values, -torch.inf)
+    log_t = values.double().log() if linear else values.to(torch.float64, copy=True)
+    return log_t.masked_fill_(ids < 0, -torch.inf)
 
 
 def _ascending(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(the ids in ascending order, -1 last; the order; whether an id is the first of its kind)."""
-    last = torch.iinfo(torch.int64).max
-    ids, order = torch.where(ids >= 0, ids, last).sort(-1)
+    last = torch.iinfo(torch.int64).max  # which is -1 without its sign
+    ids, order = (ids & last).sort(-1)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return torch.where(ids < last, ids, -1), order, new
+    return ids.masked_fill_(ids == last, -1), order, new
 
 
 def distinct_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(each id of a row ``[n, K]`` once, ascending, with -1 in between; where each given slot's id is there)."""
+    if ids.shape[1] == 1:
+        return ids, torch.zeros_like(ids)
     found, order, new = _ascending(ids)
-    first = torch.where(new, torch.arange(ids.shape[1], device=ids.device), 0).cummax(-1).values
-    return torch.where(new, found, -1), torch.zeros_like(order).scatter_(1, order, first)
+    first = (torch.arange(ids.shape[1], device=ids.device) * new).cummax(-1).values
+    return found.masked_fill_(~new, -1), torch.zeros_like(order).scatter_(1, order, first)
 
 
 def _distinct(ids: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Each id once, ascending; what is stored under it several times is added up."""
-    ids, order, new = _ascending(torch.where(log_t > -torch.inf, ids, -1))
+    """Each id once, ascending; what is stored under it several times is added up. ``log_t`` is -inf where an id is -1,
+    and nowhere else."""
+    if ids.shape[1] == 1:
+        return ids, log_t
+    ids, order, new = _ascending(ids)
     log_t = log_t.gather(1, order)
     if ids.device.type == "cpu" and not (~new & (ids >= 0)).any():  # elsewhere looking would stop the stream
-        return ids, torch.where(ids >= 0, log_t, -torch.inf)
+        return ids, log_t
     group = new.cumsum(-1) - 1
     peak = torch.full_like(log_t, -torch.inf).scatter_reduce_(1, group, log_t, "amax").gather(1, group)
-    each = torch.where(log_t > -torch.inf, (log_t - peak).exp(), 0.0)
+    each = (log_t - peak).exp_().masked_fill_(ids < 0, 0.0)
     total = torch.zeros_like(log_t).scatter_add_(1, group, each).gather(1, group)
     # log(1) is exactly 0: what is stored once comes out as it went in.
-    ids = torch.where(new, ids, -1)
-    return ids, torch.where(ids >= 0, peak + total.log(), -torch.inf)
+    ids.masked_fill_(~new, -1)
+    return ids, (peak + total.log_()).masked_fill_(ids < 0, -torch.inf)
 
 
 def missing_mass(log_t: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,7 @@ def missing_mass(log_t: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     top, at = log_t.max(-1)
     t = log_t.exp()
     rest = -torch.expm1(top) - t.scatter(1, at[:, None], 0.0).sum(-1)
-    spread = torch.where(t > 0, t * (1 + log_t.abs()), 0.0).sum(-1)
+    spread = (t * (1 + log_t.abs())).masked_fill_(t == 0, 0.0).sum(-1)
     return rest, torch.clamp(4 * torch.finfo(stored).eps * spread, min=_SLACK)
 
 
@@ -183,17 +188,16 @@ def checked_slots(
         empty = empty | ~mask.reshape(ids.shape)
     if labels is not None:
         empty = empty | (labels < 0)[:, None]
-    ids = torch.where(empty, -1, ids)
-    live = ids != -1
+    ids = ids.masked_fill(empty, -1)
     kind = "weights" if linear else "logprobs"
     good = (values > 0) & (values < torch.inf) if linear else values < torch.inf
     require(
-        live & ((ids < 0) | (ids >= vocab)),
+        (ids < -1) | (ids >= vocab),
         ids,
         f"SparseTarget has the id {{}} at token {{}}; ids must be in [0, {vocab}), or -1 for an empty slot",
     )
     require(
-        live & ~good,
+        ~good & (ids != -1),
         values,
         f"SparseTarget has {kind} of {{}} at token {{}}; they must be "
         + ("finite and >= 0" if linear else "finite, or -inf for an empty slot"),

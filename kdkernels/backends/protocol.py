@@ -50,29 +50,16 @@ class Gradients(NamedTuple):
 class SparseGradient(NamedTuple):
     """The soft gradient of finished rows with a sparse target, before the row's weight.
 
-    ``stored`` at the ids that the target stores, ``rest`` times the softmax of all others. What follows is of
-    the whole row, stored ids included: the hard term's normaliser at temperature 1 is ``reference`` +
-    ``log_sum_exp_t1``. The entropy's at T is ``reference`` / T + ``log_sum_exp``, and ``mean_shift`` the mean of
-    (z - ``reference``) / T under that softmax.
+    ``stored`` at the ids that the target stores, ``rest`` times the softmax of all others. ``at_1`` and ``softmax`` are
+    of the whole row, stored ids included, contiguous, and anything where no hard term, or no entropy, is asked for.
+    They are ``struct Normaliser`` and ``struct Softmax`` of csrc.
     """
 
     ids: Tensor  # int64 [n, K], ascending; -1: none
     rest: Tensor  # fp64 [n]
     stored: Tensor  # [n, K], adjacent columns
-    reference: Tensor  # fp64 [n]
-    log_sum_exp_t1: Tensor  # fp64 [n]
-    log_sum_exp: Tensor  # fp64 [n]
-    mean_shift: Tensor  # fp64 [n]
-
-    @property
-    def softmax(self) -> Tensor:
-        """``[n, 3]``: ``struct Softmax`` of csrc."""
-        return torch.stack([self.reference, self.log_sum_exp, self.mean_shift], 1)
-
-    @property
-    def at_1(self) -> Tensor:
-        """``[n, 2]``: ``struct Normaliser`` of csrc."""
-        return torch.stack([self.reference, self.log_sum_exp_t1], 1)
+    at_1: Tensor  # fp64 [n, 2]: at temperature 1, the reference and log_sum_exp relative to it
+    softmax: Tensor  # fp64 [n, 3]: at T, both, and the mean of (z - reference) / T
 
 
 class Backend(Protocol):

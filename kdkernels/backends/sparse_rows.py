@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .outcomes import Outcomes, outcome_spec, student_spec
 from .protocol import Gradients, SparseGradient, Tile
-from .row_state import NO_REFERENCE, Normaliser, RowState, SideState, hard_results, new_state
+from .row_state import NO_REFERENCE, Normaliser, SideState, hard_results, new_state, student_side
 from .spec import OUTPUTS, Asked, LogitMap, Output, Result, Spec, Tail
 
 
@@ -42,9 +42,9 @@ def student_tile(tile: Tile, spec: Spec) -> Tile:
 def gather_stored(stored: Tensor, logits: Tensor, ids: Tensor, offset: int, logit_map: LogitMap) -> None:
     """The mapped logits at the ids that lie in the chunk ``logits``, into ``stored`` ``[rows, K]``."""
     local = ids - offset
-    inside = (ids >= 0) & (local >= 0) & (local < logits.shape[1])
-    found = logit_map.logits(logits.gather(1, local.clamp(0, logits.shape[1] - 1)), stored.dtype)
-    torch.where(inside, found, stored, out=stored)
+    inside = local.clamp(0, logits.shape[1] - 1)
+    found = logit_map.logits(logits.gather(1, inside), stored.dtype)
+    torch.where(inside == local, found, stored, out=stored)
 
 
 def no_logits(target: Outcomes) -> Tensor:
@@ -58,31 +58,41 @@ class WholeRow(NamedTuple):
 
     reference: Tensor  # fp64 [rows]: near the highest logit
     log_sum_exp: Tensor  # fp64 [rows]
-    mean_shift: Tensor  # fp64 [rows]: see SideState; of a state that holds sum_exp_shift
-    log_q: Tensor  # fp64 [rows, K]
+    mean_shift: Tensor  # fp64 [rows]: see SideState; 0 where nobody asked
     q_rest: Tensor  # fp64 [rows]
 
     @property
     def entropy(self) -> Tensor:
         return self.log_sum_exp - self.mean_shift
 
+    def log_q(self, stored: Tensor, temperature: Tensor) -> Tensor:
+        """fp64 ``[rows, K]``, of :func:`whole_row`'s ``stored``."""
+        return _below(stored, self.reference, temperature) - self.log_sum_exp[:, None]
 
-def whole_row(side: SideState, stored: Tensor, temperature: Tensor) -> WholeRow:
+
+def _below(stored: Tensor, reference: Tensor, temperature: Tensor) -> Tensor:
+    return (stored - reference[:, None]) / temperature[:, None]
+
+
+def whole_row(side: SideState, stored: Tensor, temperature: Tensor, *, mean: bool) -> WholeRow:
     """Of a ``side`` that was folded at the ``temperature`` without the ids whose logits are ``stored`` ``[rows, K]``
-    (mapped, untempered, -inf where there is none)."""
-    stored = stored.double()
+    (mapped, untempered, -inf where there is none). ``mean``: whether ``mean_shift`` is asked for, of a state that holds
+    sum_exp_shift."""
     top, at = stored.max(-1, keepdim=True)
     reference = torch.maximum(top[:, 0], side.reference)
-    below = (stored - reference[:, None]) / temperature[:, None]
-    exp, moved = below.exp(), (side.reference - reference) / temperature
-    rest = side.sum_exp * moved.exp()
+    below, moved = _below(stored, reference, temperature), (side.reference - reference) / temperature
+    exp, decay = below.exp(), moved.exp()
+    rest = side.sum_exp * decay
+    total = exp.sum(-1) + rest
     # Where a stored token has nearly all the mass, its 1 in the sum would leave no digits of the others.
     others = exp.scatter(1, at, 0.0).sum(-1) + rest
-    log_sum_exp = torch.where(exp.gather(1, at)[:, 0] == 1, others.log1p(), (exp.sum(-1) + rest).log())
-    moment = torch.where(exp == 0, 0.0, exp * below).sum(-1)
-    moment += torch.where(rest == 0, 0.0, moved.exp() * (side.sum_exp_shift + side.sum_exp * moved))
-    log_q = below - log_sum_exp[:, None]
-    return WholeRow(reference, log_sum_exp, moment / (exp.sum(-1) + rest), log_q, rest * (-log_sum_exp).exp())
+    log_sum_exp = torch.where(top[:, 0] >= side.reference, others.log1p(), total.log())
+    mean_shift = torch.zeros_like(total)
+    if mean:
+        moment = (exp * below).masked_fill_(exp == 0, 0.0).sum(-1)
+        moment += (decay * (side.sum_exp_shift + side.sum_exp * moved)).masked_fill_(rest == 0, 0.0)
+        mean_shift = moment / total
+    return WholeRow(reference, log_sum_exp, mean_shift, rest / total)
 
 
 class Solved(NamedTuple):
@@ -98,11 +108,11 @@ def solve(
     ``stored``: the student's logits (mapped, untempered) at ``target.ids``, -inf where there is none.
     ``state``: the student's, folded with the stored ids left out. ``tile`` gives all but the logits.
     """
-    side = RowState.of(state).student
+    side = student_side(state)
     temperatures = Temperatures.of(spec, tile.temperature)
     # The largest logit is subtracted before the temperature divides, as in the state.
-    highest = torch.cat([stored.double(), side.reference[:, None]], 1).amax(-1)
-    below = stored.double() - highest[:, None]
+    highest = torch.maximum(stored.amax(-1), side.reference)
+    below = stored - highest[:, None]
     rest = _rest(target, side, highest, temperatures, spec)
     student = torch.cat([below / temperatures.student[:, None], rest], 1)
     if spec.tail == Tail.BUCKET:
@@ -113,19 +123,16 @@ def solve(
     results, grad = _solve_outcomes(backend, tile, student, target, spec, temperatures, needs_grad)
     if spec.stats:
         results[:, Result.AGREEMENT] = _agreement(target, stored, side, spec)
-    log_sum_exp_t1 = nothing = torch.zeros_like(highest)
+    softmax = state.new_zeros(len(state), 3)  # of the entropy, which is a loss beside this one
+    at_1 = state.new_zeros(len(state), 2)
     if spec.asked & Asked.HARD:
         rest = side.sum_exp_t1 * (side.reference - highest).exp()
-        log_sum_exp_t1 = (rest + below.exp().sum(-1)).log()
-        hard_results(results, side, Normaliser(highest, log_sum_exp_t1), spec.asked, tile.vocab)
+        normaliser = Normaliser(highest, (rest + below.exp().sum(-1)).log())
+        hard_results(results, side, normaliser, spec.asked, tile.vocab)
+        at_1 = torch.stack(normaliser, 1)
     if tile.labels is not None:
-        results = torch.where((tile.labels >= 0)[:, None], results, 0.0)
-    return Solved(
-        results,
-        SparseGradient(
-            target.ids, grad[:, -1].double(), grad[:, :-1], highest, log_sum_exp_t1, nothing, nothing
-        ),
-    )
+        results.masked_fill_((tile.labels < 0)[:, None], 0.0)
+    return Solved(results, SparseGradient(target.ids, grad[:, -1].double(), grad[:, :-1], at_1, softmax))
 
 
 def _rest(
@@ -162,8 +169,7 @@ def _solve_outcomes(
     weights[:, Output.SOFT] = target.scale / temperatures.student
     grad = torch.empty_like(student) if needs_grad else None
     results = backend.fused(problem, weights, outcome_spec(spec), Gradients(grad, None))
-    results = results.clone()
-    results[:, Output.SOFT] = target.scale * results[:, Output.SOFT] + target.constant
+    results[:, Output.SOFT].mul_(target.scale).add_(target.constant)
     return results, student if grad is None else grad  # without one, nobody reads it
 
 

@@ -57,19 +57,19 @@ def checked_ids(ids: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Ten
     ignored = ids == ignore_index
     masked = ignored.all(-1)
     require(
-        ~ignored & (ids != -1) & ((ids < 0) | (ids >= vocab)),
+        ~ignored & ((ids < -1) | (ids >= vocab)),
         ids,
         f"ids must be in [0, {vocab}), -1 for none or ignore_index={ignore_index} for a masked token, found {{}} at "
         "token {}",
     )
-    if ignore_index != -1:
+    if ignore_index != -1 and ids.shape[1] > 1:
         require(
             ignored.any(-1) & ~masked,
             ignored.sum(-1),
             f"{{}} of the ids of token {{}} are ignore_index={ignore_index}, which masks a token where all of them "
             "are; -1 is no id",
         )
-    return torch.where(ignored, -1, ids), torch.where(masked, -1, 0)
+    return ids.masked_fill(ignored, -1), -masked.long()
 
 
 @torch.library.register_fake(checked_ids)

@@ -42,9 +42,16 @@ def request_of(given: Given, static: Static, backend: str, entropy_weights: Tens
     return Request(*tensors, specs_of(spec), vocab, shard, *limits, backend=backend)
 
 
+def given_of(*student: Tensor | None) -> list[Tensor]:
+    """Logits; or hidden states, an lm_head and its bias, if it has one."""
+    return [t for t in student if t is not None]
+
+
 @operator("log_probs")
 def log_probs(
-    student: list[Tensor],
+    student: Tensor,
+    lm_head: Tensor | None,
+    bias: Tensor | None,
     ids: Tensor,
     labels: Tensor | None,
     temperature: Tensor,
@@ -55,13 +62,15 @@ def log_probs(
     needs_grad: list[bool],
     gradient_tolerance: float,
     inplace: bool,
-) -> list[Tensor]:
-    """[*Values, *Finished, the backend that served as its place in CHOICES]: see :func:`.autograd.deferred`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(*Values, *Finished, the backend that served as its place in CHOICES): see :func:`.autograd.deferred`. The tensors
+    are no lists, for the reason that :func:`.autograd.attach_one` gives.
 
-    ``inplace``: the backward overwrites given logits with their gradient.
+    ``student`` is logits, or hidden states beside their ``lm_head``. ``inplace``: the backward overwrites given logits
+    with their gradient.
     """
     backend = chosen_backend()
-    given = student, ids, labels, temperature
+    given = given_of(student, lm_head, bias), ids, labels, temperature
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = request_of(given, static, backend)
     if backend == "reference":
@@ -69,14 +78,14 @@ def log_probs(
     else:
         values, finished = forward(request)
     choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
-    return [*values, *finished, choice]
+    return *values, *finished, choice
 
 
 @torch.library.register_fake(log_probs)
-def _(student, ids, labels, temperature, *static):
-    request = request_of((student, ids, labels, temperature), static[:-1], "auto")
-    values, finished = empty_results(request)
-    return [*values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")]
+def _(student, lm_head, bias, ids, labels, temperature, *static):
+    given = given_of(student, lm_head, bias), ids, labels, temperature
+    values, finished = empty_results(request_of(given, static[:-1], "auto"))
+    return *values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")
 
 
 @operator("log_probs_gradient")
@@ -84,7 +93,7 @@ def log_probs_gradient(
     student: list[Tensor],
     ids: Tensor,
     arriving: Tensor,
-    entropy_weights: Tensor,
+    entropy_weights: Tensor | None,
     labels: Tensor | None,
     temperature: Tensor,
     finished: list[Tensor],
@@ -121,7 +130,7 @@ def log_probs_gradient_(
     student: Tensor,
     ids: Tensor,
     arriving: Tensor,
-    entropy_weights: Tensor,
+    entropy_weights: Tensor | None,
     labels: Tensor | None,
     temperature: Tensor,
     finished: list[Tensor],
@@ -147,27 +156,33 @@ def _(*_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    student, ids, labels, temperature, *ctx.rest = inputs
-    ctx.count = len(student)
+    tensors, ctx.rest = inputs[:6], inputs[6:]
+    ctx.set_materialize_grads(False)  # nobody differentiates most of the outputs
     ctx.mark_non_differentiable(*output[2:])
-    save_tensors(ctx, [*student, ids, labels, temperature, *output[len(Values._fields) :]])
+    save_tensors(ctx, [*tensors, *output[len(Values._fields) :]])
 
 
-def _backward(ctx, arriving):
-    arriving, entropy_weights = arriving[:2]
-    refuse_double_backward(tracing(arriving))
-    refuse_batched(arriving)
-    tensors, count = saved_tensors(ctx), ctx.count
-    student, (ids, labels, temperature, *finished, choice) = tensors[:count], tensors[count:]
+def _backward(ctx, arriving, entropy_weights, *_):
+    some = entropy_weights if arriving is None else arriving
+    if some is None:
+        return (None,) * 13
+    compiling = tracing(some)
+    refuse_double_backward(compiling)
+    refuse_batched(some)
+    *student, ids, labels, temperature = saved_tensors(ctx)[:6]
+    *finished, choice = saved_tensors(ctx)[6:]
+    student = given_of(*student)
+    if arriving is None:
+        arriving = some.new_zeros(ids.shape)
     spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, inplace = ctx.rest
     given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
-    if inplace and not tracing(arriving):  # what is compiled may not overwrite what a forward saved
+    if inplace and not compiling:  # what is compiled may not overwrite what a forward saved
         log_probs_gradient_(student[0], *given, choice)
         grads = [student[0].detach()]
     else:
         made = iter(log_probs_gradient(student, *given, needs_grad, gradient_tolerance, choice))
         grads = [next(made) if needed else None for needed in needs_grad]
-    return (grads, *[None] * 10)
+    return (*grads, *[None] * (13 - len(grads)))
 
 
 torch.library.register_autograd(log_probs, _backward, setup_context=_setup)

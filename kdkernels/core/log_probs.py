@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..backends.outcomes import distinct_ids, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
-from ..backends.row_state import COLUMNS, RowState, first_pass, new_state
+from ..backends.row_state import COLUMNS, begin, first_pass, student_side
 from ..backends.sparse_rows import WholeRow, gather_stored, top_token, whole_row
 from ..backends.spec import OUTPUTS, Asked, Output, Spec
 from .dtypes import wide
@@ -48,6 +48,7 @@ class Finished(NamedTuple):
 
     state: Tensor  # fp64 [N, COLUMNS], without the ids
     stored: Tensor  # [N, K] logits at the distinct ids, mapped
+    whole: Tensor  # fp64 [N, 4]: WholeRow's numbers
     #: [N, H]: the lm_head times the softmax of the ids' others, over T; [0] where more than hidden states learns
     others_rows: Tensor
     entropy_rows: Tensor  # [N, H]: the lm_head times the entropy's gradient; [0] if not asked either
@@ -72,6 +73,7 @@ def empty_results(request: Request) -> tuple[Values, Finished]:
         Finished(
             numbers.new_zeros(tokens, COLUMNS),
             numbers.new_zeros(tokens, slots, dtype=loss_dtype(request.student)),
+            numbers.new_zeros(tokens, len(WholeRow._fields)),
             hidden.new_zeros(rows_shape),
             hidden.new_zeros(entropy_shape),
         ),
@@ -99,20 +101,21 @@ def _forward(request: Request, exchange: Exchange | None) -> tuple[Values, Finis
     backend = tiles.serving(spec)
     _cut(tiles, backend)
     products = _Products(tiles, backend, spec) if request.only_hidden_learns else None
-    state = new_state(tiles.student.tokens, ids.device)
-    stored = torch.full(
-        (len(state), ids.shape[1]), -torch.inf, dtype=loss_dtype(request.student), device=ids.device
-    )
+    state = request.weights.new_empty(tiles.student.tokens, COLUMNS)
+    stored = state.new_full([len(state), ids.shape[1]], -torch.inf, dtype=loss_dtype(request.student))
     for chunk in tiles.chunks():
-        folded = _WithoutIds(chunk, backend, spec, stored[chunk.rows])
+        folded = _WithoutIds(chunk, backend, spec, state[chunk.rows], stored[chunk.rows])
         fold_losses(chunk, [folded])
-        state[chunk.rows], stored[chunk.rows] = folded.state, folded.stored
         if products is not None:
             products.add(chunk, folded)
+    whole = _whole_row(spec, state, stored, tiles.rows.temperature)
     saved = [request.student[0].new_zeros(0) for _ in range(2)] if products is None else products.rows()
     given = request.teacher[0] if live is None else request.teacher[0][live]
     slot = slot if live is None else slot[live]
-    read_off, finished = _read_off(tiles, given, slot, state, stored), Finished(state, stored, *saved)
+    read_off = _read_off(tiles, given, slot, state, stored, whole)
+    finished = Finished(state, stored, torch.stack(whole, 1), *saved)
+    if tiles.rows.labels is not None:  # of no ids and no rest there is no softmax
+        finished.whole.masked_fill_((tiles.rows.labels < 0)[:, None], 0.0)
     if live is None:
         return read_off, finished
 
@@ -151,12 +154,11 @@ def backward(
 
 def _gathered(arriving: Tensor, finished: Finished, own: OwnTokens) -> tuple[Tensor, Finished]:
     """What belongs to the tokens of all ranks. It travels together: fp64 holds the stored logits' bits."""
-    state, stored = finished.state, own.padded(finished.stored, -torch.inf)
-    arriving = own.padded(arriving, 0.0)
-    gathered = own.gather(torch.cat([arriving, state, stored.double()], 1))
-    parts = gathered.split([arriving.shape[1], state.shape[1], stored.shape[1]], 1)
-    arriving, state, wide_stored = (part.contiguous() for part in parts)
-    finished = finished._replace(state=state, stored=wide_stored.to(stored.dtype))
+    stored, arriving = own.padded(finished.stored, -torch.inf), own.padded(arriving, 0.0)
+    sent = arriving, finished.state, finished.whole, stored.double()
+    gathered = own.gather(torch.cat(sent, 1)).split([part.shape[1] for part in sent], 1)
+    arriving, state, whole, wide_stored = (part.contiguous() for part in gathered)
+    finished = finished._replace(state=state, whole=whole, stored=wide_stored.to(stored.dtype))
     return arriving / own.averaged_over, finished  # as the request's weights are
 
 
@@ -180,12 +182,10 @@ def _cut(tiles: Tiles, backend: Backend) -> None:
 
 
 class _WithoutIds:
-    """A chunk's rows without their ids, whose logits are ``stored``."""
+    """A chunk's rows without their ids, whose logits are ``stored``. Both are written where they are given."""
 
-    state: Tensor
-
-    def __init__(self, chunk: Chunk, backend: Backend, spec: Spec, stored: Tensor) -> None:
-        self.chunk, self.backend, self.spec, self.stored = chunk, backend, spec, stored
+    def __init__(self, chunk: Chunk, backend: Backend, spec: Spec, state: Tensor, stored: Tensor) -> None:
+        self.chunk, self.backend, self.spec, self.state, self.stored = chunk, backend, spec, state, stored
         self.passes = [first_pass(spec, chunk.given.temperature)]
 
     @property
@@ -194,34 +194,40 @@ class _WithoutIds:
         return self.chunk.given.ids
 
     def begin(self) -> None:
-        self.state = new_state(len(self.ids), self.ids.device)
+        begin(self.state)
 
     def fold(self, number: int, tile: Tile) -> None:
         self.backend.accumulate(tile, self.spec, self.state, skipped=self.ids)
         gather_stored(self.stored, tile.student, self.ids, tile.offset, self.spec.student_map)
 
     def finish(self) -> None:
-        exchange, here = self.chunk.exchange, self.stored
+        exchange, stored = self.chunk.exchange, self.stored
         if exchange is not None:
-            self.stored = exchange.logits_at(lambda: here, self.ids, here.dtype, self.chunk.rows)
+            stored.copy_(exchange.logits_at(lambda: stored, self.ids, stored.dtype, self.chunk.rows))
 
 
-def _read_off(tiles: Tiles, given: Tensor, slot: Tensor, state: Tensor, stored: Tensor) -> Values:
+def _whole_row(spec: Spec, state: Tensor, stored: Tensor, temperature: Tensor) -> WholeRow:
+    return whole_row(student_side(state), stored, temperature, mean=bool(spec.asked & Asked.ENTROPY))
+
+
+def _read_off(
+    tiles: Tiles, given: Tensor, slot: Tensor, state: Tensor, stored: Tensor, whole: WholeRow
+) -> Values:
     """``given``: the caller's ids; ``slot``: the distinct id that each of them is."""
     spec, rows = tiles.request.spec, tiles.rows
-    side, ids = RowState.of(state).student, rows.ids
+    side, ids = student_side(state), rows.ids
     assert ids is not None
-    whole = whole_row(side, stored, rows.temperature)
     made = Values(
-        log_probs=torch.where(given >= 0, whole.log_q.gather(1, slot), 0.0),
+        log_probs=whole.log_q(stored, rows.temperature).gather(1, slot).masked_fill_(given < 0, 0.0),
         entropy=whole.entropy if spec.asked & Asked.ENTROPY else torch.zeros_like(side.reference),
         logsumexp=whole.reference / rows.temperature + whole.log_sum_exp,
         top1=top_token(ids, stored, side, spec.student_map) if spec.stats else torch.full_like(ids[:, 0], -1),
     )
-    if rows.labels is None:
-        return made
-    live, masked = rows.labels >= 0, (0.0, 0.0, 0.0, -1)
-    return Values(*(torch.where(live if t.dim() == 1 else live[:, None], t, m) for t, m in zip(made, masked)))
+    if rows.labels is not None:  # a masked token has no ids
+        masked = rows.labels < 0
+        for t, nothing in zip(made[1:], (0.0, 0.0, -1)):
+            t.masked_fill_(masked, nothing)
+    return made
 
 
 class _Weights(NamedTuple):
@@ -234,11 +240,10 @@ class _Weights(NamedTuple):
 
 
 def _weights(request: Request, arriving: Tensor, slot: Tensor) -> _Weights:
-    arriving = torch.where(request.teacher[0] >= 0, arriving, 0.0)
+    arriving = arriving.masked_fill(request.teacher[0] < 0, 0.0)
     each = torch.zeros_like(arriving).scatter_add_(1, slot, arriving)
-    rows = each.new_zeros(each.shape[0], OUTPUTS)
-    rows[:, Output.SOFT] = (each != 0).any(-1).to(rows.dtype)
-    rows[:, Output.ENTROPY] = request.weights[:, Output.ENTROPY]
+    rows = request.weights.clone()
+    rows[:, Output.SOFT] = (each != 0).any(-1)
     return _Weights(each, each.sum(-1), rows)
 
 
@@ -247,9 +252,10 @@ def _writer(chunk: Chunk, backend: Backend, spec: Spec, weights: _Weights, finis
     state, stored = finished.state[chunk.rows], finished.stored[chunk.rows]
     ids, temperature = chunk.given.ids, chunk.given.temperature
     assert ids is not None
-    whole = whole_row(RowState.of(state).student, stored, temperature)
-    rest = -weights.total * whole.q_rest / temperature
-    sparse = _sparse(ids, rest, _at_ids(ids, temperature, weights, whole).to(stored.dtype), whole)
+    whole = WholeRow(*finished.whole[chunk.rows].unbind(1))
+    rest = weights.total * whole.q_rest / -temperature
+    at_ids = _at_ids(ids, temperature, weights, whole.log_q(stored, temperature))
+    sparse = _sparse(ids, rest, at_ids.to(stored.dtype), whole)
 
     def write(tile: Tile, gradients: Gradients) -> None:
         backend.gradient(tile, weights.rows, spec, state, gradients, sparse)
@@ -257,12 +263,12 @@ def _writer(chunk: Chunk, backend: Backend, spec: Spec, weights: _Weights, finis
     return write
 
 
-def _at_ids(ids: Tensor, temperature: Tensor, weights: _Weights, whole: WholeRow) -> Tensor:
+def _at_ids(ids: Tensor, temperature: Tensor, weights: _Weights, log_q: Tensor) -> Tensor:
     """The gradient of the weighted log-probabilities for the logits at the distinct ids, w_k - (sum w) q_k, so that
     1 - q_k keeps its digits."""
-    made = -weights.each * whole.log_q.expm1()
-    made -= (weights.total[:, None] - weights.each) * whole.log_q.exp()
-    return torch.where(ids >= 0, made / temperature[:, None], 0.0)
+    others = weights.total[:, None] - weights.each
+    lost = (others * log_q.exp()).addcmul_(weights.each, log_q.expm1())
+    return lost.div_(-temperature[:, None]).masked_fill_(ids < 0, 0.0)
 
 
 def _hidden_gradient(request: Request, ids: Tensor, weights: _Weights, finished: Finished) -> Tensor:
@@ -283,10 +289,10 @@ def _hidden_rows(
 ) -> Tensor:
     ids, stored, logit_map = given.ids, finished.stored, request.spec.student_map
     assert ids is not None
-    whole = whole_row(RowState.of(finished.state).student, stored, given.temperature)
-    each = logit_map.backward(_at_ids(ids, given.temperature, weights, whole), stored.double())
+    log_q = WholeRow(*finished.whole.unbind(1)).log_q(stored, given.temperature)
+    each = logit_map.backward(_at_ids(ids, given.temperature, weights, log_q), stored.double())
     dtype = wide(weight.dtype)
-    each = torch.where(ids >= 0, each, 0.0).to(dtype)
+    each = each.to(dtype).masked_fill(ids < 0, 0.0)
     lm_head_rows = F.embedding(ids.clamp(min=0), weight).to(dtype)
     # A product over one id is a multiplication, at which cuBLAS is slow.
     one = ids.shape[1] == 1
@@ -294,7 +300,7 @@ def _hidden_rows(
     grad -= weights.total[:, None].to(dtype) * finished.others_rows
     if request.spec.asked & Asked.ENTROPY:
         by = weights.rows[:, Output.ENTROPY, None].to(dtype)
-        grad += torch.where(by == 0, 0.0, by * finished.entropy_rows)
+        grad += (by * finished.entropy_rows).masked_fill_(by == 0, 0.0)
     nothing = (weights.rows == 0).all(-1, keepdim=True)
     if given.labels is not None:
         nothing |= given.labels[:, None] < 0
@@ -302,10 +308,8 @@ def _hidden_rows(
 
 
 def _sparse(ids: Tensor, rest: Tensor, stored: Tensor, whole: WholeRow) -> SparseGradient:
-    nothing_at_1 = torch.zeros_like(rest)
-    return SparseGradient(
-        ids, rest, stored, whole.reference, nothing_at_1, whole.log_sum_exp, whole.mean_shift
-    )
+    softmax = torch.stack([whole.reference, whole.log_sum_exp, whole.mean_shift], 1)
+    return SparseGradient(ids, rest, stored, rest.new_zeros(len(rest), 2), softmax)
 
 
 class _Products:
@@ -322,7 +326,7 @@ class _Products:
     def add(self, chunk: Chunk, folded: _WithoutIds) -> None:
         """Adds the products of a chunk that is folded."""
         state, stored, temperature = folded.state, folded.stored, chunk.given.temperature
-        whole = whole_row(RowState.of(state).student, stored, temperature)
+        whole = _whole_row(self.spec, state, stored, temperature)
         sparse = _sparse(folded.ids, whole.q_rest / temperature, torch.zeros_like(stored), whole)
         for columns in chunk.columns():
             tile = chunk.tile(columns)

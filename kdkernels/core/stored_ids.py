@@ -27,7 +27,7 @@ def stored_ids(chunk: Chunk, backend: Backend) -> Tensor:
         return spec.student_map.logits(found.logits, wide)
 
     if exchange is None:
-        logits = torch.where(ids >= 0, look(), -torch.inf)
+        logits = look().masked_fill(ids < 0, -torch.inf)
     else:
         logits = exchange.logits_at(look, ids, wide, chunk.rows)
     state = new_state(ids.shape[0], ids.device)
@@ -40,6 +40,7 @@ def stored_ids(chunk: Chunk, backend: Backend) -> Tensor:
 
 def _weighted(chunk: Chunk, grad: Tensor, here: Tensor) -> Tensor:
     weight, labels = chunk.given.weights[:, Output.SOFT, None], chunk.given.labels
+    nothing = (here < 0) | (weight == 0)
     if labels is not None:
-        weight = torch.where(labels[:, None] >= 0, weight, 0.0)
-    return torch.where((here >= 0) & (weight != 0), grad * weight.to(grad.dtype), 0.0)
+        nothing |= labels[:, None] < 0
+    return (grad * weight.to(grad.dtype)).masked_fill_(nothing, 0.0)
