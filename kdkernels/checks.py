@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 #: What rows may be made of.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +31,10 @@ def shown(given: Any) -> str:
 def check_tensor(name: str, given: Any) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {shown(given)}")
+    if given.is_nested:
+        raise ValueError(
+            f"{name} must be a dense Tensor, got a nested one; call .to_padded_tensor(0.0) and mask what is padding"
+        )
     if given.layout != torch.strided:
         raise ValueError(f"{name} must be a dense Tensor, got layout {given.layout}; call .to_dense()")
 
@@ -64,6 +69,10 @@ def check_constant(name: str, given: Tensor) -> None:
     _refuse_batched(name, given)
     if given.requires_grad:
         raise ValueError(f"{name} requires grad, but it is a constant here and would get none; detach it")
+    if not torch.compiler.is_compiling() and unpack_dual(given).tangent is not None:
+        raise ValueError(
+            f"{name} has a forward-mode tangent, but it is a constant here; give its primal alone"
+        )
 
 
 def check_number_tensor(name: str, given: Tensor) -> None:

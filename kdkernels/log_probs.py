@@ -16,7 +16,7 @@ from .core.dtensors import unwrapped
 from .core.inplace import check_inplace
 from .core.log_probs import Values
 from .core.option_checks import checked
-from .core.request import loss_dtype, signature
+from .core.request import loss_dtype, needs_grad, signature
 from .core.schedule import default_chunk_bytes
 from .core.sides import Logits, Side, common_vocab, refuse_transforms, side
 from .core.tokens import live_ids, per_row
@@ -145,8 +145,9 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     own, _ = shards.placed(own, None)
     vocab = common_vocab(own, None, options["vocab_size"])
     place = shards.place(own, None, vocab)
-    needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in own.tensors]
-    if options["inplace"] and any(needs_grad):
+    # An exported program's cost nothing before somebody asks for them.
+    wanted = [needed or torch.compiler.is_exporting() for needed in needs_grad(own.tensors)]
+    if options["inplace"] and any(wanted):
         check_inplace(own.tensors)
     ids, labels = live_ids(ids, own, vocab, options["ignore_index"])
     temperature = options["temperature"]
@@ -162,7 +163,7 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     given = own.tensors, ids, labels, per_row("temperature", temperature, own, labels)
     budget = options["chunk_bytes"] or default_chunk_bytes(own.device, vocab)
     shard, tolerance = "" if place is None else place.text(), options["gradient_tolerance"]
-    return _Call(own, given, (spec.text(), vocab, shard, budget, needs_grad, tolerance))
+    return _Call(own, given, (spec.text(), vocab, shard, budget, wanted, tolerance))
 
 
 def _signature(call: _Call) -> dict[str, Any]:

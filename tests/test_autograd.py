@@ -376,37 +376,6 @@ def test_what_cannot_be_recorded_names_us(backend):
         torch.autograd.grad(losses, hidden, torch.eye(4), is_grads_batched=True)
 
 
-class Exported(torch.nn.Module):
-    def __init__(self, form):
-        super().__init__()
-        self.head = torch.nn.Linear(6, 10) if form == "head" else None
-
-    def forward(self, student, teacher, labels):
-        if self.head is not None:
-            student = kd.LinearHead(student, self.head.weight, self.head.bias)
-        losses = kd.distillation_loss(student, teacher, labels, hard_weight=0.5, reduction="none")
-        log_probs = kd.token_log_probs(student, labels).log_probs
-        batchmean = kd.kl_div(student, teacher, labels, reduction="batchmean")
-        return losses, log_probs, kd.kl_div(student, teacher), batchmean
-
-
-@pytest.mark.parametrize("form", ["logits", "head"])
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_with_any_number_of_tokens(form, strict):
-    def given(tokens):
-        student = torch.randn(tokens, 6 if form == "head" else 10, requires_grad=True)
-        return student, torch.randn(tokens, 10), torch.arange(tokens) % 10
-
-    module, tokens = Exported(form), torch.export.Dim("tokens")
-    program = torch.export.export(module, given(4), dynamic_shapes=({0: tokens},) * 3, strict=strict).module()
-    for n in (3, 17):
-        arguments = given(n)
-        for mine, expected in zip(program(*arguments), module(*arguments), strict=True):
-            assert torch.equal(mine, expected) and expected.norm() > 1e-3
-            grads = [torch.autograd.grad(each.sum(), arguments[0])[0] for each in (mine, expected)]
-            assert torch.equal(*grads) and grads[0].norm() > 1e-3
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_autograd(reduction, compiled):
@@ -446,6 +415,19 @@ def test_forward_mode_is_refused_not_zero(backend):
     s, t = torch.randn(2, 4, 10)
     with pytest.raises(RuntimeError, match="forward-mode"):
         torch.func.jvp(lambda x: kd.kl_div(x, t), (s,), (s,))
+    for name in ("temperature", "token_weights", "soft_weight", "num_items"):
+        one = torch.ones(4 if name == "token_weights" else ())
+        with pytest.raises(ValueError, match=f"{name} has a forward-mode tangent, but it is a constant"):
+            torch.func.jvp(lambda x, n=name: kd.kl_div(s, t, **{n: x}), (one,), (one,))
+
+
+def test_a_subclass_that_arrives_is_no_compilers(backend):
+    class Plain(torch.Tensor):
+        pass
+
+    leaf, one = torch.randn(4, 10, requires_grad=True), torch.ones(()).as_subclass(Plain)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(kd.kl_div(leaf, torch.randn(4, 10)), leaf, one, create_graph=True)
 
 
 def test_autocast(backend):

@@ -122,6 +122,14 @@ def test_overwriting_what_autograd_needs_is_an_error():
         compiled(x, True).backward()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_number_of_tokens_that_depends_on_data(inplace):
+    some = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    teacher = torch.randn(N, V)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_compiled(lambda x: kd.kl_div(x[some] * 1, teacher[some], inplace=inplace), [torch.randn(N, V)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", CASES)

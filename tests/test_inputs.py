@@ -16,6 +16,7 @@ HEAD = kd.LinearHead(torch.randn(4, 8), torch.randn(10, 8))
 
 PAIR = torch.randn(4, 8), torch.randn(10, 8)
 LEARNED = torch.tensor(2.0, requires_grad=True)
+PARTS = torch.randn(4, 10, 2, requires_grad=True)  # of complex numbers
 
 BAD = [
     (lambda: kd.kl_div(S, T[:, :9]), "10.*9.*vocab_size"),
@@ -144,6 +145,11 @@ BAD = [
     (
         lambda: kd.kl_div(S, T, token_weights=torch.ones(4).to_sparse()),
         r"token_weights.*sparse_coo.*to_dense\(\)",
+    ),
+    (lambda: kd.kl_div(torch.nested.nested_tensor([S, S]), T), r"student.*nested.*to_padded_tensor"),
+    (
+        lambda: kd.kl_div(torch.view_as_complex(PARTS * 1).conj().imag, T, inplace=True),
+        r"inplace=True.*negate.*resolve_neg\(\)",
     ),
     (lambda: kd.LinearHead(PAIR[0], PAIR[1].to_sparse()), r"LinearHead's weight.*sparse_coo.*to_dense\(\)"),
     (lambda: kd.LinearHead(PAIR[0].to_sparse(), PAIR[1]), r"LinearHead's hidden.*sparse_coo.*to_dense\(\)"),

@@ -1,5 +1,6 @@
 """Token log-probabilities and entropies: every backend against the fp64 oracle, and values that must come out."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from compiled import assert_compiled
 from problems import BACKENDS, assert_exact, assert_refused, relative
 from torch.autograd import grad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import kdkernels as kd
 from kdkernels.backends import eager
@@ -365,6 +367,19 @@ def test_a_retained_graph_gives_the_same_gradient_twice(backend):
         assert torch.equal(first, second)
         with pytest.raises(RuntimeError, match="create_graph"):
             grad(kd.token_log_probs(student, asked.ids).log_probs.sum(), leaf, create_graph=True)
+
+
+def test_a_second_backward_over_overwritten_logits_is_an_error(backend):
+    """torch sees the write itself, but not where hooks have saved the logits."""
+    for hooks in (contextlib.nullcontext(), save_on_cpu(), saved_tensors_hooks(lambda t: t, lambda t: t)):
+        leaf = torch.randn(4, 10, requires_grad=True)
+        with hooks:
+            loss = kd.token_log_probs(leaf * 1, torch.arange(4), inplace=True).log_probs.sum()
+        assert grad(loss, leaf, retain_graph=True)[0].norm() > 0.1
+        with pytest.raises(
+            RuntimeError, match="modified by an inplace operation|were written to since the forward"
+        ):
+            grad(loss, leaf)
 
 
 def test_a_frozen_head_is_projected_once(monkeypatch):

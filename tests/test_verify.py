@@ -1,6 +1,8 @@
 """``verify`` and ``assert_matches_reference`` pass what is right and refuse what is not."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -235,6 +237,16 @@ BROKEN = {
 def test_users_mistakes_are_seen(name):
     with pytest.raises((AssertionError, RuntimeError)):
         assert_matches_reference(BROKEN[name], dtypes=[torch.float32], rows=["random"])
+
+
+def test_mistakes_are_seen_without_assertions():
+    code = """
+import kdkernels as kd, torch
+from kdkernels.testing import assert_matches_reference
+assert_matches_reference(lambda s, t, y: 1.1 * kd.kl_div(s, t, y), dtypes=[torch.float32], rows=["random"])
+"""
+    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert "AssertionError: random rows" in ran.stderr
 
 
 def test_heads_without_a_bias():

@@ -13,6 +13,11 @@ def check_inplace(student: list[Tensor]) -> None:
     if len(student) > 1:
         raise ValueError("inplace=True overwrites the student's logits, but student is a LinearHead")
     logits = student[0]
+    if not torch.compiler.is_compiling() and logits.is_neg():
+        raise ValueError(
+            "inplace=True needs logits as they stand in memory, but torch has yet to negate student; call "
+            ".resolve_neg(), or inplace=False"
+        )
     if overlaps_itself(logits):
         raise ValueError(
             "inplace=True needs logits of their own memory, but student is expanded or unfolded: shape "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -33,17 +34,28 @@ def columns_adjoin(t: Tensor) -> bool:
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two entries of ``t`` may be one place in memory. False is certain.
+    """Whether two entries of ``t`` may be one place in memory. False is certain, but where a size depends on data: a
+    compiler does not know it.
 
     It is False where each step is longer than all that the shorter ones span, as in slices and
     transpositions of a dense tensor.
     """
-    steps = [(stride, size) for size, stride in zip(t.shape, t.stride()) if size > 1]
+    steps = [(stride, size) for size, stride in zip(t.shape, t.stride()) if _known(size > 1)]
     for i, (stride, _) in enumerate(steps):
-        shorter = [(s, n) for j, (s, n) in enumerate(steps) if s < stride or (s == stride and j > i)]
-        if stride <= _span(shorter):
+        shorter = [
+            (s, n) for j, (s, n) in enumerate(steps) if _known(s < stride) or (j > i and _known(s == stride))
+        ]
+        if _known(stride <= _span(shorter)):
             return True
     return False
+
+
+def _known(condition: bool) -> bool:
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a while
+
+    return guard_or_false(condition)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -157,9 +157,20 @@ def _(*_):
 
 def _setup(ctx, inputs, output) -> None:
     tensors, ctx.rest = inputs[:6], inputs[6:]
+    student, inplace = inputs[0], ctx.rest[-1]
+    ctx.written = (student.data_ptr(), student._version) if inplace and not tracing(student) else None
     ctx.set_materialize_grads(False)  # nobody differentiates most of the outputs
     ctx.mark_non_differentiable(*output[2:])
     save_tensors(ctx, [*tensors, *output[len(Values._fields) :]])
+
+
+def _refuse_written(student: Tensor, before: tuple[int, int] | None) -> None:
+    """torch looks for writes to what a forward saved, but not where hooks for saved tensors hand it over."""
+    if before is not None and student.data_ptr() == before[0] and student._version != before[1]:
+        raise RuntimeError(
+            "the student's logits were written to since the forward (inplace=True leaves their gradient there in the "
+            "first backward); inplace=False, or one backward"
+        )
 
 
 def _backward(ctx, arriving, entropy_weights, *_):
@@ -177,6 +188,7 @@ def _backward(ctx, arriving, entropy_weights, *_):
     spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, inplace = ctx.rest
     given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
     if inplace and not compiling:  # what is compiled may not overwrite what a forward saved
+        _refuse_written(student[0], ctx.written)
         log_probs_gradient_(student[0], *given, choice)
         grads = [student[0].detach()]
     else:

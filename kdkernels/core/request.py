@@ -174,7 +174,8 @@ class Request:
         student, teacher, labels, temperature, parameters, weights, specs: str, *static, backend: str = "auto"
     ) -> Request:
         """The inverse of :meth:`arguments`."""
-        tensors = student, teacher, labels, temperature, parameters, weights
+        # AOTInductor has None for an empty list.
+        tensors = student, teacher or [], labels, temperature, parameters, weights
         return replace(Request(*tensors, specs_of(specs), *static), backend=backend)
 
     @property
@@ -405,11 +406,15 @@ def _sparse(
 
 
 def _needs_grad(student: Side, teacher: Side | None, terms: Terms) -> list[bool]:
-    enabled = torch.is_grad_enabled()
-    own = [enabled and t.requires_grad for t in student.tensors]
+    own = needs_grad(student.tensors)
     if teacher is None:
         return own
-    return own + [enabled and terms.teacher_learns and t.requires_grad for t in teacher.tensors]
+    return own + [terms.teacher_learns and needed for needed in needs_grad(teacher.tensors)]
+
+
+def needs_grad(tensors: list[Tensor]) -> list[bool]:
+    """Which of them need a gradient. What an exported program will be given may, whatever its examples do."""
+    return [torch.is_grad_enabled() and (t.requires_grad or torch.compiler.is_exporting()) for t in tensors]
 
 
 def _token_weights(
@@ -444,11 +449,18 @@ def _scale(
             total = classes.sum()
             return 1.0 / torch.where(total == 0, 1.0, total)
         if part is None:
-            return 1.0 / max(math.prod(leading), 1)
+            return _one_over(math.prod(leading), device)
         return part.sum(dtype=torch.float64).clamp(min=1).reciprocal()
     if given.reduction == "batchmean":
-        return 1.0 / max(leading[0] if leading else 1, 1)
+        return _one_over(leading[0] if leading else 1, device)
     return 1.0
+
+
+def _one_over(count: int, device: torch.device) -> Tensor | float:
+    """1 / count, and 1 of nothing."""
+    if torch.compiler.is_exporting():  # which takes a size for 2 or more, and max() for the size
+        return torch.full((), count, dtype=torch.float64, device=device).clamp(min=1).reciprocal()
+    return 1.0 / max(count, 1)
 
 
 def _weights(

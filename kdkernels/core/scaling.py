@@ -43,7 +43,7 @@ def _multiply(grad: Tensor, factor: Tensor, out: Tensor) -> None:
 
 def tracing(t: Tensor) -> bool:
     """Whether a compiler follows along: then nothing may depend on values or be overwritten."""
-    return torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def batched(t: Tensor) -> bool:

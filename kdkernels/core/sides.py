@@ -67,7 +67,7 @@ def common_vocab(student: Side, teacher: Side | None, vocab_size: int | None) ->
         if vocab_size > min(sizes):
             raise ValueError(f"vocab_size={vocab_size} must be in 1..{min(sizes)} (vocabularies {sizes})")
         return vocab_size
-    if len(set(sizes)) > 1:
+    if sizes[0] != sizes[-1]:
         raise ValueError(
             f"student has vocabulary {sizes[0]}, teacher {sizes[1]}; if they share a tokenizer and one is padded, cut "
             "both to the tokenizer's size (kdkernels' own losses: vocab_size=<that size>)"
