@@ -357,7 +357,7 @@ CASES = {
             "T² is on the gradient too; padding slots take no part",
         ),
         Case(
-            "ModelOpt `LogitsDistillationLoss`",
+            "ModelOpt `LogitsDistillationLoss` for `mtd.convert`",
             modelopt,
             512,
             "`from modelopt.torch.distill import LogitsDistillationLoss`",

@@ -1,5 +1,7 @@
 """Models of transformers as hidden states and an lm_head: logits, images, routers, and what is refused."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,13 +138,84 @@ def test_half_precision_is_measured_too(dtype):
 # -- what is refused ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ["AdaLoraConfig", "LoHaConfig"])
-def test_other_adapters_of_the_head(config):
+@pytest.mark.parametrize(
+    "config, options, found",
+    [
+        ("AdaLoraConfig", {"total_step": 10}, r"peft\.tuners\.adalora\.layer\.SVDLinear$"),
+        ("LoHaConfig", {}, r"peft\.tuners\.loha\.layer\.Linear$"),
+        ("IA3Config", {"feedforward_modules": []}, r"peft\.tuners\.ia3\.layer\.Linear$"),
+        ("VeraConfig", {}, r"peft\.tuners\.vera\.layer\.Linear$"),
+        ("LoraConfig", {"use_dora": True}, r"lora\.layer\.Linear and .*\.DoraLinearVariant$"),
+        # peft then gives the lm_head keywords.
+        ("LoraConfig", {"alora_invocation_tokens": [5]}, r"lora\.layer\.Linear and .*\.ALoraLinearVariant$"),
+    ],
+)
+def test_other_adapters_of_the_head(config, options, found):
+    """By the names of their modules: most call their layer Linear."""
     peft = pytest.importorskip("peft")
-    options = {"total_step": 10} if config == "AdaLoraConfig" else {}
     model = peft.get_peft_model(causal("Llama"), getattr(peft, config)(target_modules=["lm_head"], **options))
-    with pytest.raises(ValueError, match="only plain LoRA is supported on an lm_head"):
+    with pytest.raises(ValueError, match=f"only plain LoRA is supported on an lm_head, got .*{found}"):
         call_through_head(model, {"input_ids": token_ids()}, logits_of)
+
+
+def test_activated_lora_below_the_head():
+    """And on it, where the adapter is disabled."""
+    peft = pytest.importorskip("peft")
+    for modules in (["q_proj"], ["q_proj", "lm_head"]):
+        lora = peft.LoraConfig(
+            target_modules=modules,
+            alora_invocation_tokens=[5],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        model = peft.get_peft_model(causal("Llama"), lora).double().eval()
+        inputs = {"input_ids": token_ids()}
+        inputs["input_ids"][:, 3] = 5
+        with model.disable_adapter() if "lm_head" in modules else contextlib.nullcontext():
+            expected, actual = model(**inputs).logits, call_through_head(model, inputs, logits_of)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_keywords_of_the_head_are_refused():
+    class Scaling(transformers.LlamaForCausalLM):
+        def forward(self, *arguments, **options):
+            hook = self.lm_head.register_forward_pre_hook(
+                lambda m, a, k: (a, {"scale": 2.0}), with_kwargs=True
+            )
+            try:
+                return super().forward(*arguments, **options)
+            finally:
+                hook.remove()
+
+    model = Scaling(transformers.LlamaConfig(**TEXT)).eval()
+    with pytest.raises(
+        ValueError, match="Scaling gives its lm_head scale beside hidden states; distil it from"
+    ):
+        call_through_head(model, {"input_ids": token_ids()}, logits_of)
+
+
+def test_labels_are_refused_by_name():
+    model, ids = causal("Llama"), token_ids()
+    with pytest.raises(
+        ValueError, match="the inputs hold labels, .* leave them out, .* to the loss in function"
+    ):
+        call_through_head(model, {"input_ids": ids, "labels": ids}, logits_of)
+    call_through_head(model, {"input_ids": ids, "labels": None}, logits_of)
+
+
+@pytest.mark.parametrize("how", ["call_through_head", "check_head", "itself"])
+def test_a_call_of_the_same_model_inside_its_own_is_refused(how):
+    model, inputs = causal("Llama"), {"input_ids": token_ids()}
+    calls = {
+        "call_through_head": lambda: call_through_head(model, inputs, logits_of),
+        "check_head": lambda: check_head(model),
+        "itself": lambda: model(**inputs),
+    }
+    with pytest.raises(ValueError, match="LlamaForCausalLM is called inside its own call.*: call it before"):
+        call_through_head(model, inputs, lambda head: calls[how]())
+    other = causal("Llama")  # as a teacher is
+    call_through_head(model, inputs, lambda head: call_through_head(other, inputs, logits_of))
+    torch.testing.assert_close(call_through_head(model, inputs, logits_of), model(**inputs).logits)
 
 
 class Head(nn.Linear):
@@ -321,6 +394,46 @@ def test_weights_that_are_elsewhere_are_refused():
         model = causal("Llama")
     with pytest.raises(ValueError, match="LlamaForCausalLM's weights are on the meta device"):
         check_head(model)
+
+
+def test_what_is_nothing_comes_back_as_nothing():
+    model, inputs, seen = causal("Llama"), {"input_ids": token_ids()}, []
+    assert call_through_head(model, inputs, lambda head: seen.append(head.vocab_size)) is None
+    assert seen == [VOCAB]
+    assert call_through_head(model, inputs, lambda head: ()) == ()
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step(backend, below):
+    """The call is left out of its graphs, and with it all but what is compiled by itself, as the part below the head is."""
+    inputs = {"input_ids": token_ids()}
+    labels = inputs["input_ids"].roll(-1, 1)
+
+    def outcome(compiled):
+        model = causal("Llama", dtype=torch.float32)
+        if compiled and below:
+            model.base_model.compile(backend=backend)
+
+        def step(scale):
+            loss = call_through_head(model, inputs, lambda head: kd.cross_entropy(head, labels))
+            return loss * scale.cos()
+
+        step = torch.compile(step, backend=backend) if compiled else step
+        for _ in range(2):
+            model.zero_grad()
+            loss = step(torch.tensor(0.3))
+            loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    plain = outcome(False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = outcome(True)
+    captured = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    assert captured > 20 if below else 0 < captured < 20
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    assert all(gradient.norm() > 1e-3 for gradient in plain[1].values())
 
 
 def test_a_forward_that_fails_leaves_the_model_whole():

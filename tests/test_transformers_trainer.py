@@ -170,6 +170,39 @@ def test_torch_compile_compiles_the_part_before_the_head(backend, tmp_path):
         assert moved > 1e-3 and (compiled[name] - plain[name]).norm() < 1e-3 * moved, name
 
 
+def test_each_model_of_model_init_is_made_ready(tmp_path):
+    """Trainer makes one at construction and another for each run: all are checked and compiled."""
+    made, teacher = [], llama(seed=7, dtype=torch.float32)
+
+    def model_init():
+        made.append(llama(dtype=torch.float32))
+        return made[-1]
+
+    args = arguments(tmp_path, max_steps=1, torch_compile=True, torch_compile_backend="aot_eager")
+    trainer = DistillationTrainer(
+        args=args, teacher=teacher, model_init=model_init, train_dataset=rows_of(batch())
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer.train()
+    assert trainer.model is made[-1] and len(made) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert any((a != b).any() for a, b in zip(made[0].parameters(), made[1].parameters()))
+
+    trainer.model_init = lambda: teacher.requires_grad_(True)
+    with pytest.raises(ValueError, match="the teacher shares"):
+        trainer.train()
+
+    def doubled():
+        model = llama(dtype=torch.float32)
+        model.lm_head = Doubling(16, VOCAB, bias=False)
+        return model
+
+    trainer.model_init = doubled
+    with pytest.raises(ValueError, match="does more than hidden @ weight.T"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_formula(name, tmp_path):
     student, teacher, inputs = MODELS[name]().train(), llama(seed=7, width=32), batch()

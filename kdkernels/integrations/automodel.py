@@ -25,7 +25,7 @@ class KDLoss(nn.Module):
         temperature: both models' logits are divided by it.
         fp32_upcast, chunk_size: taken, and not needed.
         tp_group: the ranks of which each has a part of the vocabulary; DTensors that are ``Shard(-1)`` say it
-            themselves. Other DTensors are made whole.
+            themselves. Other DTensors are made whole, and so is any teacher beside a student that is whole.
 
     The module takes logits ``[..., V]`` of any floating dtype (under tensor parallelism this rank's columns), labels
     int64 ``[...]`` and, for gradient accumulation, how many tokens the sum is divided by instead. It returns a scalar.
@@ -64,11 +64,11 @@ class KDLoss(nn.Module):
                 self._shards = Shard(self.tp_group), Shard(self.tp_group)
             student: Tensor | ShardedLogits = ShardedLogits(_rows(_local(student_logits)), self._shards[0])
             teacher: Tensor | ShardedLogits = ShardedLogits(_rows(_local(teacher_logits)), self._shards[1])
-        elif is_dtensor(student_logits) and not _shards_vocabulary(student_logits):
+        elif is_dtensor(student_logits) and _shards_vocabulary(student_logits):
+            student, teacher = _rows(student_logits), _rows(teacher_logits)
+        else:
             student, teacher = _rows(_whole(student_logits)), _rows(_whole(teacher_logits))
             labels = _whole(labels)
-        else:
-            student, teacher = _rows(student_logits), _rows(teacher_logits)
         # A tensor may be 0 where no token counts, a number may not.
         nothing = isinstance(num_batch_labels, (int, float)) and num_batch_labels == 0
         return kl_div(

@@ -19,6 +19,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ..core import scaling
 from ..heads import under_autocast
 from ..operators import operator
+from .common import is_dtensor
 
 #: Elements of a piece. On a CPU a piece stays in cache; elsewhere it is large enough to hide the kernel launches.
 _PIECE = {"cpu": 2**20}
@@ -165,7 +166,7 @@ def kl_div(
     What differs: half precision is computed in fp32 and rounded once; 0 log 0 = 0 also where
     F.kl_div has NaN (``log_target`` of -inf; a target of 0 where ``input`` is -inf), and the
     gradient for a target of 0 is -inf where F.kl_div has NaN; "batchmean" of no rows is 0, not
-    NaN; it cannot be differentiated twice.
+    NaN; it cannot be differentiated twice; DTensors and nested tensors are refused.
 
     >>> import torch
     >>> from kdkernels.integrations import functional as F
@@ -193,6 +194,16 @@ def reduced(
     if not (x.is_floating_point() and t.is_floating_point()):
         raise ValueError(f"input and target must be floating, got {x.dtype} and {t.dtype}")
     if not torch.compiler.is_compiling():
+        if any(is_dtensor(z) for z in (x, t)):
+            raise ValueError(
+                "this loss takes no DTensors; give their full_tensor(), or with reduction='none' or 'sum' each "
+                "rank's to_local(); F.kl_div takes them"
+            )
+        if any(z.is_nested for z in (x, t)):
+            raise ValueError(
+                "this loss takes no nested tensors; give their values(), whose rows reduction='batchmean' then "
+                "counts; F.kl_div takes them"
+            )
         if any(unpack_dual(z).tangent is not None for z in (x, t)):
             raise RuntimeError("this loss has no forward-mode derivative; F.kl_div has")
         if any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in (x, t)):

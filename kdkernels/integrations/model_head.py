@@ -40,8 +40,13 @@ _WAY_OUT = "distil it from its logits, kd.distillation_loss(model(**batch).logit
 _logit_maps: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], LogitMap]] = (
     weakref.WeakKeyDictionary()
 )
+#: The causal LMs whose lm_head's forward is running a function of ours.
+_entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: What a model's hook returns for None, which would leave the model's own output.
+_NOTHING = object()
 
 
+@torch.compiler.disable
 def call_through_head(
     model: nn.Module,
     inputs: dict[str, Any],
@@ -55,6 +60,7 @@ def call_through_head(
     This is where hidden states come from in a training loop of your own. It calls ``model(...)``, with every hook
     that DDP, FSDP, FSDP2 or a DeepSpeed engine has put there: pass what they returned, not the module inside.
     ``ddp.module.model(ids)`` would give the same hidden states, but its gradients would not be reduced over processes.
+    torch.compile of what calls it leaves this call out of its graphs.
 
     Args:
         model: a causal LM of transformers, plain or with LoRA of peft, wrapped for training or not.
@@ -72,8 +78,8 @@ def call_through_head(
 
     Raises:
         ValueError: a model whose logits are not those of a linear head (:func:`check_head`, which the first call with
-            an lm_head runs), an input that its forward does not name, a compiled ``model``; ``keep_sharded`` of an
-            lm_head that is no such unit, tied to embeddings, or adapted.
+            an lm_head runs), labels or an input that its forward does not name, a compiled ``model``, a call of it in
+            ``function``; ``keep_sharded`` of an lm_head that is no such unit, tied to embeddings, or adapted.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
@@ -100,6 +106,7 @@ def call_through_head(
         return _run(model, own, causal_lm, called, inputs, forward, finish)
 
 
+@torch.compiler.disable
 def check_head(model: nn.Module) -> LogitMap:
     """Measures what ``model`` does to its lm_head's output. ValueError if a LinearHead cannot express it.
 
@@ -159,6 +166,8 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Any, nn.Module]:
     """(model without DDP, FSDP or an engine around it, the causal LM in it, its lm_head)."""
     own: Any = extract_model_from_parallel(model)
     causal_lm = own.get_base_model() if _is_peft(own) else own
+    if causal_lm in _entered:
+        raise ValueError(_nested(causal_lm))
     if is_compiled_module(own) or any(m._compiled_call_impl is not None for m in (own, causal_lm)):
         raise ValueError(
             "the whole model is compiled, and its lm_head is replaced at every call; compile the part before "
@@ -195,6 +204,20 @@ def _run(
     """
     results: list[Any] = []
 
+    def enter_head(hidden: Tensor, **options: Any) -> tuple[Any, Tensor]:
+        if causal_lm in _entered:
+            raise ValueError(_nested(causal_lm))
+        _entered.add(causal_lm)
+        try:
+            given = forward(hidden)  # refuses activated LoRA, which alone needs peft's alora_offsets
+        finally:
+            _entered.discard(causal_lm)
+        if others := options.keys() - {"alora_offsets"}:
+            raise ValueError(
+                f"{type(causal_lm).__name__} gives its lm_head {', '.join(sorted(others))} beside hidden states; {_WAY_OUT}"
+            )
+        return given
+
     def leave_head(module: nn.Module, arguments: Any, returned: Any) -> Tensor:
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise ValueError(
@@ -208,25 +231,40 @@ def _run(
             raise ValueError(
                 f"{type(causal_lm).__name__} calls its lm_head {len(results)} times in a forward, not once; {_WAY_OUT}"
             )
-        return finish(results[0], output)
+        result = finish(results[0], output)
+        return _NOTHING if result is None else result
 
     hooks = head.register_forward_hook(leave_head), own.register_forward_hook(leave_model, prepend=True)
     try:
-        with forward_as(head, forward):
-            return model(**_named(causal_lm, inputs))
+        with forward_as(head, enter_head):
+            returned = model(**_named(causal_lm, inputs))
     finally:
         for hook in hooks:
             hook.remove()
+    return None if returned is _NOTHING else returned
+
+
+def _nested(causal_lm: Any) -> str:
+    return (
+        f"{type(causal_lm).__name__} is called inside its own call, by the function that its lm_head runs: call it "
+        "before, and let the function use what it returned"
+    )
 
 
 def _named(causal_lm: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs, with use_cache and return_dict where the forward takes them. ValueError if it would ignore an input."""
+    """The inputs, with use_cache and return_dict where the forward takes them. ValueError if it would ignore an input, or
+    compute a loss."""
+    if inputs.get("labels") is not None:
+        raise ValueError(
+            f"the inputs hold labels, of which {type(causal_lm).__name__} would make a loss of its own logits: leave them "
+            "out, and shifted by one give them to the loss in function, kd.cross_entropy(head, labels)"
+        )
     names, passes_on = _signature(type(causal_lm))  # type: ignore[arg-type]
     known = names | _PASSED_ON if passes_on else names
     if unknown := [name for name in inputs if name not in known]:
         raise ValueError(
             f"{type(causal_lm).__name__}.forward does not name {', '.join(unknown)} and would ignore it: "
-            f"leave it out of the batch, or use the model that takes it (it takes {', '.join(sorted(names))})"
+            f"leave it out of the batch, or use the model that takes it (it takes {', '.join(sorted(names - {'labels'}))})"
         )
     return {**inputs, **{n: v for n, v in (("use_cache", False), ("return_dict", True)) if n in known}}
 
@@ -320,8 +358,8 @@ def head_weights(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         return hidden, weight, bias
     # AdaLoRA's are parameters, between which there are singular values.
     if not isinstance(getattr(head, "lora_A", None), nn.ModuleDict) or getattr(head, "lora_variant", None):
-        variants = {type(variant).__name__ for variant in getattr(head, "lora_variant", {}).values()}
-        found = " and ".join(sorted({type(head).__name__, *variants}))
+        kinds = {type(layer) for layer in (head, *getattr(head, "lora_variant", {}).values())}
+        found = " and ".join(sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds))
         raise ValueError(f"only plain LoRA is supported on an lm_head, got {found}")
     parts, columns = [hidden], [weight]
     for name in head.active_adapters:

@@ -1,8 +1,14 @@
 """The logit losses of NVIDIA ModelOpt (``modelopt.torch.distill``) by their names and signatures.
 
-``LogitsDistillationLoss`` is what its Hugging Face trainer uses; ``LogitsKLLoss`` and
-``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank or on many. Each is a torch
-``_Loss``, which ``mtd.convert`` asks of a criterion. Values and gradients are ModelOpt's, with three differences:
+``LogitsDistillationLoss`` is a criterion for ``mtd.convert``. Its Hugging Face trainer, ``KDTrainer``, makes its own,
+which one line replaces::
+
+    from kdkernels.integrations import modelopt
+    modelopt.replace(trainer)
+
+``LogitsKLLoss`` and ``TopKLogitsKLLoss`` are those of its Megatron plugin, on one tensor-parallel rank or on many. Each
+is a torch ``_Loss``, which ``mtd.convert`` asks of a criterion. Values and gradients are ModelOpt's, with three
+differences (tests in ``tests/integrations/test_modelopt.py``):
 
 * rows of half-precision logits are computed in fp32;
 * on many ranks the loss comes back whole on each;
@@ -51,6 +57,26 @@ class LogitsDistillationLoss(_Loss):
             reduction=self._reduction,
         )
         return loss / logits_s.shape[-1] if self._reduction == "mean" else loss
+
+
+def replace(trainer: Any) -> None:
+    """Give a ``KDTrainer`` this loss in the place of its ``_kd_criterion``, with the same temperature and reduction.
+
+    Raises:
+        TypeError: the trainer has no such criterion, or another one.
+        ValueError: the trainer's loss is Liger's.
+    """
+    theirs: Any = getattr(trainer, "_kd_criterion", None)
+    if type(theirs).__name__ != LogitsDistillationLoss.__name__:
+        raise TypeError(
+            f"expected a trainer with ModelOpt's LogitsDistillationLoss as its _kd_criterion, found {theirs!r} in "
+            f"{type(trainer)}"
+        )
+    if getattr(trainer, "use_liger_kernel", False):
+        raise ValueError(
+            "use_liger_kernel=True: the trainer's loss is Liger's, not its _kd_criterion; leave it out"
+        )
+    trainer._kd_criterion = LogitsDistillationLoss(theirs._temperature, theirs._reduction)
 
 
 class LogitsKLLoss(_Loss):

@@ -21,8 +21,14 @@ class Target(NamedTuple):
     ours: Callable[..., Any]
 
     def get(self) -> Any:
-        """What stands there, or None."""
-        return self._namespace().get(self.name)
+        """What stands there, or None, as where an installed package has no such module."""
+        try:
+            return self._namespace().get(self.name)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if "." in missing and f"{self.module}.".startswith(f"{missing}."):
+                return None
+            raise  # it is a package that is missing
 
     def places(self) -> list[dict[str, Any]]:
         """The namespaces that hold it, its own first."""
@@ -74,7 +80,7 @@ class Patches:
     def __init__(
         self,
         package: str,
-        tested: tuple[tuple[int, int], tuple[int, int]],
+        tested: tuple[tuple[int, ...], tuple[int, ...]],
         targets: Sequence[Target],
         name: str | None = None,
     ) -> None:
@@ -111,7 +117,8 @@ class Patches:
     def _require_tested_version(self) -> None:
         first, below = (".".join(map(str, version)) for version in self.tested)
         version = importlib.metadata.version(self.package)
-        parts = tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])[:2]))
+        parts = tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
+        parts += (0,) * len(self.tested[0])  # 1.16 is 1.16.0
         if not self.tested[0] <= parts < self.tested[1]:
             wanted = f"{self.package} >={first},<{below}"
             raise RuntimeError(

@@ -132,13 +132,8 @@ class DistillationTrainer(Trainer):
         if keep_sharded:
             self._check_lm_heads_can_stay_sharded(teacher)
         self.teacher = None if teacher is None else self._placed(teacher)
-        for each in (self.model, self.teacher):
-            if isinstance(each, PreTrainedModel) and weights_are_here(each):
-                check_head(each)  # else their first forward does
-        if keep_sharded:
-            self._shard_lm_head(self.model)
-        if self.args.torch_compile:
-            self._compile_below_the_head()
+        _check_head_if_here(self.teacher)
+        self._make_ready(self.model)
         self._sums = _Sums()
         self._kl_sum = _Sums()  #: has its own token count: not every step computes it
 
@@ -326,13 +321,32 @@ class DistillationTrainer(Trainer):
 
     # -- placing the models ---------------------------------------------------------------------
 
-    def _compile_below_the_head(self) -> None:
+    def call_model_init(self, trial: Any = None) -> Any:
+        """``model_init``'s model. Trainer calls this at construction, before all else here, and again for each run."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "teacher"):
+            if self.teacher is not None:
+                _check_own_weights(model, self.teacher)
+            if self.keep_sharded:
+                _own_lm_head("model", model)
+            self._make_ready(model)
+        return model
+
+    def _make_ready(self, model: Any) -> None:
+        """What is done to each model that is trained, before accelerate wraps it."""
+        _check_head_if_here(model)
+        if self.keep_sharded:
+            self._shard_lm_head(model)
+        if self.args.torch_compile:
+            self._compile_below_the_head(model)
+
+    def _compile_below_the_head(self, model: Any) -> None:
         """torch_compile=True: the part before the lm_head is compiled in place; the loss is a kernel already.
 
         accelerate wraps the whole model in torch.compile, but its lm_head is replaced at every call. The wrapper compiles
         when it is first called; student_call never calls it, but the model inside.
         """
-        own: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        own: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         causal_lm = own.get_base_model() if hasattr(own, "get_base_model") else own
         if causal_lm.base_model is causal_lm:
             raise ValueError(
@@ -388,6 +402,12 @@ class DistillationTrainer(Trainer):
 
 
 # -- small parts ---------------------------------------------------------------------------------
+
+
+def _check_head_if_here(model: Any) -> None:
+    """Else its first forward does."""
+    if isinstance(model, PreTrainedModel) and weights_are_here(model):
+        check_head(model)
 
 
 def _check_own_weights(model: Any, teacher: nn.Module) -> None:

@@ -126,7 +126,8 @@ def _mean_logit(student: LinearHead) -> Tensor:
         last = torch.full(student.leading_shape, student.vocab_size - 1, device=student.hidden.device)
         apart = cross_entropy(student, last, label_smoothing=1.0, reduction="none")
         return _log_normaliser(student, 1.0) - apart
-    mean = student.hidden.float() @ student.weight.mean(0, dtype=torch.float32)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        mean = student.hidden.float() @ student.weight.mean(0, dtype=torch.float32)
     if student.bias is not None:
         mean = mean + student.bias.mean(dtype=torch.float32)
     return mean * student.logit_scale

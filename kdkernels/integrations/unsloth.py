@@ -1,4 +1,4 @@
-"""unsloth_zoo's loss of draft heads (MTP), for its trainer: one line before training::
+"""unsloth_zoo's loss of draft heads (MTP), for its trainer: one line after ``import unsloth`` and before training::
 
     from kdkernels.integrations import unsloth; unsloth.patch()
 
@@ -13,6 +13,7 @@ frozen nothing of its forward again. What differs from unsloth_zoo 2026.10 (test
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .common import IGNORED, given_ids
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
-TESTED = ((2026, 10), (2026, 11))
+TESTED = ((2026, 10, 6), (2026, 11))
 #: unsloth_zoo's own budget for logits.
 _CHUNK_BYTES = 2**28
 LOSS_TYPES = ("ce", "kl_div", "tv", "lk_hybrid")
@@ -106,9 +107,16 @@ def patch() -> Patch:
     Raises:
         RuntimeError: unsloth_zoo's version is outside ``TESTED``, or the function takes other arguments. Nothing is
             replaced then.
-        ImportError: unsloth_zoo is not installed.
+        ImportError: unsloth_zoo is not installed, or unsloth, which it wants, is not imported yet.
     """
-    return _PATCHES.patch()
+    try:
+        return _PATCHES.patch()
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) or "UNSLOTH_IS_PRESENT" in os.environ:
+            raise
+        raise ImportError(
+            "unsloth_zoo can only be imported where unsloth is; import unsloth before unsloth.patch()"
+        ) from error
 
 
 def unpatch() -> None:

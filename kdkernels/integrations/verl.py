@@ -13,13 +13,15 @@ teacher's top k takes of the student's logits with ``use_chunked_topk``. What di
   finite; verl's is NaN.
 * A label of -100 gives a log-probability of 0 without a gradient, as with flash-attn, on any device.
 * ``inplace_backward`` overwrites logits with their gradient where verl would with flash-attn, on any device; never
-  logits that are a leaf, or parts of one another.
+  logits that are a leaf, or parts of one another, or that the loss on a teacher's top k (``use_chunked_topk``) reads
+  again in its backward.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.layout import overlaps_itself
 from ..log_probs import token_log_probs
@@ -28,11 +30,19 @@ from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
 TESTED = ((0, 9), (0, 10))
+#: Logits, or what they are views of, that the backward of chunked_topk_log_probs reads.
+_read_again = WeakTensorKeyDictionary()
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """log softmax(logits ``[..., V]``) at ``labels`` ``[...]``."""
-    inplace = inplace_backward and not logits.is_leaf and not overlaps_itself(logits)
+    inplace = (
+        inplace_backward
+        and not torch.compiler.is_compiling()  # compiled code overwrites nothing
+        and not logits.is_leaf
+        and not overlaps_itself(logits)
+        and _source(logits) not in _read_again
+    )
     return token_log_probs(logits, given_ids(labels, IGNORED), inplace=inplace).log_probs
 
 
@@ -50,7 +60,14 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 def chunked_topk_log_probs(logits: Tensor, topk_ids: Tensor, chunk_size: int = 4096) -> Tensor:
     """log softmax(logits ``[B, T, V]``) at ``topk_ids`` ``[B, T, K]``, fp32 and without a chunk of them in fp32."""
+    if logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _read_again[_source(logits)] = None
     return token_log_probs(logits, given_ids(topk_ids, None)).log_probs
+
+
+def _source(logits: Tensor) -> Tensor:
+    """What ``logits`` are a view of, else themselves."""
+    return logits if logits._base is None else logits._base
 
 
 class FusedLinearForPPO(nn.Module):

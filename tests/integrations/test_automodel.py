@@ -76,6 +76,44 @@ def test_one_side_may_be_flat(flat):
     assert_same(ours, theirs, 1e-6)
 
 
+def dtensors_on_rank(rank, folder, student, teacher):
+    """Every placement that theirs takes beside it, the gradient too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+
+    def placed(tensor, how):
+        return tensor.clone() if how is None else distribute_tensor(tensor, mesh, [how])
+
+    def run(module, *places):
+        s, t = (placed(z, how) for z, how in zip((student, teacher), places))
+        s.requires_grad_()
+        loss = module.KDLoss(temperature=2.0)(s, t, LABELS)
+        loss.backward()
+        return [getattr(z, "full_tensor", lambda z=z: z)() for z in (loss, s.grad)]
+
+    for places in ((None, Shard(2)), (None, Replicate()), (Replicate(), Shard(2)), (Shard(1), Shard(2))):
+        ours, theirs = run(dropin, *places), run(original, *places)
+        assert theirs[1].norm() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    # Theirs takes no labels that are a DTensor.
+    whole = dropin.KDLoss()(student, teacher, LABELS)
+    labels = distribute_tensor(LABELS, mesh, [Shard(1)])
+    torch.testing.assert_close(dropin.KDLoss()(student, teacher, labels), whole)
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_sharded_beside_a_whole_student_is_made_whole(tmp_path):
+    """On two processes; a student that is sharded over the vocabulary is in test_shards.py."""
+    student, teacher = logits(torch.float32)
+    student, teacher = (z[..., :28].contiguous() for z in (student, teacher))
+    torch.multiprocessing.spawn(dtensors_on_rank, (tmp_path, student, teacher), nprocs=2)
+
+
 def test_the_signatures_are_theirs():
     for method in ("__init__", "forward"):
         ours, theirs = (inspect.signature(getattr(m.KDLoss, method)) for m in (dropin, original))

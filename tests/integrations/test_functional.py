@@ -133,6 +133,34 @@ def test_refusals():
         functional.kl_div(forward_ad.make_dual(x.detach(), x.detach()), t)
 
 
+def test_nested_tensors_are_refused():
+    x, t = sides((6, 5), False)
+    offsets = torch.tensor([0, 2, 6])
+    nested = [torch.nested.nested_tensor_from_jagged(z, offsets) for z in (x, t)]
+    theirs = F.kl_div(*nested, reduction="sum")
+    with pytest.raises(ValueError, match=r"takes no nested tensors; give their values\(\)"):
+        functional.kl_div(*nested, reduction="sum")
+    torch.testing.assert_close(functional.kl_div(*(z.values() for z in nested), reduction="sum"), theirs)
+
+
+def test_dtensors_are_refused(tmp_path):
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x, t = sides((4, 5), False)
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = [distribute_tensor(z, mesh, [Shard(0)]) for z in (x, t)]
+        with pytest.raises(ValueError, match=r"takes no DTensors; give their full_tensor\(\)"):
+            functional.kl_div(*sharded, reduction="sum")
+        ours = functional.kl_div(*(z.to_local() for z in sharded), reduction="sum")
+        torch.testing.assert_close(ours, F.kl_div(*sharded, reduction="sum").full_tensor())
+    finally:
+        destroy_process_group()
+
+
 @pytest.mark.parametrize("options", [{}, {"log_target": True}, {"reduction": "none"}], ids=str)
 def test_many_backwards_at_once(options):
     """As jacobian(vectorize=True) asks for them; torch.func is refused by name."""

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +46,57 @@ def test_their_conversion_takes_it(tmp_path):
     for ours, theirs in torch.load(tmp_path / "outcomes.pt"):
         assert theirs[1].norm() > 1e-3
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """modelopt.torch.distill.plugins.huggingface, with names alone in the place of what it imports beside the loss."""
+    trainer = type(
+        "Trainer", (), {"__init__": lambda self: None, "is_fsdp_enabled": False, "use_liger_kernel": False}
+    )
+    stand_ins = {
+        "modelopt.torch.distill.losses": vars(original),
+        "modelopt.torch.opt.plugins": {"ModelOptHFTrainer": trainer},
+        "modelopt.torch.opt.plugins.transformers": {
+            "_LIGER_KERNEL_IMPORT_ERROR": "",
+            "ModelOptHFArguments": SimpleNamespace,
+            "_forward_redirect": None,
+            "is_liger_available": None,
+        },
+        "modelopt.torch.utils": {"print_rank_0": print},
+    }
+    for name in ("modelopt", "modelopt.torch", "modelopt.torch.distill", "modelopt.torch.opt"):
+        stand_ins.setdefault(name, {})
+    for name, attributes in stand_ins.items():
+        module = ModuleType(name)
+        vars(module).update({k: v for k, v in attributes.items() if k not in ("__name__", "__spec__")})
+        monkeypatch.setitem(sys.modules, name, module)
+    return load("nvidia-modelopt", "modelopt/torch/distill/plugins/huggingface.py")
+
+
+def test_replace(trainers):
+    """Their Hugging Face trainer's own loss of a batch, before and after."""
+    pytest.importorskip("transformers")
+    settings = SimpleNamespace(criterion="logits_loss", teacher_model=torch.nn.Linear(1, 1), temperature=2.0)
+    trainer = trainers.KDTrainer(distill_args=settings)
+    student, teacher = logits()
+    labels = torch.tensor([[1, -100, 2, 5], [3, 4, -100, 9], [-100, 0, 7, 6]])
+
+    def loss(s):
+        trainer._last_teacher_outputs = SimpleNamespace(logits=teacher)
+        return trainer._standard_kd_loss(SimpleNamespace(logits=s), labels)
+
+    theirs = outcome(loss, [student])
+    dropin.replace(trainer)
+    assert isinstance(trainer._kd_criterion, dropin.LogitsDistillationLoss)
+    assert_same(outcome(loss, [student]), theirs, 1e-5)
+    with pytest.raises(TypeError, match="its _kd_criterion, found None in .*SimpleNamespace"):
+        dropin.replace(SimpleNamespace())
+    with pytest.raises(TypeError, match=r"found MSELoss\(\) in"):
+        dropin.replace(SimpleNamespace(_kd_criterion=torch.nn.MSELoss()))
+    trainer.use_liger_kernel = True
+    with pytest.raises(ValueError, match="the trainer's loss is Liger's"):
+        dropin.replace(trainer)
 
 
 def formula(student, teacher, temperature, reverse):

@@ -156,6 +156,19 @@ def test_chunked_function(outputs, bias, softcap):
     assert_same(call(dropin.ChunkedLogProbFunction), call(ChunkedLogProbFunction), 3e-5)
 
 
+def test_the_mean_logit_is_fp32_under_autocast():
+    """As TRL's, of hidden states and weights in the dtype of autocast."""
+    hidden, weight, targets = torch.randn(64, 256), torch.randn(500, 256) + 0.3, torch.randint(0, 500, (64,))
+    exact = (hidden.bfloat16().double() @ weight.bfloat16().double().t()).mean(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (
+            function.apply(hidden, weight, None, targets, 1.0, 256, None, 1.0, ("mean_logits",))[3]
+            for function in (dropin.ChunkedLogProbFunction, ChunkedLogProbFunction)
+        )
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
 def test_what_a_policy_and_its_reference_say_of_one_model_is_the_same():
     """Whatever else a trainer asks for: DPO's rewards begin at exactly 0."""
     for dtype in (torch.float32, torch.bfloat16):

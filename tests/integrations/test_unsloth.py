@@ -1,6 +1,9 @@
 """unsloth_zoo's loss of draft heads beside its own, loaded file by file: its package wants a GPU and more."""
 
+import importlib.metadata
+import re
 import sys
+import textwrap
 import types
 
 import pytest
@@ -132,6 +135,42 @@ def test_mistakes():
         dropin.chunked_lm_loss(hidden, weight, labels, "tv")
     with pytest.raises(ValueError, match="47"):
         dropin.chunked_lm_loss(hidden, weight, labels, "tv", teacher, weight[:40])
+
+
+def test_unsloth_comes_first(monkeypatch, tmp_path):
+    """unsloth_zoo's own beginning, which refuses to be imported where ``import unsloth`` has not been."""
+    files = importlib.metadata.files("unsloth_zoo")
+    source = next(file for file in files if str(file) == "unsloth_zoo/__init__.py").read_text()
+    check = re.search(
+        r'^ +if not \("UNSLOTH_IS_PRESENT" in os.environ\):\n +raise ImportError.*\n', source, re.M
+    )
+    (tmp_path / "unsloth_zoo").mkdir()
+    (tmp_path / "unsloth_zoo" / "__init__.py").write_text("import os\n" + textwrap.dedent(check[0]))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "unsloth_zoo"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2026.10.9")
+    monkeypatch.delenv("UNSLOTH_IS_PRESENT", raising=False)
+    with pytest.raises(ImportError, match="import unsloth before unsloth.patch()"):
+        dropin.patch()
+    monkeypatch.setenv("UNSLOTH_IS_PRESENT", "1")
+    with pytest.raises(
+        RuntimeError, match="unsloth_zoo has no unsloth_zoo.speculative.losses.chunked_lm_loss"
+    ):
+        dropin.patch()
+
+
+def test_versions_without_the_function_are_refused(monkeypatch):
+    for version in ("2026.10", "2026.10.5", "2026.11"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda package, version=version: version)
+        with pytest.raises(
+            RuntimeError, match=f">=2026.10.6,<2026.11 and unsloth_zoo {version} is installed"
+        ):
+            dropin.patch()
+    for version in ("2026.10.6", "2026.10.10"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda package, version=version: version)
+        with dropin.patch():
+            assert original.chunked_lm_loss is dropin.chunked_lm_loss
 
 
 def test_patch_reaches_the_trainer(monkeypatch):

@@ -185,3 +185,28 @@ def test_distillation_on_a_teachers_top_k(functional, clamp):
     with dropin.patch():
         assert losses._chunked_topk_log_probs is dropin.chunked_topk_log_probs
         assert_same(outcome(call, [logits]), theirs, 2e-5)
+
+
+@pytest.mark.parametrize("view", [lambda z: z, lambda z: z.squeeze(0).unsqueeze(0)], ids=["same", "view"])
+def test_logits_that_the_teachers_top_k_reads_again_are_not_overwritten(functional, view):
+    """As verl calls both on the same memory; the backward of what is called last comes first."""
+    losses = sys.modules["verl.trainer.distillation.fsdp.losses"]
+    hidden, labels = torch.randn(1, 9, V), torch.randint(0, V, (1, 9))
+    top = torch.randn(1, 9, V).topk(4).indices
+
+    def call(x, policy):
+        logits = x * 1.5
+        given = (
+            losses._chunked_topk_log_probs(view(logits), top),
+            policy.logprobs_from_logits(logits, labels, inplace_backward=True),
+        )
+        return weighed(lambda: given)()
+
+    theirs = outcome(call, [hidden], functional)
+    with dropin.patch():
+        ours = outcome(call, [hidden], dropin)
+    assert_same(ours, theirs, 2e-5)
+    other = hidden.requires_grad_() * 1.5
+    before = other.detach().clone()
+    dropin.logprobs_from_logits(other, labels).sum().backward()
+    assert not torch.equal(other, before)  # other logits still are
