@@ -100,7 +100,7 @@ def token_log_probs(
         return_stats=return_stats,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
-        inplace=inplace,
+        inplace=inplace and not torch.compiler.is_exporting(),
         chunk_bytes=chunk_bytes,
         gradient_tolerance=gradient_tolerance,
     )
@@ -119,7 +119,7 @@ def token_log_probs(
     else:
         tensors, *others = call.given
         absent = [None] * (3 - len(tensors))
-        values = operators.log_probs(*tensors, *absent, *others, *call.static, inplace)
+        values = operators.log_probs(*tensors, *absent, *others, *call.static, options["inplace"])
         made = Values(*values[: len(Values._fields)])
     leading, dtype = own.leading, loss_dtype(own.tensors)
     return TokenLogProbs(
@@ -145,8 +145,8 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     own, _ = shards.placed(own, None)
     vocab = common_vocab(own, None, options["vocab_size"])
     place = shards.place(own, None, vocab)
-    # An exported program's cost nothing before somebody asks for them.
-    wanted = [needed or torch.compiler.is_exporting() for needed in needs_grad(own.tensors)]
+    # An exported program's gradients cost nothing before somebody asks for them.
+    wanted = needs_grad(own.tensors, enabled=torch.is_grad_enabled() or torch.compiler.is_exporting())
     if options["inplace"] and any(wanted):
         check_inplace(own.tensors)
     ids, labels = live_ids(ids, own, vocab, options["ignore_index"])

@@ -130,6 +130,22 @@ def test_a_number_of_tokens_that_depends_on_data(inplace):
         assert_compiled(lambda x: kd.kl_div(x[some] * 1, teacher[some], inplace=inplace), [torch.randn(N, V)])
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_rows_that_are_one_are_not_overwritten():
+    """How many there are is not known; that each is the same memory is."""
+    some, teacher = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool), torch.randn(N, V)
+
+    def loss(x):
+        return kd.kl_div((x * 1).expand(some.nonzero().shape[0], V), teacher[some], inplace=True)
+
+    torch._dynamo.reset()
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        pytest.raises(Exception, match="exception"),
+    ):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(torch.randn(1, V, requires_grad=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", CASES)

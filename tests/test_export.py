@@ -71,6 +71,39 @@ def test_examples_need_no_gradient(form, strict):
     assert torch.equal(*grads) and grads[0].norm() > 1e-3
 
 
+def asked_of(node):
+    """The ``needs_grad`` of a graph's node, if it is an operator that has one."""
+    schema = getattr(node.target, "_schema", None)
+    arguments = [] if schema is None else zip(schema.arguments, node.args)
+    return [given for argument, given in arguments if argument.name == "needs_grad"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_frozen_parameter_stays_frozen(strict):
+    module = Exported("head").requires_grad_(False)
+    program = export(module, given("head", 4), strict=strict)
+    found = [needs_grad for node in program.graph.nodes for needs_grad in asked_of(node)]
+    assert len(found) >= 5 and all(needed[0] and not any(needed[1:3]) for needed in found)
+    assert_same(program.module(), module, given("head", 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_nothing_is_overwritten(strict):
+    class InPlace(torch.nn.Module):
+        def forward(self, logits, teacher, labels):
+            log_probs = kd.token_log_probs(logits, labels, inplace=True).log_probs
+            return kd.kl_div(logits, teacher, inplace=True) + log_probs.sum()
+
+    program = export(InPlace(), given("logits", 4), strict=strict).module()
+    for learns in (False, True):
+        arguments = given("logits", 4, requires_grad=learns)
+        before = arguments[0].detach().clone()
+        loss = program(*arguments)
+        if learns:
+            assert torch.autograd.grad(loss, arguments[0])[0].norm() > 0.1
+        assert torch.equal(arguments[0], before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["logits", "head"])
 def test_ahead_of_time(form, tmp_path):

@@ -87,7 +87,7 @@ def calls() -> dict:
     }
 
 
-#: Of a forward and a backward on a CPU, whose checks look at values where a GPU's assert.
+#: Of a forward and a backward on a CPU, whose checks look at values where a GPU's assert. Another torch may have a few more.
 MOST = {
     "dense": 18,
     "hard term": 41,
@@ -109,4 +109,4 @@ def test_a_call_starts_few_operations(monkeypatch, name):
     call = calls()[name]
     started = launches(lambda: call().backward())
     assert any(one in ("fused", "fused_sparse", "accumulate") for one in started)
-    assert len(started) <= MOST[name], started
+    assert len(started) <= 1.05 * MOST[name], started

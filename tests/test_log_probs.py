@@ -9,6 +9,7 @@ from compiled import assert_compiled
 from problems import BACKENDS, assert_exact, assert_refused, relative
 from torch.autograd import grad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
 from kdkernels.backends import eager
@@ -377,9 +378,40 @@ def test_a_second_backward_over_overwritten_logits_is_an_error(backend):
             loss = kd.token_log_probs(leaf * 1, torch.arange(4), inplace=True).log_probs.sum()
         assert grad(loss, leaf, retain_graph=True)[0].norm() > 0.1
         with pytest.raises(
-            RuntimeError, match="modified by an inplace operation|were written to since the forward"
+            RuntimeError, match="modified by an inplace operation|has left the gradient where"
         ):
             grad(loss, leaf)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(backend, reentrant):
+    for form in ("logits", "head", "frozen"):
+        asked = Asked(form, slots=2)
+        leaf, others = asked.student[0].requires_grad_(), asked.student[1:]
+
+        def loss(x, asked=asked, others=others):
+            of = kd.token_log_probs(kd.LinearHead(x, *others) if others else x, asked.ids, entropy=True)
+            return of.log_probs.sum() + of.entropy.sum()
+
+        expected = grad(loss(leaf), leaf)[0]
+        checkpoint(loss, leaf, use_reentrant=reentrant).backward()
+        assert torch.equal(leaf.grad, expected) and expected.norm() > 0.1
+
+
+def test_what_is_saved_is_unpacked_once(backend):
+    unpacked, leaf = [], torch.randn(4, 10, requires_grad=True)
+    with saved_tensors_hooks(
+        lambda t: (len(unpacked), t), lambda saved: unpacked.append(saved[1]) or saved[1]
+    ):
+        loss = kd.token_log_probs(leaf, torch.arange(4)).log_probs.sum()
+    loss.backward()
+    assert sum(t.data_ptr() == leaf.data_ptr() for t in unpacked) == 1
+
+
+@pytest.mark.parametrize("ids", [[0], [1], [0, 1, 2], [2, 3]])
+def test_an_infinite_logit_is_seen(backend, ids):
+    of = kd.token_log_probs(torch.tensor([[math.inf, 1.0, 2.0, 3.0]]), torch.tensor([ids]), return_stats=True)
+    assert of.log_probs.isnan().all() and of.logsumexp.isnan().all()
 
 
 def test_a_frozen_head_is_projected_once(monkeypatch):

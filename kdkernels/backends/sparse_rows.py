@@ -86,7 +86,7 @@ def whole_row(side: SideState, stored: Tensor, temperature: Tensor, *, mean: boo
     total = exp.sum(-1) + rest
     # Where a stored token has nearly all the mass, its 1 in the sum would leave no digits of the others.
     others = exp.scatter(1, at, 0.0).sum(-1) + rest
-    log_sum_exp = torch.where(top[:, 0] >= side.reference, others.log1p(), total.log())
+    log_sum_exp = torch.where(top[:, 0] - reference == 0, others.log1p(), total.log())  # of inf it is NaN
     mean_shift = torch.zeros_like(total)
     if mean:
         moment = (exp * below).masked_fill_(exp == 0, 0.0).sum(-1)

@@ -52,6 +52,7 @@ class Evaluated(NamedTuple):
 def evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool = False) -> Evaluated:
     """A call, solved by the oracle where that is asked for, else by an operator. The oracle takes the models as they were
     given."""
+    inplace = inplace and not torch.compiler.is_exporting()  # what a program is given may be anybody's
     if reference_asked():
         if call.request.shard or isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits):
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")

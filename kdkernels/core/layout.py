@@ -34,13 +34,16 @@ def columns_adjoin(t: Tensor) -> bool:
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two entries of ``t`` may be one place in memory. False is certain, but where a size depends on data: a
-    compiler does not know it.
+    """Whether two entries of ``t`` may be one place in memory. False is certain.
 
     It is False where each step is longer than all that the shorter ones span, as in slices and
     transpositions of a dense tensor.
     """
-    steps = [(stride, size) for size, stride in zip(t.shape, t.stride()) if _known(size > 1)]
+    steps = [
+        (stride, size)
+        for size, stride in zip(t.shape, t.stride())
+        if _known(size > 1) or (_known(stride == 0) and not _known(size <= 1))
+    ]
     for i, (stride, _) in enumerate(steps):
         shorter = [
             (s, n) for j, (s, n) in enumerate(steps) if _known(s < stride) or (j > i and _known(s == stride))
@@ -51,6 +54,7 @@ def overlaps_itself(t: Tensor) -> bool:
 
 
 def _known(condition: bool) -> bool:
+    """False where a size depends on data, and a compiler does not know. A tensor that such data made is dense."""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a while

@@ -155,46 +155,46 @@ def _(*_):
     """It gives nothing."""
 
 
+#: Of the arguments, the tensors: student, lm_head, bias, ids, labels, temperature.
+_TENSORS = 6
+
+
 def _setup(ctx, inputs, output) -> None:
-    tensors, ctx.rest = inputs[:6], inputs[6:]
-    student, inplace = inputs[0], ctx.rest[-1]
-    ctx.written = (student.data_ptr(), student._version) if inplace and not tracing(student) else None
+    tensors, ctx.rest = inputs[:_TENSORS], inputs[_TENSORS:]
+    ctx.overwritten = False
     ctx.set_materialize_grads(False)  # nobody differentiates most of the outputs
     ctx.mark_non_differentiable(*output[2:])
     save_tensors(ctx, [*tensors, *output[len(Values._fields) :]])
 
 
-def _refuse_written(student: Tensor, before: tuple[int, int] | None) -> None:
-    """torch looks for writes to what a forward saved, but not where hooks for saved tensors hand it over."""
-    if before is not None and student.data_ptr() == before[0] and student._version != before[1]:
-        raise RuntimeError(
-            "the student's logits were written to since the forward (inplace=True leaves their gradient there in the "
-            "first backward); inplace=False, or one backward"
-        )
-
-
 def _backward(ctx, arriving, entropy_weights, *_):
     some = entropy_weights if arriving is None else arriving
-    if some is None:
-        return (None,) * 13
+    if some is None:  # nothing arrives for any output
+        return (None,) * (_TENSORS + len(ctx.rest))
     compiling = tracing(some)
     refuse_double_backward(compiling)
     refuse_batched(some)
-    *student, ids, labels, temperature = saved_tensors(ctx)[:6]
-    *finished, choice = saved_tensors(ctx)[6:]
+    saved = saved_tensors(ctx)
+    *student, ids, labels, temperature = saved[:_TENSORS]
+    *finished, choice = saved[_TENSORS:]
     student = given_of(*student)
     if arriving is None:
         arriving = some.new_zeros(ids.shape)
     spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance, inplace = ctx.rest
     given = ids, arriving, entropy_weights, labels, temperature, finished, spec, vocab, shard, chunk_bytes
     if inplace and not compiling:  # what is compiled may not overwrite what a forward saved
-        _refuse_written(student[0], ctx.written)
+        if ctx.overwritten:  # torch sees it too, but not where hooks save the logits
+            raise RuntimeError(
+                "the first backward has left the gradient where the student's logits were (inplace=True); inplace=False "
+                "for a second one"
+            )
+        ctx.overwritten = True
         log_probs_gradient_(student[0], *given, choice)
         grads = [student[0].detach()]
     else:
         made = iter(log_probs_gradient(student, *given, needs_grad, gradient_tolerance, choice))
         grads = [next(made) if needed else None for needed in needs_grad]
-    return (*grads, *[None] * (13 - len(grads)))
+    return (*grads, *[None] * (_TENSORS + len(ctx.rest) - len(grads)))
 
 
 torch.library.register_autograd(log_probs, _backward, setup_context=_setup)

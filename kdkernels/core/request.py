@@ -406,15 +406,21 @@ def _sparse(
 
 
 def _needs_grad(student: Side, teacher: Side | None, terms: Terms) -> list[bool]:
-    own = needs_grad(student.tensors)
+    enabled = torch.is_grad_enabled()
+    own = needs_grad(student.tensors, enabled=enabled)
     if teacher is None:
         return own
-    return own + [terms.teacher_learns and needed for needed in needs_grad(teacher.tensors)]
+    return own + needs_grad(teacher.tensors, enabled=enabled and terms.teacher_learns)
 
 
-def needs_grad(tensors: list[Tensor]) -> list[bool]:
-    """Which of them need a gradient. What an exported program will be given may, whatever its examples do."""
-    return [torch.is_grad_enabled() and (t.requires_grad or torch.compiler.is_exporting()) for t in tensors]
+def needs_grad(tensors: list[Tensor], *, enabled: bool) -> list[bool]:
+    """Which of them need a gradient. What an exported program will be given may, whatever its examples do; its frozen
+    parameters stay frozen."""
+    return [enabled and (t.requires_grad or _may_be_given(t)) for t in tensors]
+
+
+def _may_be_given(t: Tensor) -> bool:
+    return torch.compiler.is_exporting() and not isinstance(t, torch.nn.Parameter)
 
 
 def _token_weights(
