@@ -105,7 +105,39 @@ MAPS = {
         lambda: changed(causal("Cohere"), logit_scale=-0.9),
         LogitMap(-0.9),
     ),
+    "in place": (lambda: after(lambda self, z: z.mul_(0.25)), LogitMap(0.25)),
 }
+
+
+def blip2():
+    """It wants images, and then does without the queries that their places would take."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    config = transformers.Blip2Config(
+        vision_config=dict(**sizes, image_size=8, patch_size=4),
+        qformer_config=dict(**sizes, vocab_size=VOCAB, encoder_hidden_size=32),
+        text_config=dict(model_type="llama", **TEXT),
+        num_query_tokens=2,
+        image_token_index=VOCAB - 1,
+    )
+    torch.manual_seed(0)
+    model = transformers.Blip2ForConditionalGeneration(config).double().eval()
+    model.inputs = {
+        "input_ids": torch.tensor([[VOCAB - 1, VOCAB - 1, 3]]),
+        "pixel_values": torch.randn(1, 3, 8, 8, dtype=torch.float64),
+    }
+    return model
+
+
+def test_a_model_that_takes_no_tokens_alone_says_what_to_do():
+    model = blip2()
+    with pytest.raises(
+        ValueError, match=r"Blip2For.* takes no tokens alone: .*pixel_values.*check_head\(model, inputs\)"
+    ):
+        call_through_head(model, model.inputs, logits_of)
+    measured = check_head(model, model.inputs)
+    assert check_head(model) == measured, "what was measured is kept"
+    actual = call_through_head(model, model.inputs, logits_of)
+    torch.testing.assert_close(actual, model(**model.inputs, use_cache=False).logits)
 
 
 def changed(model, **attributes):
@@ -273,6 +305,14 @@ REFUSED = {
     "a mask": (
         lambda: after(lambda self, z: z.index_fill(-1, torch.tensor([5]), -1e9)),
         "does more to its logits",
+    ),
+    "a mask in place": (
+        lambda: after(lambda self, z: z.index_fill_(-1, torch.tensor([5]), -1e9)),
+        "does more to its logits",
+    ),
+    "dropout": (
+        lambda: with_head(lambda self, z: nn.functional.dropout(z, 0.5, self.training)),
+        "does more than hidden @ weight.T",
     ),
     "a vocabulary cut short": (
         lambda: after(lambda self, z: z[..., :40]),

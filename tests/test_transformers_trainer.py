@@ -343,10 +343,10 @@ def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
     expected_loss = plain_loss(student, teacher, inputs, temperature=2.0, soft=0.5, hard=0.25)
     expected_kl = plain_loss(student, teacher, inputs)
     expected_hard = plain_loss(student, teacher, inputs, soft=0.0, hard=1.0)
-    for size in (2, 5):
+    for size in (2, 5):  # all rows, whatever is dropped in training
         trainer = DistillationTrainer(
             student,
-            arguments(tmp_path, per_device_eval_batch_size=size),
+            arguments(tmp_path, per_device_eval_batch_size=size, dataloader_drop_last=True),
             teacher=teacher,
             temperature=2.0,
             soft_weight=0.5,
@@ -357,6 +357,17 @@ def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
         assert metrics["eval_loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
         assert metrics["eval_kl"] == pytest.approx(expected_kl.item(), rel=1e-5)
         assert metrics["eval_hard"] == pytest.approx(expected_hard.item(), rel=1e-5)
+
+
+def test_a_teacher_beside_stored_targets_is_refused(tmp_path):
+    rows = rows_of(batch(rows=2))
+    for row in rows:
+        size = len(row["input_ids"])
+        row["target_ids"] = torch.randint(VOCAB, (size, 3)).tolist()
+        row["target_logprobs"] = torch.randn(size, 3).log_softmax(-1).tolist()
+    trainer = DistillationTrainer(llama(), arguments(tmp_path), teacher=llama(seed=7), eval_dataset=rows)
+    with pytest.raises(ValueError, match="holds target_ids, and there is a teacher too"):
+        trainer.evaluate()
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -412,7 +423,7 @@ SHARED_OUT = {
     "dispatched": (7, of_one_length, {"dispatch_batches": True}, {}),
     "dispatched, fewer than processes": (1, of_one_length, {"dispatch_batches": True}, {}),
     "without a length": (7, of_one_length, {}, {}),
-    "the last ones dropped": (7, flat, {}, {"dataloader_drop_last": True}),
+    "the last ones dropped in training": (7, flat, {}, {"dataloader_drop_last": True}),
 }
 
 
@@ -450,7 +461,7 @@ def evaluate_on_rank(rank, folder):
         rows = samples(count)
         given = Stream(rows) if name == "without a length" else rows
         metrics = trainer(given, collator, accelerator, **options).evaluate()
-        counted = [collator([row]) for row in (rows[:4] if "dropped" in name else rows)]
+        counted = [collator([row]) for row in rows]
         for which, soft, hard in (("eval_kl", 1, 0), ("eval_hard", 0, 1), ("eval_loss", 1, 0.25)):
             tokens = sum(int((one["labels"][:, 1:] != -100).sum()) for one in counted)
             expected = sum(plain_on_rows(student, teacher, one, soft, hard, tokens) for one in counted).item()

@@ -14,6 +14,7 @@ import inspect
 import math
 import weakref
 from functools import cache
+from itertools import product
 from typing import Any, Callable, Iterator
 
 import torch
@@ -90,8 +91,8 @@ def call_through_head(
     >>> loss.backward()
     """
     own, causal_lm, head = _parts(model)
-    checked, logit_map = _logit_maps.get(causal_lm, (None, LogitMap()))
-    if checked is None or checked() is not head:
+    logit_map = _known(causal_lm, head)
+    if logit_map is None:
         logit_map = check_head(model)
 
     def forward(hidden: Tensor) -> tuple[Any, Tensor]:
@@ -107,24 +108,28 @@ def call_through_head(
 
 
 @torch.compiler.disable
-def check_head(model: nn.Module) -> LogitMap:
+def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitMap:
     """Measures what ``model`` does to its lm_head's output. ValueError if a LinearHead cannot express it.
 
-    A forward of two tokens, without gradients. The random state and every module's training mode are restored. The
-    lm_head gets the hidden states, as they are and enlarged, and must project them. Then the model gets logits of every
-    size instead of its own. What it makes of them must be a :class:`LogitMap`, whatever its config calls that. Where
-    weights are sharded, every process must take part.
+    A forward, without gradients, of two tokens, or of ``inputs`` where a model takes no tokens alone: few, since this makes
+    logits of them. The random state and every module's training mode are restored. The lm_head gets the hidden states, as
+    they are and enlarged, and must project them, in training too. Then the model gets logits of every size instead of its
+    own. What it makes of them must be a :class:`LogitMap`, whatever its config calls that. Where weights are sharded, every
+    process must take part.
     """
     own, causal_lm, head = _parts(model)
     name = type(causal_lm).__name__
     device = getattr(causal_lm, "device", torch.device("cpu"))
     if device.type == "meta":
         raise ValueError(f"{name}'s weights are on the meta device (offloaded, perhaps); {_WAY_OUT}")
-    ids = torch.tensor([[0, 1]], device=device)
+    alone = {"input_ids": torch.tensor([[0, 1]], device=device)}
+    ids = (inputs or alone)["input_ids"]
     given: Any = None
+    reached = False
 
     def forward(hidden: Tensor) -> tuple[None, Tensor]:
-        nonlocal given
+        nonlocal given, reached
+        reached = True
         linear = _linear_head(head, hidden, LogitMap())
         if linear.leading_shape != ids.shape:
             raise ValueError(
@@ -133,7 +138,7 @@ def check_head(model: nn.Module) -> LogitMap:
         _check_linear(name, head, project, linear, hidden)
         given = _logits_of_every_size(linear)
         torch.set_grad_enabled(True)  # shows what is learned between here and the logits
-        return None, given
+        return None, given.clone()  # a model may write over it
 
     def finish(_: None, output: Any) -> Any:
         torch.set_grad_enabled(False)
@@ -142,9 +147,16 @@ def check_head(model: nn.Module) -> LogitMap:
     project = head.forward
     with torch.no_grad(), _evaluating(model), torch.random.fork_rng(_gpus(ids)):
         try:
-            logits = _run(model, own, causal_lm, head, {"input_ids": ids}, forward, finish)
-        except (AttributeError, TypeError) as error:
-            if not (head._forward_hooks or own._forward_hooks):
+            logits = _run(model, own, causal_lm, head, inputs or alone, forward, finish)
+        except (AttributeError, TypeError, ValueError) as error:
+            if not reached and inputs is None and _WAY_OUT not in str(error):
+                if (known := _known(causal_lm, head)) is not None:
+                    return known
+                raise ValueError(
+                    f"{name} takes no tokens alone: {error}; call check_head(model, inputs) with a few of its own before it "
+                    f"is trained, or {_WAY_OUT}"
+                ) from error
+            if isinstance(error, ValueError) or not (head._forward_hooks or own._forward_hooks):
                 raise
             raise ValueError(
                 f"{name} or its lm_head has a forward hook, which gets no logits here: {error}; remove it, or {_WAY_OUT}"
@@ -152,6 +164,12 @@ def check_head(model: nn.Module) -> LogitMap:
     logit_map = _measured(name, given, logits)
     _logit_maps[causal_lm] = weakref.ref(head), logit_map
     return logit_map
+
+
+def _known(causal_lm: nn.Module, head: nn.Module) -> LogitMap | None:
+    """What was measured of this lm_head."""
+    of, logit_map = _logit_maps.get(causal_lm, (None, None))
+    return logit_map if of is not None and of() is head else None
 
 
 def weights_are_here(model: nn.Module) -> bool:
@@ -405,10 +423,14 @@ def _plain_weights(head: Any) -> tuple[Tensor, Tensor | None]:
 def _check_linear(
     name: str, head: nn.Module, project: Callable[[Tensor], Tensor], linear: kd.LinearHead, hidden: Tensor
 ) -> None:
-    """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100."""
+    """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100, in
+    evaluation and in training."""
     largest = _projected(linear).abs().max().item()
-    for factor in (1.0, 100 / max(largest, 1e-3)):
+    for factor, training in product((1.0, 100 / max(largest, 1e-3)), (False, True)):
+        head.train(training)
+        torch.manual_seed(0)  # LoRA's dropout is the same in both
         expected = project(hidden * factor)
+        torch.manual_seed(0)
         actual = _projected(_linear_head(head, hidden * factor, LogitMap()))
         if actual.shape != expected.shape:
             raise ValueError(
@@ -429,11 +451,12 @@ def _projected(linear: kd.LinearHead) -> Tensor:
 
 
 def _logits_of_every_size(linear: kd.LinearHead) -> Tensor:
-    """Distinct values ``[1, 2, V]`` of both signs from 2^-10 to 2^14, which fp16 can hold. Any mask, cut or cap changes some."""
+    """Distinct values ``[B, L, V]`` of both signs from 2^-10 to 2^14, which fp16 can hold. Any mask, cut or cap changes some."""
     dtype, device = torch.promote_types(linear.hidden.dtype, torch.float32), linear.hidden.device
-    sizes = torch.linspace(-10, 14, 2 * linear.vocab_size, dtype=dtype, device=device).exp2()
-    signs = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(linear.vocab_size)
-    return (sizes * signs).view(1, 2, -1)
+    shape = *linear.leading_shape, linear.vocab_size
+    sizes = torch.linspace(-10, 14, math.prod(shape), dtype=dtype, device=device).exp2()
+    sizes[1::2].neg_()
+    return sizes.view(shape)
 
 
 def _measured(name: str, given: Tensor, logits: Any) -> LogitMap:

@@ -6,9 +6,10 @@ weights around a module's forward (FSDP, FSDP2, ZeRO-3) works.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
@@ -152,6 +153,10 @@ class DistillationTrainer(Trainer):
     def teacher_target(self, inputs: dict[str, Any]) -> kd.LinearHead | kd.SparseTarget | None:
         """What the teacher says about a batch, in any form that distillation_loss takes."""
         if "target_ids" in inputs:
+            if self.teacher is not None:
+                raise ValueError(
+                    "the batch holds target_ids, and there is a teacher too; leave one of them out"
+                )
             return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
         if self.teacher is None:
             return None
@@ -310,6 +315,14 @@ class DistillationTrainer(Trainer):
         self._eval_sums.add(sums, tokens)
         return (None, None, None)
 
+    def get_eval_dataloader(self, *given: Any) -> Any:
+        with _every_row(self.args):
+            return super().get_eval_dataloader(*given)
+
+    def get_test_dataloader(self, *given: Any) -> Any:
+        with _every_row(self.args):
+            return super().get_test_dataloader(*given)
+
     def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
         _repeat_whole_batches(dataloader)
         self._eval_dataloader, self._eval_sums = dataloader, _Sums()
@@ -402,6 +415,16 @@ class DistillationTrainer(Trainer):
 
 
 # -- small parts ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _every_row(args: Any) -> Iterator[None]:
+    """dataloader_drop_last is of training batches; an evaluation is of its whole set."""
+    given, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = given
 
 
 def _check_head_if_here(model: Any) -> None:
