@@ -1,5 +1,8 @@
 """Every public loss under torch.compile gives what it gives without, the gradient too."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from compiled import assert_compiled
@@ -106,6 +109,12 @@ def test_as_one_graph(name):
 def test_with_symbols(name):
     """All sizes and numbers are, but not those that a module keeps: the compiler makes tensors of them."""
     assert_compiled(*CASES[name], dynamic=True)
+
+
+def test_torch_2_10_can_follow():
+    """Its compiler, the oldest that pyproject.toml allows, stops at `match`."""
+    for path in Path(kd.__file__).parent.rglob("*.py"):
+        assert not any(isinstance(node, ast.Match) for node in ast.walk(ast.parse(path.read_text()))), path
 
 
 @pytest.mark.filterwarnings("ignore:Error detected in")  # the compiler's own trace of it
