@@ -272,6 +272,10 @@ def test_damaged_records_and_manifests_are_named(tmp_path):
     record.write_text(json.dumps(rows | {"rows": [0, 1, 5]}))
     with pytest.raises(ValueError, match="sequence 5 is also in shard-0000-000000.parquet"):
         TeacherCache(tmp_path / "c")
+    for wrong in ({"rows": ["a"]}, {"rows": None}, {"bytes": "1"}, {"sha256": None}):
+        record.write_text(json.dumps(rows | wrong))
+        with pytest.raises(ValueError, match=f"{record.name} is damaged .*; delete it and its shard"):
+            TeacherCache(tmp_path / "c")
     record.unlink()
     with pytest.raises(
         ValueError, match="3 of 6 sequences; sequence 0 is the first that it lacks; run the command"

@@ -192,7 +192,7 @@ def test_samples_and_top_p(home, options, kind, values):
     assert from_cache(home, directory.name + "-run", directory, max_steps=1)["steps"] == 1
 
 
-def test_draws_do_not_depend_on_where_a_run_was_interrupted(home, monkeypatch):
+def test_draws_do_not_depend_on_where_a_run_was_interrupted(home, monkeypatch, capsys):
     whole = TeacherCache(cached(home, "whole", "--samples", "8"))
     written, wrote = cache_command.CacheWriter.write, []
 
@@ -204,8 +204,9 @@ def test_draws_do_not_depend_on_where_a_run_was_interrupted(home, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_command.CacheWriter, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             cached(home, "parts", "--samples", "8")
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on with it"
     with pytest.raises(ValueError, match=f"has 5 of {len(whole)} sequences"):
         TeacherCache(home / "parts")
     parts = TeacherCache(cached(home, "parts", "--samples", "8", "--batch_size", "3"))

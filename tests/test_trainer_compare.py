@@ -1,7 +1,10 @@
 """``python -m kdkernels train compare``: its plan, what students are judged by, and what the report says."""
 
 import json
+import multiprocessing
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import WRITES, options, run  # noqa: E402
+from trainer_runs import WRITES, flags, options, run  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
+from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.files import read_metrics  # noqa: E402
@@ -126,6 +130,28 @@ def test_a_comparison_that_could_not_begin_leaves_its_folder_free(tmp_path, monk
     with pytest.raises(UserError, match="teacher did not finish"):
         compare.compare(resolve("compare", values))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_that_is_interrupted_stops_its_stage(tmp_path, monkeypatch, capsys):
+    """At its exit it would wait for it to the end."""
+    context, started = multiprocessing.get_context("fork"), []
+
+    class Interrupted(context.Process):
+        def join(self, timeout=None):
+            if self not in started:
+                started.append(self)
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    monkeypatch.setattr(context, "Process", Interrupted)
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(compare, "_stage", lambda mode, asked: time.sleep(30))
+    command = ["train", "compare", *flags(options(tmp_path, ways=["plain", "soft"], max_steps=1, **WRITES))]
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on with it"
+    assert [process.exitcode for process in started] == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize("rates, steps", [((300.0, 200.0), 6), ((200.0, 300.0), 4)])

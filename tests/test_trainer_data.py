@@ -29,6 +29,25 @@ def test_every_format_is_read(tmp_path):
     assert texts == ["alpha", "beta", "gamma", "delta", "epsilon"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("alpha", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "beta"}\n', encoding="utf-8-sig")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.c").write_text("gamma", encoding="utf-8-sig")
+    names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c")]
+    assert [record["text"] for record in data.read(DataSettings(data=names))] == ["alpha", "beta", "gamma"]
+
+
+@pytest.mark.parametrize("field, kind", [("body", "text"), ("text", "messages"), ("other", "messages")])
+def test_a_text_that_was_asked_for_by_name_is_taken_first(field, kind):
+    messages = [{"role": "assistant", "content": "m"}]
+    row = {"body": "b", "text": "t", "prompt": "p", "completion": "c", "messages": messages}
+    record = data._record(row, field, "here")
+    assert data.kind_of(record) == kind and record.get("text", "b") == "b"
+    del row["messages"]
+    assert data.kind_of(data._record(row, field, "here")) == kind.replace("messages", "completions")
+
+
 def test_packing_loses_nothing(tokenizer):
     texts = [{"text": "def f(x):\n    return x"}, {"text": "import math"}]
     rows = data.sequences(texts, tokenizer, 4).rows

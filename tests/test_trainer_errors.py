@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 
 import huggingface_hub  # noqa: E402
 import safetensors.torch  # noqa: E402
-from trainer_runs import PACKAGE, error_of, options, run, weights  # noqa: E402
+from trainer_runs import PACKAGE, error_of, flags, options, run, weights  # noqa: E402
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, files, models, reliable, train  # noqa: E402
@@ -276,13 +276,14 @@ def test_a_broken_file_in_the_folder_is_one_line(name, content, says, tmp_path):
     assert (tmp_path / name).read_bytes() == content
 
 
-def test_a_run_that_fails_in_its_first_step_leaves_its_folder_free(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [UserError, ValueError])
+def test_a_run_that_fails_in_its_first_step_leaves_its_folder_free(kind, tmp_path, monkeypatch):
     """Whatever it has logged before that step."""
 
     def training_step(*arguments):
-        raise UserError("step 1: it fails")
+        raise kind("step 1: it fails")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="step 1"):
+    with monkeypatch.context() as patch, pytest.raises(kind, match="step 1"):
         patch.setattr(ReliableTrainer, "training_step", training_step)
         run("soft", tmp_path, max_steps=1, eval_on_start=True)
     run("soft", tmp_path, max_steps=1, learning_rate=1e-4)
@@ -293,6 +294,92 @@ def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "seconds.json").write_text("1000.0")
     assert 1000 < run("soft", tmp_path, resume=True)["seconds"] < 1500
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run of which checkpoints 2 and 4 are left."""
+    folder = tmp_path_factory.mktemp("two")
+    run("soft", folder)
+    return folder
+
+
+def go_on(folder):
+    return run("soft", folder, resume=True)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+SAVED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [*SAVED, "trainer_state.json"])
+def test_a_checkpoint_that_is_not_whole_is_not_gone_on_from(name, two_checkpoints, tmp_path):
+    """Trainer would begin with a new optimizer, or end in a traceback."""
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    path = folder / "checkpoint-4" / name
+    way_out = "; delete it, and --resume goes on from checkpoint-2$"
+    cut(path)
+    why = ": " if name.endswith(".json") else f" has {path.stat().st_size} bytes, not "
+    with pytest.raises(UserError, match=f"checkpoint-4 is damaged: {name}{why}.*{way_out}"):
+        go_on(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=f"checkpoint-4 lacks {name}{way_out}"):
+        go_on(folder)
+    shutil.rmtree(folder / "checkpoint-2")
+    with pytest.raises(UserError, match=f"checkpoint-4 lacks {name}; delete it, and --resume begins anew$"):
+        go_on(folder)
+    (folder / "checkpoint-99").mkdir()
+    with pytest.raises(UserError, match="checkpoint-99 lacks trainer_state.json; .* from checkpoint-4$"):
+        go_on(folder)
+
+
+@pytest.fixture
+def earlier(two_checkpoints, tmp_path):
+    """Checkpoint 2 of a run, as an earlier version wrote it: without a record of its files."""
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "checkpoint-2" / "files.json").unlink()
+    return folder
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(earlier, two_checkpoints):
+    go_on(earlier)
+    ours, theirs = weights(earlier / "checkpoint-4"), weights(two_checkpoints / "checkpoint-4")
+    assert all(map(torch.equal, ours.values(), theirs.values()))
+
+
+@pytest.mark.parametrize("name", [*SAVED, "seconds.json"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line(name, earlier):
+    (earlier / "checkpoint-2" / name).write_bytes(b"\xff{")
+    with pytest.raises(UserError, match=r"^cannot (load|read) .*checkpoint-2") as caught:
+        go_on(earlier)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"text": "x"}', "{"])
+def test_a_damaged_begun_json_is_one_line(text, tmp_path):
+    path = tmp_path / "begun.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^cannot read {path}|{path} is damaged: .*; delete it if --data is"):
+        train.begun_with(path)
+
+
+@pytest.mark.parametrize("more, says", [({}, "; --resume goes on with it"), ({"save_only_model": True}, "")])
+def test_ctrl_c_is_one_line(more, says, tmp_path, capsys, monkeypatch):
+    def training_step(*arguments):
+        raise KeyboardInterrupt
+
+    command = ["train", "soft", *flags(options(tmp_path / "run", max_steps=1, **more))]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(ReliableTrainer, "training_step", training_step)
+        main(command)
+    assert caught.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == f"interrupted{says}"
+    if says:
+        main([*command, "--resume"])
+        assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_every_token_masked(tmp_path, monkeypatch):

@@ -143,6 +143,23 @@ SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_m
         ("soft", {"teacher_steps": 3}, "teacher_steps=3: soft has none, it is of compare"),
         ("hard", {"completions": "x.jsonl", "teacher": None}, "no --teacher writes them"),
         ("hard", {"completions": "x.txt"}, "the name must end in .jsonl"),
+        # what libraries would refuse in a traceback
+        (
+            "soft",
+            {"dataloader_persistent_workers": True},
+            "there are no workers; give --dataloader_num_workers",
+        ),
+        (
+            "soft",
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"nope": 1}},
+            "checkpointing_kwargs={'nope': 1}: torch.utils.checkpoint has no nope; leave it out",
+        ),
+        (
+            "soft",
+            {"gradient_checkpointing_kwargs": "nope"},
+            "checkpointing_kwargs=nope: it must be a mapping",
+        ),
+        ("soft", {"accelerator_config": {"nope": 1}}, "unexpected keyword argument 'nope'"),
         # YAML of other types
         ("soft", {"temperature": [1, 2]}, "temperature=[1, 2]: one value, not a list"),
         ("soft", {"max_length": None}, "max_length is null; leave it out for its default, 512"),
@@ -204,6 +221,20 @@ def test_yaml_may_name_one_of_a_list(tmp_path):
     settings = resolve("soft", values)
     assert settings.data.data == [str(PACKAGE)] and settings.model.lora_modules == ["q_proj"]
     assert settings.run.report_to == [] and settings.asked["eval_steps"] is None
+
+
+def test_what_checkpointing_takes_is_not_refused(tmp_path):
+    asked = {"use_reentrant": False, "preserve_rng_state": False, "every_n_layers": 2, "early_stop": False}
+    settings = resolve("soft", options(tmp_path, gradient_checkpointing_kwargs=asked))
+    assert settings.run.gradient_checkpointing_kwargs == asked
+
+
+def test_yaml_s_no_is_a_strategy(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(options(tmp_path)) + "eval_strategy: no\nsave_strategy: no\n")
+    settings = parse("soft", ["--config", str(path)])
+    assert settings.run.eval_strategy == settings.run.save_strategy == "no"
+    assert settings.to_dict()["eval_strategy"] == "no"
 
 
 def test_what_the_command_line_does_not_know():

@@ -20,7 +20,7 @@ from ..trainer import data, models
 from ..trainer.command_line import parse_parts
 from ..trainer.progress import bar
 from ..trainer.refused import check_dtype
-from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
+from ..trainer.settings import INTERRUPTED, SCRATCH, DataSettings, ModelSettings, UserError, option
 
 
 @dataclass
@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> None:
         run(settings, data_settings)
     except (UserError, OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with it", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def run(settings: CacheSettings, data_settings: DataSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import sys
+from typing import Any
 
 import torch.distributed
 
@@ -13,7 +14,7 @@ def main(arguments: list[str]) -> None:
     from transformers.utils import logging
 
     from ..trainer.command_line import parse
-    from ..trainer.settings import MODES, UserError
+    from ..trainer.settings import INTERRUPTED, MODES, UserError
 
     logging.disable_progress_bar()  # those of loading and writing models; training has its own
 
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("mode", choices=MODES, metavar="MODE", help="one of the modes below")
     mode = parser.parse_args(arguments[:1] or ["--help"]).mode
+    settings = None
     try:
         settings = parse(mode, arguments[1:])
         if mode == "compare":
@@ -39,6 +41,21 @@ def main(arguments: list[str]) -> None:
             atexit.register(leave_group)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"interrupted{going_on(settings)}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def going_on(settings: Any) -> str:
+    """How an interrupted command is gone on with, if it can be."""
+    from ..trainer.train import CONFIG
+
+    if settings is None:
+        return ""
+    if settings.mode == "compare":
+        return "; the same command goes on with it"
+    resumable = not settings.run.save_only_model and settings.model.tensor_parallel == 1
+    return "; --resume goes on with it" if resumable and (settings.output_dir / CONFIG).exists() else ""
 
 
 def leave_group() -> None:

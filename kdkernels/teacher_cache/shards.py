@@ -42,6 +42,15 @@ class Shard:
     rows: list[int]
     manifest: str
 
+    def __post_init__(self) -> None:
+        for name in ("bytes", "tokens", "kept"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, not a number")
+        if not isinstance(self.rows, list) or not all(isinstance(row, int) for row in self.rows):
+            raise TypeError("rows is no list of numbers")
+        if not all(isinstance(text, str) for text in (self.file, self.sha256, self.manifest)):
+            raise TypeError("file, sha256 and manifest must be texts")
+
     @property
     def record(self) -> str:
         return Path(self.file).with_suffix(".json").name

@@ -17,7 +17,7 @@ import kdkernels as kd
 
 from ..integrations.transformers import call_through_head, check_head, model_inputs
 from .reliable import ReliableTrainer
-from .settings import UserError
+from .settings import UserError, one_line
 
 TEACHER_LOSS = "teacher_loss.json"
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay", "teacher_loss")
@@ -272,4 +272,6 @@ class CodistillationTrainer(ReliableTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.teacher_loss = json.loads(Path(checkpoint, TEACHER_LOSS).read_text())
+            path = Path(checkpoint, TEACHER_LOSS)
+            with one_line(f"cannot read {path}"):
+                self.teacher_loss = json.loads(path.read_text())

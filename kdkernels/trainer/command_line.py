@@ -112,7 +112,7 @@ def resolve(
         model, data, loss, generation, policy, compare, run, _ = parser.parse_args_into_dataclasses(
             line, look_for_args_file=False
         )
-    except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
+    except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise UserError(" ".join(str(error).split())) from error
     asked = {name: _plain(value) for name, value in vars(given).items() if name in FIELDS}
     settings = Settings(mode, model, data, loss, generation, policy, compare, run, asked)
@@ -138,6 +138,8 @@ def _as_arguments(values: dict[str, Any], parser: HfArgumentParser) -> list[str]
     takes_list = {action.dest for action in parser._actions if action.nargs == "+"}
     line = []
     for name, value in values.items():
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # as YAML 1.1 reads it
         if value == parser.get_default(name) and type(value) is type(parser.get_default(name)):
             continue
         if value is None:

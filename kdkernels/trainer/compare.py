@@ -26,7 +26,7 @@ import kdkernels as kd
 from . import data, judge, models, progress, report, train
 from .command_line import resolve
 from .files import read_metrics, write_whole
-from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode, is_secret, one_line
+from .settings import INTERRUPTED, MODES, SCRATCH, WAYS, Settings, UserError, for_mode, is_secret, one_line
 
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"
@@ -225,7 +225,12 @@ def exit_code(settings: Settings) -> int | None:
     context.set_forkserver_preload([train.__name__])
     process = context.Process(target=_stage, args=(settings.mode, settings.asked))
     process.start()
-    process.join()
+    try:
+        process.join()
+    except BaseException:  # Ctrl-C too: at its own exit this process would wait for the stage
+        process.terminate()
+        process.join()
+        raise
     return process.exitcode
 
 
@@ -242,6 +247,8 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
         train.run(resolve(mode, asked))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # Ctrl-C goes to both processes, and the command says so
+        sys.exit(INTERRUPTED)
 
 
 # -- what came of it --------------------------------------------------------------------------------
@@ -262,7 +269,7 @@ def longer(stages: dict[str, Settings]) -> Settings:
 def check_same_text(stages: dict[str, Settings]) -> None:
     """Raises :class:`UserError` where --data was changed after some of the stages were finished."""
     begun = {name: stage.output_dir / train.BEGUN for name, stage in stages.items()}
-    texts = {name: json.loads(path.read_text())["text"] for name, path in begun.items() if path.exists()}
+    texts = {name: train.begun_with(path)["text"] for name, path in begun.items() if path.exists()}
     others = [name for name, text in texts.items() if text != texts.get("soft", text)]
     if others:
         raise UserError(

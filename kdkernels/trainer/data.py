@@ -16,6 +16,7 @@ from .progress import say
 from .settings import DataSettings, UserError, one_line
 
 IGNORE = -100
+ENCODING = "utf-8-sig"  #: UTF-8, without the mark that some editors put before a text
 ROWS = (".jsonl", ".parquet")  #: suffixes of files whose rows are the documents
 #: ``{"text"}``; or ``{"prompt", "completion"}`` or ``{"messages"}``, with "where" they were read, whether they "ended", and
 #: what a chat template is given beside messages.
@@ -50,13 +51,13 @@ def _read_one(name: str, text_field: str) -> Iterator[Record]:
             for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
                 yield _record(row, text_field, f"{path} row {i}")
         elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines splits at U+2028 too
+            lines = path.read_text(encoding=ENCODING).split("\n")  # splitlines splits at U+2028 too
             for i, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path} line {i}"
                     yield _record(_json(line, where), text_field, where)
         elif path.suffix == ".txt":
-            yield {"text": path.read_text(encoding="utf-8")}
+            yield {"text": path.read_text(encoding=ENCODING)}
         else:
             raise UserError(f"{path}: only .txt, .jsonl, .parquet and folders are read")
 
@@ -80,7 +81,7 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
                 of_rows.append(path)
                 continue
             try:
-                yield {"text": path.read_text(encoding="utf-8")}
+                yield {"text": path.read_text(encoding=ENCODING)}
             except UnicodeDecodeError:
                 not_text += 1
     if not_text:
@@ -95,6 +96,8 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
 def _record(row: Any, text_field: str, where: str) -> Record:
     if isinstance(row, dict):
         about = {"where": where, "ended": row.get("ended") is not False}
+        if text_field != DataSettings.text_field and isinstance(row.get(text_field), str):
+            return {"text": row[text_field]}  # it was asked for by name
         if chat.is_chat(row.get("messages")):
             return {"messages": row["messages"], **about, **chat.beside(row, where)}
         prompt, completion = row.get("prompt"), row.get("completion")

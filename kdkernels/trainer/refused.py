@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Callable
+
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from .settings import FIELDS, SCRATCH, WAYS, Settings, UserError, default_of, divergence_of, modes_of
 
@@ -92,12 +96,21 @@ _REFUSED = {
 }
 
 
+def _checkpointing() -> set[str]:
+    """What torch and transformers can be asked of activation checkpointing."""
+    old = PreTrainedModel.gradient_checkpointing_enable  # all that the last transformers for Python 3.10 has
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", old)
+    names = {*inspect.signature(checkpoint).parameters, *inspect.signature(enable).parameters}
+    return {*names, "preserve_rng_state"}  # which torch takes among its **kwargs
+
+
 def check(settings: Settings) -> None:
     """Raises :class:`UserError` for what cannot be, and for what would be passed over without a word."""
     _check_asked(settings)
     _check_compiled(settings)
     _check_tensor_parallel(settings)
     _check_checkpoints(settings)
+    _check_libraries(settings)
     _check_loss_weights(settings)
     _check_teacher(settings)
     _check_precision(settings)
@@ -191,6 +204,23 @@ def _check_checkpoints(settings: Settings) -> None:
         raise UserError(
             f"save_only_model={run.save_only_model}: such checkpoints hold neither optimizer nor schedule, and no run "
             f"goes on from them; {way_out}"
+        )
+
+
+def _check_libraries(settings: Settings) -> None:
+    """What torch refuses only when the first step is under way."""
+    run = settings.run
+    if run.dataloader_persistent_workers and not run.dataloader_num_workers:
+        raise UserError(
+            f"dataloader_persistent_workers={run.dataloader_persistent_workers}: there are no workers; give "
+            "--dataloader_num_workers too, or leave it out"
+        )
+    given: Any = run.gradient_checkpointing_kwargs or {}  # the same as activation_checkpointing_kwargs
+    if not isinstance(given, dict):
+        raise UserError(f"activation_checkpointing_kwargs={given}: it must be a mapping, in JSON")
+    if unknown := sorted(given.keys() - _checkpointing()):
+        raise UserError(
+            f"activation_checkpointing_kwargs={given}: torch.utils.checkpoint has no {', '.join(unknown)}; leave it out"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.transformers import DistillationTrainer
@@ -26,6 +27,10 @@ from .settings import UserError, first_line, one_line
 STAGING = "checkpoint-being-written"
 #: In a checkpoint: what the run had taken up to it.
 SECONDS = "seconds.json"
+#: In a checkpoint: the names of its files, and their bytes.
+FILES = "files.json"
+#: In a checkpoint: how far the run had come, as Trainer names it.
+STATE = "trainer_state.json"
 
 
 class ReliableTrainer(DistillationTrainer):
@@ -117,11 +122,12 @@ class ReliableTrainer(DistillationTrainer):
     def _publish(self, staged: Path, final: Path) -> None:
         if str(staged.parent) in (self.state.best_model_checkpoint or ""):
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-        for path in staged.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            self.state.save_to_json(str(staged / STATE))
+        sizes = {name: path.stat().st_size for name, path in files_of(staged).items()}
+        (staged / FILES).write_text(json.dumps(sizes, indent=1))
+        for path in files_of(staged).values():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         staged.rename(final)
         staged.parent.rmdir()
         limit = self.args.save_total_limit
@@ -136,6 +142,18 @@ class ReliableTrainer(DistillationTrainer):
         if best.is_dir():
             self.state.best_model_checkpoint = str(best)
         return made
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with one_line(f"cannot load the model of {resume_from_checkpoint}"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with one_line(f"cannot load optimizer and schedule of {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with one_line(f"cannot load the random numbers' state of {checkpoint}"):
+            super()._load_rng_state(checkpoint)
 
     def _last_good(self) -> str:
         last = get_last_checkpoint(self._folder)
@@ -272,10 +290,47 @@ def checkpoints(folder: Any) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """Every file in a folder and below it, by its name there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The checkpoint that a run goes on from. UserError if it is not as it was written."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    before = f"goes on from {found[-2].name}" if len(found) > 1 else "begins anew"
+    check_whole(found[-1], f"delete it, and --resume {before}")
+    return str(found[-1])
+
+
+def check_whole(checkpoint: Path, way_out: str) -> None:
+    """Trainer goes on without what a checkpoint lacks. Those of earlier versions have no record of their files."""
+    record, here = checkpoint / FILES, files_of(checkpoint)
+    sizes = {STATE: 0}
+    if record.exists():
+        with one_line(f"{record} is damaged"):
+            sizes = dict(json.loads(record.read_text()))
+    for name, size in sizes.items():
+        if name not in here:
+            raise UserError(f"{checkpoint} lacks {name}; {way_out}")
+        found = here[name].stat().st_size
+        if found != size and not name.endswith(".json"):  # JSON that was cut cannot be read; some edit it
+            raise UserError(f"{checkpoint} is damaged: {name} has {found} bytes, not {size}; {way_out}")
+    try:
+        TrainerState.load_from_json(str(here[STATE]))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is damaged: {STATE}: {first_line(error)}; {way_out}") from error
+
+
 def seconds_before(checkpoint: str | None) -> float:
     """What the run had taken up to a checkpoint."""
     path = Path(checkpoint or "", SECONDS)
-    return json.loads(path.read_text()) if checkpoint and path.exists() else 0.0
+    if not checkpoint or not path.exists():
+        return 0.0
+    with one_line(f"cannot read {path}"):
+        return float(json.loads(path.read_text()))
 
 
 def peak_memory() -> int:

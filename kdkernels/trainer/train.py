@@ -27,7 +27,7 @@ from .files import locked, raised_by_all, read_metrics, write_whole
 from .generate import write_completions
 from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
-from .reliable import MetricsFile, ReliableTrainer, checkpoints, peak_memory, seconds_before
+from .reliable import MetricsFile, ReliableTrainer, checkpoints, last_checkpoint, peak_memory, seconds_before
 from .settings import Settings, UserError, divergence_of, for_mode, one_line, without_secrets
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
@@ -213,13 +213,12 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
     settings.run.logging_nan_inf_filter = False  # a loss that is not finite stops the run instead
     trainer = None
     try:
+        checkpoint = last_checkpoint(folder)
         trainer = build(settings)
-        found = checkpoints(folder)
-        checkpoint = str(found[-1]) if found else None
         trainer.start = time.perf_counter() - seconds_before(checkpoint)
         summary.of_models(settings, *trainer.models, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
-    except UserError:
+    except Exception:
         if fresh and (trainer is None or not trainer.state.global_step):
             # A run that could not begin leaves its folder free for another. config.yaml says whose the others are.
             for name in (METRICS, BEGUN, CONFIG):
@@ -371,7 +370,7 @@ def check_begun(given: Ingredients) -> None:
         if not run.process_index:
             write_whole(path, json.dumps(now))
         return
-    before = json.loads(path.read_text())
+    before = begun_with(path)
     if before["text"] != now["text"]:
         raise UserError(
             f"{folder} was begun on other text than --data {' '.join(given.settings.data.data)} holds now; "
@@ -382,6 +381,17 @@ def check_begun(given: Ingredients) -> None:
             f"{folder} was begun by {before['processes']} of torchrun's processes, and now there are "
             f"{now['processes']}: torchrun --nproc_per_node {before['processes']}"
         )
+
+
+def begun_with(path: Path) -> dict[str, Any]:
+    """What a begun.json says of a run. UserError if it is not as a run writes it."""
+    with one_line(f"cannot read {path}"):
+        before = json.loads(path.read_text())
+    if not isinstance(before, dict) or not {"text", "processes"} <= before.keys():
+        raise UserError(
+            f"{path} is damaged: it does not say what the run began with; delete it if --data is what it was"
+        )
+    return before
 
 
 def ingredients(settings: Settings) -> Ingredients:
