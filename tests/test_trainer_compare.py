@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -147,9 +148,10 @@ def test_a_comparison_that_is_interrupted_stops_its_stage(tmp_path, monkeypatch,
     monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: context)
     monkeypatch.setattr(compare, "_stage", lambda mode, asked: time.sleep(30))
     command = ["train", "compare", *flags(options(tmp_path, ways=["plain", "soft"], max_steps=1, **WRITES))]
-    with pytest.raises(SystemExit) as caught:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(KeyboardInterrupt) as caught:
         main(command)
-    assert caught.value.code == 130
+    sys.excepthook(caught.type, caught.value, caught.tb)
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on with it"
     assert [process.exitcode for process in started] == [-signal.SIGTERM]
 

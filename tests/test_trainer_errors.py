@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -289,6 +290,29 @@ def test_a_run_that_fails_in_its_first_step_leaves_its_folder_free(kind, tmp_pat
     run("soft", tmp_path, max_steps=1, learning_rate=1e-4)
 
 
+def test_a_run_that_has_checkpoints_keeps_its_folder(tmp_path, monkeypatch):
+    """Even where Trainer counts its steps anew, as auto_find_batch_size has it do."""
+
+    def train(trainer, **options):
+        (tmp_path / "checkpoint-2").mkdir()
+        raise RuntimeError("it fails")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="it fails"):
+        patch.setattr(ReliableTrainer, "train", train)
+        run("soft", tmp_path, max_steps=1)
+    assert (tmp_path / "config.yaml").exists() and (tmp_path / "begun.json").exists()
+
+
+def test_what_is_moved_or_edited_of_a_checkpoint_is_no_damage(two_checkpoints, tmp_path):
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    moved = shutil.move(folder / "checkpoint-4" / "optimizer.pt", tmp_path)
+    (folder / "checkpoint-4" / "optimizer.pt").symlink_to(moved)
+    record = folder / "checkpoint-4" / "files.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"README.md": 5}))
+    (folder / "checkpoint-4" / "README.md").write_text("longer than it was")
+    reliable.check_whole(folder / "checkpoint-4", "")
+
+
 def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):
     assert run("soft", tmp_path)["seconds"] < 500
     for checkpoint in tmp_path.glob("checkpoint-*"):
@@ -367,16 +391,34 @@ def test_a_damaged_begun_json_is_one_line(text, tmp_path):
         train.begun_with(path)
 
 
-@pytest.mark.parametrize("more, says", [({}, "; --resume goes on with it"), ({"save_only_model": True}, "")])
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({}, "; --resume goes on with it"),
+        ({"save_only_model": True}, ""),
+        ({"save_strategy": "no"}, ""),
+    ],
+)
 def test_ctrl_c_is_one_line(more, says, tmp_path, capsys, monkeypatch):
-    def training_step(*arguments):
-        raise KeyboardInterrupt
+    """And the exception, by which Python ends as SIGINT ends it."""
+    steps, step = [], ReliableTrainer.training_step
 
-    command = ["train", "soft", *flags(options(tmp_path / "run", max_steps=1, **more))]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+    def training_step(*arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    command = ["train", "soft", *flags(options(tmp_path / "run", max_steps=2, save_steps=1) | more)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(sys, "excepthook", sys.excepthook)
         patch.setattr(ReliableTrainer, "training_step", training_step)
-        main(command)
-    assert caught.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == f"interrupted{says}"
+        try:
+            main(command)
+        finally:
+            said = sys.excepthook
+    said(caught.type, caught.value, caught.tb)
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted{says}"
     if says:
         main([*command, "--resume"])
         assert (tmp_path / "run" / "result.json").exists()

@@ -359,15 +359,16 @@ def test_evaluation_is_exact_over_tokens_whatever_the_batch(tmp_path):
         assert metrics["eval_hard"] == pytest.approx(expected_hard.item(), rel=1e-5)
 
 
-def test_a_teacher_beside_stored_targets_is_refused(tmp_path):
+def test_a_teacher_beside_stored_targets_is_not_asked_in_silence(tmp_path):
     rows = rows_of(batch(rows=2))
     for row in rows:
         size = len(row["input_ids"])
         row["target_ids"] = torch.randint(VOCAB, (size, 3)).tolist()
         row["target_logprobs"] = torch.randn(size, 3).log_softmax(-1).tolist()
     trainer = DistillationTrainer(llama(), arguments(tmp_path), teacher=llama(seed=7), eval_dataset=rows)
-    with pytest.raises(ValueError, match="holds target_ids, and there is a teacher too"):
+    with pytest.warns(UserWarning, match="holds target_ids, which are taken; the teacher is not asked"):
         trainer.evaluate()
+    assert trainer.get_eval_dataloader(eval_dataset=rows)
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -20,7 +20,8 @@ from ..trainer import data, models
 from ..trainer.command_line import parse_parts
 from ..trainer.progress import bar
 from ..trainer.refused import check_dtype
-from ..trainer.settings import INTERRUPTED, SCRATCH, DataSettings, ModelSettings, UserError, option
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
+from . import say_at_exit
 
 
 @dataclass
@@ -56,8 +57,8 @@ def main(arguments: list[str]) -> None:
     except (UserError, OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with it", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        say_at_exit("interrupted; the same command goes on with it")
+        raise
 
 
 def run(settings: CacheSettings, data_settings: DataSettings) -> None:

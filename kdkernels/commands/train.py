@@ -9,12 +9,14 @@ from typing import Any
 
 import torch.distributed
 
+from . import say_at_exit
+
 
 def main(arguments: list[str]) -> None:
     from transformers.utils import logging
 
     from ..trainer.command_line import parse
-    from ..trainer.settings import INTERRUPTED, MODES, UserError
+    from ..trainer.settings import MODES, UserError
 
     logging.disable_progress_bar()  # those of loading and writing models; training has its own
 
@@ -42,20 +44,20 @@ def main(arguments: list[str]) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"interrupted{going_on(settings)}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        say_at_exit(f"interrupted{going_on(settings)}")
+        raise
 
 
 def going_on(settings: Any) -> str:
     """How an interrupted command is gone on with, if it can be."""
-    from ..trainer.train import CONFIG
+    from ..trainer.reliable import checkpoints
 
     if settings is None:
         return ""
     if settings.mode == "compare":
         return "; the same command goes on with it"
     resumable = not settings.run.save_only_model and settings.model.tensor_parallel == 1
-    return "; --resume goes on with it" if resumable and (settings.output_dir / CONFIG).exists() else ""
+    return "; --resume goes on with it" if resumable and checkpoints(settings.output_dir) else ""
 
 
 def leave_group() -> None:

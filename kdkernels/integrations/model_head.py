@@ -14,7 +14,6 @@ import inspect
 import math
 import weakref
 from functools import cache
-from itertools import product
 from typing import Any, Callable, Iterator
 
 import torch
@@ -113,7 +112,7 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
 
     A forward, without gradients, of two tokens, or of ``inputs`` where a model takes no tokens alone: few, since this makes
     logits of them. The random state and every module's training mode are restored. The lm_head gets the hidden states, as
-    they are and enlarged, and must project them, in training too. Then the model gets logits of every size instead of its
+    they are and enlarged, and must project them. Then the model gets logits of every size instead of its
     own. What it makes of them must be a :class:`LogitMap`, whatever its config calls that. Where weights are sharded, every
     process must take part.
     """
@@ -122,8 +121,12 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
     device = getattr(causal_lm, "device", torch.device("cpu"))
     if device.type == "meta":
         raise ValueError(f"{name}'s weights are on the meta device (offloaded, perhaps); {_WAY_OUT}")
-    alone = {"input_ids": torch.tensor([[0, 1]], device=device)}
-    ids = (inputs or alone)["input_ids"]
+    given_inputs = inputs or {"input_ids": torch.tensor([[0, 1]], device=device)}
+    if "input_ids" not in given_inputs:
+        raise ValueError(
+            f"check_head compares hidden states with input_ids, and inputs hold {', '.join(given_inputs)}"
+        )
+    ids: Tensor = given_inputs["input_ids"]
     given: Any = None
     reached = False
 
@@ -147,14 +150,12 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
     project = head.forward
     with torch.no_grad(), _evaluating(model), torch.random.fork_rng(_gpus(ids)):
         try:
-            logits = _run(model, own, causal_lm, head, inputs or alone, forward, finish)
+            logits = _run(model, own, causal_lm, head, given_inputs, forward, finish)
         except (AttributeError, TypeError, ValueError) as error:
             if not reached and inputs is None and _WAY_OUT not in str(error):
-                if (known := _known(causal_lm, head)) is not None:
-                    return known
-                raise ValueError(
-                    f"{name} takes no tokens alone: {error}; call check_head(model, inputs) with a few of its own before it "
-                    f"is trained, or {_WAY_OUT}"
+                raise TakesOtherInputs(
+                    f"{name}'s forward of two tokens fails ({type(error).__name__}: {error}); where it takes more than tokens "
+                    f"call check_head(model, inputs) with a few of its own before it is trained, or {_WAY_OUT}"
                 ) from error
             if isinstance(error, ValueError) or not (head._forward_hooks or own._forward_hooks):
                 raise
@@ -164,6 +165,16 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
     logit_map = _measured(name, given, logits)
     _logit_maps[causal_lm] = weakref.ref(head), logit_map
     return logit_map
+
+
+class TakesOtherInputs(ValueError):
+    """A model cannot be measured with two tokens alone."""
+
+
+def is_measured(model: nn.Module) -> bool:
+    """Whether :func:`check_head` knows the model's lm_head."""
+    _, causal_lm, head = _parts(model)
+    return _known(causal_lm, head) is not None
 
 
 def _known(causal_lm: nn.Module, head: nn.Module) -> LogitMap | None:
@@ -423,14 +434,10 @@ def _plain_weights(head: Any) -> tuple[Tensor, Tensor | None]:
 def _check_linear(
     name: str, head: nn.Module, project: Callable[[Tensor], Tensor], linear: kd.LinearHead, hidden: Tensor
 ) -> None:
-    """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100, in
-    evaluation and in training."""
+    """The lm_head's own forward against its weights, on hidden states as they are and where logits reach 100."""
     largest = _projected(linear).abs().max().item()
-    for factor, training in product((1.0, 100 / max(largest, 1e-3)), (False, True)):
-        head.train(training)
-        torch.manual_seed(0)  # LoRA's dropout is the same in both
+    for factor in (1.0, 100 / max(largest, 1e-3)):
         expected = project(hidden * factor)
-        torch.manual_seed(0)
         actual = _projected(_linear_head(head, hidden * factor, LogitMap()))
         if actual.shape != expected.shape:
             raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from dataclasses import replace
 from typing import Any, Callable, Iterator
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, Trainer
 import kdkernels as kd
 
 from ..targets import Tail
-from .model_head import call_through_head, check_head, weights_are_here
+from .model_head import TakesOtherInputs, call_through_head, check_head, is_measured, weights_are_here
 
 __all__ = ["DistillationTrainer", "call_through_head", "check_head"]
 
@@ -154,8 +155,8 @@ class DistillationTrainer(Trainer):
         """What the teacher says about a batch, in any form that distillation_loss takes."""
         if "target_ids" in inputs:
             if self.teacher is not None:
-                raise ValueError(
-                    "the batch holds target_ids, and there is a teacher too; leave one of them out"
+                warnings.warn(
+                    "the batch holds target_ids, which are taken; the teacher is not asked", stacklevel=2
                 )
             return kd.SparseTarget(*(inputs.get(name) for name in _TARGET_KEYS), tail=self.tail)  # type: ignore[arg-type]
         if self.teacher is None:
@@ -315,13 +316,13 @@ class DistillationTrainer(Trainer):
         self._eval_sums.add(sums, tokens)
         return (None, None, None)
 
-    def get_eval_dataloader(self, *given: Any) -> Any:
+    def get_eval_dataloader(self, *given: Any, **named: Any) -> Any:
         with _every_row(self.args):
-            return super().get_eval_dataloader(*given)
+            return super().get_eval_dataloader(*given, **named)
 
-    def get_test_dataloader(self, *given: Any) -> Any:
+    def get_test_dataloader(self, *given: Any, **named: Any) -> Any:
         with _every_row(self.args):
-            return super().get_test_dataloader(*given)
+            return super().get_test_dataloader(*given, **named)
 
     def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
         _repeat_whole_batches(dataloader)
@@ -430,7 +431,11 @@ def _every_row(args: Any) -> Iterator[None]:
 def _check_head_if_here(model: Any) -> None:
     """Else its first forward does."""
     if isinstance(model, PreTrainedModel) and weights_are_here(model):
-        check_head(model)
+        try:
+            check_head(model)
+        except TakesOtherInputs:
+            if not is_measured(model):
+                raise
 
 
 def _check_own_weights(model: Any, teacher: nn.Module) -> None:

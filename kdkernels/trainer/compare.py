@@ -26,7 +26,7 @@ import kdkernels as kd
 from . import data, judge, models, progress, report, train
 from .command_line import resolve
 from .files import read_metrics, write_whole
-from .settings import INTERRUPTED, MODES, SCRATCH, WAYS, Settings, UserError, for_mode, is_secret, one_line
+from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode, is_secret, one_line
 
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"
@@ -248,7 +248,7 @@ def _stage(mode: str, asked: dict[str, Any]) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # Ctrl-C goes to both processes, and the command says so
-        sys.exit(INTERRUPTED)
+        sys.exit(1)
 
 
 # -- what came of it --------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
 def _record(row: Any, text_field: str, where: str) -> Record:
     if isinstance(row, dict):
         about = {"where": where, "ended": row.get("ended") is not False}
-        if text_field != DataSettings.text_field and isinstance(row.get(text_field), str):
+        others = DataSettings.text_field, "prompt", "completion", "messages"
+        if text_field not in others and isinstance(row.get(text_field), str):
             return {"text": row[text_field]}  # it was asked for by name
         if chat.is_chat(row.get("messages")):
             return {"messages": row["messages"], **about, **chat.beside(row, where)}

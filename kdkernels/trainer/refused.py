@@ -101,7 +101,8 @@ def _checkpointing() -> set[str]:
     old = PreTrainedModel.gradient_checkpointing_enable  # all that the last transformers for Python 3.10 has
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", old)
     names = {*inspect.signature(checkpoint).parameters, *inspect.signature(enable).parameters}
-    return {*names, "preserve_rng_state"}  # which torch takes among its **kwargs
+    given = {"self", "function", "args", "kwargs"}
+    return {*names, "preserve_rng_state"} - given  # preserve_rng_state is among torch's **kwargs
 
 
 def check(settings: Settings) -> None:

@@ -29,6 +29,8 @@ STAGING = "checkpoint-being-written"
 SECONDS = "seconds.json"
 #: In a checkpoint: the names of its files, and their bytes.
 FILES = "files.json"
+#: Files that some edit; JSON that was cut cannot be read.
+_TEXTS = (".json", ".md", ".txt", ".jinja")
 #: In a checkpoint: how far the run had come, as Trainer names it.
 STATE = "trainer_state.json"
 
@@ -307,19 +309,20 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def check_whole(checkpoint: Path, way_out: str) -> None:
     """Trainer goes on without what a checkpoint lacks. Those of earlier versions have no record of their files."""
-    record, here = checkpoint / FILES, files_of(checkpoint)
+    record = checkpoint / FILES
     sizes = {STATE: 0}
     if record.exists():
         with one_line(f"{record} is damaged"):
-            sizes = dict(json.loads(record.read_text()))
+            sizes |= json.loads(record.read_text())
     for name, size in sizes.items():
-        if name not in here:
+        path = checkpoint / name
+        if not path.is_file():
             raise UserError(f"{checkpoint} lacks {name}; {way_out}")
-        found = here[name].stat().st_size
-        if found != size and not name.endswith(".json"):  # JSON that was cut cannot be read; some edit it
+        found = path.stat().st_size
+        if found != size and path.suffix not in _TEXTS:
             raise UserError(f"{checkpoint} is damaged: {name} has {found} bytes, not {size}; {way_out}")
     try:
-        TrainerState.load_from_json(str(here[STATE]))
+        TrainerState.load_from_json(str(checkpoint / STATE))
     except (ValueError, TypeError) as error:
         raise UserError(f"{checkpoint} is damaged: {STATE}: {first_line(error)}; {way_out}") from error
 

@@ -37,10 +37,6 @@ WAYS = ("plain", "longer", "soft", "hard", "co", "on_policy")
 SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
 
 
-#: The exit code of what was stopped by Ctrl-C, as shells have it: 128 and SIGINT's number.
-INTERRUPTED = 130
-
-
 class UserError(Exception):
     """Something that the user can put right: the command prints this one line and exits with 1."""
 

@@ -219,7 +219,8 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
         summary.of_models(settings, *trainer.models, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception:
-        if fresh and (trainer is None or not trainer.state.global_step):
+        begun = trainer is not None and trainer.state.global_step or checkpoints(folder)
+        if fresh and not begun:
             # A run that could not begin leaves its folder free for another. config.yaml says whose the others are.
             for name in (METRICS, BEGUN, CONFIG):
                 (folder / name).unlink(missing_ok=True)
