@@ -80,7 +80,7 @@ class PairState(NamedTuple):
 
 _SIDE, _PAIR = len(SideState._fields), len(PairState._fields)
 COLUMNS = 2 * _SIDE + _PAIR
-#: Of a side's columns its reference and its top logit, and no other.
+#: Of a side's columns the first, its reference, and its top logit; the next step is beyond them.
 _HIGHEST = slice(None, None, SideState._fields.index("top_logit"))
 
 

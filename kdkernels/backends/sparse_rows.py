@@ -84,9 +84,10 @@ def whole_row(side: SideState, stored: Tensor, temperature: Tensor, *, mean: boo
     exp, decay = below.exp(), moved.exp()
     rest = side.sum_exp * decay
     total = exp.sum(-1) + rest
-    # Where a stored token has nearly all the mass, its 1 in the sum would leave no digits of the others.
+    # Where a stored token has nearly all the mass, its 1 in the sum would leave no digits of the others. An infinite one
+    # is no such token: inf - inf is NaN, as the sum is.
     others = exp.scatter(1, at, 0.0).sum(-1) + rest
-    log_sum_exp = torch.where(top[:, 0] - reference == 0, others.log1p(), total.log())  # of inf it is NaN
+    log_sum_exp = torch.where(top[:, 0] - reference == 0, others.log1p(), total.log())
     mean_shift = torch.zeros_like(total)
     if mean:
         moment = (exp * below).masked_fill_(exp == 0, 0.0).sum(-1)

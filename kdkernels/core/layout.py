@@ -54,7 +54,7 @@ def overlaps_itself(t: Tensor) -> bool:
 
 
 def _known(condition: bool) -> bool:
-    """False where a size depends on data, and a compiler does not know. A tensor that such data made is dense."""
+    """``condition``; False where a compiler cannot know, since a size depends on data."""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a while

@@ -121,12 +121,14 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
     device = getattr(causal_lm, "device", torch.device("cpu"))
     if device.type == "meta":
         raise ValueError(f"{name}'s weights are on the meta device (offloaded, perhaps); {_WAY_OUT}")
-    given_inputs = inputs or {"input_ids": torch.tensor([[0, 1]], device=device)}
-    if "input_ids" not in given_inputs:
+    tokens_alone = inputs is None
+    if inputs is None:
+        inputs = {"input_ids": torch.tensor([[0, 1]], device=device)}
+    if "input_ids" not in inputs:
         raise ValueError(
-            f"check_head compares hidden states with input_ids, and inputs hold {', '.join(given_inputs)}"
+            f"check_head compares hidden states with input_ids, and inputs hold {', '.join(inputs)}"
         )
-    ids: Tensor = given_inputs["input_ids"]
+    ids: Tensor = inputs["input_ids"]
     given: Any = None
     reached = False
 
@@ -150,9 +152,9 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
     project = head.forward
     with torch.no_grad(), _evaluating(model), torch.random.fork_rng(_gpus(ids)):
         try:
-            logits = _run(model, own, causal_lm, head, given_inputs, forward, finish)
+            logits = _run(model, own, causal_lm, head, inputs, forward, finish)
         except (AttributeError, TypeError, ValueError) as error:
-            if not reached and inputs is None and _WAY_OUT not in str(error):
+            if not reached and tokens_alone and _WAY_OUT not in str(error):
                 raise TakesOtherInputs(
                     f"{name}'s forward of two tokens fails ({type(error).__name__}: {error}); where it takes more than tokens "
                     f"call check_head(model, inputs) with a few of its own before it is trained, or {_WAY_OUT}"

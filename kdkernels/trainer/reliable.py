@@ -29,7 +29,7 @@ STAGING = "checkpoint-being-written"
 SECONDS = "seconds.json"
 #: In a checkpoint: the names of its files, and their bytes.
 FILES = "files.json"
-#: Files that some edit; JSON that was cut cannot be read.
+#: Files whose size is not compared, since some edit them.
 _TEXTS = (".json", ".md", ".txt", ".jinja")
 #: In a checkpoint: how far the run had come, as Trainer names it.
 STATE = "trainer_state.json"
@@ -125,9 +125,10 @@ class ReliableTrainer(DistillationTrainer):
         if str(staged.parent) in (self.state.best_model_checkpoint or ""):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staged / STATE))
-        sizes = {name: path.stat().st_size for name, path in files_of(staged).items()}
+        written = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+        sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in written}
         (staged / FILES).write_text(json.dumps(sizes, indent=1))
-        for path in files_of(staged).values():
+        for path in (*written, staged / FILES):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         staged.rename(final)
@@ -290,11 +291,6 @@ def checkpoints(folder: Any) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """Every file in a folder and below it, by its name there."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -219,8 +219,8 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
         summary.of_models(settings, *trainer.models, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception:
-        begun = trainer is not None and trainer.state.global_step or checkpoints(folder)
-        if fresh and not begun:
+        steps = 0 if trainer is None else trainer.state.global_step
+        if fresh and not steps and not checkpoints(folder):
             # A run that could not begin leaves its folder free for another. config.yaml says whose the others are.
             for name in (METRICS, BEGUN, CONFIG):
                 (folder / name).unlink(missing_ok=True)
