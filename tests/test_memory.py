@@ -1,5 +1,8 @@
 """Peak memory, measured: no [N, V] temporaries, and budgets that hold."""
 
+import resource
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,6 +120,18 @@ def test_heads_stay_in_the_budget(dtype, chunk_bytes, reduction):
     accumulator = 0 if dtype == torch.float32 else weight.numel() * 4
     assert peak_of(run) <= gradients + accumulator + chunk_bytes + SLACK
     assert UNIT > chunk_bytes + SLACK, "the logits would have fitted anyway"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
+def test_later_chunks_take_no_new_pages():
+    """Four chunks of tokens, each of two tiles of 64 MiB: too large for malloc to keep, so new ones would be new pages."""
+    tokens, vocab, width, tile = 1024, 65536, 8, 2**26
+    student, teacher = (kd.LinearHead(torch.randn(tokens, width), torch.randn(vocab, width)) for _ in "ab")
+    student.hidden.requires_grad_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kd.kl_div(student, teacher, chunk_bytes=2 * tile).backward()
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert pages * resource.getpagesize() < 4 * tile
 
 
 def test_gathered_rows_take_no_more_than_logits():

@@ -147,8 +147,9 @@ class HeadRows:
     """Rows of ``hidden @ weight.T + bias``: tiles are projected, their gradients go to dH, dW, db.
 
     ``wanted`` says which of (hidden, weight, bias) need a gradient; nothing is computed for others.
-    Products are added up in fp32 (fp64 stays), where there is more than one. With an ``exchange`` the lm_head is one
-    rank's shard, and dH is summed over the group. ``tolerance`` lets products leave out columns (:mod:`.tolerance`).
+    A tile is written over the one before it. Products are added up in fp32 (fp64 stays), where there is more than one.
+    With an ``exchange`` the lm_head is one rank's shard, and dH is summed over the group. ``tolerance`` lets products
+    leave out columns (:mod:`.tolerance`).
     """
 
     is_head = True
@@ -167,6 +168,7 @@ class HeadRows:
         self.given, self.vocab, self.wanted = tensors, vocab, wanted + [False] * (3 - len(wanted))
         self.dtype = self.hidden.dtype
         self.tokens = self.hidden.shape[0]
+        self.memory: Tensor | None = None  # a tile's
         self.index: Tensor | None = None
         self.weightless: Tensor | None = None
         self.grad_hidden = HiddenGradient(self.weight, exchange, in_parts=bool(tolerance))
@@ -225,10 +227,22 @@ class HeadRows:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         hidden, weight = self.hidden[rows], self.weight[columns]
         bias = None if self.bias is None else self.bias[columns]
-        if self.tile_dtype == self.dtype:
-            return F.linear(hidden, weight, bias)
-        tile = torch.mm(hidden, weight.t(), out_dtype=self.tile_dtype)
-        return tile if bias is None else tile.add_(bias)
+        tile = self._room(hidden.shape[0], weight.shape[0])
+        if self.tile_dtype != self.dtype:
+            torch.mm(hidden, weight.t(), out_dtype=self.tile_dtype, out=tile)
+            return tile if bias is None else tile.add_(bias)
+        if bias is None:
+            return torch.mm(hidden, weight.t(), out=tile)
+        return torch.addmm(bias, hidden, weight.t(), out=tile)
+
+    def _room(self, rows: int, columns: int) -> Tensor:
+        """The memory of the tile before, which nobody reads any more. To be given new pages for each tile costs a CPU up
+        to a tenth of the products' time."""
+        size = rows * columns
+        if self.memory is None or self.memory.numel() < size:
+            self.memory = None  # first, so that there are never two
+            self.memory = self.hidden.new_empty(size, dtype=self.tile_dtype)
+        return self.memory[:size].view(rows, columns)
 
     def gradient_tile(self, tile: Tensor, rows: slice, columns: slice) -> Tensor | None:
         if not self.needs_grad:
@@ -283,6 +297,7 @@ class HeadRows:
 
     def gradients(self) -> list[Tensor]:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
+        self.memory = None
         if self.exchange is not None:
             self.exchange.wait()
             if self.exchange.own_tokens is not None:
