@@ -15,8 +15,9 @@ from .core import shards
 from .core.dtensors import unwrapped
 from .core.inplace import check_inplace
 from .core.log_probs import Values
+from .core.make import needs_grad, signature
 from .core.option_checks import checked
-from .core.request import loss_dtype, needs_grad, signature
+from .core.request import loss_dtype
 from .core.schedule import default_chunk_bytes
 from .core.sides import Logits, Side, common_vocab, refuse_transforms, side
 from .core.tokens import live_ids, per_row

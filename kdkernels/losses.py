@@ -10,8 +10,9 @@ from torch import Tensor
 from .backends import candidates, chosen_backend, reference_asked
 from .backends.spec import Output, Result
 from .core.evaluate import evaluate, evaluate_each
+from .core.make import make
 from .core.option_checks import checked, checked_divergence
-from .core.request import Call, Terms, Tokens, make
+from .core.request import Call, Limits, Terms, Tokens
 from .core.several import check_several, checked_divergences
 from .core.sides import Logits, Teacher
 from .divergences import JSD, Divergence, ForwardKL, NoDivergence
@@ -235,15 +236,7 @@ def distillation_loss(
     checked(inplace=inplace)
     if several:
         check_several(terms, tokens, teacher, inplace)
-    call = make(
-        student,
-        teacher,
-        terms,
-        tokens,
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes,
-        gradient_tolerance=gradient_tolerance,
-    )
+    call = make(student, teacher, terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
     if several:
         return evaluate_each(student, teacher, call)
     evaluated = evaluate(student, teacher, call, inplace)
@@ -342,15 +335,7 @@ def codistillation_loss(
     tokens = Tokens(
         labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
     )
-    call = make(
-        student,
-        teacher,
-        terms,
-        tokens,
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes,
-        gradient_tolerance=gradient_tolerance,
-    )
+    call = make(student, teacher, terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
     evaluated = evaluate(student, teacher, call)
     assert evaluated.teacher is not None
     losses = CodistillationLoss(evaluated.student, evaluated.teacher)
@@ -395,15 +380,7 @@ def cross_entropy(
     terms = Terms((NoDivergence(),), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
     tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
     checked(inplace=inplace)
-    call = make(
-        student,
-        None,
-        terms,
-        tokens,
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes,
-        gradient_tolerance=gradient_tolerance,
-    )
+    call = make(student, None, terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
     return evaluate(student, None, call, inplace).student
 
 
@@ -535,7 +512,7 @@ def explain(
     terms = Terms((NoDivergence(),))
     if teacher is not None:
         terms = Terms((checked_divergence(divergence),), soft_weight=1.0)
-    request = make(student, teacher, terms, Tokens(), vocab_size=vocab_size, chunk_bytes=None).request
+    request = make(student, teacher, terms, Tokens(), Limits(vocab_size)).request
     if reference_asked():
         return "reference: serves this call"
     models = [request.student] if request.spec.tail else [request.student, request.teacher]
