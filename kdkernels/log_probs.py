@@ -19,8 +19,9 @@ from .core.make import needs_grad, signature
 from .core.option_checks import checked
 from .core.request import loss_dtype
 from .core.schedule import default_chunk_bytes
-from .core.sides import Logits, Side, common_vocab, refuse_transforms, side
+from .core.sides import Logits, Side, common_vocab, side
 from .core.tokens import live_ids, per_row
+from .core.transforms import refuse_transforms
 from .heads import ShardedLogits
 
 
@@ -113,7 +114,7 @@ def token_log_probs(
         call = shards.agreed(shard, lambda: _call(student, ids, options), _signature)
     own = call.own
     if reference_asked():
-        if shard is not None or isinstance(student, ShardedLogits):
+        if isinstance(student, ShardedLogits) or shard is not None:
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
         request = operators.request_of(call.given, call.static, "reference")
         made = Values(*reference.log_prob_values(request, student))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_tensor, number, shown
 from .core import autograd
-from .core.sides import refuse_transforms
+from .core.transforms import refuse_transforms
 
 Estimator = Literal["k1", "k2", "k3"]
 Gradient = Literal["none", "value", "score", "ratio"]

@@ -54,6 +54,16 @@ def chosen_backend() -> str:
         raise type(error)(f"KDKERNELS_BACKEND: {error}") from None
 
 
+def as_tensor(name: str) -> torch.Tensor:
+    """``name``, for a backward: its thread has not chosen one, and compiled code hands it nothing but tensors."""
+    return torch.tensor(CHOICES.index(name), dtype=torch.uint8, device="cpu")
+
+
+def name_of(choice: torch.Tensor) -> str:
+    """The inverse of :func:`as_tensor`."""
+    return CHOICES[int(choice)]
+
+
 def reference_asked() -> bool:
     """Whether a call goes to the oracle. Not in code that is compiled: its operators look when they run."""
     return not torch.compiler.is_compiling() and chosen_backend() == "reference"

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CHOICES, chosen_backend, native
+from ..backends import as_tensor, chosen_backend, name_of, native
 from ..backends.protocol import Gradients
 from ..backends.spec import OUTPUTS, RESULTS, Output, specs_of, text_of
 from ..operators import operator
 from .exchange import Merged
 from .layout import overlap
 from .request import Request
-from .scaling import batched, scaled, tracing
+from .scaling import scaled
+from .transforms import batched, refuse_batched, refuse_double_backward, tracing
 from .walk import merged_for, walk
 
 
@@ -77,9 +78,9 @@ def rows(
     state: Tensor | None = None,
     stored: Tensor | None = None,
 ) -> list[Tensor]:
-    """``choice``: the backend, as its place in CHOICES; None takes this thread's. ``state`` and ``stored``: what a
+    """``choice``: the backend, as a tensor; None takes this thread's. ``state`` and ``stored``: what a
     shard's forward left in :class:`Merged`. :func:`deferred` gives all three."""
-    backend = chosen_backend() if choice is None else CHOICES[int(choice)]
+    backend = chosen_backend() if choice is None else name_of(choice)
     given = student, teacher, labels, temperature, parameters, weights
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = Request.from_arguments(*given, *static, backend=backend)
@@ -160,14 +161,6 @@ def renew(overwritten: Tensor) -> None:
         # A view that a torch.autograd.Function made has none: register_hook raises the same error.
         with contextlib.suppress(RuntimeError):
             overwritten.grad_fn  # noqa: B018
-
-
-def refuse_double_backward(compiling: bool) -> None:
-    if torch.is_grad_enabled() and not compiling:
-        raise RuntimeError(
-            "kdkernels' gradient is made in the forward and cannot be differentiated again "
-            "(create_graph=True); a loss or token_log_probs under kd.use_backend('reference') can"
-        )
 
 
 @operator("attach")
@@ -261,8 +254,7 @@ def deferred(
     """(the student's losses ``[N, D]`` fp64, results, choice, state, stored): the student's gradient is made in the
     backward. State and stored are :class:`Merged`'s.
 
-    ``choice`` is the backend that served, as its place in CHOICES: a thread of autograd's has not chosen one.
-    A tensor, since compiled code hands nothing else from its forward to its backward.
+    ``choice`` is the backend that served, as a tensor.
     """
     given = student, teacher, labels, temperature, parameters, weights
     backend = chosen_backend()
@@ -270,19 +262,17 @@ def deferred(
     request = Request.from_arguments(*given, *static, backend=backend)
     merged = merged_for(request)
     results = compute(request, merged if len(merged.state) else None)[0]
-    choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
     each = zip(results.split(RESULTS, 1), weights.split(OUTPUTS, 1))
     losses = torch.stack([row_losses(*one) for one in each], 1)
-    return losses, results, choice, merged.state, merged.stored
+    return losses, results, as_tensor(backend), merged.state, merged.stored
 
 
 @torch.library.register_fake(deferred)
 def _(*given):
-    choice = torch.empty((), dtype=torch.uint8, device="cpu")
     request = Request.from_arguments(*given)
     weights = request.weights
     merged, losses = merged_for(request), weights.new_empty(weights.shape[0], len(request.specs))
-    return losses, _empty_results(weights), choice, merged.state, merged.stored
+    return losses, _empty_results(weights), as_tensor("auto"), merged.state, merged.stored
 
 
 def row_losses(results: Tensor, weights: Tensor) -> Tensor:
@@ -311,24 +301,16 @@ def saved_tensors(ctx) -> list[Tensor | None]:
     return [t if c is None else c for t, c in zip(ctx.saved_tensors, ctx.constants)]
 
 
-def refuse_batched(arriving: Tensor) -> None:
-    if batched(arriving):
-        raise RuntimeError(
-            "kdkernels takes gradients that are made in the backward one at a time; without is_grads_batched=True or "
-            "vmap, or with kd.use_backend('reference')"
-        )
-
-
 def _deferred_backward(ctx, arriving, *_):
     refuse_double_backward(tracing(arriving))
     refuse_batched(arriving)
     choice, state, stored, labels, temperature, parameters, weights, *tensors = saved_tensors(ctx)
     n, m = ctx.sizes
-    spec, *rest = ctx.rest
-    needs_grad = rest[-2]
+    spec, *where, needs_grad, tolerance = ctx.rest
     weights = torch.where(weights != 0, weights * arriving.repeat_interleave(OUTPUTS, 1), 0.0)
     given = tensors[:n], tensors[n:], labels, temperature, parameters, weights
-    made = iter(rows(*given, _without_stats(spec), *rest, choice, state, stored)[1:])
+    static = _without_stats(spec), *where, needs_grad, tolerance
+    made = iter(rows(*given, *static, choice, state, stored)[1:])
     grads = [next(made) if needed else None for needed in needs_grad]
     return (grads[:n], [None] * m) + (None,) * 10
 

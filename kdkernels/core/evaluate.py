@@ -32,12 +32,12 @@ class _Solved(NamedTuple):
 
 def _solve(request: Request, inplace: bool) -> _Solved:
     """What the operator makes of a request, outside autograd."""
-    student, teacher, *others = request.arguments()
+    student, teacher, *others, needs_grad, tolerance = request.arguments()
     student, teacher = [t.detach() for t in student], [t.detach() for t in teacher]
-    if inplace and any(request.needs_grad):
-        results = autograd.overwrite(student[0], teacher, *others[:-2])
+    if inplace and any(needs_grad):
+        results = autograd.overwrite(student[0], teacher, *others)
         return _Solved(results, student)
-    results, *gradients = autograd.rows(student, teacher, *others)
+    results, *gradients = autograd.rows(student, teacher, *others, needs_grad, tolerance)
     return _Solved(results, gradients)
 
 
@@ -54,7 +54,7 @@ def evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool
     given."""
     inplace = inplace and not torch.compiler.is_exporting()  # what a program is given may be anybody's
     if reference_asked():
-        if call.request.shard or isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits):
+        if isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits) or call.request.shard:
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
         loss, own, results = reference.losses(student, teacher, call)
         return Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())

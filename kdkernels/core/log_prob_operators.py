@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import CHOICES, chosen_backend
+from ..backends import as_tensor, chosen_backend, name_of
 from ..backends.spec import OUTPUTS, Output, specs_of
 from ..operators import operator
-from .autograd import (
-    new_gradient,
-    refuse_batched,
-    refuse_double_backward,
-    save_tensors,
-    saved_tensors,
-)
+from .autograd import new_gradient, save_tensors, saved_tensors
 from .log_probs import Finished, Values, backward, empty_results, forward
 from .request import Request
-from .scaling import tracing
+from .transforms import refuse_batched, refuse_double_backward, tracing
 
 #: As the operators take them: (student, ids, labels, temperature) and (spec, vocab, shard, chunk_bytes, needs_grad,
 #: gradient_tolerance).
@@ -63,7 +57,7 @@ def log_probs(
     gradient_tolerance: float,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(*Values, *Finished, the backend that served as its place in CHOICES): see :func:`.autograd.deferred`. The tensors
+    """(*Values, *Finished, the backend that served): see :func:`.autograd.deferred`. The tensors
     are no lists, for the reason that :func:`.autograd.attach_one` gives.
 
     ``student`` is logits, or hidden states beside their ``lm_head``. ``inplace``: the backward overwrites given logits
@@ -77,15 +71,14 @@ def log_probs(
         values, finished = Values(*reference.log_prob_values(request)), empty_results(request)[1]
     else:
         values, finished = forward(request)
-    choice = torch.tensor(CHOICES.index(backend), dtype=torch.uint8, device="cpu")
-    return *values, *finished, choice
+    return *values, *finished, as_tensor(backend)
 
 
 @torch.library.register_fake(log_probs)
 def _(student, lm_head, bias, ids, labels, temperature, *static):
     given = given_of(student, lm_head, bias), ids, labels, temperature
     values, finished = empty_results(request_of(given, static[:-1], "auto"))
-    return *values, *finished, torch.empty((), dtype=torch.uint8, device="cpu")
+    return *values, *finished, as_tensor("auto")
 
 
 @operator("log_probs_gradient")
@@ -107,7 +100,7 @@ def log_probs_gradient(
 ) -> list[Tensor]:
     """The gradients that are needed, for what arrives ``[N, K]`` for the log-probabilities and ``[N]`` for the
     entropy."""
-    backend = CHOICES[int(choice)]
+    backend = name_of(choice)
     given = student, ids, labels, temperature
     static = spec, vocab, shard, chunk_bytes, needs_grad, gradient_tolerance
     request = request_of(given, static, backend, entropy_weights)
@@ -141,7 +134,7 @@ def log_probs_gradient_(
     choice: Tensor,
 ) -> None:
     """The same as :func:`log_probs_gradient`, written over the given logits."""
-    backend = CHOICES[int(choice)]
+    backend = name_of(choice)
     given, static = ([student], ids, labels, temperature), (spec, vocab, shard, chunk_bytes, [True], 0.0)
     request = request_of(given, static, backend, entropy_weights)
     if backend == "reference":

@@ -20,7 +20,8 @@ from .checked import checked_target
 from .dtensors import unwrapped
 from .request import Call, Limits, Reducer, Request, Terms, Tokens, loss_dtype
 from .schedule import default_chunk_bytes
-from .sides import Logits, Side, Teacher, check_together, common_vocab, refuse_transforms, side
+from .sides import Logits, Side, Teacher, check_together, common_vocab, side
+from .transforms import refuse_transforms
 from .weights import output_weights, token_weights
 
 

@@ -39,15 +39,3 @@ def _multiply(grad: Tensor, factor: Tensor, out: Tensor) -> None:
         step = max(_SLAB_LOGITS // max(grad.shape[1], 1), 1)  # an empty shard has no columns
         for g, f, o in zip(grad.split(step), factor.reshape(-1, 1).split(step), out.split(step)):
             torch.mul(g, f, out=o)
-
-
-def tracing(t: Tensor) -> bool:
-    """Whether a compiler follows along: then nothing may depend on values or be overwritten."""
-    return torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def batched(t: Tensor) -> bool:
-    """Whether ``t`` stands for many backwards at once, by is_grads_batched (torch's old vmap) or torch.func.vmap."""
-    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(
-        t
-    )

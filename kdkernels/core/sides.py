@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ..backends import reference_asked
 from ..backends.spec import LogitMap
 from ..checks import DTYPES, check_tensor, shown
 from ..heads import LinearHead, MappedLogits, Shard, ShardedLogits
@@ -80,24 +78,3 @@ def check_together(student: Side, teacher: Side) -> None:
         raise ValueError(f"student has tokens {tuple(student.leading)}, teacher {tuple(teacher.leading)}")
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
-
-
-def refuse_transforms(tensors: list[Tensor], *, has_reference: bool = True) -> None:
-    """What cannot see through an operator; torch's own errors would not say whose operator it is."""
-    if torch.compiler.is_compiling():
-        return
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace cannot record kdkernels; torch.export.export and torch.compile can"
-        )
-    if has_reference and reference_asked():
-        return
-    if any(unpack_dual(t).tangent is not None for t in tensors):
-        has = "; kd.use_backend('reference') has" if has_reference else " here"
-        raise RuntimeError(f"kdkernels has no forward-mode derivative{has}")
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-        other = ", or kd.use_backend('reference')" if has_reference else ""
-        raise RuntimeError(
-            "torch.func (grad, vmap, jacrev, ...) cannot transform kdkernels' operators; use torch.autograd.grad, "
-            f"which takes is_grads_batched=True, and leading dimensions for vmap's{other}"
-        )

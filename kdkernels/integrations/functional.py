@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ..core import scaling
+from ..core.transforms import batched, tracing
 from ..heads import under_autocast
 from ..operators import operator
 from .common import is_dtensor
@@ -126,12 +126,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not scaling.tracing(arriving):
+    if torch.is_grad_enabled() and not tracing(arriving):
         raise RuntimeError("this gradient cannot be differentiated again (create_graph=True); F.kl_div's can")
     x, t, mask = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
     arriving = arriving.expand(x.shape)
-    if scaling.batched(arriving):  # is_grads_batched=True has rules for torch's own functions only
+    if batched(arriving):  # is_grads_batched=True has rules for torch's own functions only
         slopes = (slope * arriving for slope in _TERMS[ctx.name].slopes(_wide(x), _wide(t), wants))
         made = iter([torch.where(mask, s, 0.0) if mask is not None else s for s in slopes])
     else:
