@@ -21,6 +21,7 @@ from .core.option_checks import checked
 from .core.schedule import DEFAULT_CHUNK_BYTES
 from .core.sides import common_vocab, side
 from .core.tiles import rows_of
+from .dtypes import wide
 from .heads import LinearHead
 from .operators import operator
 from .targets import SparseTarget, Tail
@@ -37,10 +38,6 @@ _FIRST_SLOTS, _MORE_SLOTS = 128, 8
 
 Logits = Tensor | LinearHead
 _Select = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class _Given(NamedTuple):
@@ -105,7 +102,7 @@ def _normalised(values: Tensor, rest: Normaliser | None) -> Tensor:
 def _unfilled(teacher: list[Tensor], slots: int) -> tuple[Tensor, Tensor]:
     """Ids and values ``[..., slots]`` to be written."""
     first, shape = teacher[0], (*teacher[0].shape[:-1], slots)
-    return first.new_empty(shape, dtype=torch.int64), first.new_empty(shape, dtype=_wide(first.dtype))
+    return first.new_empty(shape, dtype=torch.int64), first.new_empty(shape, dtype=wide(first.dtype))
 
 
 def _collect(given: _Given, nothing: float, select: _Select, least: int = 1) -> tuple[Tensor, Tensor]:
@@ -124,7 +121,7 @@ def _collect(given: _Given, nothing: float, select: _Select, least: int = 1) -> 
             rows = slice(start, min(start + step, source.tokens))
             tile = source.tile(rows, columns)
             if not logit_map.is_identity:
-                tile = logit_map.logits(tile, _wide(tile.dtype))
+                tile = logit_map.logits(tile, wide(tile.dtype))
             ids, values = select(tile, rows)
             slots = ids.shape[1]
             more = max(slots - all_ids.shape[1], 0)

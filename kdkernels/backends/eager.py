@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergences import SkewKL, pointwise, unwritten
+from ..dtypes import widest
 from .outcomes import Outcomes
 from .protocol import Gradients, SparseGradient, Tile
-from .row_state import NO_REFERENCE, PairState, RowState, SideState, finish, new_state
+from .row_state import NO_REFERENCE, Normaliser, PairState, RowState, SideState, finish, new_state
 from .sparse_rows import in_two_passes
 from .spec import Asked, Output, Spec
 
@@ -50,12 +51,11 @@ def cannot(device: torch.device, dtypes: list[torch.dtype], spec: Spec) -> str |
 
 
 def bytes_per_logit(dtypes: list[torch.dtype]) -> int:
-    return TEMPORARIES * (8 if torch.float64 in dtypes else 4)
+    return TEMPORARIES * widest(dtypes).itemsize
 
 
 def _dtype(*tiles: Tensor | None) -> torch.dtype:
-    wide = any(t is not None and t.dtype == torch.float64 for t in tiles)
-    return torch.float64 if wide else torch.float32
+    return widest(t.dtype for t in tiles if t is not None)
 
 
 def _column(per_row: Tensor, like: Tensor) -> Tensor:
@@ -240,24 +240,24 @@ def _sparse_gradient(z: Tensor, sparse: SparseGradient, tile: Tile, side: SideSt
 
 
 class _Hard(NamedTuple):
-    """The weights of what is taken at temperature 1, and the normaliser there in two parts."""
+    """The weights of what is taken at temperature 1, and the normaliser there."""
 
     label: Tensor
     smooth: Tensor
     lse_squared: Tensor
-    reference: Tensor
-    log_sum_exp: Tensor
+    at_1: Normaliser
 
 
 def _hard_gradient(z: Tensor, tile: Tile, hard: _Hard) -> Tensor:
     assert tile.labels is not None
-    softmax = (z - _column(hard.reference, z) - _column(hard.log_sum_exp, z)).exp()
-    lse, spread = hard.reference + hard.log_sum_exp, hard.smooth / tile.vocab
-    pull = hard.label + hard.smooth + torch.where(hard.lse_squared == 0, 0.0, 2 * lse * hard.lse_squared)
+    softmax = (z - _column(hard.at_1.reference, z) - _column(hard.at_1.log_sum_exp, z)).exp()
+    from_lse = torch.where(hard.lse_squared == 0, 0.0, 2 * hard.at_1.lse * hard.lse_squared)
+    pull, spread = hard.label + hard.smooth + from_lse, hard.smooth / tile.vocab
     grad = softmax * _column(pull, z) - _column(spread, z)
     inside, column = _in_chunk(tile.labels, tile.offset, z.shape[1])
     # At the label in fp64: what is left of weight (1 - q) where q is nearly 1 keeps its digits.
-    own = (z.gather(1, column[:, None])[:, 0].double() - hard.reference - hard.log_sum_exp).exp()
+    at_label = z.gather(1, column[:, None])[:, 0].double()
+    own = (at_label - hard.at_1.reference - hard.at_1.log_sum_exp).exp()
     own = (pull * own - spread - hard.label)[:, None].to(z.dtype)
     return grad.scatter(
         1, column[:, None], torch.where(inside[:, None], own, grad.gather(1, column[:, None]))
@@ -295,7 +295,7 @@ def _student_gradient(
             weights[:, Output.LABEL],
             weights[:, Output.SMOOTH],
             weights[:, Output.LSE_SQUARED],
-            *(row.student.at_1 if sparse is None else sparse.at_1.unbind(1)),
+            row.student.at_1 if sparse is None else Normaliser(*sparse.at_1.unbind(1)),
         )
         weighted = (hard.label != 0) | (hard.smooth != 0) | (hard.lse_squared != 0)
         total = total + _times(_column(weighted, z), _hard_gradient(z, tile, hard))
@@ -309,7 +309,7 @@ def _teacher_gradient(tile: Tile, weights: Tensor, spec: Spec, row: RowState) ->
     assert tile.teacher is not None
     z = spec.teacher_map.logits(tile.teacher, _dtype(tile.student, tile.teacher))
     label, nothing = weights[:, Output.TEACHER_LABEL], torch.zeros_like(weights[:, 0])
-    hard = _Hard(label, nothing, nothing, row.teacher.reference, row.teacher.sum_exp_t1.log())
+    hard = _Hard(label, nothing, nothing, row.teacher.at_1)
     return spec.teacher_map.backward(_times(_column(label != 0, z), _hard_gradient(z, tile, hard)), z)
 
 

@@ -161,7 +161,7 @@ def _add_values(parts: Tensor, state: Tensor) -> None:
 
 #: Each part starts from the merged state of the first.
 SECOND_PASS = Pass(
-    [2 * len(SideState._fields) + PairState._fields.index(name) for name in ("value", "sum_q_psi")],
+    [2 * _SIDE + PairState._fields.index(name) for name in ("value", "sum_q_psi")],
     _add_values,
 )
 

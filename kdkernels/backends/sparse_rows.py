@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .outcomes import Outcomes, outcome_spec, student_spec
-from .protocol import Gradients, SparseGradient, Tile
+from .protocol import Backend, Gradients, SparseGradient, Tile
 from .row_state import NO_REFERENCE, Normaliser, SideState, hard_results, new_state, student_side
 from .spec import OUTPUTS, Asked, LogitMap, Output, Result, Spec, Tail
 
@@ -45,6 +45,14 @@ def gather_stored(stored: Tensor, logits: Tensor, ids: Tensor, offset: int, logi
     inside = local.clamp(0, logits.shape[1] - 1)
     found = logit_map.logits(logits.gather(1, inside), stored.dtype)
     torch.where(inside == local, found, stored, out=stored)
+
+
+def fold_without(
+    backend: Backend, tile: Tile, spec: Spec, state: Tensor, ids: Tensor, stored: Tensor
+) -> None:
+    """A tile of student logits folded into ``state`` without those at ``ids``, which are gathered into ``stored``."""
+    backend.accumulate(tile, spec, state, skipped=ids)
+    gather_stored(stored, tile.student, ids, tile.offset, spec.student_map)
 
 
 def no_logits(target: Outcomes) -> Tensor:
@@ -102,7 +110,13 @@ class Solved(NamedTuple):
 
 
 def solve(
-    backend: Any, tile: Tile, target: Outcomes, stored: Tensor, spec: Spec, state: Tensor, needs_grad: bool
+    backend: Backend,
+    tile: Tile,
+    target: Outcomes,
+    stored: Tensor,
+    spec: Spec,
+    state: Tensor,
+    needs_grad: bool,
 ) -> Solved:
     """Results, and what the second pass writes.
 
@@ -154,7 +168,7 @@ def _without_rounding(target: Outcomes, rest: Tensor) -> Outcomes:
 
 
 def _solve_outcomes(
-    backend: Any,
+    backend: Backend,
     tile: Tile,
     student: Tensor,
     target: Outcomes,
@@ -203,9 +217,8 @@ def in_two_passes(
     """``fused_sparse`` by a backend's other entry points."""
     inner, own = student_spec(spec), student_tile(tile, spec)
     state = new_state(tile.student.shape[0], tile.student.device)
-    backend.accumulate(own, inner, state, skipped=target.ids)
     stored = no_logits(target)
-    gather_stored(stored, tile.student, target.ids, 0, spec.student_map)
+    fold_without(backend, own, inner, state, target.ids, stored)
     solved = solve(backend, tile, target, stored, spec, state, gradients.asked)
     if gradients.asked:
         backend.gradient(own, weights, inner, state, gradients, sparse=solved.gradient)

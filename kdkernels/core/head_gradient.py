@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dtypes import wide
+from ..dtypes import wide
 from .exchange import Exchange
 from .tolerance import Kept
 

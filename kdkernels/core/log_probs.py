@@ -23,9 +23,9 @@ from torch import Tensor
 from ..backends.outcomes import distinct_ids, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
 from ..backends.row_state import COLUMNS, begin, first_pass, student_side
-from ..backends.sparse_rows import WholeRow, gather_stored, top_token, whole_row
+from ..backends.sparse_rows import WholeRow, fold_without, top_token, whole_row
 from ..backends.spec import OUTPUTS, Asked, Output, Spec
-from .dtypes import wide
+from ..dtypes import wide
 from .exchange import Exchange, OwnTokens
 from .layout import flat
 from .request import Request, loss_dtype
@@ -197,8 +197,7 @@ class _WithoutIds:
         begin(self.state)
 
     def fold(self, number: int, tile: Tile) -> None:
-        self.backend.accumulate(tile, self.spec, self.state, skipped=self.ids)
-        gather_stored(self.stored, tile.student, self.ids, tile.offset, self.spec.student_map)
+        fold_without(self.backend, tile, self.spec, self.state, self.ids, self.stored)
 
     def finish(self) -> None:
         exchange, stored = self.chunk.exchange, self.stored

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.spec import OUTPUTS, Asked, Output, Spec, specs_of, text_of
 from ..divergences import Divergence, NoDivergence
+from ..dtypes import widest
 from . import shards
 from .option_checks import Number, checked
 
@@ -105,7 +106,7 @@ class Limits:
 
 def loss_dtype(tensors: list[Tensor]) -> torch.dtype:
     """The dtype of a loss of these tensors: fp64 if one of them is, else fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return widest(t.dtype for t in tensors)
 
 
 @dataclass(frozen=True)

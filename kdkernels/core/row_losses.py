@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends.outcomes import Outcomes, outcomes, student_spec
 from ..backends.protocol import Backend, Gradients, SparseGradient, Tile
 from ..backends.row_state import SECOND_PASS, Pass, finish, first_pass, new_state
-from ..backends.sparse_rows import Solved, Temperatures, gather_stored, no_logits, solve, student_tile
+from ..backends.sparse_rows import Solved, Temperatures, fold_without, no_logits, solve, student_tile
 from ..backends.spec import Asked, Spec
 from .tiles import Chunk
 
@@ -115,9 +115,8 @@ class SparseLoss:
         self.stored = no_logits(self.target)
 
     def fold(self, number: int, tile: Tile) -> None:
-        ids = self.target.ids
-        self.backend.accumulate(student_tile(tile, self.spec), self.inner, self.state, skipped=ids)
-        gather_stored(self.stored, tile.student, ids, tile.offset, self.spec.student_map)
+        tile = student_tile(tile, self.spec)
+        fold_without(self.backend, tile, self.inner, self.state, self.target.ids, self.stored)
 
     def finish(self) -> None:
         stored, exchange = self.stored, self.chunk.exchange

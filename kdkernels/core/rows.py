@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import HALF, wide
+from ..dtypes import HALF, wide
 from .exchange import Exchange, OwnTokens
 from .head_gradient import HiddenGradient, WeightGradient, add_rows
 from .layout import columns_adjoin, flat, folding_tokens, folds

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton
-from .dtypes import HALF, wide
+from ..dtypes import HALF, wide
 from .layout import flat, folds
 
 #: What is widened to fp32 at a time where a half-precision gradient is scaled: 4 MiB of it.

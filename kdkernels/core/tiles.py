@@ -14,6 +14,7 @@ from ..backends import serving
 from ..backends.protocol import Backend, Gradients, Tile
 from ..backends.row_state import Pass
 from ..backends.spec import Spec
+from ..dtypes import widest
 from .exchange import Exchange
 from .layout import flat
 from .request import Request
@@ -123,7 +124,7 @@ class Tiles:
         self.exchange = exchange
         self.sides = [student] if teacher is None else [student, teacher]
         self.dtypes = [dtype for side in self.sides for dtype in side.dtypes]
-        self.wide = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.wide = widest(self.dtypes)
 
     @property
     def needs_grad(self) -> bool:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from .dtypes import wide
+from ..dtypes import wide
 
 #: What may be dropped has at least this square, or squares in fp32 would have lost what they add up to.
 _LEAST = 1e-30

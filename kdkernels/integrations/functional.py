@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ..core.transforms import batched, tracing
+from ..dtypes import wide
 from ..heads import under_autocast
 from ..operators import operator
 from .common import is_dtensor
@@ -225,7 +226,7 @@ def reduced(
 
 
 def _wide(piece: Tensor) -> Tensor:
-    return piece.float() if piece.dtype in (torch.bfloat16, torch.float16) else piece
+    return piece.to(wide(piece.dtype))
 
 
 def _masked(terms: Tensor, mask: Tensor | None) -> Tensor:
