@@ -299,7 +299,7 @@ def test_a_token_of_the_hub_is_written_to_no_file(tmp_path):
 
 
 def test_a_run_goes_on_with_another_token_of_the_hub(tmp_path):
-    """Where an earlier version has written one to config.yaml, too."""
+    """And one that somebody has put into config.yaml is not compared."""
     train.claim_folder(resolve("soft", options(tmp_path, hub_token="hf_x")))
     text = (tmp_path / "config.yaml").read_text()
     assert "hf_x" not in text

@@ -208,9 +208,9 @@ def test_a_padded_teacher_writes_tokens_alone(tmp_path, model, own):
     assert all(text for text, _ in said)
 
 
-def wrote(folder, tokenizer, *, texts=None, shared="c.jsonl", **values):
+def wrote(folder, tokenizer, *, texts=None, **values):
     """(the lines of a shared file, the seconds that they took, whether a teacher was loaded) of a run in ``folder``."""
-    completions = shared and str(folder.parent / shared)
+    completions = str(folder.parent / "c.jsonl")
     asked = settings(folder, **{"generation_batch_size": 2, "completions": completions, **values})
     loaded = []
 
@@ -281,19 +281,6 @@ def test_finished_completions_are_taken_whatever_drew_them(values, tmp_path, own
     (name,) = values
     with pytest.raises(UserError, match=f"c.jsonl.part was written with another {name}; delete it"):
         wrote(tmp_path / "b", own, teacher=str(saved), **values)
-
-
-@pytest.mark.parametrize("done", [True, False])
-def test_a_run_takes_its_own_completions_of_an_earlier_version(done, tmp_path, own):
-    """They have no .made.json beside them."""
-    lines, _, _ = wrote(tmp_path / "a", own, shared=None)
-    (tmp_path / "a" / "completions.made.json").unlink()
-    if not done:
-        (tmp_path / "a" / "completions.jsonl").unlink()
-        (tmp_path / "a" / "completions.jsonl.part").write_text("\n".join(lines[:3]))
-    with pytest.raises(UserError, match="is there, but not completions.made.json"):
-        wrote(tmp_path / "a", own, shared=None)
-    assert wrote(tmp_path / "a", own, shared=None, resume=True)[::2] == (lines, not done)
 
 
 def test_a_fingerprint_is_of_what_a_model_is(tmp_path, saved):

@@ -15,9 +15,6 @@ from .codec import DTYPES
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-#: Fields that the first caches do not have: unsaid, they are neither compared nor written, so that those caches' digests
-#: stay.
-LATER = ("weights", "dtype", "seed")
 METHODS = ("top_k", "top_p", "samples", "given")
 
 
@@ -82,8 +79,7 @@ class Manifest:
             raise ValueError(f"a manifest needs 1 <= vocab_size < 2^31, got {self.vocab_size}")
 
     def to_json(self) -> str:
-        said = {name: value for name, value in asdict(self).items() if value is not None or name not in LATER}
-        return json.dumps(said, indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     def digest(self) -> str:
         """sha256 of the text; every shard's record repeats it."""

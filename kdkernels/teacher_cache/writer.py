@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..checks import integer
 from ..targets import SparseTarget
 from . import codec, shards
-from .manifest import LATER, NAME, Manifest
+from .manifest import NAME, Manifest
 from .shards import Shard
 
 #: A row group is what is read at once: one sequence, or several short ones. Together these compress better than alone, and
@@ -31,7 +31,7 @@ class CacheWriter:
     the rest. Use as a context manager: leaving it commits what was written, also after an error.
 
     Args:
-        directory: new, empty, or a cache with the same manifest; what caches of earlier versions leave unsaid is not compared.
+        directory: new, empty, or a cache with the same manifest.
         manifest: what is written; see :class:`Manifest`.
         rank: of this process among those that write.
         world_size: how many write.
@@ -240,7 +240,7 @@ def _claim(directory: Path, manifest: Manifest) -> Manifest:
         found = Manifest.read(directory)
     for name, value in dataclasses.asdict(manifest).items():
         had = getattr(found, name)
-        if had != value and not (name in LATER and had is None):
+        if had != value:
             raise FileExistsError(
                 f"{directory} has a cache with {name} {had!r}, not {value!r}; choose another directory"
             )

@@ -65,7 +65,7 @@ def claimed(settings: Settings) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not any_stage(folder):
+        if not any_stage(folder) and not (folder / train.COMPARISON).exists():
             # What could not begin leaves its folder free for another.
             (folder / train.BEGUN).unlink(missing_ok=True)
             train.discard_tokenizer(settings)
@@ -89,13 +89,11 @@ def claim_folder(settings: Settings) -> None:
 
 
 def begun_as(folder: Path) -> dict[str, Any]:
-    """What begun.json says of a comparison; of a finished one of an earlier version, its settings; {} if there is none."""
-    for name, part in ((train.BEGUN, None), (train.COMPARISON, "settings")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing of ours
-            values = json.loads((folder / name).read_text())
-            values = values[part] if part else values
-            if values["mode"] == "compare":
-                return values
+    """What begun.json says of a comparison; {} if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing of ours
+        values = json.loads((folder / train.BEGUN).read_text())
+        if values["mode"] == "compare":
+            return values
     return {}
 
 

@@ -59,10 +59,9 @@ def write_completions(
     prompts = make_prompts(settings, records, tokenizer, packed)
     ids = encode(settings, tokenizer, prompts)
     made = made_of(settings, tokenizer, prompts)
-    mine = settings.run.resume and options.completions is None
     with one_line(f"cannot write completions to {path}"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        seconds = seconds_of(made, path, part, beside, mine=mine)
+        seconds = seconds_of(made, path, part, beside)
         if path.exists():
             say(f"reusing the completions in {path}")
             return path, seconds
@@ -110,16 +109,12 @@ def made_of(settings: Settings, tokenizer: Any, prompts: list[Prompt]) -> dict[s
     }
 
 
-def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path, *, mine: bool) -> float:
-    """What the completions that are there have taken. UserError if they were made of anything else.
-
-    ``mine``: a run goes on with its own file, which has nothing ``beside`` it if an earlier version wrote it."""
+def seconds_of(made: dict[str, Any], path: Path, part: Path, beside: Path) -> float:
+    """What the completions that are there have taken. UserError if they were made of anything else."""
     there = path if path.exists() else part
     if not there.exists() or there == part and not part.stat().st_size:
         write_whole(beside, json.dumps({**made, "seconds": 0.0}))
     elif not beside.exists():
-        if mine:
-            return 0.0
         instead = "learn it as --data without --teacher" if there == path else "delete it"
         raise UserError(
             f"{there} is there, but not {beside.name}, which says what wrote it: {instead}, or choose other "

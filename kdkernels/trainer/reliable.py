@@ -304,12 +304,12 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def check_whole(checkpoint: Path, way_out: str) -> None:
-    """Trainer goes on without what a checkpoint lacks. Those of earlier versions have no record of their files."""
+    """Raises :class:`UserError` for a checkpoint that lacks something, which Trainer would go on without."""
     record = checkpoint / FILES
-    sizes = {STATE: 0}
-    if record.exists():
-        with one_line(f"{record} is damaged"):
-            sizes |= json.loads(record.read_text())
+    if not record.is_file():
+        raise UserError(f"{checkpoint} lacks {FILES}; {way_out}")
+    with one_line(f"{record} is damaged"):
+        sizes = {STATE: 0} | json.loads(record.read_text())
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -325,9 +325,9 @@ def check_whole(checkpoint: Path, way_out: str) -> None:
 
 def seconds_before(checkpoint: str | None) -> float:
     """What the run had taken up to a checkpoint."""
-    path = Path(checkpoint or "", SECONDS)
-    if not checkpoint or not path.exists():
+    if checkpoint is None:
         return 0.0
+    path = Path(checkpoint, SECONDS)
     with one_line(f"cannot read {path}"):
         return float(json.loads(path.read_text()))
 
