@@ -21,8 +21,8 @@ from kdkernels.teacher_cache import TeacherCache, tokenizer_hash  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import read_metrics  # noqa: E402
-from kdkernels.trainer.settings import UserError  # noqa: E402
 
 K = 12
 DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer  # noqa: E402
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import compare, judge, models, report, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import read_metrics  # noqa: E402
-from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH  # noqa: E402
 
 
 def test_co_goes_on_with_a_teacher_that_is_under_way(tmp_path):

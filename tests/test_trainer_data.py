@@ -11,7 +11,8 @@ from trainer_runs import error_of, options, run, with_opening  # noqa: E402
 
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.settings import DataSettings, UserError  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
+from kdkernels.trainer.settings import DataSettings  # noqa: E402
 
 
 def test_every_format_is_read(tmp_path):

@@ -18,9 +18,10 @@ from trainer_runs import PACKAGE, error_of, flags, options, run, weights  # noqa
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import data, files, models, reliable, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import locked  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
-from kdkernels.trainer.settings import ModelSettings, UserError  # noqa: E402
+from kdkernels.trainer.settings import ModelSettings  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 
 from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import models, prune, weights  # noqa: E402
-from kdkernels.trainer.settings import UserError  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12]]
 DATA = ["--data", str(PACKAGE), "--max_length", "32"]

@@ -16,7 +16,8 @@ from kdkernels.__main__ import main  # noqa: E402
 from kdkernels.trainer import train  # noqa: E402
 from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
-from kdkernels.trainer.settings import SCRATCH, UserError  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
+from kdkernels.trainer.settings import SCRATCH  # noqa: E402
 
 SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_model": True}
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  
 
 from kdkernels.trainer import data, generate, models  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
-from kdkernels.trainer.settings import UserError  # noqa: E402
+from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.writing import continued, ends_of  # noqa: E402
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [12, 13]]

@@ -18,9 +18,10 @@ from ..targets import Tail
 from ..teacher_cache import CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from ..trainer import data, models
 from ..trainer.command_line import parse_parts
+from ..trainer.errors import UserError
 from ..trainer.progress import bar
 from ..trainer.refused import check_dtype
-from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, option
 from . import say_at_exit
 
 

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..trainer import data, models, prune
 from ..trainer.command_line import parse_parts
+from ..trainer.errors import UserError
 from ..trainer.files import save_whole
-from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, UserError, option
+from ..trainer.settings import SCRATCH, DataSettings, ModelSettings, option
 
 
 @dataclass

@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> None:
     from transformers.utils import logging
 
     from ..trainer.command_line import parse
-    from ..trainer.settings import MODES, UserError
+    from ..trainer.errors import UserError
+    from ..trainer.settings import MODES
 
     logging.disable_progress_bar()  # those of loading and writing models; training has its own
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ..targets import SparseTarget
 from ..teacher_cache import TeacherCache, tokenizer_hash
 from . import data, models
-from .settings import UserError
+from .errors import UserError
 
 
 class CachedSequences(Dataset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .settings import UserError, one_line
+from .errors import UserError, one_line
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  #: where a chat template puts what a message says
 #: Columns that a chat template is given beside the messages, as TRL gives them.

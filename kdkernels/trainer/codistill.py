@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 import kdkernels as kd
 
 from ..integrations.transformers import call_through_head, check_head, model_inputs
+from .errors import UserError, one_line
 from .reliable import ReliableTrainer
-from .settings import UserError, one_line
 
 TEACHER_LOSS = "teacher_loss.json"
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay", "teacher_loss")

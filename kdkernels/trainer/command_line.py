@@ -16,8 +16,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from .errors import UserError
 from .refused import check, check_ranges
-from .settings import FIELDS, MODES, PARTS, SHOWN, RunSettings, Settings, UserError, modes_of
+from .settings import FIELDS, MODES, PARTS, SHOWN, RunSettings, Settings, modes_of
 
 _HINTS = {name: hint for part in PARTS.values() for name, hint in typing.get_type_hints(part).items()}
 

@@ -25,8 +25,9 @@ import kdkernels as kd
 
 from . import data, judge, models, progress, report, train
 from .command_line import resolve
+from .errors import UserError, one_line
 from .files import read_metrics, write_whole
-from .settings import MODES, SCRATCH, WAYS, Settings, UserError, for_mode, is_secret, one_line
+from .settings import MODES, SCRATCH, WAYS, Settings, for_mode, is_secret
 
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"

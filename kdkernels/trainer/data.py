@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from . import chat
+from .errors import UserError, one_line
 from .progress import say
-from .settings import DataSettings, UserError, one_line
+from .settings import DataSettings
 
 IGNORE = -100
 ENCODING = "utf-8-sig"  #: UTF-8, without the mark that some editors put before a text

@@ -11,7 +11,7 @@ from typing import Any, Iterator
 
 from accelerate.utils import gather_object
 
-from .settings import UserError, one_line
+from .errors import UserError, one_line
 
 
 @contextlib.contextmanager

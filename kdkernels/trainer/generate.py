@@ -18,10 +18,11 @@ from transformers import set_seed
 from ..teacher_cache import tokenizer_hash
 from .chat import BESIDE, rendered
 from .data import Record, Sequences, encoded, kind_of, opened, opening
+from .errors import UserError, one_line
 from .files import locked, write_whole
 from .models import fingerprint, vocabulary
 from .progress import bar, say
-from .settings import SCRATCH, Settings, UserError, one_line
+from .settings import SCRATCH, Settings
 from .writing import continued, ends_of
 
 #: What finished completions may differ in: they are draws of the same distribution.

@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from .errors import UserError, one_line
 from .files import save_whole
-from .settings import SCRATCH, ModelSettings, Settings, UserError, one_line
+from .settings import SCRATCH, ModelSettings, Settings
 from .weights import PACKAGED, plain, source
 
 END_OF_TEXT = "<|endoftext|>"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import kdkernels as kd
 
 from .data import IGNORE
+from .errors import UserError
 from .reliable import LinesUntil, ReliableTrainer
-from .settings import UserError
 from .writing import Row, continued
 
 WRITTEN = "written.jsonl"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .settings import UserError, one_line
+from .errors import UserError, one_line
 
 
 def influence(model: Any, rows: list[list[int]]) -> list[float]:

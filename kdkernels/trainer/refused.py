@@ -10,7 +10,8 @@ from typing import Any, Callable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .settings import FIELDS, SCRATCH, WAYS, Settings, UserError, default_of, divergence_of, modes_of
+from .errors import UserError
+from .settings import FIELDS, SCRATCH, WAYS, Settings, default_of, divergence_of, modes_of
 
 _Range = tuple[str, Callable[[Any], bool]]
 _COUNT: _Range = ("must be 1 or more", lambda value: value >= 1)

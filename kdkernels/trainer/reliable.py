@@ -19,9 +19,9 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.transformers import DistillationTrainer
+from .errors import UserError, first_line, one_line
 from .files import raised_by_all, read_metrics, write_whole
 from .progress import Progress
-from .settings import UserError, first_line, one_line
 
 #: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
 STAGING = "checkpoint-being-written"

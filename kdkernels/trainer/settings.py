@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 import kdkernels as kd
+
+from .errors import UserError
 
 MODES = {
     "soft": "the student learns the teacher's distribution (live teacher, no logits held)",
@@ -35,27 +36,6 @@ DIVERGENCES = {
 WAYS = ("plain", "longer", "soft", "hard", "co", "on_policy")
 #: Llama-style models made from scratch: hidden_size, intermediate_size, layers, heads.
 SCRATCH = {"micro": (32, 64, 1, 2), "tiny": (128, 320, 2, 4), "small": (192, 512, 4, 4)}
-
-
-class UserError(Exception):
-    """Something that the user can put right: the command prints this one line and exits with 1."""
-
-
-@contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Errors that libraries raise over files and options become one :class:`UserError` of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises nothing narrower when the disk is full
-        raise UserError(f"{what}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first; its next line too where that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def option(default: Any, text: str) -> Any:

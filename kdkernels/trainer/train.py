@@ -23,12 +23,13 @@ import kdkernels as kd
 
 from . import data, models, summary
 from .codistill import CodistillationTrainer, Pair, SoftWeight
+from .errors import UserError, one_line
 from .files import locked, raised_by_all, read_metrics, write_whole
 from .generate import write_completions
 from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
 from .reliable import MetricsFile, ReliableTrainer, checkpoints, last_checkpoint, peak_memory, seconds_before
-from .settings import Settings, UserError, divergence_of, for_mode, one_line, without_secrets
+from .settings import Settings, divergence_of, for_mode, without_secrets
 
 RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
 #: The folder of a tokenizer that is trained on --data.

