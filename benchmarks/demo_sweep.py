@@ -28,6 +28,7 @@ from kdkernels.teacher_cache import TeacherCache
 from kdkernels.trainer import compare, data, judge, train
 from kdkernels.trainer.command_line import resolve
 from kdkernels.trainer.files import write_whole
+from kdkernels.trainer.folder import COMPARISON, CONFIG, RESULT
 from kdkernels.trainer.settings import SCRATCH, WAYS, Settings
 
 #: Ids that the cache keeps of the teacher's distribution.
@@ -55,7 +56,7 @@ class Demo:
     """A finished demo."""
 
     def __init__(self, folder: Path) -> None:
-        comparison = json.loads((folder / train.COMPARISON).read_text())
+        comparison = json.loads((folder / COMPARISON).read_text())
         self.environment, values = comparison["environment"], comparison["settings"]
         options = {name: value for name, value in values.items() if name != "mode"}
         self.settings = resolve("compare", {**options, "ways": list(WAYS), "output_dir": str(folder)})
@@ -101,7 +102,7 @@ class Demo:
         if all(stage.asked[name] == value for name, value in changed.items()):
             return stage
         folder = self.settings.output_dir / "sweep" / part / run.name
-        own = {"output_dir": str(folder), "resume": (folder / train.CONFIG).exists()}
+        own = {"output_dir": str(folder), "resume": (folder / CONFIG).exists()}
         return resolve(stage.mode, {**stage.asked, **changed, **own})
 
     def placed(self, value: Any) -> Any:
@@ -116,7 +117,7 @@ class Demo:
         if not part.judged:
             return {
                 **row,
-                "validation_loss": json.loads((stage.output_dir / train.RESULT).read_text())["eval_hard"],
+                "validation_loss": json.loads((stage.output_dir / RESULT).read_text())["eval_hard"],
             }
         path = stage.output_dir / compare.JUDGED
         if not path.exists():

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import yaml
 
 for name in ("pyarrow", "transformers", "accelerate"):
     pytest.importorskip(name)
@@ -15,6 +16,7 @@ from trainer_runs import WRITES, options, weights  # noqa: E402
 from benchmarks import demo_runs, demo_sweep, demo_tables, pages  # noqa: E402
 from kdkernels.trainer import compare, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
+from kdkernels.trainer.folder import COMPARISON  # noqa: E402
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_a_sweep_that_is_stopped_keeps_its_rows_and_goes_on(finished, monkeypatc
     assert seeds == ["plain-seed-43", "soft-seed-43"] and "tiny-with-0.02" in sizes
     assert rates == [f"co-learning_rate-{rate}-max_steps-2" for rate in (0.001, 0.002)]
     result = demo_tables.load("demo")
-    own = json.loads((folder / train.COMPARISON).read_text())["students"]
+    own = json.loads((folder / COMPARISON).read_text())["students"]
     for way in ("plain", "soft"):
         assert result["seeds"][f"{way}-seed-42"]["validation_loss"] == own[way]["validation_loss"]
     other = json.loads((folder / "sweep/rates/co-learning_rate-0.002-max_steps-2/result.json").read_text())
@@ -111,9 +113,9 @@ def test_a_cached_teacher_and_the_student_s_own_text_beside_the_live_teacher(fin
     assert cached["tokens"] == tokens and 15 * 32 < tokens <= 16 * 32
     assert tokens <= written["tokens"] < 600 and written["seconds"] > 0  # as many as a student reads
     assert 200 <= written["bytes_per_token"] < 200 * 3
-    stage = train.yaml.safe_load((folder / "sweep/cache/soft-from-the-cache/config.yaml").read_text())
+    stage = yaml.safe_load((folder / "sweep/cache/soft-from-the-cache/config.yaml").read_text())
     assert stage["teacher"] is None and stage["targets"] == str(folder / "sweep/cache/targets")
-    policy = train.yaml.safe_load(
+    policy = yaml.safe_load(
         next(folder.glob("sweep/on_policy/on_policy-*half-of-w*/config.yaml")).read_text()
     )
     assert (policy["divergence"], policy["hard_weight"], policy["student_share"]) == ("reverse_kl", 0.0, 0.5)

@@ -23,6 +23,7 @@ from kdkernels.trainer.cached import CachedSequences  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import read_metrics  # noqa: E402
+from kdkernels.trainer.folder import METRICS, RESULT  # noqa: E402
 
 K = 12
 DATA = {"max_length": 48, "validation_share": 0.2, "validation_sequences": 6}
@@ -92,7 +93,7 @@ def from_cache(home: Path, name: str, targets: Path, **values) -> dict:
 
 
 def losses(folder: Path) -> list[float]:
-    lines = (json.loads(line) for line in (folder / train.METRICS).read_text().splitlines())
+    lines = (json.loads(line) for line in (folder / METRICS).read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
@@ -243,12 +244,12 @@ def test_the_command_that_the_cache_prints_trains_on_it(home, capsys):
     train_command.main([*arguments[4:], "--max_steps", "2", "--logging_steps", "1"])
     said = capsys.readouterr().out
     assert f"what it said is in {home / 'prints'}" in said and "target_kl" in said and " kl" not in said
-    result = json.loads((home / "printed" / train.RESULT).read_text())
+    result = json.loads((home / "printed" / RESULT).read_text())
     measured = {name for name in result if name.startswith("eval_")}
     about_target = {f"eval_target_{n}" for n in ("kl", "student_entropy", "teacher_entropy", "agreement")}
     assert about_target | {"eval_loss", "eval_hard"} <= measured
     assert not measured & {"eval_kl", "eval_student_entropy", "eval_teacher_entropy", "eval_agreement"}
-    logged = [line for line in read_metrics(home / "printed" / train.METRICS) if "loss" in line]
+    logged = [line for line in read_metrics(home / "printed" / METRICS) if "loss" in line]
     assert {"target_kl", "target_agreement", "soft"} <= logged[0].keys() and "kl" not in logged[0]
 
 
@@ -295,7 +296,7 @@ def test_damage_stops_training_and_is_named(home):
     victim.write_bytes(content)
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         from_cache(home, "from-damaged", directory)
-    assert not (home / "from-damaged" / train.RESULT).exists()
+    assert not (home / "from-damaged" / RESULT).exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from kdkernels.trainer import compare, judge, models, report, train  # noqa: E40
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import read_metrics  # noqa: E402
+from kdkernels.trainer.folder import claim_comparison, claimed_comparison  # noqa: E402
 from kdkernels.trainer.settings import SCRATCH  # noqa: E402
 
 
@@ -101,7 +102,7 @@ def test_a_comparison_that_was_killed_goes_on(stages, tmp_path, monkeypatch):
     """With the tokenizer of its stages. Before any has begun, another one may be asked for."""
     values = options(tmp_path, ways=["plain", "soft"], max_steps=1, **WRITES)
     settings = resolve("compare", values)
-    compare.claim_folder(settings)
+    claim_comparison(settings)
     for name in stages:
         train.run(resolve("hard", compare.plan(settings)[name].asked))
     trained = compare.tokenizer(settings)
@@ -119,9 +120,9 @@ def test_a_killed_comparison_s_tokenizer_is_its_own_only_if_it_trains_one(tmp_pa
     """What was given as --tokenizer may lie in the folder too."""
     folder = shutil.copytree(saved, tmp_path / "tokenizer")
     values = options(tmp_path, ways=["plain", "soft"], **WRITES)
-    compare.claim_folder(resolve("compare", {**values, "tokenizer": str(folder)}))
+    claim_comparison(resolve("compare", {**values, "tokenizer": str(folder)}))
     with pytest.raises(UserError, match=f"{tmp_path} holds tokenizer, but no comparison"):
-        compare.claim_folder(resolve("compare", values))
+        claim_comparison(resolve("compare", values))
     assert (folder / "tokenizer.json").exists()
 
 
@@ -131,6 +132,14 @@ def test_a_comparison_that_could_not_begin_leaves_its_folder_free(tmp_path, monk
     with pytest.raises(UserError, match="teacher did not finish"):
         compare.compare(resolve("compare", values))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_whose_stages_are_gone_keeps_its_folder(tmp_path):
+    settings = resolve("compare", options(tmp_path, ways=["plain", "soft"], **WRITES))
+    with pytest.raises(UserError, match="it fails"), claimed_comparison(settings):
+        (tmp_path / "comparison.json").write_text("{}")
+        raise UserError("it fails")
+    claim_comparison(settings)
 
 
 def test_a_comparison_that_is_interrupted_stops_its_stage(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from kdkernels.trainer import data, files, models, reliable, train  # noqa: E402
 from kdkernels.trainer.command_line import resolve  # noqa: E402
 from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import locked  # noqa: E402
+from kdkernels.trainer.folder import begun_with, claimed  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
 from kdkernels.trainer.settings import ModelSettings  # noqa: E402
 
@@ -255,7 +256,7 @@ def test_all_processes_raise_what_the_first_one_finds(tmp_path, monkeypatch):
     """One that went on alone would end in a traceback, of a barrier that nobody else comes to."""
     second = SimpleNamespace(output_dir=tmp_path, run=SimpleNamespace(process_index=1, world_size=2))
     monkeypatch.setattr(files, "gather_object", lambda found: ["already there", *found])
-    with pytest.raises(UserError, match="already there"), train.claimed(second):
+    with pytest.raises(UserError, match="already there"), claimed(second):
         pass
     state = SimpleNamespace(global_step=0, is_world_process_zero=False)
     for kind in (reliable.LinesUntil, reliable.MetricsFile):
@@ -378,7 +379,7 @@ def test_a_damaged_begun_json_is_one_line(text, tmp_path):
     path = tmp_path / "begun.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"^cannot read {path}|{path} is damaged: .*; delete it if --data is"):
-        train.begun_with(path)
+        begun_with(path)
 
 
 @pytest.mark.parametrize(

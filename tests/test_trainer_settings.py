@@ -17,6 +17,7 @@ from kdkernels.trainer import train  # noqa: E402
 from kdkernels.trainer.command_line import parse, parser_for, resolve  # noqa: E402
 from kdkernels.trainer.compare import plan  # noqa: E402
 from kdkernels.trainer.errors import UserError  # noqa: E402
+from kdkernels.trainer.folder import claim_folder  # noqa: E402
 from kdkernels.trainer.settings import SCRATCH  # noqa: E402
 
 SHARED = {"tensor_parallel": 2, "student": "a/b", "teacher": "c/d", "save_only_model": True}
@@ -301,13 +302,13 @@ def test_a_token_of_the_hub_is_written_to_no_file(tmp_path):
 
 def test_a_run_goes_on_with_another_token_of_the_hub(tmp_path):
     """And one that somebody has put into config.yaml is not compared."""
-    train.claim_folder(resolve("soft", options(tmp_path, hub_token="hf_x")))
+    claim_folder(resolve("soft", options(tmp_path, hub_token="hf_x")))
     text = (tmp_path / "config.yaml").read_text()
     assert "hf_x" not in text
     again = resolve("soft", options(tmp_path, hub_token="hf_y", resume=True))
-    assert not train.claim_folder(again)
+    assert not claim_folder(again)
     (tmp_path / "config.yaml").write_text(text + "hub_token: hf_x\n")
-    assert not train.claim_folder(again)
+    assert not claim_folder(again)
 
 
 def test_an_option_of_an_enum_is_written_and_read_again(tmp_path):

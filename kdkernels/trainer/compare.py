@@ -6,17 +6,15 @@ that is finished is reused, one that was killed goes on from its last checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import platform
-import shutil
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import transformers
@@ -25,15 +23,25 @@ import kdkernels as kd
 
 from . import data, judge, models, progress, report, train
 from .command_line import resolve
-from .errors import UserError, one_line
+from .errors import UserError
 from .files import read_metrics, write_whole
+from .folder import (
+    BEGUN,
+    COMPARISON,
+    CONFIG,
+    METRICS,
+    REPORT,
+    RESULT,
+    TOKENIZER,
+    begun_with,
+    check_begun,
+    check_same_settings,
+    claimed_comparison,
+)
 from .settings import MODES, SCRATCH, WAYS, Settings, for_mode, is_secret
 
 #: In a stage's folder: what its model is worth, kept so that a run that was stopped measures none twice.
 JUDGED = "judged.json"
-REPORT = "report.md"
-#: What a comparison writes beside its stages.
-WRITTEN = (REPORT, report.PICTURE, train.METRICS, train.COMPARISON)
 #: Stages that are no way of distillation -> what they do.
 DOING = {
     "teacher": "the teacher learns the text",
@@ -49,57 +57,13 @@ def compare(settings: Settings) -> None:
         raise UserError("compare needs --max_steps: the budget that every student gets")
     if not settings.data.validation_share > 0:
         raise UserError("compare needs text that no student has seen: --validation_share above 0")
-    if (settings.output_dir / train.CONFIG).exists():
+    if (settings.output_dir / CONFIG).exists():
         raise UserError(
             f"--output_dir {settings.output_dir} holds a run: it is not overwritten, choose another folder"
         )
     models.check_models(settings.model, settings.data.max_length)
-    with claimed(settings):
+    with claimed_comparison(settings):
         _compare(settings)
-
-
-@contextlib.contextmanager
-def claimed(settings: Settings) -> Iterator[None]:
-    """The folder for a comparison: a new one, or one that a command before this one began."""
-    claim_folder(settings)
-    folder = settings.output_dir
-    try:
-        yield
-    except UserError:
-        if not any_stage(folder) and not (folder / train.COMPARISON).exists():
-            # What could not begin leaves its folder free for another.
-            (folder / train.BEGUN).unlink(missing_ok=True)
-            train.discard_tokenizer(settings)
-        raise
-
-
-def claim_folder(settings: Settings) -> None:
-    """Writes whose the folder is to begun.json. UserError if something else would be overwritten there."""
-    folder, trains = settings.output_dir, settings.model.trains_tokenizer
-    before, anew = begun_as(folder), not any_stage(folder)
-    if anew and before.get("trains_tokenizer"):
-        shutil.rmtree(folder / train.TOKENIZER, ignore_errors=True)  # of a command that was killed
-    names = [*(() if before else WRITTEN), *([train.TOKENIZER] if anew and trains else ())]
-    if others := [name for name in names if (folder / name).exists()]:
-        raise UserError(
-            f"--output_dir {folder} holds {others[0]}, but no comparison: it is not overwritten, choose another folder"
-        )
-    with one_line(f"cannot use --output_dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / train.BEGUN, json.dumps({"mode": "compare", "trains_tokenizer": trains}))
-
-
-def begun_as(folder: Path) -> dict[str, Any]:
-    """What begun.json says of a comparison; {} if there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing of ours
-        values = json.loads((folder / train.BEGUN).read_text())
-        if values["mode"] == "compare":
-            return values
-    return {}
-
-
-def any_stage(folder: Path) -> bool:
-    return any(train.begun(folder / name) for name in ("teacher", *WAYS))
 
 
 def _compare(settings: Settings) -> None:
@@ -116,10 +80,10 @@ def _compare(settings: Settings) -> None:
         check_same_text(stages)
         comparison = measured(settings, stages)
         comparison["seconds"] = None if any(reused) else time.perf_counter() - start
-        write_whole(folder / train.COMPARISON, json.dumps(comparison, indent=1))
-    curves = {name: read_metrics(stage.output_dir / train.METRICS) for name, stage in stages.items()}
+        write_whole(folder / COMPARISON, json.dumps(comparison, indent=1))
+    curves = {name: read_metrics(stage.output_dir / METRICS) for name, stage in stages.items()}
     lines = [json.dumps({"run": name, **line}) + "\n" for name, metrics in curves.items() for line in metrics]
-    write_whole(folder / train.METRICS, "".join(lines))
+    write_whole(folder / METRICS, "".join(lines))
     report.draw(folder / report.PICTURE, curves, comparison)
     write_whole(folder / REPORT, report.text(comparison))
     print(
@@ -130,7 +94,7 @@ def _compare(settings: Settings) -> None:
 
 def earlier(settings: Settings) -> dict[str, Any] | None:
     """The comparison that an earlier command left, if it was asked for the same."""
-    path = settings.output_dir / train.COMPARISON
+    path = settings.output_dir / COMPARISON
     comparison = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     asked = json.loads(json.dumps(settings.to_dict()))
     same = {**comparison["settings"], "output_dir": asked["output_dir"]} == asked
@@ -150,7 +114,7 @@ def plan(settings: Settings) -> dict[str, Settings]:
     teacher = str(folder / "teacher" / "model") if scratch else settings.model.teacher
 
     def stage(mode: str, name: str, **values: Any) -> Settings:
-        resume = (folder / name / train.CONFIG).exists()
+        resume = (folder / name / CONFIG).exists()
         own = {**shared, "output_dir": str(folder / name), "resume": resume, **values}
         return resolve(mode, for_mode(mode, own))
 
@@ -187,7 +151,7 @@ def tokenizer(settings: Settings) -> str:
     """The tokenizer of every stage: one that was given, or trained here."""
     if not settings.model.trains_tokenizer:
         return settings.model.tokenizer or settings.model.pretrained[0]
-    folder = settings.output_dir / train.TOKENIZER
+    folder = settings.output_dir / TOKENIZER
     if not folder.exists():
         print(f"training a tokenizer on {', '.join(settings.data.data)}", flush=True)
         records, _ = data.split(data.read(settings.data), settings.data)
@@ -199,8 +163,8 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
     """Runs a stage in a process of its own; True if it was finished before."""
     heading = f"[{number}/{count}] {name}"
     what = DOING.get(name, MODES[settings.mode])
-    if (settings.output_dir / train.RESULT).exists():
-        train.check_same_settings(settings)
+    if (settings.output_dir / RESULT).exists():
+        check_same_settings(settings)
         print(f"{heading}: reusing {settings.output_dir}")
         return True
     going_on = "; going on" if settings.run.resume else ""
@@ -209,7 +173,7 @@ def run_stage(number: int, count: int, name: str, settings: Settings) -> bool:
     )
     if code := exit_code(settings):
         raise UserError(f"{name} did not finish (exit code {code}); run the same command again to go on")
-    result = json.loads((settings.output_dir / train.RESULT).read_text())
+    result = json.loads((settings.output_dir / RESULT).read_text())
     print(
         f"{heading}: done in {result['seconds'] + result['writing_seconds']:.0f} s, "
         f"validation loss {result['eval_hard']:.3f}",
@@ -258,7 +222,7 @@ def longer(stages: dict[str, Settings]) -> Settings:
     plain, soft = stages["plain"], stages["soft"]
     share = report.training_seconds(speed(soft)) / report.training_seconds(speed(plain))
     folder = plain.output_dir.with_name("longer")
-    own = {"output_dir": str(folder), "resume": (folder / train.CONFIG).exists()}
+    own = {"output_dir": str(folder), "resume": (folder / CONFIG).exists()}
     return resolve(
         plain.mode,
         {**plain.asked, **own, "max_steps": max(round(plain.run.max_steps * share), plain.run.max_steps)},
@@ -267,8 +231,8 @@ def longer(stages: dict[str, Settings]) -> Settings:
 
 def check_same_text(stages: dict[str, Settings]) -> None:
     """Raises :class:`UserError` where --data was changed after some of the stages were finished."""
-    begun = {name: stage.output_dir / train.BEGUN for name, stage in stages.items()}
-    texts = {name: train.begun_with(path)["text"] for name, path in begun.items() if path.exists()}
+    begun = {name: stage.output_dir / BEGUN for name, stage in stages.items()}
+    texts = {name: begun_with(path)["text"] for name, path in begun.items() if path.exists()}
     others = [name for name, text in texts.items() if text != texts.get("soft", text)]
     if others:
         raise UserError(
@@ -281,7 +245,7 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     """Every student against the same teacher on the same held-out text."""
     reference = stages["soft"]
     given = train.ingredients(reference)
-    train.check_begun(given)
+    check_begun(reference, given.fingerprint())
     asked = {
         "judged_prompts": settings.compare.judged_prompts,
         "prompt_tokens": settings.generation.prompt_tokens,
@@ -306,7 +270,7 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
     teacher_row = {**rows.pop("teacher"), "parameters": models.parameters(teacher)}
     others: dict[str, Any] = {}
     if "co" in stages:
-        co = json.loads((stages["co"].output_dir / train.RESULT).read_text())
+        co = json.loads((stages["co"].output_dir / RESULT).read_text())
         others["co_teacher"] = {"validation_loss": co["eval_teacher_hard"]}
         others["co_hard_weight"] = stages["co"].loss.hard_weight
     return {
@@ -322,8 +286,8 @@ def measured(settings: Settings, stages: dict[str, Settings]) -> dict[str, Any]:
 
 def speed(settings: Settings) -> dict[str, Any]:
     """What a stage cost. The tokens per second are without evaluations and checkpoints, ``seconds`` is with them."""
-    result = json.loads((settings.output_dir / train.RESULT).read_text())
-    lines = read_metrics(settings.output_dir / train.METRICS)
+    result = json.loads((settings.output_dir / RESULT).read_text())
+    lines = read_metrics(settings.output_dir / METRICS)
     rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
     return {
         **{name: result[name] for name in ("tokens", "seconds", "writing_seconds", "peak_memory_bytes")},

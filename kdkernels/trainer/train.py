@@ -6,17 +6,13 @@ which differ in a few lines, trains, evaluates and saves.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
-import yaml
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import kdkernels as kd
@@ -24,20 +20,13 @@ import kdkernels as kd
 from . import data, models, summary
 from .codistill import CodistillationTrainer, Pair, SoftWeight
 from .errors import UserError, one_line
-from .files import locked, raised_by_all, read_metrics, write_whole
+from .files import write_whole
+from .folder import METRICS, RESULT, TOKENIZER, check_begun, claimed, leave_free
 from .generate import write_completions
 from .on_policy import OnPolicyTrainer, Policy
 from .progress import say
-from .reliable import MetricsFile, ReliableTrainer, checkpoints, last_checkpoint, peak_memory, seconds_before
-from .settings import Settings, divergence_of, for_mode, without_secrets
-
-RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
-#: The folder of a tokenizer that is trained on --data.
-TOKENIZER = "tokenizer"
-#: The text and the number of processes that a run began with.
-BEGUN = "begun.json"
-#: What `compare` leaves in its folder.
-COMPARISON = "comparison.json"
+from .reliable import MetricsFile, ReliableTrainer, last_checkpoint, peak_memory, seconds_before
+from .settings import Settings, divergence_of
 
 
 @dataclass
@@ -53,6 +42,10 @@ class Ingredients:
     @cached_property
     def vocab_size(self) -> int:
         return models.vocabulary(self.tokenizer)
+
+    def fingerprint(self) -> str:
+        """What tells the text from another."""
+        return f"{self.train.fingerprint()} {self.validation.fingerprint()}"
 
     def model(self, name: str, seed: int) -> Any:
         settings = self.settings
@@ -220,12 +213,8 @@ def _run(settings: Settings, fresh: bool) -> dict[str, Any]:
         summary.of_models(settings, *trainer.models, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception:
-        steps = 0 if trainer is None else trainer.state.global_step
-        if fresh and not steps and not checkpoints(folder):
-            # A run that could not begin leaves its folder free for another. config.yaml says whose the others are.
-            for name in (METRICS, BEGUN, CONFIG):
-                (folder / name).unlink(missing_ok=True)
-            discard_tokenizer(settings)
+        if fresh and (trainer is None or not trainer.state.global_step):
+            leave_free(settings)
         raise
     result = {
         "mode": settings.mode,
@@ -269,7 +258,7 @@ def build(settings: Settings) -> ReliableTrainer:
     args = settings.run
     try:
         given = ingredients(settings)
-        check_begun(given)
+        check_begun(settings, given.fingerprint())
         summary.of_data(settings, given.records, given.train, given.validation)
         trainer = BUILD[settings.mode](given)
     except (ValueError, ImportError) as error:
@@ -288,112 +277,6 @@ def build(settings: Settings) -> ReliableTrainer:
     if judged and not trainer.eval_dataset:
         raise UserError("the best checkpoint needs text to be judged by: --validation_share above 0")
     return trainer
-
-
-@contextlib.contextmanager
-def claimed(settings: Settings) -> Iterator[bool]:
-    """The run's folder for this run alone; whether the run is new. What the first process finds wrong, all of them raise."""
-    folder, fresh = settings.output_dir, False
-    with contextlib.ExitStack() as held:
-        with raised_by_all(settings.run.world_size):
-            if not settings.run.process_index:
-                with one_line(f"cannot use --output_dir {folder}"):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(
-                        locked(folder, f"another process is training in {folder}; wait for it")
-                    )
-                    fresh = claim_folder(settings)
-        yield fresh
-
-
-def claim_folder(settings: Settings) -> bool:
-    """Writes the run's config.yaml; True if there was none."""
-    path = settings.output_dir / CONFIG
-    if path.exists():
-        check_same_settings(settings)
-        if not begun(settings.output_dir):
-            discard_tokenizer(settings)
-        return False
-    names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", COMPARISON]
-    names += [TOKENIZER] if settings.model.trains_tokenizer else []
-    others = [name for name in names if (settings.output_dir / name).exists()]
-    others += [METRICS] if read_metrics(settings.output_dir / METRICS) else []
-    if others:
-        raise UserError(
-            f"--output_dir {settings.output_dir} holds {others[0]}, but no {CONFIG} of a run: it is not overwritten, "
-            "choose another folder"
-        )
-    if settings.run.resume:
-        say(f"nothing to resume in {settings.output_dir}: a new run begins")
-    (settings.output_dir / BEGUN).unlink(missing_ok=True)  # of a run that could not begin
-    write_whole(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
-    return True
-
-
-def begun(folder: Path) -> bool:
-    """Whether the run in a folder has come as far as its text."""
-    return any((folder / name).exists() for name in (BEGUN, RESULT)) or bool(checkpoints(folder))
-
-
-def discard_tokenizer(settings: Settings) -> None:
-    """Removes a tokenizer that no run has begun with: the next one may be of another size, or of other text."""
-    if settings.model.trains_tokenizer:
-        shutil.rmtree(settings.output_dir / TOKENIZER, ignore_errors=True)
-
-
-def check_same_settings(settings: Settings) -> None:
-    """A run is never overwritten, and only goes on under its own settings."""
-    folder = settings.output_dir
-    if not settings.run.resume:
-        raise UserError(
-            f"{folder} already holds a run: --resume goes on with it; or choose another --output_dir"
-        )
-    with one_line(f"cannot read {folder / CONFIG}"):
-        before = for_mode(settings.mode, without_secrets(yaml.safe_load((folder / CONFIG).read_text())))
-    now = settings.to_dict()
-    changed = sorted(
-        n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "output_dir"
-    )
-    if changed:
-        raise UserError(
-            f"{folder} was made with other settings ("
-            + ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
-            + "); choose another --output_dir"
-        )
-
-
-def check_begun(given: Ingredients) -> None:
-    """A run goes on with the text and the processes that it began with: its batches would not be the same ones."""
-    folder, run = given.settings.output_dir, given.settings.run
-    text = f"{given.train.fingerprint()} {given.validation.fingerprint()}"
-    now = {"text": text, "processes": run.world_size}
-    path = folder / BEGUN
-    if not path.exists():
-        if not run.process_index:
-            write_whole(path, json.dumps(now))
-        return
-    before = begun_with(path)
-    if before["text"] != now["text"]:
-        raise UserError(
-            f"{folder} was begun on other text than --data {' '.join(given.settings.data.data)} holds now; "
-            "choose another --output_dir"
-        )
-    if before["processes"] != now["processes"]:
-        raise UserError(
-            f"{folder} was begun by {before['processes']} of torchrun's processes, and now there are "
-            f"{now['processes']}: torchrun --nproc_per_node {before['processes']}"
-        )
-
-
-def begun_with(path: Path) -> dict[str, Any]:
-    """What a begun.json says of a run. UserError if it is not as a run writes it."""
-    with one_line(f"cannot read {path}"):
-        before = json.loads(path.read_text())
-    if not isinstance(before, dict) or not {"text", "processes"} <= before.keys():
-        raise UserError(
-            f"{path} is damaged: it does not say what the run began with; delete it if --data is what it was"
-        )
-    return before
 
 
 def ingredients(settings: Settings) -> Ingredients:
