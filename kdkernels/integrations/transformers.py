@@ -6,22 +6,20 @@ weights around a module's forward (FSDP, FSDP2, ZeRO-3) works.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from dataclasses import replace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel, Trainer
 
 import kdkernels as kd
 
 from ..targets import Tail
 from .model_head import TakesOtherInputs, call_through_head, check_head, is_measured, weights_are_here
+from .whole_evaluation import every_row, repeat_whole_batches, rows_that_count
 
 __all__ = ["DistillationTrainer", "call_through_head", "check_head"]
 
@@ -307,7 +305,7 @@ class DistillationTrainer(Trainer):
         """Adds a batch to the sums of this process. evaluation_loop makes the means of them, the loss included."""
         inputs = self._prepare_inputs(inputs)
         labels = shifted_labels(inputs).clone()
-        labels[_rows_that_count(self._eval_dataloader, len(labels), self.args.process_index) :] = -100
+        labels[rows_that_count(self._eval_dataloader, len(labels), self.args.process_index) :] = -100
         with torch.no_grad(), self.accelerator.autocast():
             sums = self.student_call(
                 model, inputs, lambda student, target: self.row_statistics(student, target, labels)
@@ -317,15 +315,15 @@ class DistillationTrainer(Trainer):
         return (None, None, None)
 
     def get_eval_dataloader(self, *given: Any, **named: Any) -> Any:
-        with _every_row(self.args):
+        with every_row(self.args):
             return super().get_eval_dataloader(*given, **named)
 
     def get_test_dataloader(self, *given: Any, **named: Any) -> Any:
-        with _every_row(self.args):
+        with every_row(self.args):
             return super().get_test_dataloader(*given, **named)
 
     def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
-        _repeat_whole_batches(dataloader)
+        repeat_whole_batches(dataloader)
         self._eval_dataloader, self._eval_sums = dataloader, _Sums()
         output: Any = super().evaluation_loop(dataloader, *arguments, **options)
         prefix = options.get("metric_key_prefix", "eval")
@@ -418,16 +416,6 @@ class DistillationTrainer(Trainer):
 # -- small parts ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _every_row(args: Any) -> Iterator[None]:
-    """dataloader_drop_last is of training batches; an evaluation is of its whole set."""
-    given, args.dataloader_drop_last = args.dataloader_drop_last, False
-    try:
-        yield
-    finally:
-        args.dataloader_drop_last = given
-
-
 def _check_head_if_here(model: Any) -> None:
     """Else its first forward does."""
     if isinstance(model, PreTrainedModel) and weights_are_here(model):
@@ -473,46 +461,6 @@ def row_of(head: Any, row: int) -> Any:
     if isinstance(head, kd.SparseTarget):
         return head[row]
     return replace(head, hidden=head.hidden[row])
-
-
-def _shard_of(dataloader: Any) -> BatchSamplerShard | None:
-    """What gives this process its batches of a data set with a length, where accelerate shares that out."""
-    found = (getattr(dataloader, name, None) for name in ("batch_sampler", "sampler"))
-    return next((each for each in found if isinstance(each, BatchSamplerShard)), None)
-
-
-def _repeat_whole_batches(dataloader: Any) -> None:
-    """Makes accelerate repeat whole batches, where there are not as many for each process, and no single samples.
-
-    It fills up the last batches with samples that came before, so that processes make as many calls of as many rows.
-    Which rows of a batch those are, only the collator knows: a padding-free one makes one row of all samples, and
-    another may make two of each. But of a repeated batch no row counts. ValueError where accelerate cannot do this.
-    """
-    dataset, shard = getattr(dataloader, "dataset", None), _shard_of(dataloader)
-    if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
-        raise ValueError(
-            f"dispatch_batches=False shares out an eval_dataset without a length among {dataset.num_processes} processes "
-            "by repeating samples, which would count twice; give one with a length, or leave dispatch_batches out"
-        )
-    if shard is None:
-        return
-    if shard.split_batches:  # each batch is cut in pieces, the last one among samples
-        size = shard.batch_size // shard.num_processes
-        shard.batch_sampler = BatchSampler(shard.batch_sampler.sampler, size, shard.drop_last)
-        shard.split_batches = False
-    shard.batch_size, shard.even_batches = None, True  # of no certain size: taken as they are
-
-
-def _rows_that_count(dataloader: Any, rows: int, process: int) -> int:
-    """Of this batch's ``rows``; those after them are there for other processes to have as many."""
-    if not getattr(dataloader, "end_of_dataloader", False):
-        return rows
-    if (shard := _shard_of(dataloader)) is not None:
-        left = 0 if shard.drop_last else len(shard.batch_sampler) % shard.num_processes
-        return rows if not left or shard.process_index < left else 0
-    if isinstance(dataloader, DataLoaderDispatcher):  # it shares out the rows that the collator made
-        return min(rows, max(0, dataloader.remainder - process * rows))
-    return rows
 
 
 class _Sums:
