@@ -182,29 +182,32 @@ class DistillationTrainer(Trainer):
             keep_sharded=self.keep_sharded,
         )
 
+    @property
+    def _loss_options(self) -> dict[str, Any]:
+        """What the loss against a target is asked for, but for its reduction."""
+        return {
+            "divergence": self.divergence,
+            "soft_weight": self.soft_weight,
+            "hard_weight": self.hard_weight,
+            **self.soft_options,
+            **self.hard_options,
+            **self.cut,
+        }
+
     def batch_loss(self, student: kd.LinearHead, target: Any, labels: Tensor, num_items: Any) -> Tensor:
         """The loss of one micro-batch, divided by the items of the whole batch; feeds the logs."""
-        shared = {"num_items": num_items, **self.hard_options, **self.cut}
         if target is None:
             if not self.hard_weight:
                 raise ValueError(
                     "no teacher and no target_ids in the batch, and hard_weight=0: nothing to learn; "
                     "give teacher=, batches with targets, or hard_weight=1.0"
                 )
-            hard = kd.cross_entropy(student, labels, **shared)
+            hard = kd.cross_entropy(student, labels, num_items=num_items, **self.hard_options, **self.cut)
             tokens = (labels >= 0).sum()
             self._sums.add({"hard": hard.detach() * (tokens if num_items is None else num_items)}, tokens)
             return self.hard_weight * hard
         loss, stats = kd.distillation_loss(
-            student,
-            target,
-            labels,
-            divergence=self.divergence,
-            soft_weight=self.soft_weight,
-            hard_weight=self.hard_weight,
-            return_stats=True,
-            **self.soft_options,
-            **shared,
+            student, target, labels, num_items=num_items, return_stats=True, **self._loss_options
         )
         self.log_stats(stats, student, target, labels)
         return loss
@@ -277,25 +280,10 @@ class DistillationTrainer(Trainer):
         _, stats = kd.distillation_loss(
             student, target, labels, hard_weight=1.0, return_stats=True, **self.cut
         )
-        loss = kd.distillation_loss(
-            student,
-            target,
-            labels,
-            divergence=self.divergence,
-            soft_weight=self.soft_weight,
-            hard_weight=self.hard_weight,
-            reduction="sum",
-            **self.soft_options,
-            **self.hard_options,
-            **self.cut,
-        )
-        means = {
-            "kl": stats.soft,
-            "hard": stats.hard,
-            "student_entropy": stats.student_entropy,
-            "teacher_entropy": stats.teacher_entropy,
-            "agreement": stats.agreement,
-        }
+        loss = kd.distillation_loss(student, target, labels, reduction="sum", **self._loss_options)
+        means = stats._asdict()
+        del means["tokens"]
+        means = {"kl": means.pop("soft"), **means}
         sums = _named({name: mean * tokens for name, mean in means.items()}, target)
         return {"loss": loss, **sums, "tokens": tokens}
 

@@ -174,14 +174,9 @@ class CodistillationTrainer(ReliableTrainer):
             student,
             target,
             labels,
-            divergence=self.divergence,
-            soft_weight=self._used_soft_weight,
-            hard_weight=self.hard_weight,
             num_items=num_items,
             return_stats=True,
-            **self.soft_options,
-            **self.hard_options,
-            **self.cut,
+            **self._loss_options | {"soft_weight": self._used_soft_weight},
         )
         self.log_stats(stats, student, target, labels)
         self._sums.add({"teacher_hard": losses.teacher.detach() * num_items})
