@@ -1,5 +1,6 @@
 """From `cache` to `train soft --targets`: the student learns what it would learn from the live teacher."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -16,7 +17,7 @@ for name in ("pyarrow", "transformers", "accelerate", "tokenizers"):
 import kdkernels as kd  # noqa: E402
 from kdkernels.commands import cache as cache_command  # noqa: E402
 from kdkernels.commands import train as train_command  # noqa: E402
-from kdkernels.integrations.transformers import call_through_head, row_of  # noqa: E402
+from kdkernels.integrations.transformers import call_through_head  # noqa: E402
 from kdkernels.teacher_cache import TeacherCache, tokenizer_hash  # noqa: E402
 from kdkernels.trainer import data, models, train  # noqa: E402
 from kdkernels.trainer.cached import CachedSequences  # noqa: E402
@@ -110,7 +111,7 @@ def live_top_k(self, inputs):
         size = int(inputs["attention_mask"][row].sum()) if "attention_mask" in inputs else length
         with torch.no_grad():
             head = call_through_head(self.teacher, {"input_ids": ids[None, :size]}, lambda head: head)
-        target = kd.top_k_target(row_of(head, 0), K)
+        target = kd.top_k_target(dataclasses.replace(head, hidden=head.hidden[0]), K)
         order = target.ids.argsort(-1)
         rows.append(kd.SparseTarget(target.ids.gather(-1, order), target.logprobs.gather(-1, order)))
     return kd.SparseTarget.collate(rows)

@@ -13,7 +13,7 @@ import torch
 
 import kdkernels as kd
 
-from ..integrations.transformers import call_through_head, check_head, model_inputs, row_of, shifted_labels
+from ..integrations.transformers import call_through_head, check_head, model_inputs, shifted_labels
 from ..targets import Tail
 from ..teacher_cache import CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from ..trainer import data, models
@@ -180,7 +180,7 @@ def targets(
     with torch.inference_mode():
         head = call_through_head(teacher, model_inputs(inputs), lambda head: head)
         for row, labels in enumerate(shifted_labels(inputs)):
-            target = choose(row_of(head, row), row)
+            target = choose(replace(head, hidden=head.hidden[row]), row)
             yield replace(target, ids=target.ids.masked_fill((labels < 0)[:, None], -1))
 
 

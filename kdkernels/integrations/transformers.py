@@ -445,12 +445,6 @@ def _own_lm_head(name: str, model: Any) -> nn.Linear:
     return head
 
 
-def row_of(head: Any, row: int) -> Any:
-    if isinstance(head, kd.SparseTarget):
-        return head[row]
-    return replace(head, hidden=head.hidden[row])
-
-
 class _Sums:
     """Named sums over tokens. They stay on their device until they are read."""
 
