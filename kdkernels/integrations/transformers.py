@@ -457,16 +457,14 @@ class _Sums:
         for name, value in sums.items():
             self.values[name] = self.values.get(name, 0.0) + value.detach().double()
 
-    def means(self, accelerator: Any = None, *, nothing: float = 0.0) -> dict[str, float]:
-        """The means, over all processes if an accelerator is given, ``nothing`` of no tokens; starts again from zero."""
+    def means(self, accelerator: Any, *, nothing: float = 0.0) -> dict[str, float]:
+        """The means over all processes, ``nothing`` of no tokens; starts again from zero."""
         values, self.values = self.values, {}
         tokens, self.tokens = self.tokens, 0
         if not values:
             return {}
         flat = torch.stack([*values.values(), torch.as_tensor(tokens).double()])
-        if accelerator is not None:
-            flat = accelerator.reduce(flat, "sum")
-        *sums, tokens = flat.tolist()
+        *sums, tokens = accelerator.reduce(flat, "sum").tolist()
         return {name: value / tokens if tokens else nothing for name, value in zip(values, sums)}
 
 
