@@ -114,6 +114,10 @@ class Patches:
                 target.put(original, place)
         self.originals.clear()
 
+    def theirs(self, target: Target) -> Any:
+        """What the package has there itself, patched or not."""
+        return self.originals[target][0] if target in self.originals else target.get()
+
     def _require_tested_version(self) -> None:
         first, below = (".".join(map(str, version)) for version in self.tested)
         version = importlib.metadata.version(self.package)

@@ -39,9 +39,8 @@ def jsd_loss(
     own = log_softmax_fn in (None, theirs.default_log_softmax) and kl_div_fn in (None, theirs.default_kl_div)
     if own and not t_logits.requires_grad:
         return js_divergence(s_logits, t_logits, beta=beta, reduction="sum")
-    original = _PATCHES.originals[_TARGET][0] if _PATCHES.originals else theirs.jsd_loss
     functions = log_softmax_fn or theirs.default_log_softmax, kl_div_fn or theirs.default_kl_div
-    return original(s_logits, t_logits, beta, *functions, chunk_size)
+    return _PATCHES.theirs(_TARGET)(s_logits, t_logits, beta, *functions, chunk_size)
 
 
 _TARGET = Target(_MODULE, None, "jsd_loss", jsd_loss)

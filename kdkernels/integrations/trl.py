@@ -362,7 +362,7 @@ def iw_opd_compute_loss(
     """``IWOPDTrainer.compute_loss``: of both models it needs the completion's log-probabilities, where TRL takes a
     log-softmax of each, and with a server one that nobody reads."""
     if self.distillation_objective != "iw_opd":
-        return _theirs(_IW_OPD)(self, model, inputs, return_outputs, num_items_in_batch)
+        return _PATCHES.theirs(_IW_OPD)(self, model, inputs, return_outputs, num_items_in_batch)
     self._raise_if_local_teacher_tokenizer_mismatch()
     outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     start = self._compute_prompt_length(inputs)
@@ -485,11 +485,6 @@ _TARGETS = (
 )
 
 _PATCHES = Patches("trl", TESTED, _TARGETS)
-
-
-def _theirs(target: Target) -> Any:
-    """What TRL has there itself, patched or not."""
-    return _PATCHES.originals[target][0] if target in _PATCHES.originals else target.get()
 
 
 def patch() -> Patch:
