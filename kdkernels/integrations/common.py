@@ -40,6 +40,13 @@ def without_ids(student: Tensor | LinearHead, **options: Any) -> TokenLogProbs:
     return token_log_probs(student, no_ids, **options)
 
 
+def entropies(logits: Tensor) -> Tensor:
+    """The entropy of every row, ``[...]``."""
+    entropy = without_ids(logits, entropy=True).entropy
+    assert entropy is not None
+    return entropy
+
+
 def whole(parameter: Any) -> Tensor:
     """A DTensor parameter (FSDP2, tensor parallel) gathered; other tensors as they are.
 

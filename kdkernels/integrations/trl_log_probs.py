@@ -11,7 +11,7 @@ from torch import Tensor
 from ..heads import LinearHead
 from ..log_probs import TokenLogProbs, token_log_probs
 from ..losses import cross_entropy
-from .common import IGNORED, given_ids, head, without_ids
+from .common import IGNORED, entropies, given_ids, head, without_ids
 
 
 def selective_log_softmax(
@@ -24,9 +24,7 @@ def selective_log_softmax(
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """The entropy of every row, ``[...]``; rows are read once, in pieces that no ``chunk_size`` has to say."""
-    entropy = without_ids(logits, entropy=True).entropy
-    assert entropy is not None
-    return entropy
+    return entropies(logits)
 
 
 def selective_log_softmax_and_entropy(

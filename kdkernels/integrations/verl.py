@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.layout import overlaps_itself
 from ..log_probs import token_log_probs
-from .common import IGNORED, given_ids, head, without_ids
+from .common import IGNORED, entropies, given_ids, head
 from .patches import Patch, Patches, Target
 
 #: The versions that the test suite is run with: from the first, below the second.
@@ -48,14 +48,12 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """The entropy of every row, ``[...]``."""
-    entropy = without_ids(logits, entropy=True).entropy
-    assert entropy is not None
-    return entropy
+    return entropies(logits)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
     """The entropy of every row; no ``chunk_size`` has to say in which pieces rows are read."""
-    return entropy_from_logits(logits)
+    return entropies(logits)
 
 
 def chunked_topk_log_probs(logits: Tensor, topk_ids: Tensor, chunk_size: int = 4096) -> Tensor:
