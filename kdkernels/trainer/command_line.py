@@ -34,12 +34,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join(names) if names else super()._format_action_invocation(action)
 
 
-def parse_parts(parts: dict[str, Any], arguments: list[str], **about: str) -> tuple[Any, ...]:
-    """The dataclasses of a command, by their titles in --help, filled from its arguments."""
+def _parser(parts: dict[str, Any], **about: str) -> HfArgumentParser:
+    """What reads the dataclasses of a command, by their titles in --help."""
     for title, part in parts.items():
         part._argument_group_name = title
     classes: Any = list(parts.values())
-    parser = HfArgumentParser(classes, formatter_class=HelpFormatter, allow_abbrev=False, **about)  # type: ignore[arg-type]
+    return HfArgumentParser(classes, formatter_class=HelpFormatter, allow_abbrev=False, **about)  # type: ignore[arg-type]
+
+
+def parse_parts(parts: dict[str, Any], arguments: list[str], **about: str) -> tuple[Any, ...]:
+    """The dataclasses of a command, by their titles in --help, filled from its arguments."""
+    parser = _parser(parts, **about)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"unknown options {' '.join(unknown)}; see --help")
@@ -57,20 +62,15 @@ def check_repeated(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 
 
 def parser_for(mode: str, *, show_all: bool = False) -> HfArgumentParser:
-    parts: Any = list(PARTS.values())
-    for title, part in PARTS.items():
-        part._argument_group_name = title  # type: ignore[attr-defined]
-    parser = HfArgumentParser(
-        parts,
+    parser = _parser(
+        PARTS,
         prog=f"python -m kdkernels train {mode}",
-        formatter_class=HelpFormatter,
         usage="%(prog)s --output_dir DIR [--config FILE.yaml] [options]",
         description=f"{mode}: {MODES[mode]}.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML of options; the command line overrides it")
     parser.add_argument("--help_all", action="store_true", help="every option of TrainingArguments too")
-    ours = {f.name for part in parts if part is not RunSettings for f in dataclasses.fields(part)}
+    ours = {f.name for part in PARTS.values() if part is not RunSettings for f in dataclasses.fields(part)}
     shown = {*ours, *SHOWN}
     for action in parser._actions:
         if action.type is string_to_bool:  # also those whose default is None: `--fsdp` is `--fsdp true`
