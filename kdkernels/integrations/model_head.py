@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import math
 import weakref
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Callable, Iterator
 
@@ -117,56 +118,77 @@ def check_head(model: nn.Module, inputs: dict[str, Any] | None = None) -> LogitM
     process must take part.
     """
     own, causal_lm, head = _parts(model)
-    name = type(causal_lm).__name__
-    device = getattr(causal_lm, "device", torch.device("cpu"))
-    if device.type == "meta":
-        raise ValueError(f"{name}'s weights are on the meta device (offloaded, perhaps); {_WAY_OUT}")
-    tokens_alone = inputs is None
-    if inputs is None:
-        inputs = {"input_ids": torch.tensor([[0, 1]], device=device)}
-    if "input_ids" not in inputs:
-        raise ValueError(
-            f"check_head compares hidden states with input_ids, and inputs hold {', '.join(inputs)}"
-        )
-    ids: Tensor = inputs["input_ids"]
-    given: Any = None
-    reached = False
+    name, project, seen = type(causal_lm).__name__, head.forward, _Seen()
+    given = _inputs_of_check(causal_lm, inputs)
+    ids: Tensor = given["input_ids"]
 
     def forward(hidden: Tensor) -> tuple[None, Tensor]:
-        nonlocal given, reached
-        reached = True
+        seen.hidden = True
         linear = _linear_head(head, hidden, LogitMap())
         if linear.leading_shape != ids.shape:
             raise ValueError(
                 f"{name} hands its lm_head hidden states {list(hidden.shape)} for tokens {list(ids.shape)}; {_WAY_OUT}"
             )
         _check_linear(name, head, project, linear, hidden)
-        given = _logits_of_every_size(linear)
+        seen.logits = _logits_of_every_size(linear)
         torch.set_grad_enabled(True)  # shows what is learned between here and the logits
-        return None, given.clone()  # a model may write over it
+        return None, seen.logits.clone()  # a model may write over it
 
     def finish(_: None, output: Any) -> Any:
         torch.set_grad_enabled(False)
         return getattr(output, "logits", output[0] if isinstance(output, tuple) else None)
 
-    project = head.forward
     with torch.no_grad(), _evaluating(model), torch.random.fork_rng(_gpus(ids)):
         try:
-            logits = _run(model, own, causal_lm, head, inputs, forward, finish)
+            logits = _run(model, own, causal_lm, head, given, forward, finish)
         except (AttributeError, TypeError, ValueError) as error:
-            if not reached and tokens_alone and _WAY_OUT not in str(error):
-                raise TakesOtherInputs(
-                    f"{name}'s forward of two tokens fails ({type(error).__name__}: {error}); where it takes more than tokens "
-                    f"call check_head(model, inputs) with a few of its own before it is trained, or {_WAY_OUT}"
-                ) from error
-            if isinstance(error, ValueError) or not (head._forward_hooks or own._forward_hooks):
+            hooked = bool(head._forward_hooks or own._forward_hooks)
+            why = _why_it_failed(name, error, two_tokens=inputs is None and not seen.hidden, hooked=hooked)
+            if why is None:
                 raise
-            raise ValueError(
-                f"{name} or its lm_head has a forward hook, which gets no logits here: {error}; remove it, or {_WAY_OUT}"
-            ) from error
-    logit_map = _measured(name, given, logits)
+            raise why from error
+    logit_map = _measured(name, seen.logits, logits)
     _logit_maps[causal_lm] = weakref.ref(head), logit_map
     return logit_map
+
+
+@dataclass
+class _Seen:
+    """What has passed a model's lm_head while it is checked."""
+
+    hidden: bool = False  #: whether any hidden states have
+    logits: Any = None  #: what the model got instead of its own
+
+
+def _inputs_of_check(causal_lm: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """``inputs``, or two tokens. ValueError if they hold no tokens, or the weights are not here."""
+    device = getattr(causal_lm, "device", torch.device("cpu"))
+    if device.type == "meta":
+        name = type(causal_lm).__name__
+        raise ValueError(f"{name}'s weights are on the meta device (offloaded, perhaps); {_WAY_OUT}")
+    if inputs is None:
+        return {"input_ids": torch.tensor([[0, 1]], device=device)}
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"check_head compares hidden states with input_ids, and inputs hold {', '.join(inputs)}"
+        )
+    return inputs
+
+
+def _why_it_failed(name: str, error: Exception, *, two_tokens: bool, hooked: bool) -> Exception | None:
+    """What to raise for an error of a checked model's forward; None if it says itself what is wrong.
+
+    ``two_tokens``: it came before the lm_head, of a model that was given nothing else."""
+    if two_tokens and _WAY_OUT not in str(error):
+        return TakesOtherInputs(
+            f"{name}'s forward of two tokens fails ({type(error).__name__}: {error}); where it takes more than tokens "
+            f"call check_head(model, inputs) with a few of its own before it is trained, or {_WAY_OUT}"
+        )
+    if isinstance(error, ValueError) or not hooked:
+        return None
+    return ValueError(
+        f"{name} or its lm_head has a forward hook, which gets no logits here: {error}; remove it, or {_WAY_OUT}"
+    )
 
 
 class TakesOtherInputs(ValueError):
