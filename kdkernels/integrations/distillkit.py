@@ -73,7 +73,7 @@ def sparse_kl_div(
         raise ValueError("teacher logits say nothing about missing probability: use missing='zero'")
     for given in (temperature, target_generation_temperature, student_generation_temperature):
         checked(temperature=given)
-    mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
+    mask = _tokens_that_count(mask)
     values, ratio = target_values.float(), target_generation_temperature / student_generation_temperature
     temperature = temperature / student_generation_temperature
     if name == "symmetric_uniform":
@@ -93,7 +93,7 @@ def dense_kl_div(
     >>> dense_kl_div(torch.randn(1, 3, 50), torch.randn(1, 3, 50), temperature=2.0).shape
     torch.Size([])
     """
-    mask = None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
+    mask = _tokens_that_count(mask)
     return kl_div(logits, target_logits, mask=mask, temperature=temperature, reduction="sum")
 
 
@@ -141,6 +141,11 @@ class KLDLoss:
         if num_items_in_batch is None:
             num_items_in_batch = logits.shape[:-1].numel() if mask is None else (mask != 0).sum().clamp(min=1)
         return total * self.temperature**2 / num_items_in_batch
+
+
+def _tokens_that_count(mask: Tensor | None) -> Tensor | None:
+    """``[B, T]`` of a mask that may be ``[B, T, 1]``; None where all do."""
+    return None if mask is None else (mask.squeeze(-1) if mask.dim() == 3 else mask) != 0
 
 
 def _tempered(log_p: Tensor, power: float, whole: Tensor) -> Tensor:

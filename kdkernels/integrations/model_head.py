@@ -209,7 +209,7 @@ def _known(causal_lm: nn.Module, head: nn.Module) -> LogitMap | None:
 
 def weights_are_here(model: nn.Module) -> bool:
     """Whether the model can be checked as it is: not on the meta device, not sharded, not left to ZeRO-3's engine."""
-    return not any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in model.parameters())
+    return not any(p.is_meta or not p.numel() or is_dtensor(p) for p in model.parameters())
 
 
 # -- one call ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import kdkernels as kd
 
+from ..integrations.common import is_dtensor
 from ..integrations.transformers import call_through_head, check_head, model_inputs
 from .errors import UserError, one_line
 from .reliable import ReliableTrainer
@@ -109,7 +110,7 @@ def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
         if parameter.grad is not None:
             meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     norms: list[Any] = [get_total_norm([p.grad for p in group]) for group in meshes.values()]  # type: ignore[misc]
-    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     for group in meshes.values():
         clip_grads_with_norm_(group, largest, norm)
