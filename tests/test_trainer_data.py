@@ -15,6 +15,13 @@ from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.settings import DataSettings  # noqa: E402
 
 
+def read(folder, *rows, **options):
+    """The records of a .jsonl with these rows."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data.read(DataSettings(data=[str(path)], **options))
+
+
 def test_every_format_is_read(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -40,13 +47,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("field, kind", [("body", "text"), ("text", "messages"), ("other", "messages")])
-def test_a_text_that_was_asked_for_by_name_is_taken_first(field, kind):
+def test_a_text_that_was_asked_for_by_name_is_taken_first(field, kind, tmp_path):
     messages = [{"role": "assistant", "content": "m"}]
     row = {"body": "b", "text": "t", "prompt": "p", "completion": "c", "messages": messages}
-    record = data._record(row, field, "here")
+    (record,) = read(tmp_path, row, text_field=field)
     assert data.kind_of(record) == kind and record.get("text", "b") == "b"
     del row["messages"]
-    assert data.kind_of(data._record(row, field, "here")) == kind.replace("messages", "completions")
+    (record,) = read(tmp_path, row, text_field=field)
+    assert data.kind_of(record) == kind.replace("messages", "completions")
 
 
 def test_packing_loses_nothing(tokenizer):
@@ -56,7 +64,7 @@ def test_packing_loses_nothing(tokenizer):
     assert tokenizer.decode(stream) == "".join(r["text"] + tokenizer.eos_token for r in texts)
 
 
-def test_a_text_begins_as_the_tokenizer_begins_it(saved, tokenizer):
+def test_a_text_begins_as_the_tokenizer_begins_it(saved, tokenizer, tmp_path):
     """And ends once. What a text says itself is not said twice."""
     own = with_opening(saved)
     bos, end = own.bos_token_id, own.eos_token_id
@@ -67,14 +75,12 @@ def test_a_text_begins_as_the_tokenizer_begins_it(saved, tokenizer):
     assert ids == labels == [bos, *plain, end] * 3
     prompt, completion = plain[:-1], plain[-1:]
     rows = [("def", " f"), ("<bos>def", f" f{own.eos_token}"), ("", "def f")]
-    lines = [data._record({"prompt": a, "completion": b}, "text", "here") for a, b in rows]
+    lines = read(tmp_path, *({"prompt": a, "completion": b} for a, b in rows))
     short = [bos, *prompt, *completion, end], [-100] * (1 + len(prompt)) + [*completion, end]
     assert data.sequences(lines, own, 64).rows == [short, short, ([bos, *plain, end], [-100, *plain, end])]
     own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    chat = data._record(
-        {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, "text", ""
-    )
-    ((ids, _),) = data.sequences([chat], own, 64).rows
+    chat = read(tmp_path, {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]})
+    ((ids, _),) = data.sequences(chat, own, 64).rows
     assert own.decode(ids) == "<user>x<assistant>x"  # as the template writes it
 
 
@@ -91,7 +97,7 @@ def test_of_a_single_text_the_end_is_held_out(tmp_path):
     assert training == [{"text": "0123456789" * 9 + "01234"}] and validation == [{"text": "56789"}]
 
 
-def test_messages_through_the_chat_template(tokenizer):
+def test_messages_through_the_chat_template(tokenizer, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -99,8 +105,7 @@ def test_messages_through_the_chat_template(tokenizer):
     )
     tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
     tokenizer.chat_template = template
-    record = data._record({"messages": messages}, "text", "here")
-    ((ids, labels),) = data.sequences([record], tokenizer, 64).rows
+    ((ids, labels),) = data.sequences(read(tmp_path, {"messages": messages}), tokenizer, 64).rows
     learnt = [token for token in labels if token >= 0]
     assert tokenizer.decode(learnt) == "there" + tokenizer.eos_token
     assert (
@@ -119,7 +124,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
-def test_a_template_is_given_the_rows_tools_and_options(tools, pair, tokenizer):
+def test_a_template_is_given_the_rows_tools_and_options(tools, pair, tokenizer, tmp_path):
     """TRL's columns; tools may be JSON, for which .parquet needs no schema."""
     tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer))
     tokenizer.chat_template = GIVEN
@@ -127,8 +132,7 @@ def test_a_template_is_given_the_rows_tools_and_options(tools, pair, tokenizer):
     messages = {"prompt": [user], "completion": [answer]} if pair else {"messages": [user, answer]}
     row = {**messages, "tools": tools, "chat_template_kwargs": {"mood": "calm"}}
     for ended, closed in ((True, "<end>"), (False, "")):
-        record = data._record({**row, "ended": ended}, "text", "here")
-        ((ids, labels),) = data.sequences([record], tokenizer, 256).rows
+        ((ids, labels),) = data.sequences(read(tmp_path, {**row, "ended": ended}), tokenizer, 256).rows
         before = json.dumps(TOOLS) + "calm<user>x<end><assistant>"
         assert tokenizer.decode(ids) == f"{before}x{closed}"
         assert tokenizer.decode([token for token in labels if token >= 0]) == f"x{closed}"

@@ -22,7 +22,7 @@ from kdkernels.trainer.errors import UserError  # noqa: E402
 from kdkernels.trainer.files import locked  # noqa: E402
 from kdkernels.trainer.folder import begun_with, claimed  # noqa: E402
 from kdkernels.trainer.reliable import ReliableTrainer  # noqa: E402
-from kdkernels.trainer.settings import ModelSettings  # noqa: E402
+from kdkernels.trainer.settings import DataSettings, ModelSettings  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,8 @@ def test_the_best_model_has_the_least_divergence(metric, greater, tmp_path):
 def test_a_line_separator_within_a_string_ends_no_line(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8")
-    assert [record["text"] for record in data._read_one(str(path), "text")] == ["a\u2028b\x85c", "d"]
+    records = data.read(DataSettings(data=[str(path)]))
+    assert [record["text"] for record in records] == ["a\u2028b\x85c", "d"]
 
 
 def test_an_evaluation_in_half_precision_does_not_narrow_the_saved_model(tmp_path):
