@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: What rows may be made of.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,14 @@ def check_plain(name: str, given: Any) -> None:
             f"{name} must be a plain Tensor, got a {type(given).__name__}; give {name}.to_local()"
         )
     _refuse_batched(name, given)
+
+
+def is_wrapped(t: Tensor) -> bool:
+    """Whether ``t`` is a tensor of another library (quantized, perhaps) around others, which computes its own products."""
+    kind = type(t)
+    return is_traceable_wrapper_subclass(t) and not (
+        hasattr(t, "to_local") or kind.__module__.startswith("torch.")
+    )
 
 
 def _refuse_batched(name: str, given: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, flag, integer, number, shown
+from .checks import check_tensor, flag, integer, is_wrapped, number, shown
 
 
 def under_autocast(device: torch.device) -> bool:
@@ -138,6 +138,11 @@ class LinearHead:
             raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
         if self.shard is not None:
             _check_shard("LinearHead", self.shard)
+        if not torch.compiler.is_compiling() and is_wrapped(weight):
+            raise ValueError(
+                f"LinearHead's weight is a {type(weight).__name__}, which computes its own products (quantized, perhaps); "
+                "give a plain Tensor, weight.dequantize() for one, or the logits"
+            )
         self._check_dtypes(tensors)
         _check_map(self)
 

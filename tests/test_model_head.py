@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from causal_models import TEXT, VOCAB, causal, logits_of, make, token_ids  # noqa: E402
+from quantized import quantized  # noqa: E402
 
 from kdkernels.backends.spec import LogitMap  # noqa: E402
 from kdkernels.integrations.model_head import call_through_head, check_head  # noqa: E402
@@ -248,7 +249,30 @@ def after(forward, **attributes):
     return changed(model, does=forward, **attributes)
 
 
+class Rounded(nn.Linear):
+    """Training for 8 bits: its own weight, rounded to multiples of each group's largest over 127."""
+
+    def forward(self, hidden):
+        groups = self.weight.view(len(self.weight), -1, 16)
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        return nn.functional.linear(hidden, ((groups / step).round() * step).view_as(self.weight))
+
+
+def rounded():
+    model = causal("Llama").bfloat16()
+    model.lm_head = Rounded(32, VOCAB, bias=False, dtype=torch.bfloat16)
+    return model
+
+
+def in_8_bits():
+    model = causal("Llama")
+    model.lm_head.weight = nn.Parameter(quantized(model.lm_head.weight.detach()), requires_grad=False)
+    return model
+
+
 REFUSED = {
+    "an lm_head of bf16 that rounds its weight to 8 bits": (rounded, r"lm_head \(Rounded\).*differ by"),
+    "a quantized lm_head whose dtype is floating": (in_8_bits, "has no floating weight"),
     "a cap in the lm_head that small logits do not meet": (
         lambda: with_head(lambda self, z: 50 * torch.tanh(z / 50)),
         r"does more than hidden @ weight.T.*differ by",

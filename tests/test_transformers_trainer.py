@@ -350,6 +350,19 @@ def test_kl_at_temperature_1_is_logged(soft, tmp_path, monkeypatch):
     assert (log["kl"] == log["soft"]) != bool(soft)
 
 
+@pytest.mark.parametrize("which", ["body", "lm_head"])
+def test_autocast_joins_a_body_and_an_lm_head_of_two_dtypes(which, tmp_path):
+    student, teacher = llama(dtype=torch.float32), llama(seed=1, dtype=torch.float32)
+    (teacher.model if which == "body" else teacher.lm_head).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="LlamaForCausalLM: LinearHead needs one floating dtype"):
+        DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+    trainer = DistillationTrainer(student, arguments(tmp_path, bf16=True), teacher=teacher)
+    inputs = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = trainer.compute_loss(student, inputs)
+        assert torch.isclose(ours.double(), plain_loss(student, teacher, inputs), rtol=2e-2)
+
+
 def test_bf16_autocast_stays_near(tmp_path):
     student, teacher, inputs = llama(dtype=torch.float32), llama(seed=7, dtype=torch.float32), batch()
     trainer = DistillationTrainer(student, arguments(tmp_path, bf16=True), teacher=teacher)

@@ -132,7 +132,7 @@ class DistillationTrainer(Trainer):
         if keep_sharded:
             self._check_lm_heads_can_stay_sharded(teacher)
         self.teacher = None if teacher is None else self._placed(teacher)
-        _check_head_if_here(self.teacher)
+        self._check_head_if_here(self.teacher)
         self._make_ready(self.model)
         self._sums = _Sums()
         self._kl_sum = _Sums()  #: has its own token count: not every step computes it
@@ -334,11 +334,23 @@ class DistillationTrainer(Trainer):
 
     def _make_ready(self, model: Any) -> None:
         """What is done to each model that is trained, before accelerate wraps it."""
-        _check_head_if_here(model)
+        self._check_head_if_here(model)
         if self.keep_sharded:
             self._shard_lm_head(model)
         if self.args.torch_compile:
             self._compile_below_the_head(model)
+
+    def _check_head_if_here(self, model: Any) -> None:
+        """Else its first forward does."""
+        if isinstance(model, PreTrainedModel) and weights_are_here(model):
+            try:
+                with (
+                    self.accelerator.autocast()
+                ):  # as it will be called: body and lm_head may be of two dtypes
+                    check_head(model)
+            except TakesOtherInputs:
+                if not is_measured(model):
+                    raise
 
     def _compile_below_the_head(self, model: Any) -> None:
         """torch_compile=True: the part before the lm_head is compiled in place; the loss is a kernel already.
@@ -402,16 +414,6 @@ class DistillationTrainer(Trainer):
 
 
 # -- small parts ---------------------------------------------------------------------------------
-
-
-def _check_head_if_here(model: Any) -> None:
-    """Else its first forward does."""
-    if isinstance(model, PreTrainedModel) and weights_are_here(model):
-        try:
-            check_head(model)
-        except TakesOtherInputs:
-            if not is_measured(model):
-                raise
 
 
 def _check_own_weights(model: Any, teacher: nn.Module) -> None:
