@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 
 from .backends import chosen_backend, native
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(arguments[:1]).command
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a path's name ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         chosen_backend()
         native.instruction_set()

@@ -269,7 +269,7 @@ def test_all_processes_raise_what_the_first_one_finds(tmp_path, monkeypatch):
     [
         ("config.yaml", b"a: [1", "cannot read .*config.yaml"),
         ("config.yaml", b"", "cannot read .*config.yaml"),
-        ("metrics.jsonl", b"\xff\xfe", "cannot use --output_dir"),
+        ("metrics.jsonl", b"\xff\xfe", "holds metrics.jsonl"),
     ],
 )
 def test_a_broken_file_in_the_folder_is_one_line(name, content, says, tmp_path):
@@ -458,12 +458,37 @@ def test_what_no_run_of_ours_left_is_not_overwritten(name, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "written.jsonl", "1-written.jsonl"])
+@pytest.mark.parametrize("content", ['{"loss": 1.0}\n', "notes of mine\n"])
+def test_lines_that_no_run_wrote_stay(name, content, tmp_path, capsys):
+    lines = tmp_path / "run" / name
+    lines.parent.mkdir()
+    lines.write_text(content)
+    for data_is_there in (True, False):
+        values = {} if data_is_there else {"data": [str(tmp_path / "nothing.txt")]}
+        assert f"holds {name}, but no config.yaml" in error_of(capsys, "on_policy", tmp_path, **values)
+        assert lines.read_text() == content
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path):
+    """A run goes on from none, and deletes none when it has later ones."""
+    for name in ("checkpoint-2", "checkpoint-1-kept", "checkpoint-9-kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-11").write_text("a file")
+    assert reliable.checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
+
+
+@pytest.mark.parametrize("mode", ["soft", "compare"])
+def test_a_run_does_not_learn_what_it_writes(mode, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("some text\n" * 100)
+    said = error_of(capsys, mode, tmp_path, data=[str(tmp_path)])
+    assert f"lies in --data {tmp_path}, and what is written there would be learnt" in said
+    assert not (tmp_path / "run").exists()
+    run("soft", tmp_path / ".runs", data=[str(tmp_path)], max_steps=1)
+
+
 def test_metrics_that_no_run_wrote_stay(tmp_path, capsys):
     lines = tmp_path / "run" / "metrics.jsonl"
-    lines.parent.mkdir()
-    lines.write_text('{"loss": 1.0}\n')
-    assert "holds metrics.jsonl, but no config.yaml" in error_of(capsys, "soft", tmp_path)
-    lines.unlink()
     run("soft", tmp_path / "run", max_steps=1)
     lines.write_text('{"loss": 1.0}\n')
     with pytest.raises(UserError, match="metrics.jsonl has lines that no run wrote: they have no step"):

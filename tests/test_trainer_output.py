@@ -1,6 +1,9 @@
 """``python -m kdkernels train``: what a run says, on the terminal and to transformers' reports."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import WRITES, options, run  # noqa: E402
+from trainer_runs import ROOT, WRITES, flags, options, run  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -63,6 +66,16 @@ def test_bars_are_lines_where_no_terminal_shows_them(terminal, tmp_path, capsys,
         assert any(line.startswith("training: 2 of 4 steps (50%)") for line in lines)
         assert any(line.startswith("training: 4 of 4 steps (100%)") and "loss=" in line for line in lines)
         assert any(line.startswith("evaluating: ") for line in lines)
+
+
+def test_a_path_that_stdout_cannot_show_ends_no_run(tmp_path):
+    folder = tmp_path / "pfad mit \u00e4"
+    asked = flags(options(folder, max_steps=1))
+    command = [sys.executable, "-m", "kdkernels", "train", "soft", *asked]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert "pfad mit \\xe4" in done.stdout and (folder / "model").exists()
 
 
 def test_a_short_run_has_no_lines(tmp_path, capsys):

@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> None:
 def run(settings: CacheSettings, data_settings: DataSettings) -> None:
     """Caches the training sequences in ``out`` and the validation sequences in ``out/validation``."""
     method = check(settings)
+    data.check_apart(data_settings.data, settings.out, "--out")
     named = ModelSettings(student=settings.teacher, tokenizer=settings.tokenizer)
     models.check_models(named, data_settings.max_length)
     tokenizer = models.load_tokenizer(named, (), Path(settings.out))

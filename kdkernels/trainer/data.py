@@ -35,6 +35,21 @@ def read(settings: DataSettings) -> list[Record]:
     return records
 
 
+def check_apart(names: list[str], folder: str | Path, option: str) -> None:
+    """UserError where ``folder`` lies in a folder of texts, which would be other texts once something is written."""
+    inside = Path(folder).resolve()
+    for source in (Path(name).resolve() for name in names if name != "stdlib" and Path(name).is_dir()):
+        if inside.is_relative_to(source) and not _is_hidden(inside.relative_to(source)):
+            raise UserError(
+                f"{option} {folder} lies in --data {source}, and what is written there would be learnt; choose a folder "
+                "outside of it, or one whose name begins with a dot"
+            )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def kind_of(record: Record) -> str:
     return "text" if "text" in record else "messages" if "messages" in record else "completions"
 
@@ -76,8 +91,8 @@ def _sources(folder: Path, *, stdlib: bool) -> Iterator[Record]:
     skip = {"test", "tests", "idle_test", "site-packages", "__pycache__"} if stdlib else {"__pycache__"}
     not_text, of_rows = 0, []
     for path in sorted(folder.rglob("*.py" if stdlib else "*")):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not skip & set(parts) and not any(p.startswith(".") for p in parts):
+        inside = path.relative_to(folder)
+        if path.is_file() and not skip & set(inside.parts) and not _is_hidden(inside):
             if path.suffix in ROWS:
                 of_rows.append(path)
                 continue

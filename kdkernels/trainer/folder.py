@@ -11,7 +11,8 @@ from typing import Any, Iterator
 import yaml
 
 from .errors import UserError, one_line
-from .files import locked, raised_by_all, read_metrics, write_whole
+from .files import locked, raised_by_all, write_whole
+from .on_policy import WRITTEN
 from .progress import say
 from .reliable import checkpoints
 from .report import PICTURE
@@ -56,7 +57,7 @@ def claim_folder(settings: Settings) -> bool:
     names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", COMPARISON]
     names += [TOKENIZER] if settings.model.trains_tokenizer else []
     others = [name for name in names if (settings.output_dir / name).exists()]
-    others += [METRICS] if read_metrics(settings.output_dir / METRICS) else []
+    others += [path.name for path in _lines_of(settings.output_dir) if path.stat().st_size]
     if others:
         raise UserError(
             f"--output_dir {settings.output_dir} holds {others[0]}, but no {CONFIG} of a run: it is not overwritten, "
@@ -69,6 +70,11 @@ def claim_folder(settings: Settings) -> bool:
     return True
 
 
+def _lines_of(folder: Path) -> list[Path]:
+    """The files to which a run adds a line at a time; on-policy each process has one."""
+    return [*folder.glob(METRICS), *sorted(folder.glob(f"*{WRITTEN}"))]
+
+
 def begun(folder: Path) -> bool:
     """Whether the run in a folder has come as far as its text."""
     return any((folder / name).exists() for name in (BEGUN, RESULT)) or bool(checkpoints(folder))
@@ -78,8 +84,8 @@ def leave_free(settings: Settings) -> None:
     """A run that could not begin leaves its folder free for another. config.yaml says whose the others are."""
     folder = settings.output_dir
     if not checkpoints(folder):
-        for name in (METRICS, BEGUN, CONFIG):
-            (folder / name).unlink(missing_ok=True)
+        for path in (*_lines_of(folder), folder / BEGUN, folder / CONFIG):
+            path.unlink(missing_ok=True)
         discard_tokenizer(settings)
 
 

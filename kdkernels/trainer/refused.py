@@ -10,6 +10,7 @@ from typing import Any, Callable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .data import check_apart
 from .errors import UserError
 from .settings import FIELDS, SCRATCH, WAYS, Settings, default_of, divergence_of, modes_of
 
@@ -141,6 +142,7 @@ def _check_asked(settings: Settings) -> None:
     mode, asked = settings.mode, settings.asked
     if not asked["output_dir"]:
         raise UserError("no --output_dir: where shall the run be written?")
+    check_apart(asked["data"], asked["output_dir"], "--output_dir")
     changed = {name: value for name, value in asked.items() if value != default_of(FIELDS[name])}
     for name, value in changed.items():
         if mode not in modes_of(name):

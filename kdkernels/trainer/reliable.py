@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -25,6 +26,7 @@ from .progress import Progress
 
 #: A checkpoint is written here and then renamed, so that a folder named checkpoint-N is a whole one.
 STAGING = "checkpoint-being-written"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 #: In a checkpoint: what the run had taken up to it.
 SECONDS = "seconds.json"
 #: In a checkpoint: the names of its files, and their bytes.
@@ -289,7 +291,7 @@ def _name(choice: Any) -> str:
 
 def checkpoints(folder: Any) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    found = [p for p in Path(folder).glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
