@@ -10,8 +10,8 @@ from torch import Tensor
 from .backends import candidates, chosen_backend, reference_asked
 from .backends.spec import Output, Result
 from .core.evaluate import evaluate, evaluate_each
-from .core.make import make
-from .core.option_checks import checked, checked_divergence
+from .core.make import Given, make
+from .core.option_checks import checked_divergence
 from .core.request import Call, Limits, Terms, Tokens
 from .core.several import check_several, checked_divergences
 from .core.sides import Logits, Teacher
@@ -215,28 +215,30 @@ def distillation_loss(
     >>> head = kd.LinearHead(torch.randn(4, 8, requires_grad=True), torch.randn(100, 8))
     >>> kd.distillation_loss(head, torch.randn(4, 100), temperature=2.0).backward()
     """
-    if teacher is None:
-        raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
     several = isinstance(divergence, tuple)
-    divergences = checked_divergences(divergence)
-    terms = Terms(
-        divergences,
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        return_stats=return_stats,
-        entropy_weight=entropy_weight,
-    )
-    tokens = Tokens(
-        labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
-    )
-    checked(inplace=inplace)
-    if several:
-        check_several(terms, tokens, teacher, inplace)
-    call = make(student, teacher, terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
+
+    def given() -> Given:
+        if teacher is None:
+            raise TypeError("distillation_loss needs a teacher, got None; kd.cross_entropy has none")
+        terms = Terms(
+            checked_divergences(divergence),
+            temperature=temperature,
+            temperature_squared=temperature_squared,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_stats=return_stats,
+            entropy_weight=entropy_weight,
+        )
+        tokens = Tokens(
+            labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
+        )
+        if several:
+            check_several(terms, tokens, teacher, inplace)
+        return Given(terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance), inplace)
+
+    call = make(student, teacher, given)
     if several:
         return evaluate_each(student, teacher, call)
     evaluated = evaluate(student, teacher, call, inplace)
@@ -316,26 +318,30 @@ def codistillation_loss(
     >>> losses = kd.codistillation_loss(s, t, torch.tensor([1, 2, -100, 3]))
     >>> (losses.student + losses.teacher).backward()
     """
-    if teacher is None or isinstance(teacher, SparseTarget):
-        kind = "None" if teacher is None else "a kd.SparseTarget"
-        raise TypeError(f"codistillation_loss trains its teacher, so it cannot be {kind}")
-    if labels is None:
-        raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
-    terms = Terms(
-        (checked_divergence(divergence),),
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        return_stats=return_stats,
-        teacher_learns=True,
-    )
-    tokens = Tokens(
-        labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
-    )
-    call = make(student, teacher, terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
+
+    def given() -> Given:
+        if teacher is None or isinstance(teacher, SparseTarget):
+            kind = "None" if teacher is None else "a kd.SparseTarget"
+            raise TypeError(f"codistillation_loss trains its teacher, so it cannot be {kind}")
+        if labels is None:
+            raise ValueError("codistillation_loss needs labels: the teacher's loss is its cross entropy")
+        terms = Terms(
+            (checked_divergence(divergence),),
+            temperature=temperature,
+            temperature_squared=temperature_squared,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_stats=return_stats,
+            teacher_learns=True,
+        )
+        tokens = Tokens(
+            labels, mask, token_weights, ignore_index=ignore_index, reduction=reduction, num_items=num_items
+        )
+        return Given(terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
+
+    call = make(student, teacher, given)
     evaluated = evaluate(student, teacher, call)
     assert evaluated.teacher is not None
     losses = CodistillationLoss(evaluated.student, evaluated.teacher)
@@ -375,13 +381,15 @@ def cross_entropy(
     >>> bool(torch.isclose(ours, theirs))
     True
     """
-    if labels is None:
-        raise TypeError("cross_entropy needs labels, got None")
-    terms = Terms((NoDivergence(),), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
-    tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
-    checked(inplace=inplace)
-    call = make(student, None, terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance))
-    return evaluate(student, None, call, inplace).student
+
+    def given() -> Given:
+        if labels is None:
+            raise TypeError("cross_entropy needs labels, got None")
+        terms = Terms((NoDivergence(),), hard_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss)
+        tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
+        return Given(terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance), inplace)
+
+    return evaluate(student, None, make(student, None, given), inplace).student
 
 
 def linear_cross_entropy(
@@ -509,10 +517,14 @@ def explain(
     >>> kd.explain(torch.randn(2, 5, dtype=torch.float64)).splitlines()[-1]
     'eager: serves this call'
     """
-    terms = Terms((NoDivergence(),))
-    if teacher is not None:
-        terms = Terms((checked_divergence(divergence),), soft_weight=1.0)
-    request = make(student, teacher, terms, Tokens(), Limits(vocab_size)).request
+
+    def given() -> Given:
+        terms = Terms((NoDivergence(),))
+        if teacher is not None:
+            terms = Terms((checked_divergence(divergence),), soft_weight=1.0)
+        return Given(terms, Tokens(), Limits(vocab_size))
+
+    request = make(student, teacher, given).request
     if reference_asked():
         return "reference: serves this call"
     models = [request.student] if request.spec.tail else [request.student, request.teacher]

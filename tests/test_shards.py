@@ -225,6 +225,7 @@ DIFFERENT = [
     "dtype",
     "labels",
     *shard_refusals.VALUES,
+    *shard_refusals.WRONG,
     *shard_refusals.OF_HEADS,
 ]
 POLICIES = [
@@ -290,6 +291,7 @@ OTHERS = {
     "nan": shard_properties.nan,
     "twice": shard_properties.twice,
     "own tokens twice": shard_own_tokens.own_tokens_twice,
+    "masked on one rank": shard_own_tokens.masked_on_one_rank,
     "own dH": shard_properties.own_dh,
     "unbroken": functools.partial(shard_cases.sharded, shard_mistakes.BROKEN),
     **{
@@ -486,7 +488,7 @@ def test_every_rank_says_what_is_wrong(name, outcomes):
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_ranks_are_checked(name, outcomes):
     for kind, message, pattern in of(outcomes, ("different", name)):
-        assert kind in ("ValueError", "AnotherRanksError")
+        assert kind in ("ValueError", "TypeError", "AnotherRanksError")
         assert re.search(pattern, message), message
         assert "\n" not in message
 
@@ -522,6 +524,11 @@ def test_ranks_with_tokens_of_their_own(case, outcomes):
     for at, truth in enumerate(zip(*shards), 1):
         mine = torch.cat([outcome.gradients[0][at] for outcome in parts])
         assert relative(mine, sum(truth) / divisor) < 4e-6
+
+
+def test_one_rank_alone_may_mask_its_own_tokens(outcomes):
+    for some, all_of_them in of(outcomes, "masked on one rank"):
+        assert all(torch.equal(one, other) for one, other in zip(some, all_of_them, strict=True))
 
 
 def test_own_tokens_of_two_losses_and_of_a_frozen_head(outcomes):

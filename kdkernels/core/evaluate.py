@@ -15,7 +15,6 @@ from ..backends.spec import Asked, Output
 from ..divergences import AlphaBeta
 from ..heads import ShardedLogits
 from . import autograd
-from .inplace import check_inplace
 from .request import Call, Request
 from .sides import Logits, Teacher
 
@@ -71,8 +70,6 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
     """One model's loss."""
     request, reducer = call.request, call.reducer
     needed = any(request.needs_grad)
-    if inplace and needed:
-        check_inplace(request.student)
     if needed and reducer.per_row and request.has_head:
         if not request.only_hidden_learns:
             losses, results, *_ = autograd.deferred(*request.arguments())

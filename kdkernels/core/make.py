@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from ..targets import SparseTarget
 from . import shards, tokens
 from .checked import checked_target
 from .dtensors import unwrapped
+from .inplace import check_inplace
+from .option_checks import checked
 from .request import Call, Limits, Reducer, Request, Terms, Tokens, loss_dtype
 from .schedule import default_chunk_bytes
 from .sides import Logits, Side, Teacher, check_together, common_vocab, side
@@ -25,16 +28,20 @@ from .transforms import refuse_transforms
 from .weights import output_weights, token_weights
 
 
-def make(
-    student: Logits,
-    teacher: Teacher | None,
-    terms: Terms,
-    tokens_given: Tokens,
-    limits: Limits,
-) -> Call:
-    """The call that these arguments describe; an error where they describe none."""
+class Given(NamedTuple):
+    """What a loss is given beside the models."""
+
+    terms: Terms
+    tokens: Tokens
+    limits: Limits = Limits()
+    inplace: bool = False
+
+
+def make(student: Logits, teacher: Teacher | None, given: Callable[[], Given]) -> Call:
+    """The call that these arguments describe; an error where they describe none. ``given`` is called where ranks of a
+    shard's group learn of each other's errors."""
     student, teacher = unwrapped("student", student), unwrapped("teacher", teacher)
-    checked_call = functools.partial(_checked_call, student, teacher, terms, tokens_given, limits)
+    checked_call = functools.partial(_checked_call, student, teacher, given)
     shard = getattr(student, "shard", None)
     return checked_call() if shard is None else shards.agreed(shard, checked_call, _signature)
 
@@ -77,14 +84,10 @@ def _signature(call: Call) -> dict[str, Any]:
     return same
 
 
-def _checked_call(
-    student: Logits,
-    teacher: Teacher | None,
-    terms: Terms,
-    tokens_given: Tokens,
-    limits: Limits,
-) -> Call:
-    terms, given, limits = terms.checked(), tokens_given.checked(), limits.checked()
+def _checked_call(student: Logits, teacher: Teacher | None, arguments: Callable[[], Given]) -> Call:
+    terms, given, limits, inplace = arguments()
+    terms, given, limits = terms.checked(), given.checked(), limits.checked()
+    checked(inplace=inplace)
     terms.check_labels(given.labels)
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
@@ -119,6 +122,9 @@ def _checked_call(
         needs_grad=_needs_grad(s, t, terms),
         gradient_tolerance=limits.gradient_tolerance,
     )
+    # An exported program overwrites nothing, and neither does the oracle.
+    if inplace and not torch.compiler.is_exporting() and not reference_asked() and any(request.needs_grad):
+        check_inplace(request.student)
     return Call(request, reducer, terms)
 
 

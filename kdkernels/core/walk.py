@@ -84,6 +84,7 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
     """The same with the tokens of all ranks. What is said of a token travels together: its label (exact in fp64),
     temperature and weights."""
     weights = request.weights
+    # A rank that masks nothing has no labels; others may.
     label = torch.zeros_like(weights[:, 0]) if request.labels is None else request.labels.double()
     temperature = request.temperature.expand(len(weights))
     gathered = own.gather(torch.cat([torch.stack([label, temperature], 1), weights], 1))
@@ -91,7 +92,7 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
         request,
         student=[own.gather(flat(request.student[0])), *request.student[1:]],
         teacher=_gathered_teacher(request, own),
-        labels=None if request.labels is None else gathered[:, 0].long(),
+        labels=gathered[:, 0].long(),
         temperature=gathered[:, 1].contiguous(),
         weights=gathered[:, 2:] / own.averaged_over,  # dH is multiplied by it again, in a wide dtype
     )

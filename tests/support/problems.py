@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.core.make import make
-from kdkernels.core.request import Limits, Terms, Tokens
+from kdkernels.core.make import Given, make
+from kdkernels.core.request import Terms, Tokens
 from kdkernels.testing import Problem, assert_exact, relative
 
 #: Those that are usable here.
@@ -26,4 +26,4 @@ def arguments(student, teacher, **options):
     side = student[0] if len(student) == 1 else kd.LinearHead(*student)
     terms = Terms((kd.ForwardKL(),), 1.5, soft_weight=0.7, hard_weight=0.5, **options)
     tokens = Tokens(torch.tensor([1, -100, 2, 3]), token_weights=torch.rand(4))
-    return make(side, teacher, terms, tokens, Limits()).request.arguments()
+    return make(side, teacher, lambda: Given(terms, tokens)).request.arguments()

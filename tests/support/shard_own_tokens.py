@@ -56,6 +56,24 @@ def arriving(loss):
     return torch.arange(1, loss.numel() + 1).view(loss.shape) if loss.dim() else 3.0
 
 
+def masked_on_one_rank(group):
+    """(loss, dH, dW) twice: where only the rank that masks a token gives a mask, and where all give one."""
+    rank, made = dist.get_rank(group), []
+    here = slice(3 * rank, 3 * rank + 3), slice(5 * rank, 5 * rank + 5)
+    hidden, weight, of_teacher = (
+        t.detach()[at].clone().requires_grad_()
+        for t, at in zip((leaf(9, 6), leaf(15, 6, seed=1), leaf(15, 6, seed=2)), (here[0], here[1], here[1]))
+    )
+    mask = torch.tensor([True, rank != 1, True])
+    for given in (None if rank != 1 else mask, mask):
+        heads = [
+            kd.LinearHead(hidden, w, shard=kd.Shard(group, tokens="sharded")) for w in (weight, of_teacher)
+        ]
+        loss = kd.kl_div(*heads, mask=given)
+        made.append([loss.detach(), *torch.autograd.grad(loss, [hidden, weight])])
+    return made
+
+
 def own_tokens_twice(group):
     """(dH of this rank's tokens and dW of its shard, those of one process in fp64, dH of a frozen lm_head, the second
     dH, dW from the same loss) where a policy and its cross entropy use one head."""

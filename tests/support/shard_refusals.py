@@ -95,6 +95,24 @@ VALUES = {
 }
 
 
+#: What one rank is told before it comes to what ranks compare, and what is wrong with its call.
+WRONG = {
+    "distillation_loss needs a teacher": lambda s, t, one: kd.distillation_loss(s, None if one else t),
+    "must be a divergence, not its class": lambda s, t, one: kd.distillation_loss(
+        s, t, divergence=(kd.JSD() if not one else kd.JSD)
+    ),
+    "inplace must be True or False": lambda s, t, one: kd.kl_div(s, t, inplace=2 if one else False),
+    "codistillation_loss needs labels": lambda s, t, one: kd.codistillation_loss(
+        s, t, None if one else torch.tensor([1, 2, 3])
+    ),
+    "would overwrite a leaf": lambda s, t, one: kd.kl_div(
+        kd.ShardedLogits(s.logits.requires_grad_() if one else s.logits.requires_grad_() * 1, s.shard),
+        t,
+        inplace=True,
+    ),
+}
+
+
 def headed(group, *, width=6, teacher=None, reduction="mean", **options):
     student = kd.LinearHead(torch.zeros(3, width), torch.zeros(5, width), shard=kd.Shard(group, **options))
     if teacher == "head":
@@ -142,6 +160,8 @@ def other_arguments(name, group):
             return told(lambda: OF_HEADS[name](group, int(rank == 1)), said)
         logits = torch.zeros(tokens, 5, dtype=dtype)
         sides = [kd.ShardedLogits(logits, kd.Shard(group)) for _ in range(2)]
+        if name in WRONG:
+            return told(lambda: WRONG[name](*sides, int(rank == 1)), name)
         if name in VALUES:
             return told(lambda: VALUES[name](*sides, int(rank == 1)), f"differ in {name.split(':')[0]}")
         return told(lambda: kd.kl_div(*sides, **options), pattern)
