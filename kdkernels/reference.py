@@ -29,7 +29,7 @@ _HARD = [Output.LABEL, Output.SMOOTH, Output.LSE_SQUARED]
 def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
     """``[N, vocab]`` fp64 logits. The rows that are not ``counted`` ``[N]`` may hold anything, NaN too, and are
     taken for 0: neither they nor their hidden states reach a product, whose 0 * NaN would be NaN. With a bias of
-    -inf, too: against a teacher's 0 it would be an infinite divergence."""
+    -inf, too: against a teacher's 0 it would be an infinite divergence. What is beyond ``vocab`` reaches none either."""
 
     def rows(t: Tensor) -> Tensor:
         return torch.where(counted[:, None], t.reshape(-1, t.shape[-1]), 0.0).double()
@@ -37,15 +37,15 @@ def logits_of(given: _Logits, vocab: int, counted: Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return rows(given)[:, :vocab]
     if isinstance(given, MappedLogits):
-        z = rows(given.logits)
+        z = rows(given.logits)[:, :vocab]
     else:
-        z = rows(given.hidden) @ given.weight.double().t()
+        z = rows(given.hidden) @ given.weight[:vocab].double().t()
         if given.bias is not None:
-            z = z + given.bias.double()
+            z = z + given.bias[:vocab].double()
     z = z * given.logit_scale
     if given.softcap is not None:
         z = given.softcap * torch.tanh(z / given.softcap)
-    return torch.where(counted[:, None], z[:, :vocab], 0.0)
+    return torch.where(counted[:, None], z, 0.0)
 
 
 def _below_top(z: Tensor) -> Tensor:

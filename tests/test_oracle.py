@@ -122,6 +122,18 @@ def test_a_masked_token_of_a_padded_head_has_no_gradient(divergence):
         assert grad.isfinite().all() and grad.norm() > 1 and relative(grad, eager_grad) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["reference", "eager", "native"])
+def test_what_is_beyond_the_vocabulary_may_be_anything(name):
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(12, 6)
+    weight[10:] = torch.nan
+    head, labels = kd.LinearHead(hidden, weight.requires_grad_(), softcap=5.0), torch.tensor([1, 2, 3, 9])
+    with kd.use_backend(name):
+        loss = kd.cross_entropy(head, labels, vocab_size=10)
+        loss = loss + kd.token_log_probs(head, labels, vocab_size=10).log_probs.sum()
+    for gradient in torch.autograd.grad(loss, [hidden, weight]):
+        assert gradient.isfinite().all() and gradient.norm() > 0.1
+
+
 def test_a_row_with_nan_has_no_entropy():
     s = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 0.0, float("-inf")]])
     with kd.use_backend("reference"):
