@@ -139,7 +139,8 @@ def publish(arguments: list[str]) -> int:
         (RESULTS / f"{result['suite']}.json").write_text(json.dumps(result, indent=1) + "\n")
         written = write_report(result, RESULTS, f"{result['suite']}-", pages.IMAGES)
         print("written:", ", ".join(str(p) for p in written))
-    for name, text in report.parts([load(path) for path in committed()]).items():
+    results, machines = ([load(path) for path in paths] for paths in (committed(), processors()))
+    for name, text in report.parts(results, machines).items():
         pages.fill(name, text)
         print(pages.PAGES[name].name, "has the figures of", ", ".join(path.name for path in committed()))
     return 0
@@ -148,6 +149,11 @@ def publish(arguments: list[str]) -> int:
 def committed() -> list[Path]:
     """The result of each suite that has one, in the suites' order."""
     return [path for suite in MINUTES if (path := RESULTS / f"{suite}.json").exists()]
+
+
+def processors() -> list[Path]:
+    """The CPU suite's results: the committed one, and those of other processors."""
+    return [RESULTS / "cpu.json", RESULTS / "cpu-intel.json"]
 
 
 def compare_command(arguments: list[str]) -> int:

@@ -113,6 +113,22 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| ratio | measured | goal | |", "|---|---|---|---|"]
     for goal, ratio in rows:
         reached = ratio >= goal.bound if goal.at_least else ratio <= goal.bound
-        sign = ">=" if goal.at_least else "<="
-        lines.append(f"| {goal} | {ratio:.2f} | {sign} {goal.bound:g} | {'' if reached else 'missed'} |")
+        lines.append(f"| {goal} | {ratio:.2f} | {_bound(goal)} | {'' if reached else 'missed'} |")
     return "\n".join(lines)
+
+
+def beside(results: list[dict[str, Any]]) -> str:
+    """Markdown: the ratios of several machines, of the goals that all of them have measured."""
+    ratios = [dict(measured(result)) for result in results]
+    names = [result["machine"]["name"] for result in results]
+    lines = [f"| ratio | {' | '.join(names)} | goal |", "|---" * (len(names) + 2) + "|"]
+    for goal in GOALS:
+        if all(goal in each for each in ratios):
+            lines.append(
+                f"| {goal} | {' | '.join(f'{each[goal]:.2f}' for each in ratios)} | {_bound(goal)} |"
+            )
+    return "\n".join(lines)
+
+
+def _bound(goal: Goal) -> str:
+    return f"{'>=' if goal.at_least else '<='} {goal.bound:g}"

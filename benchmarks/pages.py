@@ -10,6 +10,7 @@ IMAGES = ROOT / "docs" / "images"
 PAGES = {
     "headline": ROOT / "README.md",
     "figures": ROOT / "docs" / "memory-and-speed.md",
+    "processors": ROOT / "docs" / "memory-and-speed.md",
     "demo": ROOT / "docs" / "demonstration.md",
     "demo-choice": ROOT / "docs" / "demonstration.md",
     "demo-real": ROOT / "docs" / "demonstration.md",

@@ -209,9 +209,11 @@ def _mebibytes(row: Row) -> str:
     return f"{row['peak_bytes'] / 2**20:,.0f} MiB"
 
 
-def parts(results: list[Row]) -> dict[str, str]:
-    """The parts of README and docs that these results fill, by their names there."""
+def parts(results: list[Row], processors: list[Row]) -> dict[str, str]:
+    """The parts of README and docs that these results fill, by their names there. ``processors`` are of one suite, the
+    first of them among ``results``."""
     return {
         "figures": "\n\n".join(map(figures, results)),
         "headline": headline(results),
+        "processors": "\n\n".join([goals.beside(processors), *map(where, processors[1:])]),
     }

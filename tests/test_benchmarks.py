@@ -272,8 +272,8 @@ def test_committed_results_fill_the_pages():
     """README and docs say what the committed JSON says, to the letter."""
     results = {path: command.load(path) for path in command.committed()}
     assert "cpu" in {result["suite"] for result in results.values()}
-    made = report.parts(list(results.values()))
-    assert {"headline", "figures"} == set(made) and made["headline"].count("\n") >= 8
+    made = report.parts(list(results.values()), [command.load(path) for path in command.processors()])
+    assert {"headline", "figures", "processors"} == set(made) and made["headline"].count("\n") >= 8
     for name, text in (made | demo.committed()).items():
         assert pages.is_filled(name, text), pages.PAGES[name]
     for path, result in results.items():
