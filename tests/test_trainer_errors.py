@@ -470,6 +470,26 @@ def test_lines_that_no_run_wrote_stay(name, content, tmp_path, capsys):
         assert lines.read_text() == content
 
 
+def test_a_run_that_could_not_begin_deletes_no_completions(tmp_path, monkeypatch):
+    """Whatever they are called."""
+    written = tmp_path / "teacher-written.jsonl"
+    prompts = dict(prompts=4, prompt_tokens=4, completions=str(written))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="it fails"):
+        patch.setattr(ReliableTrainer, "training_step", lambda *_: raise_(UserError("it fails")))
+        run("hard", tmp_path, **prompts)
+    assert written.stat().st_size and not (tmp_path / "config.yaml").exists()
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_run_does_not_go_into_a_comparison(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "begun.json").write_text('{"mode": "compare", "trains_tokenizer": false}')
+    assert "holds begun.json, but no config.yaml" in error_of(capsys, "soft", tmp_path)
+
+
 def test_a_copy_of_a_checkpoint_is_none(tmp_path):
     """A run goes on from none, and deletes none when it has later ones."""
     for name in ("checkpoint-2", "checkpoint-1-kept", "checkpoint-9-kept"):
@@ -478,13 +498,16 @@ def test_a_copy_of_a_checkpoint_is_none(tmp_path):
     assert reliable.checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
 
 
-@pytest.mark.parametrize("mode", ["soft", "compare"])
+@pytest.mark.parametrize("mode", ["soft", "compare", "hard"])
 def test_a_run_does_not_learn_what_it_writes(mode, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("some text\n" * 100)
-    said = error_of(capsys, mode, tmp_path, data=[str(tmp_path)])
-    assert f"lies in --data {tmp_path}, and what is written there would be learnt" in said
-    assert not (tmp_path / "run").exists()
-    run("soft", tmp_path / ".runs", data=[str(tmp_path)], max_steps=1)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some text\n" * 100)
+    values = {"completions": str(texts / "b.jsonl")} if mode == "hard" else {"output_dir": str(texts / "run")}
+    said = error_of(capsys, mode, tmp_path, data=[str(texts)], **values)
+    assert f"lies in --data {texts}, and what is written there would be learnt" in said
+    assert [path.name for path in texts.iterdir()] == ["a.txt"]
+    run("soft", texts / ".runs", data=[str(texts)], max_steps=1)
 
 
 def test_metrics_that_no_run_wrote_stay(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Iterator
@@ -23,6 +24,7 @@ RESULT, CONFIG, METRICS = "result.json", "config.yaml", "metrics.jsonl"
 TOKENIZER = "tokenizer"
 #: The text and the number of processes that a run began with; of a comparison, its mode and whether it trains a tokenizer.
 BEGUN = "begun.json"
+_LINES = re.compile(rf"{re.escape(METRICS)}|(\d+-)?{re.escape(WRITTEN)}")
 #: What a comparison writes beside its stages, METRICS among it.
 COMPARISON, REPORT = "comparison.json", "report.md"
 
@@ -58,6 +60,7 @@ def claim_folder(settings: Settings) -> bool:
     names += [TOKENIZER] if settings.model.trains_tokenizer else []
     others = [name for name in names if (settings.output_dir / name).exists()]
     others += [path.name for path in _lines_of(settings.output_dir) if path.stat().st_size]
+    others += [BEGUN] if begun_comparison(settings.output_dir) else []
     if others:
         raise UserError(
             f"--output_dir {settings.output_dir} holds {others[0]}, but no {CONFIG} of a run: it is not overwritten, "
@@ -72,7 +75,7 @@ def claim_folder(settings: Settings) -> bool:
 
 def _lines_of(folder: Path) -> list[Path]:
     """The files to which a run adds a line at a time; on-policy each process has one."""
-    return [*folder.glob(METRICS), *sorted(folder.glob(f"*{WRITTEN}"))]
+    return [path for path in sorted(folder.glob("*.jsonl")) if _LINES.fullmatch(path.name)]
 
 
 def begun(folder: Path) -> bool:

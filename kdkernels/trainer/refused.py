@@ -275,6 +275,7 @@ def _check_completions(settings: Settings) -> None:
         )
     if Path(completions).suffix != ".jsonl":
         raise UserError(f"completions={completions}: the name must end in .jsonl")
+    check_apart(settings.data.data, completions, "--completions")
 
 
 def _check_ways(settings: Settings) -> None:
