@@ -130,6 +130,25 @@ def test_half_precision_is_measured_too(dtype):
     )
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["bf16 adapters", "fp32 adapters"])
+@pytest.mark.parametrize("rank, alpha", [(8, 24), (16, 48), (8, 45.25)])
+def test_loras_roundings_are_no_reason_to_refuse(rank, alpha, cast):
+    """An adapter that is larger than the lm_head, as resumed ones may be; a scaling that is no power of two rounds too."""
+    peft = pytest.importorskip("peft")
+    sizes = dict(hidden_size=512, vocab_size=2048, num_hidden_layers=1, head_dim=32, initializer_range=0.02)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["lm_head"])
+        model = peft.get_peft_model(
+            causal("Llama", dtype=torch.bfloat16, **sizes), lora, autocast_adapter_dtype=cast
+        )
+        head = model.get_base_model().lm_head
+        low, high = head.lora_A["default"].weight.data, head.lora_B["default"].weight.data.normal_()
+        delta = alpha / rank * (high.float() @ low.float())
+        high.mul_(3 * head.base_layer.weight.float().norm() / delta.norm())
+        assert check_head(model) == LogitMap()
+
+
 # -- what is refused ---------------------------------------------------------------------------------
 
 

@@ -484,6 +484,28 @@ def raise_(error):
     raise error
 
 
+def test_what_another_process_writes_after_the_first_gave_up_is_overwritten(tmp_path):
+    (tmp_path / "1-written.jsonl").write_text('{"step": 1, "prompt": "", "completion": ""}\n')
+    run("soft", tmp_path, max_steps=1)
+
+
+def test_a_missing_report_is_one_line(tmp_path, capsys, monkeypatch):
+    def missing(*arguments, **options):
+        raise RuntimeError("MLflowCallback requires mlflow to be installed. Run `pip install mlflow`.")
+
+    monkeypatch.setattr(transformers.integrations.integration_utils.MLflowCallback, "__init__", missing)
+    assert "requires mlflow" in error_of(capsys, "soft", tmp_path, report_to=["mlflow"])
+
+
+def test_an_output_dir_that_is_a_link_to_itself_is_one_line(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "texts").mkdir()
+    said = error_of(
+        capsys, "soft", tmp_path, output_dir=str(tmp_path / "loop"), data=[str(tmp_path / "texts")]
+    )
+    assert said.startswith("error: cannot use --output_dir")
+
+
 def test_a_run_does_not_go_into_a_comparison(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "begun.json").write_text('{"mode": "compare", "trains_tokenizer": false}')

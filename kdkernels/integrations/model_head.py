@@ -180,6 +180,8 @@ def _why_it_failed(name: str, error: Exception, *, two_tokens: bool, hooked: boo
     """What to raise for an error of a checked model's forward; None if it says itself what is wrong.
 
     ``two_tokens``: it came before the lm_head, of a model that was given nothing else."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)):
+        return None
     if two_tokens and _WAY_OUT not in str(error):
         return TakesOtherInputs(
             f"{name}'s forward of two tokens fails ({type(error).__name__}: {error}); where it takes more than tokens "
@@ -472,9 +474,11 @@ def _check_linear(
                 f"{name}'s lm_head ({type(head).__name__}) gives {list(expected.shape)}, its weight {list(actual.shape)}; {_WAY_OUT}"
             )
         wide = expected.double()
-        # A mean: the largest error of LoRA's roundings is as large as that of weights that are rounded to 8 bits.
+        # Of two results that are rounded once the norms differ by an eighth of an eps, with LoRA's sums by nearly a half;
+        # of weights that are rounded to 8 bits, by more than that. The largest errors of all these are of one size.
         error = (actual.double() - wide).norm() / wide.norm().clamp(min=1e-30)
-        if not error <= max(TOLERANCE, torch.finfo(expected.dtype).eps / 2):
+        roundings = 1.0 if hasattr(head, "lora_A") else 0.5
+        if not error <= max(TOLERANCE, roundings * torch.finfo(expected.dtype).eps):
             raise ValueError(
                 f"{name}'s lm_head ({type(head).__name__}) does more than hidden @ weight.T + bias: logits "
                 f"differ by {error:.1e} of their size; {_WAY_OUT}"

@@ -139,8 +139,9 @@ class CodistillationTrainer(ReliableTrainer):
             raise UserError("co trains two models at once: use DDP, or FSDP with fsdp_version 2")
         if self.args.neftune_noise_alpha is not None:
             raise UserError("co has no neftune_noise_alpha: there are two embeddings; leave it out")
-        for model in (pair.student, pair.teacher):
-            check_head(model)
+        with self.accelerator.autocast():
+            for model in (pair.student, pair.teacher):
+                check_head(model)
         self.soft_schedule, self.teacher_learning_rate = soft_schedule, teacher_learning_rate
         self.teacher_loss: float | None = None  #: over the last whole batch, if the schedule asks
         self._teacher_sum: Any = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sysconfig
 from pathlib import Path
@@ -37,8 +38,10 @@ def read(settings: DataSettings) -> list[Record]:
 
 def check_apart(names: list[str], folder: str | Path, option: str) -> None:
     """UserError where ``folder`` lies in a folder of texts, which would be other texts once something is written."""
-    inside = Path(folder).resolve()
-    for source in (Path(name).resolve() for name in names if name != "stdlib" and Path(name).is_dir()):
+    inside = Path(os.path.realpath(folder))  # Path.resolve raises on a link to itself
+    for source in (
+        Path(os.path.realpath(name)) for name in names if name != "stdlib" and Path(name).is_dir()
+    ):
         if inside.is_relative_to(source) and not _is_hidden(inside.relative_to(source)):
             raise UserError(
                 f"{option} {folder} lies in --data {source}, and what is written there would be learnt; choose a folder "

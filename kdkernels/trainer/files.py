@@ -63,6 +63,18 @@ def save_whole(folder: Path, *parts: Any) -> None:
     unfinished.rename(folder)
 
 
+def only_steps(path: Path) -> bool:
+    """Whether every line is one that a run writes, with the step that it is of."""
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return False
+        if not isinstance(row, dict) or "step" not in row:
+            return False
+    return True
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off is not one."""
     lines = path.read_text().splitlines() if path.exists() else []

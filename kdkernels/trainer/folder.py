@@ -12,7 +12,7 @@ from typing import Any, Iterator
 import yaml
 
 from .errors import UserError, one_line
-from .files import locked, raised_by_all, write_whole
+from .files import locked, only_steps, raised_by_all, write_whole
 from .on_policy import WRITTEN
 from .progress import say
 from .reliable import checkpoints
@@ -59,7 +59,7 @@ def claim_folder(settings: Settings) -> bool:
     names = [path.name for path in checkpoints(settings.output_dir)] + [RESULT, "model", COMPARISON]
     names += [TOKENIZER] if settings.model.trains_tokenizer else []
     others = [name for name in names if (settings.output_dir / name).exists()]
-    others += [path.name for path in _lines_of(settings.output_dir) if path.stat().st_size]
+    others += [path.name for path in _lines_of(settings.output_dir) if _is_anothers(path)]
     others += [BEGUN] if begun_comparison(settings.output_dir) else []
     if others:
         raise UserError(
@@ -76,6 +76,13 @@ def claim_folder(settings: Settings) -> bool:
 def _lines_of(folder: Path) -> list[Path]:
     """The files to which a run adds a line at a time; on-policy each process has one."""
     return [path for path in sorted(folder.glob("*.jsonl")) if _LINES.fullmatch(path.name)]
+
+
+def _is_anothers(lines: Path) -> bool:
+    """Whether no run of this folder has written ``lines``. Another process's may come after the first has given up."""
+    if lines.name in (METRICS, WRITTEN):
+        return bool(lines.stat().st_size)
+    return not only_steps(lines)
 
 
 def begun(folder: Path) -> bool:

@@ -261,8 +261,10 @@ def build(settings: Settings) -> ReliableTrainer:
         check_begun(settings, given.fingerprint())
         summary.of_data(settings, given.records, given.train, given.validation)
         trainer = BUILD[settings.mode](given)
-    except (ValueError, ImportError) as error:
-        # Trainer or DistillationTrainer refuses an option, or an extra is missing.
+    except (ValueError, ImportError, RuntimeError) as error:
+        # Trainer or DistillationTrainer refuses an option, or an extra is missing, which reports say by a RuntimeError.
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+            raise
         raise UserError(" ".join(str(error).split())) from error
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise UserError(
