@@ -51,11 +51,9 @@ def check_plain(name: str, given: Any) -> None:
 
 
 def is_wrapped(t: Tensor) -> bool:
-    """Whether ``t`` is a tensor of another library (quantized, perhaps) around others, which computes its own products."""
-    kind = type(t)
-    return is_traceable_wrapper_subclass(t) and not (
-        hasattr(t, "to_local") or kind.__module__.startswith("torch.")
-    )
+    """Whether ``t`` is a tensor around others (quantized, perhaps), which computes its own products: none of
+    torch.distributed's, of which a DTensor is one."""
+    return is_traceable_wrapper_subclass(t) and not type(t).__module__.startswith("torch.distributed.")
 
 
 def _refuse_batched(name: str, given: Tensor) -> None:

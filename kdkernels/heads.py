@@ -138,11 +138,12 @@ class LinearHead:
             raise ValueError(f"LinearHead is spread over devices {[str(t.device) for t in tensors]}")
         if self.shard is not None:
             _check_shard("LinearHead", self.shard)
-        if not torch.compiler.is_compiling() and is_wrapped(weight):
-            raise ValueError(
-                f"LinearHead's weight is a {type(weight).__name__}, which computes its own products (quantized, perhaps); "
-                "give a plain Tensor, weight.dequantize() for one, or the logits"
-            )
+        for t in tensors[1:]:
+            if not torch.compiler.is_compiling() and is_wrapped(t):
+                raise ValueError(
+                    f"LinearHead has a {type(t).__name__}, which computes its own products (quantized, perhaps); give "
+                    "a plain Tensor (its dequantize(), if it has one), or the logits"
+                )
         self._check_dtypes(tensors)
         _check_map(self)
 

@@ -13,7 +13,7 @@ from .backends.spec import Asked, Spec, Tail
 from .core import log_prob_operators as operators
 from .core import shards
 from .core.dtensors import unwrapped
-from .core.inplace import check_inplace
+from .core.inplace import check_inplace, overwrites
 from .core.log_probs import Values
 from .core.make import needs_grad, signature
 from .core.option_checks import checked
@@ -96,13 +96,13 @@ def token_log_probs(
     >>> kd.token_log_probs(torch.tensor([[1.0, 3.0]]).log(), torch.tensor([[0, 1]])).log_probs.exp()
     tensor([[0.2500, 0.7500]])
     """
-    options = checked(
+    options = dict(
         temperature=temperature,
         entropy=entropy,
         return_stats=return_stats,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
-        inplace=inplace and not torch.compiler.is_exporting(),
+        inplace=inplace,
         chunk_bytes=chunk_bytes,
         gradient_tolerance=gradient_tolerance,
     )
@@ -121,7 +121,7 @@ def token_log_probs(
     else:
         tensors, *others = call.given
         absent = [None] * (3 - len(tensors))
-        values = operators.log_probs(*tensors, *absent, *others, *call.static, options["inplace"])
+        values = operators.log_probs(*tensors, *absent, *others, *call.static, call.inplace)
         made = Values(*values[: len(Values._fields)])
     leading, dtype = own.leading, loss_dtype(own.tensors)
     return TokenLogProbs(
@@ -138,10 +138,12 @@ class _Call(NamedTuple):
     own: Side
     given: operators.Given
     static: operators.Static
+    inplace: bool
 
 
 def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     """The checked call."""
+    options = checked(**options)
     own = side("student", student)
     refuse_transforms(own.tensors)
     own, _ = shards.placed(own, None)
@@ -149,7 +151,8 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     place = shards.place(own, None, vocab)
     # An exported program's gradients cost nothing before somebody asks for them.
     wanted = needs_grad(own.tensors, enabled=torch.is_grad_enabled() or torch.compiler.is_exporting())
-    if options["inplace"] and any(wanted):
+    inplace = overwrites(options["inplace"], wanted)
+    if inplace:
         check_inplace(own.tensors)
     ids, labels = live_ids(ids, own, vocab, options["ignore_index"])
     temperature = options["temperature"]
@@ -165,7 +168,7 @@ def _call(student: Logits, ids: Tensor, options: dict[str, Any]) -> _Call:
     given = own.tensors, ids, labels, per_row("temperature", temperature, own, labels)
     budget = options["chunk_bytes"] or default_chunk_bytes(own.device, vocab)
     shard, tolerance = "" if place is None else place.text(), options["gradient_tolerance"]
-    return _Call(own, given, (spec.text(), vocab, shard, budget, wanted, tolerance))
+    return _Call(own, given, (spec.text(), vocab, shard, budget, wanted, tolerance), inplace)
 
 
 def _signature(call: _Call) -> dict[str, Any]:

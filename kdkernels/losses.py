@@ -241,7 +241,7 @@ def distillation_loss(
     call = make(student, teacher, given)
     if several:
         return evaluate_each(student, teacher, call)
-    evaluated = evaluate(student, teacher, call, inplace)
+    evaluated = evaluate(student, teacher, call)
     loss = evaluated.student
     return (loss, _stats(call, evaluated.results)) if return_stats else loss
 
@@ -389,7 +389,7 @@ def cross_entropy(
         tokens = Tokens(labels, mask, token_weights, class_weights, ignore_index, reduction, num_items)
         return Given(terms, tokens, Limits(vocab_size, chunk_bytes, gradient_tolerance), inplace)
 
-    return evaluate(student, None, make(student, None, given), inplace).student
+    return evaluate(student, None, make(student, None, given)).student
 
 
 def linear_cross_entropy(

@@ -71,7 +71,7 @@ BAD = [
     (lambda: kd.LinearHead(*PAIR, logit_scale=float("nan")), "logit_scale.*finite.*nan"),
     (lambda: kd.LinearHead(*PAIR, logit_scale=float("-inf")), "logit_scale.*finite.*-inf"),
     (lambda: kd.LinearHead(*PAIR, logit_scale=torch.ones(2)), r"logit_scale.*one number.*\(2,\)"),
-    (lambda: kd.LinearHead(PAIR[0], quantized(PAIR[1])), r"weight is a Quantized.*dequantize\(\)"),
+    (lambda: kd.LinearHead(PAIR[0], quantized(PAIR[1])), r"has a Quantized.*dequantize\(\)"),
     (lambda: kd.LinearHead(*PAIR, softcap=float("nan")), "softcap.*finite.*nan"),
     (lambda: kd.LinearHead(*PAIR, softcap=3e38), r"softcap in \[1e-30, 1e\+30\].*3e\+38"),
     (lambda: kd.LinearHead(*PAIR, logit_scale=-1e-39), r"logit_scale\| in \[1e-30, 1e\+30\].*-1e-39"),

@@ -11,6 +11,7 @@ from peak import peak_of
 import kdkernels as kd
 from benchmarks.inputs import handed
 from benchmarks.variants import eager_kl
+from kdkernels.core.rows import HeadRows
 
 N, V, H = 256, 65536, 128
 UNIT = N * V * 4
@@ -132,6 +133,53 @@ def test_later_chunks_take_no_new_pages():
     kd.kl_div(student, teacher, chunk_bytes=2 * tile).backward()
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert pages * resource.getpagesize() < 4 * tile
+
+
+WALKS = {
+    "vocabulary chunks": lambda s, t, y: kd.js_divergence(s, t, y, hard_weight=0.5, chunk_bytes=3000),
+    "token chunks": lambda s, t, y: kd.kl_div(s, t, y, chunk_bytes=100_000),
+    "several": lambda s, t, y: sum(
+        kd.distillation_loss(
+            s, t, y, divergence=(kd.JSD(), kd.ReverseKL()), reduction="none", chunk_bytes=3000
+        )
+    ).sum(),
+    "both learn": lambda s, t, y: sum(kd.codistillation_loss(s, t, y, chunk_bytes=100_000)),
+    "a live teacher's top tokens": lambda s, t, y: kd.kl_div(
+        s, kd.top_k_target(t, 5, chunk_bytes=100_000), y, entropy_weight=0.1, chunk_bytes=3000
+    ),
+    "log-probabilities": lambda s, t, y: sum(
+        of.sum() for of in kd.token_log_probs(s, y, entropy=True, chunk_bytes=3000)[:2]
+    ),
+    "log-probabilities of a frozen head": lambda s, t, y: kd.token_log_probs(
+        kd.LinearHead(s.hidden, s.weight.detach()), y, entropy=True, chunk_bytes=100_000
+    ).entropy.sum(),
+}
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_nobody_reads_a_tile_after_the_next_one(backend, walk, monkeypatch):
+    tensors = [torch.randn(*shape, requires_grad=True) for shape in ((70, 6), (500, 6), (70, 8), (500, 8))]
+    labels, many = torch.randint(0, 500, (70,)), []
+
+    def made():
+        loss = walk(kd.LinearHead(*tensors[:2]), kd.LinearHead(*tensors[2:]), labels)
+        return [loss, *torch.autograd.grad(loss, tensors, allow_unused=True)]
+
+    def room(self, rows, columns):
+        if self.memory is not None:
+            self.memory.fill_(torch.nan)
+            many.append(self)
+        self.memory = self.hidden.new_empty(rows, columns, dtype=self.tile_dtype)
+        return self.memory
+
+    with kd.use_backend(backend):
+        expected = made()
+        monkeypatch.setattr(HeadRows, "_room", room)
+        for ours, theirs in zip(made(), expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs)
+    assert many, "there was one tile"
 
 
 def test_gathered_rows_take_no_more_than_logits():

@@ -33,7 +33,7 @@ def _solve(request: Request, inplace: bool) -> _Solved:
     """What the operator makes of a request, outside autograd."""
     student, teacher, *others, needs_grad, tolerance = request.arguments()
     student, teacher = [t.detach() for t in student], [t.detach() for t in teacher]
-    if inplace and any(needs_grad):
+    if inplace:
         results = autograd.overwrite(student[0], teacher, *others)
         return _Solved(results, student)
     results, *gradients = autograd.rows(student, teacher, *others, needs_grad, tolerance)
@@ -48,17 +48,16 @@ class Evaluated(NamedTuple):
     results: Tensor
 
 
-def evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool = False) -> Evaluated:
+def evaluate(student: Logits, teacher: Teacher | None, call: Call) -> Evaluated:
     """A call, solved by the oracle where that is asked for, else by an operator. The oracle takes the models as they were
     given."""
-    inplace = inplace and not torch.compiler.is_exporting()  # what a program is given may be anybody's
     if reference_asked():
         if isinstance(student, ShardedLogits) or isinstance(teacher, ShardedLogits) or call.request.shard:
             raise ValueError("kd.use_backend('reference') takes whole vocabularies, not shards of them")
         loss, own, results = reference.losses(student, teacher, call)
         return Evaluated(loss, own if call.terms.teacher_learns else None, results.detach())
     if not call.terms.teacher_learns:
-        return _alone(call, inplace)
+        return _alone(call)
     if call.request.spec.asked & Asked.SOFT and not call.reducer.per_row:
         return _both(call)
     # Nothing to share, or each model's gradient is made when its own tokens' weights arrive.
@@ -66,7 +65,7 @@ def evaluate(student: Logits, teacher: Teacher | None, call: Call, inplace: bool
     return Evaluated(student_only.student, teacher_only.student, student_only.results)
 
 
-def _alone(call: Call, inplace: bool = False) -> Evaluated:
+def _alone(call: Call) -> Evaluated:
     """One model's loss."""
     request, reducer = call.request, call.reducer
     needed = any(request.needs_grad)
@@ -79,12 +78,12 @@ def _alone(call: Call, inplace: bool = False) -> Evaluated:
     lift = _lift(request) if needed else None
     if lift is not None:
         request = replace(request, weights=request.weights * lift[:, None])
-    solved = _solve(request, inplace)
+    solved = _solve(request, call.inplace)
     value = autograd.row_losses(solved.results, request.weights)
     # fp64 stays inside: what is added up in a reduction is rounded once.
     value = value.reshape(reducer.leading) if reducer.per_row else reducer.apply(value)
     value = _attached(value, request.wanted(), solved.gradients)
-    if inplace and needed:
+    if call.inplace:
         autograd.renew(request.student[0])
     if lift is not None:
         value = value / lift.reshape(reducer.leading)

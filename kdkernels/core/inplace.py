@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import reference_asked
 from .layout import overlaps_itself
+
+
+def overwrites(inplace: bool, needs_grad: list[bool]) -> bool:
+    """Whether a call overwrites its logits: not where nothing learns, not by the oracle, and not in an exported program,
+    whose logits may be anybody's."""
+    return inplace and any(needs_grad) and not torch.compiler.is_exporting() and not reference_asked()
 
 
 def check_inplace(student: list[Tensor]) -> None:

@@ -149,6 +149,7 @@ def backward(
         write = _writer(chunk, backend, spec, weights.at(chunk.rows), finished)
         for columns in chunk.columns():
             chunk.write(columns, [write])
+    tiles.release()
     return tiles.student.gradients()
 
 

@@ -19,7 +19,7 @@ from ..targets import SparseTarget
 from . import shards, tokens
 from .checked import checked_target
 from .dtensors import unwrapped
-from .inplace import check_inplace
+from .inplace import check_inplace, overwrites
 from .option_checks import checked
 from .request import Call, Limits, Reducer, Request, Terms, Tokens, loss_dtype
 from .schedule import default_chunk_bytes
@@ -38,8 +38,8 @@ class Given(NamedTuple):
 
 
 def make(student: Logits, teacher: Teacher | None, given: Callable[[], Given]) -> Call:
-    """The call that these arguments describe; an error where they describe none. ``given`` is called where ranks of a
-    shard's group learn of each other's errors."""
+    """The call that these arguments describe; an error where they describe none. ``given`` is called where the ranks of a
+    shard's group learn of each other's errors; what is wrong with a model's shard itself is one rank's to say."""
     student, teacher = unwrapped("student", student), unwrapped("teacher", teacher)
     checked_call = functools.partial(_checked_call, student, teacher, given)
     shard = getattr(student, "shard", None)
@@ -84,11 +84,11 @@ def _signature(call: Call) -> dict[str, Any]:
     return same
 
 
-def _checked_call(student: Logits, teacher: Teacher | None, arguments: Callable[[], Given]) -> Call:
-    terms, given, limits, inplace = arguments()
-    terms, given, limits = terms.checked(), given.checked(), limits.checked()
+def _checked_call(student: Logits, teacher: Teacher | None, given: Callable[[], Given]) -> Call:
+    terms, tokens_given, limits, inplace = given()
+    terms, tokens_given, limits = terms.checked(), tokens_given.checked(), limits.checked()
     checked(inplace=inplace)
-    terms.check_labels(given.labels)
+    terms.check_labels(tokens_given.labels)
     s = side("student", student)
     t = None if teacher is None or isinstance(teacher, SparseTarget) else side("teacher", teacher)
     refuse_transforms(s.tensors if t is None else s.tensors + t.tensors)
@@ -97,17 +97,19 @@ def _checked_call(student: Logits, teacher: Teacher | None, arguments: Callable[
     place = shards.place(s, t, vocab)
     if t is not None:
         check_together(s, t)
-    live = tokens.live_labels(given.labels, given.mask, s, vocab, given.ignore_index)
+    live = tokens.live_labels(tokens_given.labels, tokens_given.mask, s, vocab, tokens_given.ignore_index)
     spec = _spec(terms, s, t)
     if isinstance(teacher, SparseTarget):
         spec, t = _sparse(teacher, s, live, vocab, spec, terms.divergences[0])
     if not spec.asked & (Asked.SOFT | Asked.TEACHER_LABEL):  # nobody looks at the teacher
         spec, t = spec._replace(kind=NoDivergence.code, tail=Tail.DENSE), None
     temperature = tokens.per_row("temperature", terms.temperature, s, live)
-    weights, scale = token_weights(given, s, live, terms, vocab)
+    weights, scale = token_weights(tokens_given, s, live, terms, vocab)
     learning = s.tensors + (t.tensors if t is not None and terms.teacher_learns else [])
-    per_row = given.reduction == "none" or any(tensor.dtype == torch.float16 for tensor in learning)
-    reducer = Reducer(given.reduction, scale if per_row else None, s.leading, loss_dtype(s.tensors), per_row)
+    per_row = tokens_given.reduction == "none" or any(tensor.dtype == torch.float16 for tensor in learning)
+    reducer = Reducer(
+        tokens_given.reduction, scale if per_row else None, s.leading, loss_dtype(s.tensors), per_row
+    )
     request = Request(
         student=s.tensors,
         teacher=[] if t is None else t.tensors,
@@ -122,10 +124,10 @@ def _checked_call(student: Logits, teacher: Teacher | None, arguments: Callable[
         needs_grad=_needs_grad(s, t, terms),
         gradient_tolerance=limits.gradient_tolerance,
     )
-    # An exported program overwrites nothing, and neither does the oracle.
-    if inplace and not torch.compiler.is_exporting() and not reference_asked() and any(request.needs_grad):
+    inplace = overwrites(inplace, request.needs_grad)
+    if inplace:
         check_inplace(request.student)
-    return Call(request, reducer, terms)
+    return Call(request, reducer, terms, inplace)
 
 
 def _spec(terms: Terms, student: Side, teacher: Side | None) -> Spec:

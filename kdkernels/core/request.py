@@ -235,6 +235,7 @@ class Call:
     request: Request
     reducer: Reducer
     terms: Terms
+    inplace: bool = False  # whether the gradient is written over the student's logits
 
     @property
     def student_alone(self) -> Call:

@@ -1,7 +1,7 @@
 """Where tiles of logits come from and where their gradients go: given logits, or hidden states and an lm_head.
 
-Both sources have the same methods. ``tile`` gives the logits of some tokens and columns, ``gradient_tile`` a buffer
-for their gradient, and ``backward`` takes that gradient to where it belongs.
+Both sources have the same methods. ``tile`` gives the logits of some tokens and columns, which hold until it is called
+again, ``gradient_tile`` a buffer for their gradient, and ``backward`` takes that gradient to where it belongs.
 """
 
 from __future__ import annotations
@@ -297,7 +297,6 @@ class HeadRows:
 
     def gradients(self) -> list[Tensor]:
         """dH, dW, db as wanted, in the dtypes and shapes of what was given."""
-        self.memory = None
         if self.exchange is not None:
             self.exchange.wait()
             if self.exchange.own_tokens is not None:

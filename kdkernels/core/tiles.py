@@ -163,6 +163,12 @@ class Tiles:
         )
         self.plan = replace(made, vocab=self.request.columns_here)
 
+    def release(self) -> None:
+        """Once all are done: completing the gradients takes memory too."""
+        for side in self.sides:
+            if isinstance(side, HeadRows):
+                side.memory = None
+
     def chunks(self) -> Iterator[Chunk]:
         return (Chunk(self, rows) for rows in self.plan.row_chunks())
 

@@ -55,7 +55,9 @@ def walk(request: Request, grads: Gradients, merged: Merged | None = None) -> li
     rows, live = _per_row(request), None
     if any(side.is_head for side in sides):
         rows, live = projected(sides, rows)
-    results = _results(Tiles(request, student, teacher, rows, exchange))
+    tiles = Tiles(request, student, teacher, rows, exchange)
+    results = _results(tiles)
+    tiles.release()
     if live is not None:
         everywhere = results.new_zeros(request.weights.shape[0], results.shape[1])
         results = everywhere.index_copy_(0, live, results)
@@ -84,7 +86,7 @@ def _gathered(request: Request, own: OwnTokens) -> Request:
     """The same with the tokens of all ranks. What is said of a token travels together: its label (exact in fp64),
     temperature and weights."""
     weights = request.weights
-    # A rank that masks nothing has no labels; others may.
+    # A rank that masks nothing has no labels; others may, and all ranks must leave out the same tokens.
     label = torch.zeros_like(weights[:, 0]) if request.labels is None else request.labels.double()
     temperature = request.temperature.expand(len(weights))
     gathered = own.gather(torch.cat([torch.stack([label, temperature], 1), weights], 1))

@@ -105,6 +105,9 @@ WRONG = {
     "codistillation_loss needs labels": lambda s, t, one: kd.codistillation_loss(
         s, t, None if one else torch.tensor([1, 2, 3])
     ),
+    "temperature must be > 0": lambda s, t, one: kd.token_log_probs(
+        s, torch.tensor([1, 2, 3]), temperature=-1.0 if one else 1.0
+    ),
     "would overwrite a leaf": lambda s, t, one: kd.kl_div(
         kd.ShardedLogits(s.logits.requires_grad_() if one else s.logits.requires_grad_() * 1, s.shard),
         t,
