@@ -64,38 +64,26 @@ def qwen2_vl():
     return model, 4, pieces, model.model.visual.merger.mlp[0]
 
 
-def idefics3():
+def idefics(name):
+    """Idefics3, or SmolVLM, which is made as it is."""
     model = make(
-        "Idefics3ForConditionalGeneration",
-        "Idefics3Config",
+        f"{name}ForConditionalGeneration",
+        f"{name}Config",
         text_config=transformers.LlamaConfig(**TEXT),
         vision_config=VISION,
         image_token_id=IMAGE,
         scale_factor=2,
     )
-    return (
-        model,
-        1,
-        {"pixel_values": torch.randn(2, 1, 3, 8, 8)},
-        model.model.connector.modality_projection.proj,
-    )
+    pieces = {"pixel_values": torch.randn(2, 1, 3, 8, 8)}
+    return model, 1, pieces, model.model.connector.modality_projection.proj
+
+
+def idefics3():
+    return idefics("Idefics3")
 
 
 def smolvlm():
-    model = make(
-        "SmolVLMForConditionalGeneration",
-        "SmolVLMConfig",
-        text_config=transformers.LlamaConfig(**TEXT),
-        vision_config=VISION,
-        image_token_id=IMAGE,
-        scale_factor=2,
-    )
-    return (
-        model,
-        1,
-        {"pixel_values": torch.randn(2, 1, 3, 8, 8)},
-        model.model.connector.modality_projection.proj,
-    )
+    return idefics("SmolVLM")
 
 
 def paligemma():

@@ -341,12 +341,10 @@ class DistillationTrainer(Trainer):
             self._compile_below_the_head(model)
 
     def _check_head_if_here(self, model: Any) -> None:
-        """Else its first forward does."""
+        """As it will be called: its body and its lm_head may be of two dtypes. Else its first forward does."""
         if isinstance(model, PreTrainedModel) and weights_are_here(model):
             try:
-                with (
-                    self.accelerator.autocast()
-                ):  # as it will be called: body and lm_head may be of two dtypes
+                with self.accelerator.autocast():
                     check_head(model)
             except TakesOtherInputs:
                 if not is_measured(model):

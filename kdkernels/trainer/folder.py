@@ -79,7 +79,8 @@ def _lines_of(folder: Path) -> list[Path]:
 
 
 def _is_anothers(lines: Path) -> bool:
-    """Whether no run of this folder has written ``lines``. Another process's may come after the first has given up."""
+    """Whether ``lines`` may be a file that is not to be lost. A run that could not begin has removed its own, but its other
+    processes may have added to theirs after that: those hold nothing but steps."""
     if lines.name in (METRICS, WRITTEN):
         return bool(lines.stat().st_size)
     return not only_steps(lines)
